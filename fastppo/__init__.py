@@ -1,0 +1,1 @@
+"""fastppo: a fast, correct, readable PPO trainer for any Gymnasium environment."""

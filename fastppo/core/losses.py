@@ -1,0 +1,67 @@
+"""PPO's loss terms and the masked statistics under them. Knows nothing of networks, optimisers or rollouts.
+
+Every mean is over the rows whose `weight` is 1. A row of weight 0 is no transition (the step in which an environment
+resets itself): it has no influence on any result, whatever finite numbers it holds.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
+    """Mean of `x` over rows of weight 1; 0 when there is none. x, weight: the same shape; returns ()."""
+    return (x * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+def standardize(x: Tensor, weight: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / (std + eps) with the sample standard deviation (n - 1), over rows of weight 1. Shapes as `x`."""
+    mean, std = mean_and_std(x, weight)
+    return (x - mean) / (std + eps)
+
+
+def mean_and_std(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sample standard deviation (n - 1) of `x` over rows of weight 1, both ()."""
+    mean = masked_mean(x, weight)
+    variance = ((x - mean).square() * weight).sum() / (weight.sum() - 1.0).clamp(min=1.0)
+    return mean, variance.sqrt()
+
+
+def explained_variance(value: Tensor, value_target: Tensor, weight: Tensor) -> Tensor:
+    """1 - Var[value_target - value] / Var[value_target], over rows of weight 1; nan where the targets do not vary.
+
+    1 is a perfect critic, 0 one no better than a constant, negative worse. value, value_target, weight: one shape; returns ().
+    """
+    _, error_std = mean_and_std(value_target - value, weight)
+    _, target_std = mean_and_std(value_target, weight)
+    return torch.where(target_std > 0, 1.0 - (error_std / target_std).square(), torch.nan)
+
+
+def clipped_policy_loss(ratio: Tensor, advantage: Tensor, weight: Tensor, clip_coef: Tensor) -> Tensor:
+    """-E[min(r A, clip(r, 1 - c, 1 + c) A)]: the clipped surrogate (Schulman et al., 2017, arXiv 1707.06347, equation 7).
+
+    Args:
+        ratio, advantage, weight: (M,); clip_coef: ().
+    """
+    clipped_ratio = torch.minimum(torch.maximum(ratio, 1.0 - clip_coef), 1.0 + clip_coef)
+    return masked_mean(-torch.minimum(ratio * advantage, clipped_ratio * advantage), weight)
+
+
+def squared_value_loss(value: Tensor, value_target: Tensor, weight: Tensor) -> Tensor:
+    """E[(V - V_target)^2] (Schulman et al., 2017, equation 9). All arguments (M,), returns ()."""
+    return masked_mean((value - value_target).square(), weight)
+
+
+def clipped_value_loss(value: Tensor, old_value: Tensor, value_target: Tensor, weight: Tensor, clip_coef: Tensor) -> Tensor:
+    """E[max((V - V_target)^2, (V_old + clip(V - V_old, -c, c) - V_target)^2)], as in OpenAI's baselines/ppo2.
+
+    Args:
+        value, old_value, value_target, weight: (M,); clip_coef: ().
+    """
+    change = torch.minimum(torch.maximum(value - old_value, -clip_coef), clip_coef)
+    clipped_error = (old_value + change - value_target).square()
+    return masked_mean(torch.maximum((value - value_target).square(), clipped_error), weight)
+
+
+def approximate_kl(log_ratio: Tensor, weight: Tensor) -> Tensor:
+    """E[(r - 1) - log r]: unbiased, low-variance, never negative (Schulman, 2020, "Approximating KL divergence", k3)."""
+    return masked_mean(torch.expm1(log_ratio) - log_ratio, weight)

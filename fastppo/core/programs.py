@@ -1,0 +1,255 @@
+"""The pure programs that everything per step and per minibatch goes through: `act` and `learn`.
+
+They take tensors and return tensors, draw no random numbers, read no configuration object and never ask the host for a
+value, so they run unchanged eagerly, compiled, under torch.func.vmap or on the meta device. What a policy computes comes in
+as a `Policy`; what an environment is, they do not know.
+
+Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, P number of parameters.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
+from fastppo.core.advantages import generalized_advantage, monte_carlo_return
+from fastppo.core.gradient import grad_and_aux
+from fastppo.core.losses import (
+    approximate_kl,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    masked_mean,
+    mean_and_std,
+    squared_value_loss,
+    standardize,
+)
+from fastppo.core.scan import scan
+
+Weights = Mapping[str, Tensor]
+
+
+class Policy(Protocol):
+    """What the programs need to know of a policy. `dist` is whatever `actor` returns: a tensor or a tuple of tensors."""
+
+    def weights(self, params: Tensor) -> Weights:
+        """Views of the flat buffer `params`, (P,), under the names of the weights."""
+        ...
+
+    def actor(self, weights: Weights, obs: Tensor) -> Any:
+        """Parameters of the action distribution for obs (..., *obs_shape)."""
+        ...
+
+    def critic(self, weights: Weights, obs: Tensor) -> Tensor:
+        """V(obs), (...)."""
+        ...
+
+    def actor_critic(self, weights: Weights, obs: Tensor) -> tuple[Any, Tensor]:
+        """Both at once: a shared backbone runs once."""
+        ...
+
+    def sample(self, dist: Any, noise: Tensor) -> Tensor:
+        """An action (..., *action_shape) from the distribution and the noise drawn for it."""
+        ...
+
+    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
+        """Log-density of `action`, (...)."""
+        ...
+
+    def entropy(self, dist: Any) -> Tensor:
+        """Entropy in nats, (...)."""
+        ...
+
+
+class Normalization(NamedTuple):
+    """The frozen statistics that a rollout is acted and learned under; all 0-d or of the observation's shape.
+
+    obs_mean, obs_scale: normalised obs = clamp((obs - obs_mean) * obs_scale, -10, 10); None: observations as they are.
+    reward_scale: normalised reward = clamp(reward * reward_scale, -10, 10); None: rewards as they are.
+    return_mean, return_std: units of the critic when returns are standardised over the rollout (`norm_returns`).
+    """
+
+    obs_mean: Tensor | None
+    obs_scale: Tensor | None
+    reward_scale: Tensor | None
+    return_mean: Tensor
+    return_std: Tensor
+
+
+class Schedule(NamedTuple):
+    """What annealing moves between iterations, each () float32."""
+
+    learning_rate: Tensor
+    clip_coef: Tensor
+    ent_coef: Tensor
+
+
+class Learned(NamedTuple):
+    """What `learn` returns. Nothing in it has been on the host."""
+
+    params: Tensor  # (P,)
+    adam: AdamState
+    minibatch_metrics: Tensor  # (E * B / M, len(MINIBATCH_METRICS))
+    explained_variance: Tensor  # ()
+    return_mean: Tensor  # () of this rollout's returns, for the next Normalization
+    return_std: Tensor  # ()
+
+
+MINIBATCH_METRICS = (
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "approx_kl",
+    "clipfrac",
+    "grad_norm",
+    "ratio_deviation",  # max |ratio - 1|: exactly 0 in the first minibatch but for rounding
+    "applied",  # 1 where the minibatch moved the parameters, 0 after a KL stop
+)
+
+
+def normalize_obs(obs: Tensor, normalization: Normalization) -> Tensor:
+    """Observations as the networks see them; shapes as `obs`, always floating point."""
+    obs = obs if obs.is_floating_point() else obs.float()
+    if normalization.obs_mean is None or normalization.obs_scale is None:
+        return obs
+    return ((obs - normalization.obs_mean) * normalization.obs_scale).clamp(-10.0, 10.0)
+
+
+def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Tensor, noise: Tensor) -> Tensor:
+    """One action per environment: the policy head and a sample. Values and log-probabilities are `learn`'s business.
+
+    Args:
+        obs: (N, *obs_shape) raw; noise: (N, ...) as the policy's distribution wants it.
+
+    Returns:
+        action (N, *action_shape).
+    """
+    return policy.sample(policy.actor(weights, normalize_obs(obs, normalization)), noise)
+
+
+def learn(
+    params: Tensor,
+    adam: AdamState,
+    rollout: Mapping[str, Tensor],
+    permutation: Tensor,
+    schedule: Schedule,
+    normalization: Normalization,
+    *,
+    policy: Policy,
+    minibatch_size: int,
+    gamma: float,
+    gae_lambda: float,
+    advantage_estimator: Literal["gae", "monte-carlo"],
+    norm_returns: bool,
+    norm_adv: bool,
+    clip_vloss: bool,
+    vf_coef: float,
+    max_grad_norm: float,
+    target_kl: float | None,
+    adam_eps: float,
+    scan: Callable[..., Any] = scan,
+    grad_and_aux: Callable[..., Any] = grad_and_aux,
+) -> Learned:
+    """One iteration's whole update (Schulman et al., 2017, algorithm 1): values, advantages, then E epochs of minibatches.
+
+    The acting parameters give values and log-probabilities of all rows in one forward pass each. When the KL estimate of a
+    minibatch passes `target_kl`, that minibatch and all later ones leave parameters and Adam as they are: a flag in the
+    carry, so shapes stay fixed and the host is not asked.
+
+    Args:
+        params: (P,), the parameters that acted. adam: their optimiser state.
+        rollout: `obs` (T+1, N, ...) and, for t < T, `action reward terminated truncated valid` (T+1, N, ...), row T unused;
+            `final_obs` as `obs` where the environment resets within the step (see fastppo/envs/autoreset.py).
+        permutation: (E, B) int64, each row a permutation of range(B).
+        schedule, normalization: see there.
+
+    Returns:
+        `Learned`: new parameters and state, nothing written in place.
+    """
+    num_steps = rollout["action"].shape[0] - 1
+    obs = normalize_obs(rollout["obs"], normalization)  # (T+1, N, ...)
+    action = rollout["action"][:num_steps]  # (T, N, ...)
+    terminated, truncated = rollout["terminated"][:num_steps], rollout["truncated"][:num_steps]  # (T, N)
+    weight = rollout["valid"][:num_steps].to(params.dtype)  # (T, N), 1 for a transition and 0 for a resetting step
+
+    with torch.no_grad():
+        weights = policy.weights(params)
+        dist, value_all = policy.actor_critic(weights, obs)  # value_all (T+1, N)
+        log_prob = policy.log_prob(_first_rows(dist, num_steps), action)  # (T, N)
+        value = value_all[:num_steps]
+        next_value = value_all[1:]
+        if "final_obs" in rollout:
+            final_value = policy.critic(weights, normalize_obs(rollout["final_obs"][:num_steps], normalization))
+            next_value = torch.where(terminated | truncated, final_value, next_value)
+        reward = rollout["reward"][:num_steps]
+        if normalization.reward_scale is not None:
+            reward = (reward * normalization.reward_scale).clamp(-10.0, 10.0)
+
+        return_mean, return_std = normalization.return_mean, normalization.return_std
+        if advantage_estimator == "gae":
+            advantage, value_target = generalized_advantage(reward, value, next_value, terminated, truncated, gamma, gae_lambda)
+        else:
+            # the critic may speak in standardised returns: its bootstrap is translated back into rewards
+            bootstrap = next_value * return_std + return_mean
+            value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, gamma)
+            if norm_returns:
+                return_mean, return_std = mean_and_std(value_target, weight)
+                value_target = (value_target - return_mean) / (return_std + 1e-8)
+            advantage = value_target - value
+        variance_explained = explained_variance(value, value_target, weight)
+
+    flat_obs = obs[:num_steps].flatten(0, 1)  # (B, ...), a view where nothing was normalised
+    flat_action = action.flatten(0, 1)
+    # one gather fetches all five scalars of a row
+    scalars = torch.stack((log_prob, advantage, value_target, value, weight), -1).flatten(0, 1)  # (B, 5)
+
+    def minibatch_loss(params: Tensor, index: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        old_log_prob, advantage, value_target, old_value, weight = scalars[index].unbind(-1)  # (M,) each
+        dist, value = policy.actor_critic(policy.weights(params), flat_obs[index])
+        log_ratio = policy.log_prob(dist, flat_action[index]) - old_log_prob
+        # rows that are no transitions may hold anything: their ratio is 1 by definition
+        log_ratio = torch.where(weight > 0, log_ratio, 0.0)
+        ratio = log_ratio.exp()
+        if norm_adv:
+            advantage = standardize(advantage, weight)
+        policy_loss = clipped_policy_loss(ratio, advantage, weight, schedule.clip_coef)
+        if clip_vloss:
+            value_loss = clipped_value_loss(value, old_value, value_target, weight, schedule.clip_coef)
+        else:
+            value_loss = squared_value_loss(value, value_target, weight)
+        entropy = masked_mean(policy.entropy(dist), weight)
+        loss = policy_loss + vf_coef * value_loss - schedule.ent_coef * entropy
+
+        deviation = (ratio.detach() - 1.0).abs()
+        clipfrac = masked_mean((deviation > schedule.clip_coef).to(ratio.dtype), weight)
+        approx_kl = approximate_kl(log_ratio.detach(), weight)
+        metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation.amax(), weight.sum())
+        return loss, tuple(metric.detach() for metric in metrics)
+
+    def step(carry: tuple[Tensor, AdamState, Tensor], index: Tensor) -> tuple[tuple[Tensor, AdamState, Tensor], Tensor]:
+        params, adam, running = carry  # running: () bool, false once the KL stop has fired
+        grad, aux = grad_and_aux(minibatch_loss, params, index)
+        policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation, rows = aux
+        if target_kl is not None:
+            running = running & (approx_kl <= target_kl)
+        applied = running & (rows > 0)  # a minibatch without one transition has no gradient to follow
+        clipped_grad, grad_norm = clip_by_global_norm(grad, max_grad_norm)
+        new_params, new_adam = adam_step(params, clipped_grad, adam, schedule.learning_rate, eps=adam_eps)
+        params = torch.where(applied, new_params, params)
+        adam = AdamState(*(torch.where(applied, new, old) for new, old in zip(new_adam, adam, strict=True)))
+        y = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm, deviation, applied.to(params.dtype))
+        return (params, adam, running), torch.stack(y)
+
+    running = torch.ones((), dtype=torch.bool, device=params.device)
+    minibatches = permutation.reshape(-1, minibatch_size)  # (E * B / M, M)
+    (params, adam, _), minibatch_metrics = scan(step, (params, adam, running), minibatches)
+    return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std)
+
+
+def _first_rows(dist: Any, num_rows: int) -> Any:
+    """The first rows of a distribution's parameters, a tensor or a tuple of tensors."""
+    if isinstance(dist, Tensor):
+        return dist[:num_rows]
+    return tuple(part[:num_rows] for part in dist)

@@ -1,0 +1,89 @@
+"""Action distributions as plain tensor functions: no torch.distributions objects, no validation, no hidden host sync.
+
+Sampling is a pure function of parameters and noise; `*_noise` draws that noise from the caller's generator, for a whole
+rollout at once. Knows nothing of networks or action spaces.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One family. `dist` below is the actor's output: logits (..., A), or (mean, log_std) of (..., A) each.
+
+    noise(shape, generator) -> tensor of `shape`; sample(dist, noise) -> action; mode(dist) -> the likeliest action;
+    log_prob(dist, action) -> (...); entropy(dist) -> (...), in nats.
+    """
+
+    noise: Callable[[tuple[int, ...], torch.Generator], Tensor]
+    sample: Callable[[Any, Tensor], Tensor]
+    mode: Callable[[Any], Tensor]
+    log_prob: Callable[[Any, Tensor], Tensor]
+    entropy: Callable[[Any], Tensor]
+
+
+def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard Gumbel noise: -log(E) with E ~ Exponential(1)."""
+    return torch.empty(shape, device=generator.device).exponential_(generator=generator).log_().neg_()
+
+
+def categorical_sample(logits: Tensor, noise: Tensor) -> Tensor:
+    """argmax(logits + Gumbel noise) has the probabilities softmax(logits) (Gumbel, 1954). (..., A) -> (...) int64."""
+    return (logits + noise).argmax(-1)
+
+
+def categorical_mode(logits: Tensor) -> Tensor:
+    """The action of the highest probability. (..., A) -> (...) int64."""
+    return logits.argmax(-1)
+
+
+def categorical_log_prob(logits: Tensor, action: Tensor) -> Tensor:
+    """log softmax(logits)[action]. logits (..., A), action (...) int64 -> (...)."""
+    chosen = action.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)  # (..., A) one-hot
+    # a sum over the one-hot instead of gather: its gradient is a multiplication, not a scatter
+    return (logits * chosen).sum(-1) - logits.logsumexp(-1)
+
+
+def categorical_entropy(logits: Tensor) -> Tensor:
+    """-sum_a p(a) log p(a). (..., A) -> (...)."""
+    log_prob = logits.log_softmax(-1)
+    return -(log_prob.exp() * log_prob).sum(-1)
+
+
+def normal_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Standard normal noise."""
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def normal_sample(dist: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
+    """mean + std * noise. (..., A) -> (..., A)."""
+    mean, log_std = dist
+    return mean + log_std.exp() * noise
+
+
+def normal_mode(dist: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean. (..., A) -> (..., A)."""
+    return dist[0]
+
+
+def normal_log_prob(dist: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
+    """Log-density of a diagonal Gaussian, summed over the last axis. (..., A) -> (...)."""
+    mean, log_std = dist
+    standardized = (action - mean) * (-log_std).exp()
+    return (-0.5 * standardized.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
+
+
+def normal_entropy(dist: tuple[Tensor, Tensor]) -> Tensor:
+    """sum_i (log_std_i + log(2 pi e) / 2). (..., A) -> (...)."""
+    _, log_std = dist
+    return (log_std + 0.5 * math.log(2.0 * math.pi * math.e)).sum(-1)
+
+
+CATEGORICAL = Distribution(gumbel_noise, categorical_sample, categorical_mode, categorical_log_prob, categorical_entropy)
+DIAGONAL_NORMAL = Distribution(normal_noise, normal_sample, normal_mode, normal_log_prob, normal_entropy)

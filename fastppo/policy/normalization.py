@@ -1,0 +1,76 @@
+"""Running statistics of observations and of discounted returns. Knows nothing of environments or networks.
+
+They stand still while a rollout is collected and learned from, and move once between iterations, so that acting and
+learning see the same numbers: the first minibatch's ratio is 1.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.core.advantages import reverse_linear_recurrence
+
+
+class RunningMoments(NamedTuple):
+    """Mean and population variance of everything seen, of the variable's shape, and the count, (): all float64."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+def init_moments(shape: tuple[int, ...], device: torch.device | str = "cpu") -> RunningMoments:
+    """Nothing seen yet: mean 0, variance 1, count 0."""
+    options = {"dtype": torch.float64, "device": device}
+    return RunningMoments(torch.zeros(shape, **options), torch.ones(shape, **options), torch.zeros((), **options))
+
+
+def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor) -> RunningMoments:
+    """Add the rows of `x` whose weight is 1 (Chan, Golub and LeVeque, 1979, pairwise combination of moments).
+
+    Args:
+        x: (R, *shape); weight: (R,), 1 for a row that counts and 0 for one that does not.
+
+    Returns:
+        New moments; a batch without a counting row changes nothing.
+    """
+    x = x.to(torch.float64)
+    weight = weight.to(torch.float64)
+    rows = weight.sum()
+    weight = weight.reshape(-1, *(1,) * (x.ndim - 1))
+    x = torch.where(weight > 0, x, 0.0)
+    batch_mean = x.sum(0) / rows.clamp(min=1.0)
+    batch_square = ((x - batch_mean).square() * weight).sum(0)
+    count = moments.count + rows
+    share = rows / count.clamp(min=1.0)
+    difference = batch_mean - moments.mean
+    mean = moments.mean + difference * share
+    square = moments.var * moments.count + batch_square + difference.square() * moments.count * share
+    var = torch.where(count > 0, square / count.clamp(min=1.0), moments.var)
+    return RunningMoments(mean, var, count)
+
+
+def inverse_std(moments: RunningMoments, eps: float = 1e-8) -> Tensor:
+    """1 / sqrt(var + eps) as float32; 1 while nothing has been seen."""
+    return (moments.var + eps).rsqrt().float()
+
+
+def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """The running discounted reward of each environment, R[t] = gamma * (1 - done[t-1]) * R[t-1] + reward[t].
+
+    Its standard deviation is the scale of the critic's targets; rewards are divided by it (Engstrom et al., 2020, arXiv
+    2005.12729; gymnasium's NormalizeReward).
+
+    Args:
+        reward (T, N) float, done and valid (T, N) bool; carry (N,): what R[-1] leaves for row 0, 0 after an end.
+
+    Returns:
+        R (T, N) and the next carry (N,).
+    """
+    alive = (~done).to(reward.dtype)
+    reward = torch.where(valid, reward, 0.0)
+    decay = torch.cat((torch.zeros_like(alive[:1]), gamma * alive[:-1]))
+    delta = torch.cat((reward[:1] + gamma * carry, reward[1:]))
+    running = reverse_linear_recurrence(decay.flip(0), delta.flip(0)).flip(0)  # (T, N)
+    return running, running[-1] * alive[-1]
