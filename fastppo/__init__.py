@@ -1,1 +1,30 @@
-"""fastppo: a fast, correct, readable PPO trainer for any Gymnasium environment."""
+"""fastppo: a fast, correct, readable PPO trainer for any Gymnasium environment.
+
+from fastppo import TrainConfig, load_policy, train
+result = train(TrainConfig(env_id="CartPole-v1", total_timesteps=100_000))
+action = load_policy(result.run_dir).act(obs)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastppo.config import TrainConfig
+from fastppo.errors import TrainingFault, UsageError
+
+if TYPE_CHECKING:
+    from fastppo.loading import load_policy
+    from fastppo.loop import TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "TrainingFault", "UsageError", "load_policy", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The names that need torch, imported when first asked for."""
+    if name in ("train", "TrainResult"):
+        from fastppo import loop
+
+        return getattr(loop, name)
+    if name == "load_policy":
+        from fastppo.loading import load_policy
+
+        return load_policy
+    raise AttributeError(f"module 'fastppo' has no attribute {name!r}")

@@ -82,6 +82,13 @@ class MLPActorCritic:
         parts = params.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        for name, shape in self.shapes.items():
+            if tuple(weights[name].shape) != shape:
+                raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {shape}")
+        return torch.cat([weights[name].flatten() for name in self.shapes])
+
     def actor(self, weights: Weights, obs: Tensor) -> Any:
         """Distribution parameters for obs (..., D): logits (..., A), or (mean, log_std) of (..., A) each."""
         return self._actor_head(weights, self._trunk(weights, "actor", obs))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo.core.advantages import reverse_linear_recurrence
+from fastppo.core.programs import Normalization
 
 
 class RunningMoments(NamedTuple):
@@ -17,13 +18,13 @@ class RunningMoments(NamedTuple):
 
     mean: Tensor
     var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
 
 
 def init_moments(shape: tuple[int, ...], device: torch.device | str = "cpu") -> RunningMoments:
     """Nothing seen yet: mean 0, variance 1, count 0."""
-    options = {"dtype": torch.float64, "device": device}
-    return RunningMoments(torch.zeros(shape, **options), torch.ones(shape, **options), torch.zeros((), **options))
+    mean = torch.zeros(shape, dtype=torch.float64, device=device)
+    return RunningMoments(mean, torch.ones_like(mean), torch.zeros((), dtype=torch.float64, device=device))
 
 
 def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor) -> RunningMoments:
@@ -74,3 +75,12 @@ def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor
     delta = torch.cat((reward[:1] + gamma * carry, reward[1:]))
     running = reverse_linear_recurrence(decay.flip(0), delta.flip(0)).flip(0)  # (T, N)
     return running, running[-1] * alive[-1]
+
+
+def make_normalization(
+    obs_moments: RunningMoments | None, reward_scale: Tensor | None, return_mean: Tensor, return_std: Tensor
+) -> Normalization:
+    """What the programs take: the statistics as they stand, in float32."""
+    if obs_moments is None:
+        return Normalization(None, None, reward_scale, return_mean, return_std)
+    return Normalization(obs_moments.mean.float(), inverse_std(obs_moments), reward_scale, return_mean, return_std)

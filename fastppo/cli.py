@@ -1,0 +1,104 @@
+"""The command line that all verbs share: flags to settings, exceptions to exit codes. Costs no torch."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from fastppo.config import TrainConfig, flag
+from fastppo.errors import TrainingFault, UsageError, nearest
+from fastppo.presets import PRESETS
+
+T = TypeVar("T")
+
+# what may differ between a run and its continuation: how long, how it is shown and kept, never what is learned
+RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"}
+
+
+def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
+    """Call `verb(args)`; returns the exit code: 0, 2 for wrong use, 3 for a fault, 130 when interrupted."""
+    try:
+        verb(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except TrainingFault as error:
+        print(f"fault: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_train(args: Sequence[str]) -> TrainConfig:
+    """Flags of `fastppo.train` -> settings: the preset (or the resumed run's settings) first, then the other flags."""
+    resume = _value_of("--resume", args)
+    if resume is None:
+        name = _value_of("--preset", args) or "default"
+        if name not in PRESETS:
+            raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
+        default = PRESETS[name]
+        for given, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
+            if _value_of(flag(given), args) and _value_of(flag(other), args):
+                raise UsageError(f"{flag(given)} and {flag(other)} say the same thing twice: give one of them")
+            if _value_of(flag(given), args):
+                default = replace(default, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
+        return parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
+
+    run_dir = Path(resume)
+    if not (run_dir / "checkpoints" / "last.pt").exists():
+        raise UsageError(f"--resume {resume}: there is no checkpoints/last.pt to go on from")
+    before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
+    config = parse(TrainConfig, args, prog="python -m fastppo.train", default=before)
+    for spec in fields(TrainConfig):
+        old, new = getattr(before, spec.name), getattr(config, spec.name)
+        if old != new and spec.name not in RESUMABLE:
+            raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {resume} has {old}")
+    return config
+
+
+def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
+    """tyro's parser; what it reports about a wrong flag is folded into one or two lines and raised as UsageError."""
+    console = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(console):
+            if default is None:
+                return tyro.cli(kind, args=list(args), prog=prog)
+            return tyro.cli(kind, args=list(args), prog=prog, default=default)
+    except SystemExit as exit_:
+        if not exit_.code:  # --help
+            raise
+        raise UsageError(_fold(console.getvalue())) from None
+
+
+def _value_of(name: str, args: Sequence[str]) -> str | None:
+    """The value of one flag, read ahead of the parser because it decides the parser's defaults."""
+    value = None
+    for position, arg in enumerate(args):
+        given, equals, text = arg.partition("=")
+        if given.replace("_", "-") == name:
+            value = text if equals else args[position + 1] if position + 1 < len(args) else None
+    return value
+
+
+def _fold(box: str) -> str:
+    """tyro's framed report -> its first paragraph and, if it has one, its nearest flag."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if set(text) <= {"─"}:
+            paragraphs.append([])
+        elif not line.startswith("╭"):
+            paragraphs[-1].append(text.strip())
+    texts = [" ".join(lines) for lines in paragraphs if lines]
+    message = texts[0] if texts else box.strip()
+    for text in texts[1:]:
+        if text.startswith("Perhaps you meant"):
+            message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")
+    return message + " (all flags: --help)"

@@ -1,0 +1,245 @@
+"""Every setting of a training run, once: its name, type, default, help text and bounds. Knows nothing of how it is used.
+
+Importing this module costs no torch: `--help` and a wrong flag answer at once. The string under each field is its help text.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+from fastppo.errors import UsageError
+
+
+def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
+    """['a=1', 'b=text'] -> {'a': 1, 'b': 'text'}: values are JSON where they parse as such, else text."""
+    kwargs: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise UsageError(f"--env-kwargs takes KEY=VALUE pairs, got {pair!r}; write for example: --env-kwargs g=9.81")
+        try:
+            kwargs[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except json.JSONDecodeError:
+            kwargs[key] = text
+    return kwargs
+
+
+EnvKwargs = Annotated[
+    dict[str, Any],
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=_parse_env_kwargs,
+        is_instance=lambda instance: isinstance(instance, dict),
+        str_from_instance=lambda kwargs: [f"{key}={json.dumps(value)}" for key, value in kwargs.items()],
+    ),
+]
+
+Activation = Literal["tanh", "relu", "elu", "silu", "gelu"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a PPO agent on a Gymnasium environment."""
+
+    preset: str = "default"
+    """Settings to start from: default (CartPole-v1), article or continuous. Other flags override it."""
+    env_id: str = "CartPole-v1"
+    """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
+    env_kwargs: EnvKwargs = field(default_factory=dict)
+    """Keyword arguments for the environment, as KEY=VALUE."""
+    vectorization: Literal["auto", "entry-point", "sync", "async"] = "auto"
+    """How N environments become one: their own vector entry point, one process, or one each. auto: the first that exists."""
+    backend: Literal["auto", "gymnasium"] = "auto"
+    """Who runs the environments."""
+
+    num_envs: int = 8
+    """N, environments stepped in parallel."""
+    num_steps: int = 128
+    """T, steps of each environment per iteration."""
+    total_timesteps: int = 100_000
+    """Stop at the end of the iteration that completes this many transitions (autoreset steps are not counted)."""
+    num_iterations: int | None = None
+    """Stop after this many iterations instead of by total_timesteps."""
+
+    learning_rate: float = 1e-3
+    """Adam's step size."""
+    anneal_lr: bool = True
+    """Let the learning rate fall linearly to 0 over the run."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon."""
+    num_minibatches: int = 4
+    """Minibatches per epoch."""
+    minibatch_size: int | None = None
+    """M, rows per minibatch; set it instead of num_minibatches."""
+    update_epochs: int = 4
+    """E, passes over each rollout."""
+
+    advantage: Literal["gae", "monte-carlo"] = "gae"
+    """Advantage estimator: GAE(lambda), or the discounted reward to the end of episode or rollout minus the value."""
+    gamma: float = 0.99
+    """Discount factor."""
+    gae_lambda: float = 0.95
+    """Lambda of GAE."""
+    norm_adv: bool = True
+    """Standardise advantages in each minibatch."""
+    norm_returns: bool = False
+    """Standardise the returns of each rollout before the critic learns them (with --advantage monte-carlo)."""
+    norm_obs: bool = False
+    """Normalise observations by running mean and standard deviation."""
+    norm_reward: bool = False
+    """Divide rewards by the running standard deviation of the discounted return."""
+
+    clip_coef: float = 0.2
+    """Clip range of the probability ratio."""
+    anneal_clip: bool = False
+    """Let the clip range fall linearly to 0 over the run."""
+    clip_vloss: bool = False
+    """Clip the value's change as the ratio's."""
+    ent_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the squared value error, as in the paper and Stable-Baselines3 (CleanRL halves the error: 0.5 is 0.25 here)."""
+    max_grad_norm: float = 0.5
+    """Largest 2-norm of the gradient; inf: no clipping."""
+    target_kl: float | None = None
+    """Leave out the rest of an update once a minibatch's KL estimate exceeds this."""
+
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the hidden layers."""
+    activation: Activation = "tanh"
+    """Activation of the hidden layers."""
+    share_backbone: bool = False
+    """One network with two heads instead of an actor and a critic apart."""
+    log_std_init: float = 0.0
+    """Initial log standard deviation of continuous actions."""
+    squash_actions: bool = False
+    """Map continuous actions to the environment's bounds by tanh instead of clipping them."""
+
+    seed: int = 1
+    """Seed of every random generator: the same seed gives the same bits on the CPU."""
+    device: str = "auto"
+    """auto (the GPU when there is one), cpu, cuda or cuda:N."""
+    compile: Literal["off", "auto", "on"] = "auto"
+    """Compiled programs: never, when the whole run ends sooner with them, or always."""
+
+    run_dir: str | None = None
+    """Directory for everything the run writes; default runs/<env>__<seed>__<time>."""
+    resume: str | None = None
+    """Go on with the run in this directory from its last checkpoint."""
+    eval_episodes: int = 20
+    """Episodes of the evaluation of the best model at the end; 0: none."""
+    checkpoint_seconds: float = 30.0
+    """Longest time between checkpoints; 0: after every iteration."""
+    log_interval: int = 1
+    """Iterations between rows of metrics.csv and TensorBoard."""
+    plain: bool = False
+    """Log lines instead of the live display (always so when the output is no terminal)."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):  # JSON has no tuples; Python callers may pass lists
+            if isinstance(getattr(self, spec.name), list):
+                object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
+        for name, (holds, wanted) in _BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not holds(value)):
+                raise UsageError(f"{flag(name)} must be {wanted}, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UsageError(f"{flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if not all(isinstance(size, int) and size >= 1 for size in self.hidden_sizes):
+            raise UsageError(f"--hidden-sizes must be whole numbers of at least 1, got {' '.join(map(str, self.hidden_sizes))}")
+        if self.norm_returns and self.advantage != "monte-carlo":
+            raise UsageError("--norm-returns is for --advantage monte-carlo: set that too, or use --norm-reward")
+        if self.device not in ("auto", "cpu", "cuda") and not (
+            self.device.startswith("cuda:") and self.device.removeprefix("cuda:").isdigit()
+        ):
+            raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        self._check_minibatches()
+
+    def _check_minibatches(self) -> None:
+        name = "minibatch_size" if self.minibatch_size else "num_minibatches"
+        value = self.minibatch_size or self.num_minibatches
+        if self.batch_size % value:
+            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            below = max(d for d in divisors if d < value) if value > 1 else 1
+            above = min((d for d in divisors if d > value), default=self.batch_size)
+            legal = " or ".join(str(d) for d in dict.fromkeys((below, above)))
+            raise UsageError(
+                f"{flag(name)} {value} does not divide the batch of {self.batch_size} (--num-envs {self.num_envs} x "
+                f"--num-steps {self.num_steps}); nearest that do: {legal}"
+            )
+        if self.norm_adv and self.batch_size // self.minibatches_per_epoch < 2:
+            raise UsageError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches or set --no-norm-adv")
+
+    @property
+    def batch_size(self) -> int:
+        """B = T * N, rows of one rollout."""
+        return self.num_steps * self.num_envs
+
+    @property
+    def minibatches_per_epoch(self) -> int:
+        """B / M."""
+        return self.batch_size // self.minibatch_size if self.minibatch_size else self.num_minibatches
+
+    @property
+    def rows_per_minibatch(self) -> int:
+        """M."""
+        return self.batch_size // self.minibatches_per_epoch
+
+    def to_json(self) -> str:
+        """The settings as JSON text, for config.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, path: Path) -> "TrainConfig":
+        """Read config.json; raises UsageError when it is missing, damaged or from another version of fastppo."""
+        try:
+            data = json.loads(path.read_text())
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read ({error.strerror}): is this a run directory of fastppo?") from None
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: {error}") from None
+        known = {spec.name for spec in fields(cls)}
+        if not isinstance(data, dict) or not set(data) <= known:
+            unknown = sorted(set(data) - known) if isinstance(data, dict) else []
+            raise UsageError(f"{path} does not hold the settings of this version of fastppo (unknown: {', '.join(unknown)})")
+        return cls(**data)
+
+
+def flag(name: str) -> str:
+    """'num_envs' -> '--num-envs'."""
+    return "--" + name.replace("_", "-")
+
+
+def _at_least(bound: float) -> tuple[Callable[[float], bool], str]:
+    return (lambda x: math.isfinite(x) and x >= bound and (x == int(x))), f"a whole number of at least {bound}"
+
+
+_FINITE_POSITIVE = (lambda x: math.isfinite(x) and x > 0), "a number above 0"
+_FINITE_NOT_NEGATIVE = (lambda x: math.isfinite(x) and x >= 0), "a number of at least 0"
+_UNIT_INTERVAL = (lambda x: 0 <= x <= 1), "between 0 and 1"
+_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
+    ),
+    **dict.fromkeys(("update_epochs", "log_interval"), _at_least(1)),
+    **dict.fromkeys(("eval_episodes", "seed"), _at_least(0)),
+    **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),
+    **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds"), _FINITE_NOT_NEGATIVE),
+    **dict.fromkeys(("gamma", "gae_lambda"), _UNIT_INTERVAL),
+    "max_grad_norm": ((lambda x: x > 0), "above 0"),
+    "log_std_init": (math.isfinite, "a number"),
+}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "vectorization": ("auto", "entry-point", "sync", "async"),
+    "backend": ("auto", "gymnasium"),
+    "advantage": ("gae", "monte-carlo"),
+    "activation": ("tanh", "relu", "elu", "silu", "gelu"),
+    "compile": ("off", "auto", "on"),
+}

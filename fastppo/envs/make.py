@@ -1,0 +1,70 @@
+"""From an environment id to a gymnasium vector environment, or to one clear line why not. Costs no torch."""
+
+import importlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import VectorEnv
+
+from fastppo.errors import UsageError, nearest
+
+
+def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping[str, Any]) -> tuple[VectorEnv, str]:
+    """N environments as one.
+
+    Args:
+        env_id: a registered id, or module:Id to import the module that registers it.
+        vectorization: "entry-point" (the environment's own vector class), "sync" (one process), "async" (a process each), or
+            "auto": the entry point where there is one, else sync.
+
+    Returns:
+        The vector environment and the vectorization chosen.
+
+    Raises:
+        UsageError: unknown id, missing dependency, wrong arguments; names the flag.
+    """
+    spec = find_spec(env_id)
+    if vectorization == "auto":
+        vectorization = "entry-point" if spec.vector_entry_point is not None else "sync"
+    if vectorization == "entry-point" and spec.vector_entry_point is None:
+        raise UsageError(f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, async or auto")
+    mode = {"entry-point": "vector_entry_point"}.get(vectorization, vectorization)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium's advice on newer versions: the user chose this one
+            envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode=mode, **env_kwargs)
+    except gym.error.DependencyNotInstalled as error:
+        raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_first_line(error)}") from None
+    except TypeError as error:
+        raise UsageError(f"--env-kwargs do not fit {env_id}: {_first_line(error)}") from None
+    except Exception as error:
+        raise UsageError(f"--env-id {env_id} cannot be made: {type(error).__name__}: {_first_line(error)}") from None
+    return envs, vectorization
+
+
+def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """The registered spec of `env_id`; raises UsageError with the nearest known ids."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {_first_line(error)}") from None
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else _first_line(error)
+        raise UsageError(f"--env-id {name!r} {reason}{nearest(name, _newest_first(name))}") from None
+
+
+def _newest_first(name: str) -> list[str]:
+    """Registered ids; those with the same name and another version first in line for `nearest`, newest first."""
+    family = name.rpartition("-v")[0] or name
+    same = [env_id for env_id in gym.registry if env_id.rpartition("-v")[0].lower() == family.lower()]
+    return sorted(same, reverse=True) or list(gym.registry)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,105 @@
+"""Play episodes with a trained policy and report their returns: `python -m fastppo.evaluate RUN_DIR --episodes K`."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from fastppo.cli import parse, run
+from fastppo.config import TrainConfig
+from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.make import make_vec
+from fastppo.errors import TrainingFault, UsageError
+
+if TYPE_CHECKING:
+    from fastppo.policy.agent import Agent
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Play episodes with a run's policy; the last line of the output is one JSON object."""
+
+    run_dir: Annotated[str, tyro.conf.Positional]
+    """Directory of the run."""
+    episodes: int = 20
+    """Episodes to play."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which policy: the one with the highest mean return, or the one at the end."""
+    deterministic: bool = True
+    """Take the likeliest action; otherwise sample."""
+    seed: int = 0
+    """Seed of the environments and of sampling."""
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.seed < 0:
+            raise UsageError(f"--episodes must be at least 1 and --seed at least 0, got {self.episodes} and {self.seed}")
+
+
+def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, deterministic: bool = True) -> list[float]:
+    """True returns of `episodes` episodes.
+
+    Each environment plays a number of episodes fixed beforehand: taking the first to finish would favour short ones.
+    """
+    quota = np.full(envs.num_envs, episodes // envs.num_envs)
+    quota[: episodes % envs.num_envs] += 1
+    returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
+    running = np.zeros(envs.num_envs)
+    valid = np.ones(envs.num_envs, bool)
+    agent.seed(seed)
+    obs = envs.reset(seed)
+    while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
+        step = envs.step(agent.act(obs, deterministic))
+        obs = step.obs
+        running += np.where(valid, step.reward, 0.0)
+        done = (step.terminated | step.truncated) & valid
+        for index in np.flatnonzero(done):
+            returns[index].append(float(running[index]))
+            running[index] = 0.0
+        valid = ~done if not envs.keeps_final_obs else valid
+    return [value for played, wanted in zip(returns, quota, strict=True) for value in played[:wanted]]
+
+
+def evaluate_config(
+    agent: "Agent", config: TrainConfig, episodes: int, seed: int, deterministic: bool = True
+) -> dict[str, Any]:
+    """Evaluate in fresh environments made as training's were: `return_mean return_std episodes`."""
+    made, _ = make_vec(config.env_id, min(episodes, 8), config.vectorization, config.env_kwargs)
+    envs = AutoresetEnvs(made)
+    try:
+        returns = evaluate(agent, envs, episodes, seed, deterministic)
+    except (UsageError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise TrainingFault(f"an environment failed during evaluation: {type(error).__name__}: {error}") from error
+    finally:
+        envs.close()
+    return {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": len(returns)}
+
+
+def _main(args: Sequence[str]) -> None:
+    settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
+    config = TrainConfig.from_json(Path(settings.run_dir) / "config.json")
+    from fastppo.loading import load_policy  # imports torch: --help and wrong flags do not wait for it
+
+    agent = load_policy(settings.run_dir, settings.checkpoint)
+    result = evaluate_config(agent, config, settings.episodes, settings.seed, settings.deterministic)
+    spread = result["return_std"] / math.sqrt(result["episodes"])
+    print(
+        f"{config.env_id}: return {result['return_mean']:.2f} +- {spread:.2f} (standard error of {result['episodes']} episodes)"
+    )
+    print(json.dumps(result))
+
+
+def console(args: Sequence[str] | None = None) -> int:
+    """Entry point: the exit code."""
+    return run(_main, sys.argv[1:] if args is None else args)
+
+
+if __name__ == "__main__":
+    sys.exit(console())

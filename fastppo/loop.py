@@ -1,0 +1,445 @@
+"""Training, from top to bottom: collect a rollout, learn from it, move the statistics, log, repeat.
+
+`train(config)` is the whole job. What a step or an update computes is in core/; what is kept on disk is in run/.
+"""
+
+import math
+import platform
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastppo.config import TrainConfig
+from fastppo.core import programs
+from fastppo.core.adam import AdamState, init_adam
+from fastppo.core.programs import MINIBATCH_METRICS, Learned, Schedule
+from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.make import make_vec
+from fastppo.errors import TrainingFault, UsageError
+from fastppo.evaluate import evaluate_config
+from fastppo.loading import load_policy
+from fastppo.plot import plot_curves
+from fastppo.policy.agent import Agent, make_network, policy_state
+from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.normalization import (
+    RunningMoments,
+    discounted_return,
+    init_moments,
+    inverse_std,
+    make_normalization,
+    update_moments,
+)
+from fastppo.policy.spaces import ActionSpec, action_spec, check_obs_space
+from fastppo.rollout import HostCollector, allocate_rollout
+from fastppo.run.directory import RunDirectory, load_checkpoint
+from fastppo.run.display import make_display
+from fastppo.run.episodes import EpisodeStatistics
+from fastppo.run.loggers import Loggers
+
+SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
+MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns."""
+
+    run_dir: Path
+    summary: Mapping[str, Any]
+    policy: Agent
+
+
+@dataclass
+class TrainState:
+    """Everything that training moves and a checkpoint keeps."""
+
+    params: Tensor  # (P,), written in place: the weights that act are views of it
+    adam: AdamState
+    obs_moments: RunningMoments | None
+    return_moments: RunningMoments | None
+    return_carry: Tensor  # (N,), each environment's discounted reward so far
+    return_mean: Tensor  # () units of the critic, see Normalization
+    return_std: Tensor
+    generators: dict[str, torch.Generator]
+    episodes: EpisodeStatistics
+    iteration: int = 0
+    global_step: int = 0
+    seconds: float = 0.0
+    best_return: float = -math.inf
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train an agent as `config` says and keep everything in its run directory.
+
+    Raises:
+        UsageError: a setting that cannot be; nothing has been written.
+        TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
+        KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
+    """
+    # --- what is trained, where: everything that can be refused is refused before anything is written
+    device = choose_device(config.device)
+    tier = choose_tier(config.compile)
+    seeds = derive_seeds(config.seed)
+    made, vectorization = make_vec(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
+    envs = AutoresetEnvs(made)
+    obs_space = check_obs_space(made.single_observation_space)
+    action = action_spec(made.single_action_space, config.squash_actions)
+    network = make_network(obs_space, action, config)
+    state = init_state(config, network, obs_space.shape, device, seeds)
+
+    if config.resume:
+        directory = RunDirectory(Path(config.resume))
+        load_state(state, network, load_checkpoint(directory.last), directory.last)
+    else:
+        directory = RunDirectory.create(config.run_dir, config.env_id, config.seed)
+    directory.write_text(directory.config, config.to_json())
+    loggers = Loggers(directory.metrics, state.iteration if config.resume else None)
+    loggers.log_config(config.to_json())
+    display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
+    display.note(f"run directory {directory.path}")
+    display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization}")
+    display.note(f"device {device}, {tier} programs, {network.num_params:,} parameters")
+    if config.resume:
+        display.note(
+            f"going on from iteration {state.iteration}, step {state.global_step}; the environments start new episodes"
+        )
+
+    # --- the programs, and the buffers that they live in
+    rollout = allocate_rollout(config.num_steps, config.num_envs, obs_space, action, envs.keeps_final_obs, device)
+    rollout_tensors = dict(rollout.items())
+    permutation = torch.empty(config.update_epochs, config.batch_size, dtype=torch.int64, device=device)
+    weights = network.weights(state.params)
+    learn = partial(
+        programs.learn,
+        policy=network,
+        minibatch_size=config.rows_per_minibatch,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        advantage_estimator=config.advantage,
+        norm_returns=config.norm_returns,
+        norm_adv=config.norm_adv,
+        clip_vloss=config.clip_vloss,
+        vf_coef=config.vf_coef,
+        max_grad_norm=config.max_grad_norm,
+        target_kl=config.target_kl,
+        adam_eps=config.adam_eps,
+    )
+
+    best: dict[str, Any] | None = None  # the best policy since the last checkpoint, not yet on disk
+    recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
+    first_second, first_step = state.seconds, state.global_step
+    first_update_seconds = math.nan
+    last_checkpoint = time.monotonic()
+    stop = StopSignals()
+    try:
+        collector = HostCollector(envs, rollout, action)
+        collector.reset(seeds["environments"] + state.iteration)
+        progress = first_progress = progress_of(state, config)
+        while progress < 1.0 and not stop.received:
+            started = time.perf_counter()
+            normalization = normalization_of(state)
+
+            # collect: T steps of N environments under frozen parameters and statistics
+            noise = action.distribution.noise(
+                action.noise_shape(config.num_steps, config.num_envs), state.generators["actions"]
+            )
+            with torch.inference_mode():
+                phases = collector.collect(partial(programs.act, network, weights, normalization), noise)
+
+            # learn: E epochs of minibatches, one call
+            learn_started = time.perf_counter()
+            for epoch in permutation:
+                torch.randperm(config.batch_size, generator=state.generators["minibatches"], out=epoch)
+            schedule = schedule_at(progress, config, device)
+            with torch.no_grad():
+                learned = learn(state.params, state.adam, rollout_tensors, permutation, schedule, normalization)
+            metrics = read_metrics(learned)  # sync: once per iteration, for the log
+            state.params.copy_(learned.params)
+            state.adam = learned.adam
+            move_statistics(state, rollout_tensors, learned, config)
+            learn_seconds = time.perf_counter() - learn_started
+
+            # account
+            valid = collector.arrays["valid"][:-1]
+            terminated, truncated = collector.arrays["terminated"][:-1], collector.arrays["truncated"][:-1]
+            finished = state.episodes.update(collector.arrays["reward"][:-1], terminated | truncated, valid)
+            state.iteration += 1
+            state.global_step += int(valid.sum())
+            seconds = time.perf_counter() - started
+            state.seconds += seconds
+            if math.isnan(first_update_seconds):
+                first_update_seconds = state.seconds - first_second
+            recent.append((state.seconds - first_second, state.global_step - first_step))
+            progress = progress_of(state, config)
+
+            new_best = finished > 0 and len(state.episodes.returns) >= MIN_BEST_EPISODES
+            new_best = new_best and state.episodes.return_mean >= state.best_return
+            improved = new_best and state.episodes.return_mean > state.best_return
+            if new_best:
+                state.best_return = state.episodes.return_mean
+                # the parameters that played those episodes are the ones before this update by a hair; these are kept
+                best = checkpoint_of(state, network, obs_space, action)
+
+            row: dict[str, int | float] = {
+                "iteration": state.iteration,
+                "global_step": state.global_step,
+                "seconds": round(state.seconds, 6),
+                "sps": (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]),
+                "episodic_return_mean": state.episodes.return_mean,
+                "episodic_length_mean": state.episodes.length_mean,
+                "episodes": state.episodes.episodes,
+                "terminations": int((terminated & valid).sum()),
+                "truncations": int((truncated & ~terminated & valid).sum()),
+                "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - config.ent_coef * metrics["entropy"],
+                **metrics,
+                "learning_rate": schedule.learning_rate.item(),
+                "env_share": phases.env / seconds,
+                "act_share": phases.act / seconds,
+                "learn_share": learn_seconds / seconds,
+            }
+            if state.iteration % config.log_interval == 0 or progress >= 1.0:
+                loggers.log(row)
+            eta = (state.seconds - first_second) * (1.0 - progress) / max(progress - first_progress, 1e-9)
+            display.update({**row, "new_best": improved}, progress, eta)
+            if time.monotonic() - last_checkpoint >= config.checkpoint_seconds:
+                write_checkpoints(directory, state, network, obs_space, action, best)
+                best = None
+                last_checkpoint = time.monotonic()
+        write_checkpoints(directory, state, network, obs_space, action, best)
+    except TrainingFault as fault:
+        write_checkpoints(directory, state, network, obs_space, action, best)
+        directory.write_text(directory.fault, traceback.format_exc())
+        raise TrainingFault(
+            f"iteration {state.iteration + 1}: {fault}\n"
+            f"iterations up to {state.iteration} are kept, details in {directory.fault}; go on with: --resume {directory.path}"
+        ) from fault
+    finally:
+        display.close()
+        loggers.close()
+        envs.close()
+        stop.restore()
+
+    # --- what came out
+    if not directory.best.exists():  # no episode ended: the last policy is the only one there is
+        directory.save_checkpoint(directory.best, checkpoint_of(state, network, obs_space, action))
+    agent = load_policy(directory.path)
+    summary: dict[str, Any] = {
+        "env_id": config.env_id,
+        "seed": config.seed,
+        "global_step": state.global_step,
+        "iterations": state.iteration,
+        "seconds": state.seconds,
+        "sps": (state.global_step - first_step) / max(state.seconds - first_second, 1e-9),
+        "first_update_seconds": first_update_seconds,
+        "compile_seconds": 0.0,
+        "tier": tier,
+        "backend": f"gymnasium/{vectorization}",
+        "device": str(device),
+        "best_return_mean": state.best_return,
+        "eval_return_mean": math.nan,
+        "eval_return_std": math.nan,
+        "eval_episodes": 0,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("fastppo", "torch", "gymnasium", "numpy", "tensordict")},
+    }
+    plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
+    if config.eval_episodes and not stop.received:
+        result = evaluate_config(agent, config, config.eval_episodes, seeds["evaluation"])
+        summary |= {f"eval_{key}": value for key, value in result.items()}
+        display.note(
+            f"best model: return {result['return_mean']:.1f} +- {result['return_std']:.1f} in {result['episodes']} episodes"
+        )
+    directory.write_json(directory.summary, summary)
+    display.note(
+        f"{state.global_step:,} steps in {state.seconds:.1f} s, {summary['sps']:,.0f} steps/s; results in {directory.path}"
+    )
+    if stop.received:
+        display.note(f"stopped by {stop.name}; go on with: python -m fastppo.train --resume {directory.path}")
+        raise stop.exception()
+    return TrainResult(directory.path, summary, agent)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that --device names; auto is the GPU when there is one. Raises UsageError for one that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return device
+
+
+def choose_tier(wanted: str) -> str:
+    """How the programs run. Raises UsageError for a tier that is not there."""
+    if wanted == "on":
+        raise UsageError("--compile on: this version has eager programs only; use --compile auto or off")
+    return "eager"
+
+
+def derive_seeds(seed: int) -> dict[str, int]:
+    """Independent streams from one seed: each random generator has its own."""
+    names = ("parameters", "actions", "minibatches", "environments", "evaluation")
+    numbers = np.random.SeedSequence(seed).generate_state(len(names))
+    return {name: int(number) % 2**31 for name, number in zip(names, numbers, strict=True)}
+
+
+def init_state(
+    config: TrainConfig, network: MLPActorCritic, obs_shape: tuple[int, ...], device: torch.device, seeds: Mapping[str, int]
+) -> TrainState:
+    """Fresh parameters and statistics."""
+    params = network.init(torch.Generator().manual_seed(seeds["parameters"])).to(device)
+    return TrainState(
+        params=params,
+        adam=init_adam(params),
+        obs_moments=init_moments(obs_shape, device) if config.norm_obs else None,
+        return_moments=init_moments((), device) if config.norm_reward else None,
+        return_carry=torch.zeros(config.num_envs, device=device),
+        return_mean=torch.zeros((), device=device),
+        return_std=torch.ones((), device=device),
+        generators={name: torch.Generator(device).manual_seed(seeds[name]) for name in ("actions", "minibatches")},
+        episodes=EpisodeStatistics(config.num_envs),
+    )
+
+
+def progress_of(state: TrainState, config: TrainConfig) -> float:
+    """Share of the run that is done: iterations where --num-iterations was given, else steps."""
+    if config.num_iterations is not None:
+        return state.iteration / config.num_iterations
+    return state.global_step / config.total_timesteps
+
+
+def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> Schedule:
+    """Learning rate and clip range for the iteration that starts at `progress`."""
+    rest = 1.0 - progress
+    learning_rate = config.learning_rate * (rest if config.anneal_lr else 1.0)
+    clip_coef = config.clip_coef * (rest if config.anneal_clip else 1.0)
+    return Schedule(*(torch.tensor(value, device=device) for value in (learning_rate, clip_coef, config.ent_coef)))
+
+
+def normalization_of(state: TrainState) -> programs.Normalization:
+    """The statistics as they stand, frozen for one iteration."""
+    reward_scale = None if state.return_moments is None else inverse_std(state.return_moments)
+    return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std)
+
+
+def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: Learned, config: TrainConfig) -> None:
+    """Take the rollout's valid rows into the statistics of observations and returns."""
+    state.return_mean, state.return_std = learned.return_mean, learned.return_std
+    valid = rollout["valid"][:-1]
+    if state.obs_moments is not None:
+        state.obs_moments = update_moments(state.obs_moments, rollout["obs"][:-1].flatten(0, 1), valid.flatten())
+    if state.return_moments is not None:
+        done = rollout["terminated"][:-1] | rollout["truncated"][:-1]
+        running, state.return_carry = discounted_return(rollout["reward"][:-1], done, valid, state.return_carry, config.gamma)
+        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
+
+
+def read_metrics(learned: Learned) -> dict[str, float]:
+    """Means over the minibatches that moved the parameters; raises TrainingFault where one is not finite."""
+    rows = learned.minibatch_metrics.cpu().numpy()  # (E * B / M, K)
+    columns = dict(zip(MINIBATCH_METRICS, rows.T, strict=True))
+    applied = columns["applied"] > 0
+    if not np.isfinite(rows).all() or not bool(learned.params.isfinite().all()):
+        index, key = np.argwhere(~np.isfinite(rows))[0] if not np.isfinite(rows).all() else (len(rows) - 1, -1)
+        name = MINIBATCH_METRICS[key] if key >= 0 else "parameters"
+        raise TrainingFault(f"{name} is not finite in minibatch {index} of the update, which was not applied")
+    seen = applied if applied.any() else np.ones_like(applied)
+    means = {key: float(column[seen].mean()) for key, column in columns.items()}
+    return {
+        **{key: means[key] for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")},
+        "explained_variance": float(learned.explained_variance),
+        "grad_norm": means["grad_norm"],
+        "updates": int(applied.sum()),
+    }
+
+
+def checkpoint_of(state: TrainState, network: MLPActorCritic, obs_space: Any, action: ActionSpec) -> dict[str, Any]:
+    """The state as plain data: tensors, numbers, lists and dicts."""
+    normalization = normalization_of(state)
+    return {
+        "format": 1,
+        "policy": policy_state(network, state.params, obs_space, action.space, state.obs_moments, normalization),
+        "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
+        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
+        "generators": {name: generator.get_state() for name, generator in state.generators.items()},
+        "episodes": state.episodes.state_dict(),
+        "iteration": state.iteration,
+        "global_step": state.global_step,
+        "seconds": state.seconds,
+        "best_return": state.best_return,
+    }
+
+
+def load_state(state: TrainState, network: MLPActorCritic, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Put `checkpoint_of`'s result back. The environments are not in it: they start new episodes."""
+    try:
+        policy, device = checkpoint["policy"], state.params.device
+        state.params.copy_(network.flatten(policy["weights"]))
+        state.adam = AdamState(**{key: value.to(device) for key, value in checkpoint["adam"].items()})
+        if policy["obs_moments"] is not None:
+            state.obs_moments = RunningMoments(*(moment.to(device) for moment in policy["obs_moments"]))
+        if checkpoint["return_moments"] is not None:
+            state.return_moments = RunningMoments(*(moment.to(device) for moment in checkpoint["return_moments"]))
+        state.return_mean, state.return_std = policy["return_mean"].to(device), policy["return_std"].to(device)
+        for name, generator in state.generators.items():
+            generator.set_state(checkpoint["generators"][name])
+        state.episodes.load_state_dict(checkpoint["episodes"])
+        state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
+        state.seconds, state.best_return = checkpoint["seconds"], checkpoint["best_return"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--resume: {path} does not fit the run's config.json ({error})") from None
+
+
+def write_checkpoints(
+    directory: RunDirectory,
+    state: TrainState,
+    network: MLPActorCritic,
+    obs_space: Any,
+    action: ActionSpec,
+    best: dict[str, Any] | None,
+) -> None:
+    """best.pt where there is a new one, then last.pt."""
+    if best is not None:
+        directory.save_checkpoint(directory.best, best)
+    directory.save_checkpoint(directory.last, checkpoint_of(state, network, obs_space, action))
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask the loop to stop after this iteration; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.restore()
+        self.received = number
+
+    def restore(self) -> None:
+        """Put the handlers from before back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def name(self) -> str:
+        """Of the signal received."""
+        return signal.Signals(self.received or 0).name
+
+    def exception(self) -> BaseException:
+        """What ends the process with 128 + the signal's number."""
+        return KeyboardInterrupt() if self.received == signal.SIGINT else SystemExit(128 + signal.SIGTERM)

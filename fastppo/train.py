@@ -1,0 +1,38 @@
+"""The command line of training: `python -m fastppo.train --num-envs 8`. The loop itself is in loop.py."""
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from fastppo.cli import parse_train, run
+from fastppo.config import TrainConfig
+from fastppo.envs.make import find_spec
+
+
+def _main(args: Sequence[str]) -> None:
+    config = parse_train(args)
+    find_spec(config.env_id)
+    from fastppo.loop import train  # imports torch: --help and wrong flags do not wait for it
+
+    train(config)
+
+
+def console(args: Sequence[str] | None = None) -> int:
+    """Entry point: the exit code."""
+    return run(_main, sys.argv[1:] if args is None else args)
+
+
+class _CallableModule(ModuleType):
+    """`from fastppo import train` gives this module once it has been imported, the function before: both can be called."""
+
+    def __call__(self, config: TrainConfig) -> Any:
+        from fastppo.loop import train
+
+        return train(config)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(console())
