@@ -62,6 +62,8 @@ class TrainConfig:
     """N, environments stepped in parallel."""
     num_steps: int = 128
     """T, steps of each environment per iteration."""
+    reset_each_rollout: bool = False
+    """Start every rollout with new episodes; those under way at its end are cut there, as by a time limit."""
     total_timesteps: int = 100_000
     """Stop at the end of the iteration that completes this many transitions (autoreset steps are not counted)."""
     num_iterations: int | None = None
@@ -125,6 +127,8 @@ class TrainConfig:
     """Seed of every random generator: the same seed gives the same bits on the CPU."""
     device: str = "auto"
     """auto (the GPU when there is one), cpu, cuda or cuda:N."""
+    num_threads: int | None = None
+    """CPU threads of the programs; default: one where an update is small (a second one costs more than it gives), else all."""
     compile: Literal["off", "auto", "on"] = "auto"
     """Compiled programs: never, when the whole run ends sooner with them, or always."""
 
@@ -228,7 +232,7 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
-    **dict.fromkeys(("update_epochs", "log_interval"), _at_least(1)),
+    **dict.fromkeys(("update_epochs", "log_interval", "num_threads"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),
     **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds"), _FINITE_NOT_NEGATIVE),

@@ -91,6 +91,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
+    threads_before = torch.get_num_threads()
     tier = choose_tier(config.compile)
     seeds = derive_seeds(config.seed)
     made, vectorization = make_vec(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
@@ -111,7 +112,8 @@ def train(config: TrainConfig) -> TrainResult:
     display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
     display.note(f"run directory {directory.path}")
     display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization}")
-    display.note(f"device {device}, {tier} programs, {network.num_params:,} parameters")
+    torch.set_num_threads(choose_threads(config, network))
+    display.note(f"device {device}, {torch.get_num_threads()} CPU threads, {tier} programs, {network.num_params:,} parameters")
     if config.resume:
         display.note(
             f"going on from iteration {state.iteration}, step {state.global_step}; the environments start new episodes"
@@ -157,7 +159,10 @@ def train(config: TrainConfig) -> TrainResult:
                 action.noise_shape(config.num_steps, config.num_envs), state.generators["actions"]
             )
             with torch.inference_mode():
-                phases = collector.collect(partial(programs.act, network, weights, normalization), noise)
+                if config.reset_each_rollout and state.iteration > 0:
+                    collector.reset(None)
+                act = partial(programs.act, network, weights, normalization)
+                phases = collector.collect(act, noise, cut=config.reset_each_rollout)
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
@@ -231,6 +236,7 @@ def train(config: TrainConfig) -> TrainResult:
         loggers.close()
         envs.close()
         stop.restore()
+        torch.set_num_threads(threads_before)
 
     # --- what came out
     if not directory.best.exists():  # no episode ended: the last policy is the only one there is
@@ -287,6 +293,16 @@ def choose_tier(wanted: str) -> str:
     if wanted == "on":
         raise UsageError("--compile on: this version has eager programs only; use --compile auto or off")
     return "eager"
+
+
+def choose_threads(config: TrainConfig, network: MLPActorCritic) -> int:
+    """--num-threads, or one thread for a minibatch of fewer than 16 M multiplications: handing over costs more than it gives.
+
+    Measured with 9,155 parameters on two cores: one thread is faster at 256 rows, two are at 4096 (benchmarks/LOG.md).
+    """
+    if config.num_threads is not None:
+        return config.num_threads
+    return 1 if config.rows_per_minibatch * network.num_params < 2**24 else torch.get_num_threads()
 
 
 def derive_seeds(seed: int) -> dict[str, int]:

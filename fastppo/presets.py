@@ -10,6 +10,7 @@ PRESETS: dict[str, TrainConfig] = {
         num_envs=8,
         num_steps=128,
         num_iterations=100,
+        reset_each_rollout=True,  # each of the article's actors starts anew
         num_minibatches=4,
         update_epochs=3,
         learning_rate=2.5e-4,

@@ -69,17 +69,18 @@ class HostCollector:
         self.action_rows = rollout["action"].unbind(0)
         self.host_obs_rows = self.host["obs"].unbind(0)
 
-    def reset(self, seed: int) -> None:
-        """Start all environments; their first observation waits in row T, from where `collect` takes it."""
+    def reset(self, seed: int | None) -> None:
+        """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
         self.arrays["obs"][-1] = self.envs.reset(seed)
         self.arrays["valid"][-1] = True
 
-    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor) -> Phases:
+    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """Fill rows 0 .. T-1 and the bootstrap row T.
 
         Args:
             act: (obs (N, ...), noise (N, ...)) -> action (N, ...), on the rollout's device.
             noise: (T, N, ...).
+            cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
         Raises:
             TrainingFault: an environment raised, or returned a number that is not finite.
@@ -115,6 +116,8 @@ class HostCollector:
             valid[1:] = True
         else:
             valid[1:] = ~(terminated[:-1] | truncated[:-1])
+        if cut:
+            truncated[-2] |= valid[-2] & ~terminated[-2]
         self._check_finite()
         if not self.on_host:
             self.rollout.update_(self.host)

@@ -51,8 +51,8 @@ class AutoresetEnvs:
         """True when steps carry `final_obs`: every row is then a transition."""
         return self.mode is not AutoresetMode.NEXT_STEP
 
-    def reset(self, seed: int) -> Array:
-        """First observations, (N, ...)."""
+    def reset(self, seed: int | None) -> Array:
+        """First observations, (N, ...); None: the environments' random numbers go on where they are."""
         obs: Array = self.envs.reset(seed=seed)[0]
         return obs
 

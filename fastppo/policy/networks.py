@@ -132,4 +132,4 @@ class MLPActorCritic:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x @ weight + bias, as one matrix product whatever the batch axes. (..., in), (in, out), (out,) -> (..., out)."""
-    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])

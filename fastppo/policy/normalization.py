@@ -61,7 +61,7 @@ def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor
     """The running discounted reward of each environment, R[t] = gamma * (1 - done[t-1]) * R[t-1] + reward[t].
 
     Its standard deviation is the scale of the critic's targets; rewards are divided by it (Engstrom et al., 2020, arXiv
-    2005.12729; gymnasium's NormalizeReward).
+    2005.12729; Stable-Baselines3's VecNormalize, whose treatment of episode ends this is).
 
     Args:
         reward (T, N) float, done and valid (T, N) bool; carry (N,): what R[-1] leaves for row 0, 0 after an end.

@@ -1,0 +1,288 @@
+"""Tiny environments whose right answers are known. Importing this module registers them; it knows nothing of fastppo.
+
+Their ids work as `environments:Id-v0` wherever the tests directory is on the path (pytest puts it there).
+"""
+
+import os
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+
+class Walk(gym.Env):
+    """Everything an episode does follows from the seed and the actions: its length of 1 to 7 steps, and how it ends."""
+
+    observation_space = Box(-10.0, 10.0, (3,), np.float32)
+    action_space = Discrete(3)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length = int(self.np_random.integers(1, 8))
+        self.truncates = bool(self.np_random.integers(2))
+        self.position = self.np_random.uniform(-1.0, 1.0)
+        self.elapsed = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.elapsed += 1
+        self.position = 0.9 * self.position + 0.3 * (int(action) - 1)
+        ended = self.elapsed == self.length
+        return self._obs(), 1.0 + self.position, ended and not self.truncates, ended and self.truncates, {}
+
+    def _obs(self):
+        return np.array([self.position, self.elapsed / 8, self.length / 8], np.float32)
+
+
+class WalkVector(SyncVectorEnv):
+    """Walks in a chosen autoreset mode; with `bribe`, the reset-only step of next-step mode pays that much."""
+
+    def __init__(self, num_envs, mode="NextStep", bribe=0.0):
+        super().__init__([Walk] * num_envs, autoreset_mode=AutoresetMode(mode))
+        self.bribe = bribe
+        self.ended = np.zeros(num_envs, bool)
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = super().step(actions)
+        reward = reward + self.bribe * self.ended
+        self.ended = terminated | truncated
+        return obs, reward, terminated, truncated, info
+
+
+class FaultyVector(SyncVectorEnv):
+    """Walks of which environment `index` fails in vector step `at`, as long as the file `marker` exists.
+
+    kind: "obs" or "reward" become nan, "raise" raises with a message of `lines` lines.
+    """
+
+    def __init__(self, num_envs, kind, index, at, marker, lines=1):
+        super().__init__([Walk] * num_envs)
+        self.kind, self.index, self.at, self.marker, self.lines = kind, index, at, marker, lines
+        self.steps = 0
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = super().step(actions)
+        if self.steps == self.at and os.path.exists(self.marker):
+            if self.kind == "raise":
+                raise RuntimeError("\n".join(["the wheel came off", *["and another line"] * (self.lines - 1)]))
+            (obs if self.kind == "obs" else reward)[self.index] = np.nan
+        self.steps += 1
+        return obs, reward, terminated, truncated, info
+
+
+class Fragile(gym.Env):
+    """Fails where it is told to: in "reset", in "step", or by a first observation that is "nan"."""
+
+    observation_space = Box(-10.0, 10.0, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, where):
+        self.where = where
+        self.elapsed = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if self.where == "reset":
+            raise RuntimeError("the wheel came off")
+        return np.full(2, np.nan if self.where == "nan" else 0.0, np.float32), {}
+
+    def step(self, action):
+        self.elapsed += 1
+        if self.where == "step" and self.elapsed == 10:
+            raise RuntimeError("the wheel came off")
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+class Lengths(gym.Env):
+    """Half of the episodes last 1 step and half 25, as the seed has it; each step pays 1, so the return is the length."""
+
+    observation_space = Box(-1.0, 1.0, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.choice([1, 25]))
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.left -= 1
+        return np.zeros(1, np.float32), 1.0, self.left == 0, False, {}
+
+
+class Recorder(gym.Env):
+    """Keeps the actions it is given in `received`; episodes of 5 steps, observations of the space it is made with."""
+
+    def __init__(self, observation_space=None, action_space=None):
+        self.observation_space = observation_space or Box(-1.0, 1.0, (2,), np.float32)
+        self.action_space = action_space or Discrete(2)
+        self.received = []
+        self.elapsed = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.elapsed = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.received.append(np.array(action))
+        self.elapsed += 1
+        return self.observation_space.sample(), 0.0, self.elapsed == 5, False, {}
+
+
+class Spaces(Recorder):
+    """Spaces that the trainer does not take: which = "action", "integer-action", "dict-obs" or "discrete-obs"."""
+
+    def __init__(self, which):
+        number = Box(-1.0, 1.0, (2,), np.float32)
+        super().__init__(
+            {"dict-obs": Dict(position=number), "discrete-obs": Discrete(5)}.get(which, number),
+            {"action": MultiDiscrete([2, 3]), "integer-action": Box(0, 5, (1,), np.int64)}.get(which, Discrete(2)),
+        )
+
+
+class OneStep(gym.Env):
+    """A probe: one observation, one action, one reward, the end."""
+
+    observation_space = Box(-1.0, 1.0, (1,), np.float32)
+    action_space = Discrete(2)
+    observations = (0.0,)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs = np.array([self.np_random.choice(self.observations)], np.float32)
+        return self.obs, {}
+
+    def step(self, action):
+        return self.obs, self.reward(self.obs[0], action), True, False, {}
+
+
+class ConstantReward(OneStep):
+    """V = 1."""
+
+    def reward(self, obs, action):
+        return 1.0
+
+
+class RewardIsObservation(OneStep):
+    """V(obs) = obs, which is -1 or 1."""
+
+    observations = (-1.0, 1.0)
+
+    def reward(self, obs, action):
+        return float(obs)
+
+
+class ActionDecides(OneStep):
+    """Action 1 pays 1, action 0 costs 1: V = 1 once that is learned."""
+
+    def reward(self, obs, action):
+        return 1.0 if action == 1 else -1.0
+
+
+class ActionMeetsObservation(OneStep):
+    """Action 1 is right at obs 1 and action 0 at obs -1."""
+
+    observations = (-1.0, 1.0)
+
+    def reward(self, obs, action):
+        return 1.0 if (action == 1) == (obs > 0) else -1.0
+
+
+class RewardAtTheEnd(gym.Env):
+    """Two steps, obs 0 then 1, the second pays 1: V(1) = 1 and V(0) = gamma."""
+
+    observation_space = Box(-1.0, 1.0, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.elapsed = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.elapsed += 1
+        return np.ones(1, np.float32), float(self.elapsed == 2), self.elapsed == 2, False, {}
+
+
+class Forever(gym.Env):
+    """Nothing changes, each step pays 1, and only a time limit ends it: V = 1 / (1 - gamma)."""
+
+    observation_space = Box(-1.0, 1.0, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 1.0, False, False, {}
+
+
+class IdentityDiscrete(gym.Env):
+    """Name the number that is lit, 16 times: 1 for each right answer."""
+
+    observation_space = Box(0.0, 1.0, (4,), np.float32)
+    action_space = Discrete(4)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.elapsed = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        reward = float(action == self.number)
+        self.elapsed += 1
+        return self._obs(), reward, self.elapsed == 16, False, {}
+
+    def _obs(self):
+        self.number = int(self.np_random.integers(4))
+        return np.eye(4, dtype=np.float32)[self.number]
+
+
+class IdentityBox(gym.Env):
+    """Say the two numbers that are shown, 16 times: minus the squared error."""
+
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.elapsed = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        reward = -float(np.square(action - self.number).sum())
+        self.elapsed += 1
+        return self._obs(), reward, self.elapsed == 16, False, {}
+
+    def _obs(self):
+        self.number = self.np_random.uniform(-0.8, 0.8, 2)
+        return self.number.astype(np.float32)
+
+
+def _register(env_id, **spec):
+    if env_id not in gym.registry:
+        gym.register(env_id, disable_env_checker=True, **spec)
+
+
+for _id, _class in {
+    "Walk-v0": Walk,
+    "Walk-v1": Walk,
+    "Fragile-v0": Fragile,
+    "Lengths-v0": Lengths,
+    "Recorder-v0": Recorder,
+    "Spaces-v0": Spaces,
+    "ProbeConstantReward-v0": ConstantReward,
+    "ProbeRewardIsObservation-v0": RewardIsObservation,
+    "ProbeRewardAtTheEnd-v0": RewardAtTheEnd,
+    "ProbeActionDecides-v0": ActionDecides,
+    "ProbeActionMeetsObservation-v0": ActionMeetsObservation,
+    "IdentityDiscrete-v0": IdentityDiscrete,
+    "IdentityBox-v0": IdentityBox,
+}.items():
+    _register(_id, entry_point=_class)
+_register("ProbeTimeLimit-v0", entry_point=Forever, max_episode_steps=4)
+_register("WalkVector-v0", vector_entry_point=WalkVector)
+_register("FaultyVector-v0", vector_entry_point=FaultyVector)

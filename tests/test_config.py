@@ -1,0 +1,181 @@
+"""Settings: every flag once, read by the command line and by Python alike, refused where they cannot be."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+
+from fastppo import TrainConfig, UsageError
+from fastppo.cli import parse_train
+from fastppo.config import flag
+from fastppo.presets import PRESETS
+from fastppo.train import console
+
+
+def test_help_lists_every_flag_once(capsys):
+    """Each setting is a flag with a help text under its own name."""
+    with pytest.raises(SystemExit) as exit_:
+        console(["--help"])
+    assert not exit_.value.code
+    text = capsys.readouterr().out
+    words = text.replace("|", " ").replace(",", " ").split()
+    for spec in fields(TrainConfig):
+        listed = [word for word in words if word == flag(spec.name)]
+        assert listed, spec.name
+
+
+def test_help_and_errors_do_not_wait_for_torch(tmp_path):
+    """--help and a wrong flag answer at once: nothing heavy is imported for them, and both take well under a second."""
+    code = (
+        "import sys\n"
+        "from fastppo.train import console\n"
+        "assert console(['--num-envs', 'x']) == 2\n"
+        "assert console(['--env-id', 'CartPol-v1']) == 2\n"
+        "assert console(['--resume', 'nowhere']) == 2\n"
+        "try:\n"
+        "    console(['--help'])\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "heavy = {'torch', 'tensordict', 'torchrl', 'matplotlib', 'tensorboard'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment, capture_output=True)
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "fastppo.train", "--help"]
+        subprocess.run(command, check=True, cwd=tmp_path, env=environment, capture_output=True)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 2.0  # 1 s on an idle machine; the tests share theirs
+
+
+def test_flags_reach_the_settings():
+    """Each kind of flag: number, switch and its opposite, choice, several values, KEY=VALUE, nothing for the rest."""
+    config = parse_train(
+        [
+            "--env-id",
+            "Pendulum-v1",
+            "--num-envs",
+            "4",
+            "--gamma",
+            "0.9",
+            "--norm-obs",
+            "--no-anneal-lr",
+            "--advantage",
+            "monte-carlo",
+            "--hidden-sizes",
+            "32",
+            "16",
+            "--target-kl",
+            "0.02",
+            "--env-kwargs",
+            "g=9.81",
+            "render=None",
+            "fast=True",
+            "name=abc",
+            "shape=[1,2]",
+        ]
+    )
+    assert config == TrainConfig(
+        env_id="Pendulum-v1",
+        num_envs=4,
+        gamma=0.9,
+        norm_obs=True,
+        anneal_lr=False,
+        advantage="monte-carlo",
+        hidden_sizes=(32, 16),
+        target_kl=0.02,
+        env_kwargs={"g": 9.81, "render": None, "fast": True, "name": "abc", "shape": [1, 2]},
+    )
+    assert parse_train([]) == TrainConfig()
+    assert parse_train(["--num_envs=4"]).num_envs == 4
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_and_flags_over_them(name):
+    """--preset sets its values, flags given with it win wherever they stand, and config.json names the preset."""
+    assert parse_train(["--preset", name]) == PRESETS[name]
+    assert PRESETS[name].preset == name
+    assert parse_train(["--gamma", "0.5", "--preset", name, "--seed", "9"]) == replace(PRESETS[name], gamma=0.5, seed=9)
+    assert parse_train([f"--preset={name}"]) == PRESETS[name]
+
+
+def test_the_articles_values():
+    """ARTICLE.md's table, value by value: --preset article is that system."""
+    config = PRESETS["article"]
+    assert (config.num_envs, config.num_steps, config.num_iterations) == (8, 128, 100)
+    assert (config.clip_coef, config.update_epochs, config.rows_per_minibatch) == (0.1, 3, 256)
+    assert (config.learning_rate, config.gamma, config.vf_coef, config.ent_coef) == (2.5e-4, 0.99, 1.0, 0.01)
+    assert (config.seed, config.eval_episodes) == (0, 5)
+    assert (config.hidden_sizes, config.activation) == ((100, 100), "relu")
+    assert (config.advantage, config.norm_returns) == ("monte-carlo", True)
+    assert (config.anneal_lr, config.anneal_clip) == (True, True)
+
+
+def test_steps_replace_a_presets_iterations():
+    """--total-timesteps on a preset that counts iterations counts steps, and --minibatch-size replaces the number of them."""
+    config = parse_train(["--preset", "article", "--total-timesteps", "5000"])
+    assert (config.total_timesteps, config.num_iterations) == (5000, None)
+    config = parse_train(["--preset", "article", "--minibatch-size", "128"])
+    assert (config.rows_per_minibatch, config.minibatches_per_epoch) == (128, 8)
+
+
+def test_derived_values():
+    """B, M and B / M, by hand."""
+    config = TrainConfig(num_envs=3, num_steps=20, num_minibatches=4)
+    assert (config.batch_size, config.minibatches_per_epoch, config.rows_per_minibatch) == (60, 4, 15)
+    config = TrainConfig(num_envs=3, num_steps=20, minibatch_size=20)
+    assert (config.batch_size, config.minibatches_per_epoch, config.rows_per_minibatch) == (60, 3, 20)
+
+
+def test_settings_are_frozen():
+    """No part of the program can change them on the way."""
+    with pytest.raises(FrozenInstanceError):
+        TrainConfig().num_envs = 3
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_json_and_back(name, tmp_path):
+    """config.json holds all of it: tuples, infinities and mappings too."""
+    config = replace(PRESETS[name], env_kwargs={"g": 9.8, "names": ["a"]}, hidden_sizes=(7,), max_grad_norm=float("inf"))
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert TrainConfig.from_json(tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"num_envs": 0}, "--num-envs"),
+        ({"num_envs": 2.5}, "--num-envs"),
+        ({"num_envs": True}, "--num-envs"),
+        ({"num_steps": float("nan")}, "--num-steps"),
+        ({"gae_lambda": -0.1}, "--gae-lambda"),
+        ({"clip_coef": 0.0}, "--clip-coef"),
+        ({"max_grad_norm": 0.0}, "--max-grad-norm"),
+        ({"target_kl": -1.0}, "--target-kl"),
+        ({"vf_coef": "much"}, "--vf-coef"),
+        ({"activation": "swish"}, "--activation"),
+        ({"compile": "maybe"}, "--compile"),
+        ({"hidden_sizes": (64, 0)}, "--hidden-sizes"),
+        ({"device": "gpu"}, "--device"),
+        ({"norm_returns": True}, "--norm-returns"),
+        ({"num_minibatches": 7}, r"--num-minibatches 7 .*4 or 8"),
+        ({"minibatch_size": 5000}, r"--minibatch-size 5000 .*1024"),
+        ({"num_envs": 1, "num_steps": 4}, "--norm-adv"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_refused_from_python(settings, named):
+    """The same bounds hold for keyword arguments: a bad value fails at construction and names the flag."""
+    with pytest.raises(UsageError, match=named):
+        TrainConfig(**settings)
+
+
+def test_settings_that_look_odd_but_are_meant():
+    """Legal extremes are not refused."""
+    TrainConfig(gamma=1.0, gae_lambda=0.0, ent_coef=0.0, max_grad_norm=float("inf"), eval_episodes=0, seed=0)
+    TrainConfig(hidden_sizes=(), num_envs=1, num_steps=1, num_minibatches=1, norm_adv=False)

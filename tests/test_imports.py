@@ -1,0 +1,132 @@
+"""The direction of imports: data flows one way, and the maths at the bottom knows nothing of what is above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fastppo
+
+ROOT = Path(fastppo.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Under each prefix of ours, the only modules of ours that may be imported. The first prefix that fits counts; a module
+# that fits none (train, evaluate, export, plot, cli, ...) stands at the top and may import everything.
+ALLOWED = {
+    "fastppo.core": ("fastppo.core",),
+    "fastppo.policy": ("fastppo.core", "fastppo.policy", "fastppo.errors"),
+    "fastppo.envs": ("fastppo.core.scan", "fastppo.envs", "fastppo.errors"),
+    "fastppo.rollout": ("fastppo.core", "fastppo.envs", "fastppo.policy", "fastppo.errors"),
+    "fastppo.run": ("fastppo.run", "fastppo.errors"),
+    "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
+    "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
+    "fastppo.errors": (),  # a leaf: two exceptions, which every layer above the maths may raise
+}
+
+COMPILERS = ("torch.compile", "torch.compiler", "torch._inductor", "torch._dynamo", "torch._export", "torch.jit")
+CUDA_GRAPHS = ("torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.graphs", "torch.cuda.make_graphed_callables")
+
+
+def under(name, prefix):
+    """Whether a dotted name is the prefix or lies below it: fastppo.run is not above fastppo.runner."""
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def module_name(path):
+    """fastppo/core/adam.py -> fastppo.core.adam; a package's __init__ is the package."""
+    parts = ("fastppo", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(source, package):
+    """Every dotted name that the source imports, wherever in it: `from a import b` counts as a.b, relative ones resolved."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            origin = ".".join([*base, node.module] if node.module else base)
+            names |= {f"{origin}.{alias.name}" for alias in node.names}
+    return names
+
+
+def named(source):
+    """Every dotted name that the source imports or spells out, `torch.compile` for one."""
+    attributes = {ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    return imported(source, "") | attributes
+
+
+def forbidden_imports(source, module, package):
+    """Imports of ours that the module has no business with."""
+    allowed = next((names for prefix, names in ALLOWED.items() if under(module, prefix)), ("fastppo",))
+    ours = {name for name in imported(source, package) if under(name, "fastppo")}
+    return {name for name in ours if not any(under(name, prefix) for prefix in allowed)}
+
+
+def package_of(path):
+    """The package that relative imports in this file start from."""
+    return module_name(path.parent / "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_downwards(path):
+    """core knows nothing of ours; policy knows core; envs know core.scan; rollout knows envs, policy and core; run nothing
+
+    of the algorithm; configuration only itself. Imports inside functions and under TYPE_CHECKING count.
+    """
+    assert forbidden_imports(path.read_text(), module_name(path), package_of(path)) == set()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if module_name(path) != "fastppo.core.compilation"], ids=module_name)
+def test_only_one_module_names_the_compiler(path):
+    """Compilation wraps whole functions from outside: torch.compile, Inductor and CUDA graphs live in core/compilation.py."""
+    assert {name for name in named(path.read_text()) if any(under(name, tool) for tool in (*COMPILERS, *CUDA_GRAPHS))} == set()
+
+
+def test_every_layer_was_looked_at():
+    """The walk finds the package: were it empty, everything above would pass."""
+    names = {module_name(path) for path in FILES}
+    assert {"fastppo", "fastppo.core.programs", "fastppo.policy.networks"} <= names
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("fastppo.core.adam", "import torch\nfrom fastppo.core import losses", set()),
+        ("fastppo.core.adam", "def f():\n    from fastppo.policy import networks", {"fastppo.policy.networks"}),
+        ("fastppo.core.adam", "import fastppo", {"fastppo"}),
+        ("fastppo.core.adam", "from .. import config", {"fastppo.config"}),
+        ("fastppo.core.adam", "from .losses import masked_mean", set()),
+        ("fastppo.core.adam", "if TYPE_CHECKING:\n    import fastppo.envs.make", {"fastppo.envs.make"}),
+        ("fastppo.policy.networks", "from fastppo.rollout import allocate", {"fastppo.rollout.allocate"}),
+        ("fastppo.envs.cartpole", "from fastppo.core.scan import scan", set()),
+        ("fastppo.envs.cartpole", "from fastppo.core import scan", set()),
+        ("fastppo.envs.cartpole", "from fastppo.core.programs import act", {"fastppo.core.programs.act"}),
+        ("fastppo.rollout", "from fastppo.envs.make import make\nfrom fastppo.run.log import Log", {"fastppo.run.log.Log"}),
+        ("fastppo.run.checkpoint", "from fastppo.config import TrainConfig", {"fastppo.config.TrainConfig"}),
+        ("fastppo.config", "from fastppo.train import train", {"fastppo.train.train"}),
+        ("fastppo.train", "from fastppo.core.programs import learn\nimport fastppo.run.log", set()),
+    ],
+)
+def test_the_check_itself(module, source, found):
+    """The rules bite where they should and nowhere else, on sources written here."""
+    assert forbidden_imports(source, module, module.rpartition(".")[0]) == found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch\nf = torch.compile(g)", True),
+        ("from torch import compile", True),
+        ("import torch._inductor.config as c", True),
+        ("from torch.cuda import CUDAGraph", True),
+        ("import torch\nwith torch.cuda.graph(g): pass", True),
+        ("import torch\ntorch.compiler.reset()", True),
+        ("import re\nre.compile('x')\nconfig.compile", False),
+        ("import torch\ntorch.cuda.is_available()", False),
+    ],
+)
+def test_the_compiler_check_itself(source, found):
+    """Using, importing or configuring the compiler is seen however it is spelled; re.compile and a flag are not it."""
+    assert any(under(name, tool) for name in named(source) for tool in (*COMPILERS, *CUDA_GRAPHS)) is found
