@@ -85,8 +85,11 @@ def evaluate_config(
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
     config = TrainConfig.from_json(Path(settings.run_dir) / "config.json")
-    from fastppo.loading import load_policy  # imports torch: --help and wrong flags do not wait for it
+    import torch  # here, so that --help and wrong flags do not wait for it
 
+    from fastppo.loading import load_policy
+
+    torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
     agent = load_policy(settings.run_dir, settings.checkpoint)
     result = evaluate_config(agent, config, settings.episodes, settings.seed, settings.deterministic)
     spread = result["return_std"] / math.sqrt(result["episodes"])

@@ -89,9 +89,16 @@ def train(config: TrainConfig) -> TrainResult:
         TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
         KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
     """
+    threads = torch.get_num_threads()
+    try:
+        return _train(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(config: TrainConfig) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
-    threads_before = torch.get_num_threads()
     tier = choose_tier(config.compile)
     seeds = derive_seeds(config.seed)
     made, vectorization = make_vec(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
@@ -113,7 +120,7 @@ def train(config: TrainConfig) -> TrainResult:
     display.note(f"run directory {directory.path}")
     display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization}")
     torch.set_num_threads(choose_threads(config, network))
-    display.note(f"device {device}, {torch.get_num_threads()} CPU threads, {tier} programs, {network.num_params:,} parameters")
+    display.note(f"device {device}, CPU threads: {torch.get_num_threads()}, {tier} programs, {network.num_params:,} parameters")
     if config.resume:
         display.note(
             f"going on from iteration {state.iteration}, step {state.global_step}; the environments start new episodes"
@@ -236,7 +243,6 @@ def train(config: TrainConfig) -> TrainResult:
         loggers.close()
         envs.close()
         stop.restore()
-        torch.set_num_threads(threads_before)
 
     # --- what came out
     if not directory.best.exists():  # no episode ended: the last policy is the only one there is

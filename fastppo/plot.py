@@ -31,6 +31,8 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
         axes.plot(steps, [float(row[key]) for row in rows], linewidth=1.5)
         axes.set_title(label, fontsize=10)
         axes.grid(alpha=0.3)
+        if key == "value_loss":
+            axes.set_yscale("log")  # it falls by orders of magnitude
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
     for axes in figure.axes[-3:]:
         axes.set_xlabel("environment steps")

@@ -1,0 +1,13 @@
+# Sourced by train.sh and test.sh: makes .venv if there is none, installs fastppo into it, and leaves $python set.
+# Usage: . scripts/setup.sh [extra]      A second run finds its mark and starts at once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extra=${1:-}
+python=.venv/bin/python
+mark=.venv/.installed${extra:+-$extra}
+if ! [ -e "$mark" ] || [ pyproject.toml -nt "$mark" ]; then
+    echo "setting up .venv (once)" >&2
+    [ -x "$python" ] || "${PYTHON:-python3}" -m venv .venv
+    "$python" -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" >&2
+    touch "$mark"
+fi

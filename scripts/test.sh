@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Test: sets up .venv on the first run, then lints, type-checks and runs pytest with the arguments given.
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+if [ $# -eq 0 ]; then
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+    set -- -n "$(nproc)"
+fi
+exec "$python" -m pytest "$@"
