@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -43,19 +44,14 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         name = _value_of("--preset", args) or "default"
         if name not in PRESETS:
             raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
-        default = PRESETS[name]
-        for given, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
-            if _value_of(flag(given), args) and _value_of(flag(other), args):
-                raise UsageError(f"{flag(given)} and {flag(other)} say the same thing twice: give one of them")
-            if _value_of(flag(given), args):
-                default = replace(default, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
+        default = _without_rivals(PRESETS[name], args)
         return parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
 
     run_dir = Path(resume)
     if not (run_dir / "checkpoints" / "last.pt").exists():
         raise UsageError(f"--resume {resume}: there is no checkpoints/last.pt to go on from")
     before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
-    config = parse(TrainConfig, args, prog="python -m fastppo.train", default=before)
+    config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     for spec in fields(TrainConfig):
         old, new = getattr(before, spec.name), getattr(config, spec.name)
         if old != new and spec.name not in RESUMABLE:
@@ -77,6 +73,16 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
         raise UsageError(_fold(console.getvalue())) from None
 
 
+def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:
+    """`default` without the settings that a given flag replaces. Raises UsageError when both ways of saying it are given."""
+    for given, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
+        if _value_of(flag(given), args) and _value_of(flag(other), args):
+            raise UsageError(f"{flag(given)} and {flag(other)} say the same thing twice: give one of them")
+        if _value_of(flag(given), args):
+            default = replace(default, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
+    return default
+
+
 def _value_of(name: str, args: Sequence[str]) -> str | None:
     """The value of one flag, read ahead of the parser because it decides the parser's defaults."""
     value = None
@@ -90,12 +96,12 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
 def _fold(box: str) -> str:
     """tyro's framed report -> its first paragraph and, if it has one, its nearest flag."""
     paragraphs: list[list[str]] = [[]]
-    for line in box.splitlines():
-        text = line.strip("│╭╮╰╯ ")
-        if set(text) <= {"─"}:
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is the frame's title
+        text = line.strip("│╰╯ ")
+        if set(text) <= {"─", "-"}:
             paragraphs.append([])
-        elif not line.startswith("╭"):
-            paragraphs[-1].append(text.strip())
+        else:
+            paragraphs[-1].append(text)
     texts = [" ".join(lines) for lines in paragraphs if lines]
     message = texts[0] if texts else box.strip()
     for text in texts[1:]:

@@ -22,3 +22,9 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """'; nearest: a, b' for an error message, or '' when nothing known resembles `word`."""
     matches = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
     return f"; nearest: {', '.join(matches)}" if matches else ""
+
+
+def brief(error: BaseException) -> str:
+    """'ValueError: the first line of its message', for an error of somebody else's code inside a message of ours."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

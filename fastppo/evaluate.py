@@ -15,7 +15,7 @@ from fastppo.cli import parse, run
 from fastppo.config import TrainConfig
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
-from fastppo.errors import TrainingFault, UsageError
+from fastppo.errors import TrainingFault, UsageError, brief
 
 if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
@@ -76,7 +76,7 @@ def evaluate_config(
     except (UsageError, KeyboardInterrupt):
         raise
     except Exception as error:
-        raise TrainingFault(f"an environment failed during evaluation: {type(error).__name__}: {error}") from error
+        raise TrainingFault(f"an environment failed during evaluation: {brief(error)}") from error
     finally:
         envs.close()
     return {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": len(returns)}

@@ -15,7 +15,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.errors import TrainingFault
+from fastppo.errors import TrainingFault, brief
 from fastppo.policy.spaces import ActionSpec
 
 
@@ -71,7 +71,10 @@ class HostCollector:
 
     def reset(self, seed: int | None) -> None:
         """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
-        self.arrays["obs"][-1] = self.envs.reset(seed)
+        try:
+            self.arrays["obs"][-1] = self.envs.reset(seed)
+        except Exception as error:
+            raise TrainingFault(f"an environment failed to reset: {brief(error)}") from error
         self.arrays["valid"][-1] = True
 
     def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
@@ -103,8 +106,7 @@ class HostCollector:
             try:
                 step = self.envs.step(env_action)
             except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                raise TrainingFault(f"an environment failed in step {t} of the rollout: {what}") from error
+                raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
             obs[t + 1], reward[t] = step.obs, step.reward
             terminated[t], truncated[t] = step.terminated, step.truncated
             if step.final_obs is not None:
@@ -130,13 +132,12 @@ class HostCollector:
             if array is None or np.isfinite(array).all():
                 continue
             step, env, *_ = np.argwhere(~np.isfinite(array))[0]
-            # obs[t] came out of step t-1
-            made_by = step - 1 if key == "obs" else step
-            action = self.arrays["action"][max(made_by, 0), env]
-            raise TrainingFault(
-                f"{key} of environment {env} is not finite ({array[step, env]}) after step {made_by} of the rollout, "
-                f"action {action}; the update was not made"
-            )
+            made_by = step - 1 if key == "obs" else step  # obs[t] came out of step t-1
+            what = f"{key} of environment {env} is not finite ({array[step, env]})"
+            if made_by < 0:
+                raise TrainingFault(f"{what} after a reset; the update was not made")
+            action = self.arrays["action"][made_by, env]
+            raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:

@@ -181,6 +181,16 @@ class ActionDecides(OneStep):
         return 1.0 if action == 1 else -1.0
 
 
+class RiseAndFall(OneStep):
+    """Pays more with each episode up to the 40th, then less again, whatever is done."""
+
+    episodes = 0
+
+    def reward(self, obs, action):
+        self.episodes += 1
+        return -abs(self.episodes - 40.0)
+
+
 class ActionMeetsObservation(OneStep):
     """Action 1 is right at obs 1 and action 0 at obs -1."""
 
@@ -278,6 +288,7 @@ for _id, _class in {
     "ProbeRewardIsObservation-v0": RewardIsObservation,
     "ProbeRewardAtTheEnd-v0": RewardAtTheEnd,
     "ProbeActionDecides-v0": ActionDecides,
+    "RiseAndFall-v0": RiseAndFall,
     "ProbeActionMeetsObservation-v0": ActionMeetsObservation,
     "IdentityDiscrete-v0": IdentityDiscrete,
     "IdentityBox-v0": IdentityBox,

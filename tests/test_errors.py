@@ -184,7 +184,6 @@ def test_resume_refuses_what_changes_the_run(flags, named, finished, capsys):
         (lambda run: os.truncate(run / "checkpoints" / "last.pt", 2000), "last.pt"),
         (lambda run: torch.save([1, 2], run / "checkpoints" / "last.pt"), "last.pt"),
         (lambda run: torch.save({"format": 1}, run / "checkpoints" / "last.pt"), "last.pt"),
-        (lambda run: torch.save({"policy": _Foreign()}, run / "checkpoints" / "last.pt"), "last.pt"),
         (lambda run: (run / "config.json").unlink(), "config.json"),
         (lambda run: (run / "config.json").write_text("{"), "config.json"),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
@@ -197,7 +196,6 @@ def test_resume_refuses_what_changes_the_run(flags, named, finished, capsys):
         "cut",
         "list",
         "other-keys",
-        "foreign",
         "no-config",
         "cut-config",
         "list-config",
@@ -216,10 +214,23 @@ def test_a_damaged_run_is_not_resumed(damage, named, finished, tmp_path, capsys)
 
 
 class _Foreign:
-    """Something whose unpickling would run code."""
+    """Something whose unpickling runs code."""
 
     def __reduce__(self):
-        return os.getcwd, ()
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(finished, tmp_path, monkeypatch, capsys):
+    """A run directory from somebody else is data: what would run on unpickling is refused, by resuming and by evaluating."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "run")
+    for name in ("last", "best"):
+        torch.save({"format": 1, "policy": _Foreign()}, f"run/checkpoints/{name}.pt")
+    assert console(["--resume", "run"]) == 2
+    assert "last.pt" in lines_of(capsys)
+    assert evaluate_console(["run"]) == 2
+    assert "best.pt" in lines_of(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_resume_of_an_empty_directory(tmp_path, capsys):

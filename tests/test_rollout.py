@@ -9,12 +9,14 @@ from environments import Recorder, Walk
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from fastppo import TrainConfig, TrainingFault, train
-from fastppo.core.adam import init_adam
+from fastppo import TrainConfig, TrainingFault, load_policy, train
+from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Schedule, act, learn
 from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.make import make_vec
+from fastppo.loop import derive_seeds
 from fastppo.policy.agent import make_network
-from fastppo.policy.normalization import init_moments, make_normalization, update_moments
+from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
 from fastppo.policy.spaces import action_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 
@@ -253,3 +255,60 @@ def test_ratio_is_1_on_the_first_minibatch_of_a_run(tmp_path, settings):
     assert [int(row["updates"]) for row in rows] == [1] * 6
     assert all(abs(float(row["approx_kl"])) < 1e-9 for row in rows)
     assert all(float(row["clipfrac"]) == 0.0 for row in rows)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
+    """Acting and learning of an iteration both see the parameters and statistics that the iteration began with.
+
+    Two iterations of a run, made again here from the checkpoint before them with those numbers and the checkpoint's
+    generators, give the parameters and statistics of the run to the bit. (The ratio alone cannot tell: `learn` computes old and
+    new log-probabilities under the same statistics, whatever the actions were chosen under.)
+    """
+    settings = {"num_envs": 4, "num_steps": 32, "learning_rate": 1e-2, "anneal_lr": False, "norm_obs": True}
+    config = TrainConfig(env_id=env_id, run_dir=str(tmp_path), num_iterations=3, eval_episodes=0, **settings)
+    train(config)
+    policy = load_policy(tmp_path, "last")
+    before = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    train(TrainConfig(**{**vars(config), "resume": str(tmp_path), "num_iterations": 5}))
+    after = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+
+    envs = AutoresetEnvs(make_vec(env_id, 4, "auto", {})[0])
+    rollout = allocate_rollout(32, 4, policy.obs_space, policy.action, envs.keeps_final_obs, CPU)
+    collector = HostCollector(envs, rollout, policy.action)
+    collector.reset(derive_seeds(config.seed)["environments"] + 3)
+    generators = {name: torch.Generator() for name in before["generators"]}
+    for name, generator in generators.items():
+        generator.set_state(before["generators"][name])
+    params, adam, moments = policy.params, AdamState(**before["adam"]), RunningMoments(*before["policy"]["obs_moments"])
+    for _ in range(2):
+        normalization = make_normalization(moments, None, torch.zeros(()), torch.ones(()))
+        weights = policy.network.weights(params)
+        noise = policy.action.distribution.noise(policy.action.noise_shape(32, 4), generators["actions"])
+        collector.collect(lambda obs, step_noise, w=weights, n=normalization: act(policy.network, w, n, obs, step_noise), noise)
+        learned = learn(
+            params,
+            adam,
+            dict(rollout.items()),
+            torch.stack([torch.randperm(128, generator=generators["minibatches"]) for _ in range(config.update_epochs)]),
+            Schedule(torch.tensor(1e-2), torch.tensor(config.clip_coef), torch.tensor(config.ent_coef)),
+            normalization,
+            policy=policy.network,
+            minibatch_size=config.rows_per_minibatch,
+            gamma=config.gamma,
+            gae_lambda=config.gae_lambda,
+            advantage_estimator=config.advantage,
+            norm_returns=config.norm_returns,
+            norm_adv=config.norm_adv,
+            clip_vloss=config.clip_vloss,
+            vf_coef=config.vf_coef,
+            max_grad_norm=config.max_grad_norm,
+            target_kl=config.target_kl,
+            adam_eps=config.adam_eps,
+        )
+        params, adam = learned.params, learned.adam
+        moments = update_moments(moments, rollout["obs"][:-1].flatten(0, 1), rollout["valid"][:-1].flatten())
+    envs.close()
+    assert torch.equal(params, policy.network.flatten(after["policy"]["weights"]))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(moments, after["policy"]["obs_moments"], strict=True))
+    assert not torch.equal(params, policy.params)

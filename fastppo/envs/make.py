@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
-from fastppo.errors import UsageError, nearest
+from fastppo.errors import UsageError, brief, nearest
 
 
 def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping[str, Any]) -> tuple[VectorEnv, str]:
@@ -40,7 +40,7 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     except TypeError as error:
         raise UsageError(f"--env-kwargs do not fit {env_id}: {_first_line(error)}") from None
     except Exception as error:
-        raise UsageError(f"--env-id {env_id} cannot be made: {type(error).__name__}: {_first_line(error)}") from None
+        raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     return envs, vectorization
 
 
@@ -50,8 +50,8 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if module:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {_first_line(error)}") from None
+        except Exception as error:  # whatever somebody's module may raise
+            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {brief(error)}") from None
     try:
         return gym.spec(name)
     except gym.error.Error as error:

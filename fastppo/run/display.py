@@ -116,7 +116,7 @@ class LiveDisplay:
         curve.add_row(
             Text("return", style="dim"),
             Text(f"{number(row['episodic_return_mean']):>8}", style="bold green"),
-            Text(sparkline(self._returns, width - 50), style="green"),
+            Text(sparkline(self._returns, width - 26 - len(self._best)), style="green"),
             Text(f"best {self._best}", style="dim"),
         )
         grid = Table.grid(padding=(0, 2))
