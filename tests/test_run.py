@@ -419,6 +419,9 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path):
     rows = rows_of(run_dir)
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5]
     assert all(None not in row and None not in row.values() for row in rows)
+    events = EventAccumulator(str(run_dir))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("losses/value_loss")] == [int(row["global_step"]) for row in rows]
 
 
 def test_total_timesteps_may_be_raised(tmp_path):
