@@ -202,11 +202,10 @@ def learn(
 
     flat_obs = obs[:num_steps].flatten(0, 1)  # (B, ...), a view where nothing was normalised
     flat_action = action.flatten(0, 1)
-    # one gather fetches all five scalars of a row
-    scalars = torch.stack((log_prob, advantage, value_target, value, weight), -1).flatten(0, 1)  # (B, 5)
+    scalars = torch.stack((log_prob, advantage, value_target, value, weight)).flatten(1)  # (5, B)
 
-    def minibatch_loss(params: Tensor, index: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        old_log_prob, advantage, value_target, old_value, weight = scalars[index].unbind(-1)  # (M,) each
+    def minibatch_loss(params: Tensor, index: Tensor, scalars: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (M,) each
         dist, value = policy.actor_critic(policy.weights(params), flat_obs[index])
         log_ratio = policy.log_prob(dist, flat_action[index]) - old_log_prob
         # rows that are no transitions may hold anything: their ratio is 1 by definition
@@ -228,9 +227,11 @@ def learn(
         metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation.amax(), weight.sum())
         return loss, tuple(metric.detach() for metric in metrics)
 
-    def step(carry: tuple[Tensor, AdamState, Tensor], index: Tensor) -> tuple[tuple[Tensor, AdamState, Tensor], Tensor]:
+    def step(
+        carry: tuple[Tensor, AdamState, Tensor], minibatch: tuple[Tensor, ...]
+    ) -> tuple[tuple[Tensor, AdamState, Tensor], Tensor]:
         params, adam, running = carry  # running: () bool, false once the KL stop has fired
-        grad, aux = grad_and_aux(minibatch_loss, params, index)
+        grad, aux = grad_and_aux(minibatch_loss, params, *minibatch)
         policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation, rows = aux
         if target_kl is not None:
             running = running & (approx_kl <= target_kl)
@@ -243,7 +244,9 @@ def learn(
         return (params, adam, running), torch.stack(y)
 
     running = torch.ones((), dtype=torch.bool, device=params.device)
-    minibatches = permutation.reshape(-1, minibatch_size)  # (E * B / M, M)
+    index = permutation.reshape(-1, minibatch_size)  # (E * B / M, M)
+    # the scalars of all minibatches are gathered at once, so that each minibatch reads five contiguous rows
+    minibatches = (index, scalars[:, index].movedim(0, 1).contiguous())  # (E * B / M, 5, M)
     (params, adam, _), minibatch_metrics = scan(step, (params, adam, running), minibatches)
     return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std)
 
