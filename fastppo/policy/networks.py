@@ -78,30 +78,40 @@ class MLPActorCritic:
         return params
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of the flat buffer `params`, (P,), by name."""
+        """Views of the flat buffer `params`, (P,), by name.
+
+        A head's matrix (features, A) lies in the buffer as (A, features): with A = 2 its gradient takes MKL 4 us instead of
+        25, the forward product 6 instead of 22 (256 rows, one thread).
+        """
         parts = params.split([math.prod(shape) for shape in self.shapes.values()])
-        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+        return {
+            name: part.view(shape[::-1]).mT if name.endswith("head.weight") else part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def flatten(self, weights: Weights) -> Tensor:
         """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
         for name, shape in self.shapes.items():
             if tuple(weights[name].shape) != shape:
                 raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {shape}")
-        return torch.cat([weights[name].flatten() for name in self.shapes])
+        return torch.cat(
+            [(weights[name].mT if name.endswith("head.weight") else weights[name]).flatten() for name in self.shapes]
+        )
 
     def actor(self, weights: Weights, obs: Tensor) -> Any:
         """Distribution parameters for obs (..., D): logits (..., A), or (mean, log_std) of (..., A) each."""
-        return self._actor_head(weights, self._trunk(weights, "actor", obs))
+        (features,) = self._features(weights, obs, self._trunks[:1])
+        return self._actor_head(weights, features, obs.shape[:-1])
 
     def critic(self, weights: Weights, obs: Tensor) -> Tensor:
         """V(obs): (..., D) -> (...)."""
-        return self._critic_head(weights, self._trunk(weights, "critic", obs))
+        (features,) = self._features(weights, obs, self._trunks[-1:])
+        return self._critic_head(weights, features, obs.shape[:-1])
 
     def actor_critic(self, weights: Weights, obs: Tensor) -> tuple[Any, Tensor]:
         """Both; a shared backbone runs once."""
-        actor_features = self._trunk(weights, "actor", obs)
-        critic_features = actor_features if self.share_backbone else self._trunk(weights, "critic", obs)
-        return self._actor_head(weights, actor_features), self._critic_head(weights, critic_features)
+        features = self._features(weights, obs, self._trunks)
+        return self._actor_head(weights, features[0], obs.shape[:-1]), self._critic_head(weights, features[-1], obs.shape[:-1])
 
     def sample(self, dist: Any, noise: Tensor) -> Tensor:
         """An action from the distribution and its noise."""
@@ -115,21 +125,31 @@ class MLPActorCritic:
         """Entropy in nats, (...)."""
         return self.distribution.entropy(dist)
 
-    def _trunk(self, weights: Weights, network: str, x: Tensor) -> Tensor:
+    @property
+    def _trunks(self) -> tuple[str, ...]:
+        return ("backbone",) if self.share_backbone else ("actor", "critic")
+
+    def _features(self, weights: Weights, obs: Tensor, trunks: tuple[str, ...]) -> Tensor:
+        """Last hidden layer of each trunk: (..., D) -> (K, R, features), K trunks and R rows.
+
+        The trunks are of one shape and run as one batched product: with 256 rows a 64x64 layer of both, forward and backward,
+        takes 91 us instead of 133 on two cores, because each core works through a network of its own.
+        """
         activation = ACTIVATIONS[self.activation]
-        trunk = "backbone" if self.share_backbone else network
+        x = obs.flatten(0, -2).expand(len(trunks), -1, -1)  # (K, R, D)
         for layer in range(len(self.hidden_sizes)):
-            x = activation(linear(x, weights[f"{trunk}.{layer}.weight"], weights[f"{trunk}.{layer}.bias"]))
+            weight, bias = (
+                torch.stack([weights[f"{trunk}.{layer}.{part}"] for trunk in trunks]) for part in ("weight", "bias")
+            )  # (K, in, out), (K, out)
+            x = activation(torch.baddbmm(bias.unsqueeze(1), x, weight))
         return x
 
-    def _actor_head(self, weights: Weights, features: Tensor) -> Any:
-        out = linear(features, weights["actor.head.weight"], weights["actor.head.bias"])  # (..., A)
+    def _actor_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Any:
+        # transposed, (A, R): a narrow output as A long rows, so that what follows reads whole vectors of it
+        out = torch.addmm(weights["actor.head.bias"].unsqueeze(1), weights["actor.head.weight"].mT, features.mT)
+        out = out.mT.unflatten(0, shape)  # (..., A)
         return (out, weights["actor.log_std"].expand_as(out)) if "actor.log_std" in weights else out
 
-    def _critic_head(self, weights: Weights, features: Tensor) -> Tensor:
-        return linear(features, weights["critic.head.weight"], weights["critic.head.bias"]).squeeze(-1)
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight + bias, as one matrix product whatever the batch axes. (..., in), (in, out), (out,) -> (..., out)."""
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], weight.shape[1])
+    def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
+        value = torch.mv(features, weights["critic.head.weight"].squeeze(1)) + weights["critic.head.bias"]  # (R,)
+        return value.unflatten(0, shape)
