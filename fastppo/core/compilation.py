@@ -1,0 +1,442 @@
+"""The compiled tier on the CPU: a whole `learn` as one shared library. Knows no algorithm, no environment, no configuration.
+
+The only module that names Inductor. `learn` is traced once (make_fx: no Dynamo, so nothing of the algorithm has to be written
+for it), its loop becomes PyTorch's scan operator, Inductor writes C++ for all of it and g++ makes a library. That library is
+what the cache holds, so a second process loads it without importing Inductor, tracing or compiling anything.
+
+    try:
+        fast_learn = load_learn(learn, example, cache_dir)       # milliseconds; None where the cache has nothing
+        fast_learn = fast_learn or compile_learn(learn, example, cache_dir)   # tens of seconds of one core
+        building = BackgroundCompile(learn, example, cache_dir)  # or: the same in another process,
+        fast_learn = building.poll()                             # None until it is ready
+    except CompileError as reason:                               # one line; eager goes on
+        ...
+
+`learn` is functools.partial(programs.learn, policy=..., minibatch_size=..., ...), `example` the tuple of its positional
+arguments: the library fits tensors of exactly those shapes, dtypes and strides.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import os
+import pickle
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastppo.core.adam import AdamState
+from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.programs import Learned
+
+Example = tuple[Any, ...]
+Layout = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+
+INDUCTOR_OPTIONS: dict[str, Any] = {
+    "cpp_wrapper": True,
+    # The pattern matcher costs 2 s of tracing its own patterns, and what it would find here (addmm, whose bias is copied into
+    # the output before the product) is slower than the bias in the kernel of the activation.
+    "pattern_matcher": False,
+    # Precompiled headers cost 16 s once and save 4 s a compilation. A cached program is compiled once.
+    "aot_inductor.precompile_headers": False,
+    # Inductor would compile and run a test program (2.5 s) to learn what /proc/cpuinfo already told it.
+    "cpp.vec_isa_ok": True,
+}
+
+
+class CompileError(RuntimeError):
+    """This program cannot be compiled or loaded here. The message is one line; training goes on eagerly."""
+
+
+class CompiledLearn:
+    """A loaded library behind the signature of `learn`: (params, adam, rollout, permutation, schedule, normalization)."""
+
+    def __init__(self, library: Path, layout: Layout, num_threads: int) -> None:
+        """layout: shapes, strides and dtypes that the library was compiled for. Raises CompileError when it does not load."""
+        self._layout = layout
+        self._num_threads = num_threads
+        try:
+            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+        except RuntimeError as error:
+            raise CompileError(f"the compiled program does not load: {_first_line(error)}") from error
+
+    def __call__(self, *args: Any) -> Learned:
+        """As `programs.learn`. Raises CompileError for tensors, or a number of threads, that it was not compiled for."""
+        tensors = _tensors(args)
+        # The library trusts its caller: wrong shapes, or more threads than its partial sums have room for, would be read and
+        # written out of bounds. 10 us a call.
+        if _layout(tensors) != self._layout:
+            raise CompileError("the compiled program was made for tensors of other shapes, strides or types")
+        if torch.get_num_threads() != self._num_threads:
+            raise CompileError(f"the compiled program was made for torch.set_num_threads({self._num_threads})")
+        params, *rest = self._runner.run(tensors)
+        return Learned(params, AdamState(*rest[:3]), *rest[3:])
+
+
+def load_learn(learn: functools.partial[Learned], example: Example, cache_dir: Path) -> CompiledLearn | None:
+    """The compiled `learn` from the cache, or None. Imports nothing of the compiler.
+
+    Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
+    """
+    check_cache_dir(cache_dir)
+    tensors = _tensors(example)
+    name = cache_key(learn, tensors)
+    for library in cache_dir.glob(f"{name}-*.so"):
+        if library.stem == f"{name}-{_digest(library.read_bytes())}":
+            return CompiledLearn(library, _layout(tensors), torch.get_num_threads())
+        library.unlink(missing_ok=True)  # damaged: loading it could kill the process
+    return None
+
+
+def compile_learn(learn: functools.partial[Learned], example: Example, cache_dir: Path) -> CompiledLearn:
+    """The compiled `learn`, from the cache or built now and left there. Raises CompileError with one line of reason."""
+    loaded = load_learn(learn, example, cache_dir)
+    if loaded is not None:
+        return loaded
+    if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
+        raise CompileError("this tier compiles for the CPU only")
+    with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
+        try:
+            library = _build(learn, example, build_dir)
+        except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
+            raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
+        name = f"{cache_key(learn, _tensors(example))}-{_digest(library.read_bytes())}.so"
+        os.replace(library, cache_dir / name)  # atomic: a reader sees the whole file or none
+    loaded = load_learn(learn, example, cache_dir)
+    if loaded is None:
+        raise CompileError(f"the program vanished from {cache_dir} while it was being built")
+    return loaded
+
+
+class BackgroundCompile:
+    """`compile_learn` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
+
+    def __init__(self, learn: functools.partial[Learned], example: Example, cache_dir: Path) -> None:
+        """Start it. Raises CompileError when the directory is not to be trusted."""
+        check_cache_dir(cache_dir)
+        self._learn, self._example, self._cache_dir = learn, example, cache_dir
+        job = pickle.dumps((learn, pytree.tree_map_only(Tensor, _outline, example), cache_dir, torch.get_num_threads()))
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=functools.partial(os.nice, 5),  # training comes first
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a child that died is reported by poll
+            self._process.stdin.write(job)
+            self._process.stdin.close()
+
+    def poll(self) -> CompiledLearn | None:
+        """The program once it is there, None until then. Raises CompileError when the compiler gave up."""
+        if self._process.poll() is None:
+            return None
+        assert self._process.stdout is not None
+        with self._process.stdout as stdout:
+            reason = "" if stdout.closed else stdout.read().decode(errors="replace").strip()
+        loaded = load_learn(self._learn, self._example, self._cache_dir)
+        if loaded is None:
+            raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
+        return loaded
+
+    def stop(self) -> None:
+        """Give up. Safe to call at any time, twice too."""
+        self._process.kill()
+        self._process.wait()
+
+
+def _serve() -> None:
+    """What the other process runs: a job on stdin, the reason of a failure on stdout."""
+    learn, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
+    torch.set_num_threads(num_threads)
+    example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
+    try:
+        compile_learn(learn, example, cache_dir)
+    except CompileError as error:
+        print(error)
+
+
+class _Outline(tuple[Any, ...]):
+    """Shape and dtype of a contiguous tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self[1]
+
+
+def _outline(tensor: Tensor) -> _Outline:
+    return _Outline((tuple(tensor.shape), tensor.dtype))
+
+
+# The cache
+
+
+def check_cache_dir(cache_dir: Path) -> None:
+    """Create `cache_dir` (mode 0700) or see that it is a directory of ours that nobody else can write to or read.
+
+    What lies there is loaded into the process: raises CompileError where another user could have put it.
+    """
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = cache_dir.lstat()
+    except OSError as error:
+        raise CompileError(f"no cache directory {cache_dir}: {error.strerror}") from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise CompileError(f"cache directory {cache_dir} must be owned by this user, with mode 0700")
+
+
+def cache_key(learn: functools.partial[Learned], tensors: list[Tensor]) -> str:
+    """Digest of all that shapes the program: our source, versions, the processor, threads, settings, layouts of tensors."""
+    policy = learn.keywords["policy"]
+    folders = {Path(__file__).parent, Path(inspect.getfile(type(policy))).parent}
+    sources = [path.read_bytes() for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+    facts = (
+        [_digest(source) for source in sources],
+        (torch.__version__, torch.version.git_version, sys.version),
+        (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
+        sorted(INDUCTOR_OPTIONS.items()),
+        _describe(learn.keywords),
+        _layout(tensors),
+    )
+    return _digest(repr(facts).encode())[:32]
+
+
+def _describe(value: Any) -> Any:
+    """A description of a setting that is the same in every process: no addresses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return (type(value).__qualname__, _describe(fields))
+    if isinstance(value, Mapping):
+        return [(key, _describe(value[key])) for key in sorted(value)]
+    if callable(value):
+        return (value.__module__, value.__qualname__)
+    return repr(value)
+
+
+def _processor() -> str:
+    """Name and instruction sets of the processor: the library is compiled for exactly this one."""
+    with contextlib.suppress(OSError):
+        wanted = ("model name", "flags", "Features")
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(wanted))
+    return platform.processor()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
+
+
+# From `learn` to a library
+
+
+def _tensors(args: Example) -> list[Tensor]:
+    """All tensors of `learn`'s arguments, in order; a rollout may be any mapping."""
+    return [leaf for leaf in pytree.tree_leaves(_plain(args)) if leaf is not None]
+
+
+def _plain(args: Example) -> list[Any]:
+    """The arguments with the rollout, a mapping or a TensorDict, as a dict in the order of its keys."""
+    return [
+        {key: arg[key] for key in sorted(arg.keys())} if hasattr(arg, "keys") else arg  # what pytree can walk
+        for arg in args
+    ]
+
+
+def _layout(tensors: list[Tensor]) -> Layout:
+    return tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors)
+
+
+def _build(learn: functools.partial[Learned], example: Example, build_dir: str) -> Path:
+    """Trace, generate and compile; the library lies in `build_dir`."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise CompileError("there is no C++ compiler")
+    with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir):  # its default is a directory under /tmp that it trusts blindly
+        import torch._inductor.config as inductor_config
+        from torch._dynamo.utils import get_metrics_context
+        from torch._guards import TracingContext, tracing
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.virtualized import V
+
+        graph, inputs = _trace(learn, example)
+        options = {**INDUCTOR_OPTIONS, "aot_inductor.output_path": str(Path(build_dir, "learn.so"))}
+        fake_mode = inputs[0].fake_mode
+        with (
+            inductor_config.patch(options),
+            V.set_aot_compilation(True),
+            V.set_fake_mode(fake_mode),
+            tracing(TracingContext(fake_mode)),
+            get_metrics_context(),
+        ):
+            compiled: Any = compile_fx_inner(graph, inputs, is_inference=True, cpp_wrapper=True)
+    files = compiled.filename if isinstance(compiled.filename, list) else [compiled.filename]
+    return next(Path(file) for file in files if str(file).endswith(".so"))
+
+
+def _trace(learn: functools.partial[Learned], example: Example) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """`learn` as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    learn = functools.partial(learn, scan=_traced_scan, grad_and_aux=functional_grad_and_aux)
+    leaves, spec = pytree.tree_flatten(_plain(example))
+    present = [index for index, leaf in enumerate(leaves) if leaf is not None]
+
+    def flat_learn(*tensors: Tensor) -> list[Tensor]:
+        filled: list[Tensor | None] = [None] * len(leaves)
+        for index, tensor in zip(present, tensors, strict=True):
+            filled[index] = tensor
+        return _unaliased(pytree.tree_leaves(learn(*pytree.tree_unflatten(filled, spec))), tensors)
+
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    inputs = [fake_mode.from_tensor(leaves[index]) for index in present]
+    with fake_mode:
+        return _tidy(make_fx(flat_learn, decomposition_table=_decompositions())(*inputs)), inputs
+
+
+def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+    """`core.scan.scan` as PyTorch's scan operator, while tracing.
+
+    The operator wants a flat body that closes over no tensor. The body is therefore traced by itself first: what it closes
+    over shows up as constants of its graph, and these become inputs.
+    """
+    from torch._higher_order_ops.scan import scan_op
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+    leaves, spec = pytree.tree_flatten(carry)
+
+    def flat_body(*args: Tensor) -> list[Tensor]:
+        carry, y = body(pytree.tree_unflatten(args[: len(leaves)], spec), args[len(leaves) :])
+        return _unaliased([*pytree.tree_leaves(carry), y], args)
+
+    with disable_proxy_modes_tracing():
+        inputs = [*(leaf.clone() for leaf in leaves), *(x[0].clone() for x in xs)]
+        graph = make_fx(flat_body, decomposition_table=_decompositions())(*inputs)
+    closed_over: list[Tensor] = []
+    placeholder = graph.graph.find_nodes(op="placeholder")[-1]
+    for node in graph.graph.find_nodes(op="get_attr"):
+        tensor = getattr(graph, node.target)
+        known = [index for index, other in enumerate(closed_over) if other is tensor]
+        if not known:
+            closed_over.append(tensor)
+            with graph.graph.inserting_after(placeholder):
+                placeholder = graph.graph.placeholder(f"closed_over_{len(closed_over) - 1}")
+                placeholder.meta = node.meta.copy()
+        index = known[0] if known else len(closed_over) - 1
+        node.replace_all_uses_with(graph.graph.find_nodes(op="placeholder")[len(inputs) + index])
+        graph.graph.erase_node(node)
+    _compute_scalars_once(_tidy(graph))
+    interpret = torch.fx.Interpreter(graph).run
+    results = scan_op(lambda *args: interpret(*args), leaves, list(xs), tuple(closed_over))
+    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), results[len(leaves)]
+
+
+def _unaliased(results: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """`results` with a copy of each that is an input itself: neither the operator nor a library may return its input."""
+    return [result.clone() if any(result is given for given in inputs) else result for result in results]
+
+
+def _tidy(graph: Any) -> Any:
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _compute_scalars_once(graph: Any) -> None:
+    """Give every 0-d intermediate that meets a larger tensor a place in memory.
+
+    Inductor writes 0-d arithmetic into each loop that uses it, and the compiler cannot move it out (pointers may alias): Adam's
+    two expm1 and the clipping's sqrt ran for each vector of parameters, 62 us a minibatch instead of 19 (one thread).
+    """
+    import torch._inductor.test_operators
+
+    realize = torch.ops._inductor_test.realize.default
+
+    def rank(node: Any) -> int:
+        value = node.meta.get("val")
+        return value.ndim if isinstance(value, Tensor) else -1
+
+    for node in list(graph.graph.nodes):
+        users = [user for user in node.users if rank(user) > 0 and "cat" not in str(user.target)]
+        if node.op == "call_function" and rank(node) == 0 and users:
+            with graph.graph.inserting_after(node):
+                kept = graph.graph.call_function(realize, (node,))
+                kept.meta = node.meta.copy()
+            for user in users:
+                user.replace_input_with(node, kept)
+    graph.recompile()
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's own, and three of ours."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    aten = torch.ops.aten
+    return {
+        **select_decomp_table(),
+        aten.tanh.default: rational_tanh,
+        # The bias belongs into the kernel of the activation: ATen's addmm copies it into the output first (8 us).
+        aten.addmm.default: lambda bias, x, weight: torch.mm(x, weight) + bias,
+        aten.baddbmm.default: lambda bias, x, weight: torch.bmm(x, weight) + bias,
+    }
+
+
+# tanh(x) = x P(x^2) / Q(x^2) on [-7.9, 7.9], beyond which float32 rounds it to 1: the minimax fit of Eigen's generic ptanh
+_TANH_BOUND = 7.90531110763549805
+_TANH_P = (
+    *(-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08),
+    *(1.48572235717979e-05, 6.37261928875436e-04, 4.89352455891786e-03),
+)
+_TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+
+
+def rational_tanh(x: Tensor) -> Tensor:
+    """tanh of float32 to 4e-7, relative, without a call: 0.7 ns an element where torch.tanh takes 3.2 (one thread, AVX2)."""
+    if x.dtype != torch.float32:
+        return NotImplemented
+    x = x.clamp(-_TANH_BOUND, _TANH_BOUND)
+    square = x * x
+    return x * _polynomial(_TANH_P, square) / _polynomial(_TANH_Q, square)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
+    """Horner's rule, the coefficient of the highest power first."""
+    result = coefficients[0] * x + coefficients[1]
+    for coefficient in coefficients[2:]:
+        result = result * x + coefficient
+    return result
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,242 @@
+"""The compiled tier is the eager one: same numbers, same signature; and what its cache does with files it should not load."""
+
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fastppo.core import compilation
+from fastppo.core.adam import init_adam
+from fastppo.core.compilation import BackgroundCompile, CompileError, compile_learn, load_learn, rational_tanh
+from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, learn
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
+from fastppo.policy.networks import MLPActorCritic
+
+T, N, E, M = 16, 4, 2, 16
+APPLIED = MINIBATCH_METRICS.index("applied")
+SETTINGS = {
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "advantage_estimator": "gae",
+    "norm_returns": False,
+    "norm_adv": True,
+    "clip_vloss": True,
+    "vf_coef": 0.5,
+    "max_grad_norm": 0.5,
+    "target_kl": None,
+    "adam_eps": 1e-5,
+    "minibatch_size": M,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A program is compiled for a number of threads, and a shared machine is slow with more than one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
+    """(learn, arguments): a rollout with both kinds of ends and the rows after them masked, those full of absurd numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    params = policy.init(generator)
+    obs = torch.randn(T + 1, N, policy.obs_size, generator=generator)
+    if policy.distribution is CATEGORICAL:
+        action = torch.randint(policy.action_size, (T + 1, N), generator=generator)
+    else:
+        action = torch.randn(T + 1, N, policy.action_size, generator=generator)
+    terminated = torch.rand(T + 1, N, generator=generator) < 0.1
+    truncated = torch.rand(T + 1, N, generator=generator) < 0.1
+    valid = torch.ones(T + 1, N, dtype=torch.bool)
+    valid[1:] = ~(terminated | truncated)[:-1]
+    reward = torch.where(valid, torch.rand(T + 1, N, generator=generator), 1e6)
+    rollout = {
+        "obs": obs, "action": action, "reward": reward, "terminated": terminated, "truncated": truncated, "valid": valid
+    }  # fmt: skip
+    permutation = torch.stack([torch.randperm(T * N, generator=generator) for _ in range(E)])
+    schedule = Schedule(torch.tensor(learning_rate), torch.tensor(0.2), torch.tensor(0.01))
+    obs_mean, obs_scale = (
+        (torch.full((policy.obs_size,), 0.5), torch.full((policy.obs_size,), 2.0)) if normalized else (None, None)
+    )
+    reward_scale = torch.tensor(0.5) if normalized else None
+    normalization = Normalization(obs_mean, obs_scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
+    arguments = (params, init_adam(params), rollout, permutation, schedule, normalization)
+    return functools.partial(learn, policy=policy, **(SETTINGS | settings)), arguments
+
+
+def assert_same(result, expected):
+    for name, one, other in zip(expected._fields, result, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert torch.equal(result.minibatch_metrics[:, APPLIED], expected.minibatch_metrics[:, APPLIED])
+
+
+CATEGORICAL_POLICY = MLPActorCritic(4, 3, CATEGORICAL, (16, 16))
+NORMAL_POLICY = MLPActorCritic(5, 2, DIAGONAL_NORMAL, (16, 16))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """One compiled program, its cache directory, and what it was made from. The KL stop fires within it (see the test)."""
+    torch.set_num_threads(1)
+    cache_dir = tmp_path_factory.mktemp("cache")
+    cache_dir.chmod(0o700)
+    learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)
+    return compile_learn(learn_eagerly, arguments, cache_dir), learn_eagerly, arguments, cache_dir
+
+
+def test_compiled_categorical_learn_equals_eager_with_a_kl_stop(library):
+    """Parameters, Adam's state and every metric after all minibatches; the stop comes after the same minibatch."""
+    compiled, learn_eagerly, arguments, _ = library
+    expected = learn_eagerly(*arguments)
+    applied = expected.minibatch_metrics[:, APPLIED]
+    assert 0 < applied.sum() < len(applied)  # it fired, and not at once
+    before = arguments[0].clone()
+    assert_same(compiled(*arguments), expected)
+    assert torch.equal(arguments[0], before)  # inputs are not written to
+
+
+def test_one_program_serves_every_value_of_its_tensors(library):
+    """Other data, learning rate, clip and entropy coefficients: nothing is compiled again, the rollout may be a TensorDict."""
+    tensordict = pytest.importorskip("tensordict")
+    compiled, learn_eagerly, _, _ = library
+    _, (params, adam, rollout, permutation, _, normalization) = job(CATEGORICAL_POLICY, seed=9)
+    schedule = Schedule(torch.tensor(1e-4), torch.tensor(0.1), torch.tensor(0.05))
+    as_dict = (params, adam, rollout, permutation, schedule, normalization)
+    as_tensordict = (params, adam, tensordict.TensorDict(rollout, [T + 1, N]), permutation, schedule, normalization)
+    expected = learn_eagerly(*as_dict)
+    assert_same(compiled(*as_dict), expected)
+    assert_same(compiled(*as_tensordict), expected)
+
+
+def test_compiled_gaussian_monte_carlo_learn_equals_eager(tmp_path):
+    """The other distribution, estimator and loss, with observations, rewards and returns normalised."""
+    tmp_path.chmod(0o700)
+    learn_eagerly, arguments = job(
+        NORMAL_POLICY, normalized=True, advantage_estimator="monte-carlo", norm_returns=True, norm_adv=False, clip_vloss=False
+    )
+    assert_same(compile_learn(learn_eagerly, arguments, tmp_path)(*arguments), learn_eagerly(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("policy", "share_backbone", "settings"),
+    [
+        (CATEGORICAL_POLICY, True, {"norm_adv": False, "target_kl": 0.01}),
+        (CATEGORICAL_POLICY, False, {"clip_vloss": False}),
+        (CATEGORICAL_POLICY, False, {"advantage_estimator": "monte-carlo"}),
+        (NORMAL_POLICY, False, {"target_kl": 0.01}),
+        (NORMAL_POLICY, True, {"advantage_estimator": "monte-carlo", "norm_adv": False}),
+    ],
+)
+def test_traced_program_equals_eager(policy, share_backbone, settings):
+    """The graph that the compiler is given, run operator by operator: every setting, without the wait for a compiler."""
+    policy = dataclasses.replace(policy, share_backbone=share_backbone)
+    learn_eagerly, arguments = job(policy, **settings)
+    graph, _ = compilation._trace(learn_eagerly, arguments)
+    params, *rest = graph(*compilation._tensors(arguments))
+    expected = learn_eagerly(*arguments)
+    torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
+    torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-6)
+
+
+def test_second_process_loads_without_the_compiler(library):
+    """The cache is enough: no Inductor, no tracing, the same library for the same job."""
+    _, _, _, cache_dir = library
+    script = (
+        "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
+        "from test_compilation import *\n"
+        "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
+        "c = load_learn(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script, os.path.dirname(__file__), str(cache_dir)], check=True, timeout=120)
+
+
+def test_another_setting_or_shape_is_another_program(library):
+    """Settings that are baked in, threads and shapes are in the key; values of tensors are not."""
+    _, learn_eagerly, arguments, cache_dir = library
+    assert load_learn(learn_eagerly, job(CATEGORICAL_POLICY, seed=5, learning_rate=1e-4)[1], cache_dir) is not None
+    assert load_learn(functools.partial(learn_eagerly, gamma=0.98), arguments, cache_dir) is None
+    wider = dataclasses.replace(CATEGORICAL_POLICY, activation="relu")
+    assert load_learn(functools.partial(learn_eagerly, policy=wider), arguments, cache_dir) is None
+    longer = (*arguments[:3], arguments[3].repeat(2, 1), *arguments[4:])  # twice the epochs
+    assert load_learn(learn_eagerly, longer, cache_dir) is None
+    torch.set_num_threads(2)
+    assert load_learn(learn_eagerly, arguments, cache_dir) is None
+
+
+def test_a_program_refuses_what_it_was_not_made_for(library):
+    """Other shapes, types or threads are an error, not memory read out of bounds."""
+    compiled, _, arguments, _ = library
+    with pytest.raises(CompileError, match="shapes"):
+        compiled(*arguments[:3], arguments[3][:1], *arguments[4:])
+    with pytest.raises(CompileError, match="types"):
+        compiled(*arguments[:3], arguments[3].int(), *arguments[4:])
+    torch.set_num_threads(2)
+    with pytest.raises(CompileError, match="threads"):
+        compiled(*arguments)
+
+
+def test_a_damaged_library_is_thrown_away(library, tmp_path):
+    """One wrong byte or a cut: not loaded, and gone, so that it is built anew."""
+    _, learn_eagerly, arguments, cache_dir = library
+    tmp_path.chmod(0o700)
+    (good,) = cache_dir.glob("*.so")
+    content = good.read_bytes()
+    for damaged in (content[: len(content) // 2], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+        (tmp_path / good.name).write_bytes(damaged)
+        assert load_learn(learn_eagerly, arguments, tmp_path) is None
+        assert not list(tmp_path.iterdir())
+    (tmp_path / good.name).write_bytes(content)
+    assert load_learn(learn_eagerly, arguments, tmp_path) is not None
+
+
+def test_a_directory_that_others_can_reach_is_not_trusted(library, tmp_path):
+    """Mode, a symbolic link, a file in its place: CompileError in one line that names the directory."""
+    _, learn_eagerly, arguments, _ = library
+    open_to_group = tmp_path / "open"
+    open_to_group.mkdir(mode=0o750)
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "private")
+    (tmp_path / "file").write_text("")
+    for path in (open_to_group, tmp_path / "link", tmp_path / "file"):
+        with pytest.raises(CompileError, match=str(path)) as caught:
+            load_learn(learn_eagerly, arguments, path)
+        assert "\n" not in str(caught.value)
+    assert load_learn(learn_eagerly, arguments, tmp_path / "new") is None
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+
+
+def test_without_a_compiler_the_reason_is_one_line(tmp_path, monkeypatch):
+    """Here and in the other process; nothing is left behind."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    learn_eagerly, arguments = job(CATEGORICAL_POLICY)
+    with pytest.raises(CompileError, match=r"^CompileError: there is no C\+\+ compiler$|^there is no C\+\+ compiler$"):
+        compile_learn(learn_eagerly, arguments, tmp_path)
+    building = BackgroundCompile(learn_eagerly, arguments, tmp_path)
+    deadline = time.monotonic() + 100
+    while building._process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with pytest.raises(CompileError, match=r"there is no C\+\+ compiler"):
+        building.poll()
+    building.stop()
+    assert not list(tmp_path.iterdir())
+
+
+def test_rational_tanh_is_tanh():
+    """Against float64: within 4e-7 of tanh relatively, everywhere; exact at 0, odd, and never beyond 1."""
+    x = torch.cat((torch.linspace(-12, 12, 200_001), torch.logspace(-30, 1, 20_001)))
+    exact = x.double().tanh()
+    approximate = rational_tanh(x)
+    error = (approximate.double() - exact).abs() / exact.abs().clamp(min=1e-300)
+    assert error[x != 0].max() < 4e-7
+    assert rational_tanh(torch.zeros(1)).item() == 0.0
+    assert torch.equal(rational_tanh(-x), -approximate)
+    assert approximate.abs().max() <= 1.0
