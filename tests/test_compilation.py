@@ -12,8 +12,8 @@ import torch
 
 from fastppo.core import compilation
 from fastppo.core.adam import init_adam
-from fastppo.core.compilation import BackgroundCompile, CompileError, compile_learn, load_learn, rational_tanh
-from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, learn
+from fastppo.core.compilation import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
+from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act_from_params, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
 
@@ -88,7 +88,7 @@ def library(tmp_path_factory):
     cache_dir = tmp_path_factory.mktemp("cache")
     cache_dir.chmod(0o700)
     learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)
-    return compile_learn(learn_eagerly, arguments, cache_dir), learn_eagerly, arguments, cache_dir
+    return compile_program(learn_eagerly, arguments, cache_dir), learn_eagerly, arguments, cache_dir
 
 
 def test_compiled_categorical_learn_equals_eager_with_a_kl_stop(library):
@@ -121,7 +121,19 @@ def test_compiled_gaussian_monte_carlo_learn_equals_eager(tmp_path):
     learn_eagerly, arguments = job(
         NORMAL_POLICY, normalized=True, advantage_estimator="monte-carlo", norm_returns=True, norm_adv=False, clip_vloss=False
     )
-    assert_same(compile_learn(learn_eagerly, arguments, tmp_path)(*arguments), learn_eagerly(*arguments))
+    assert_same(compile_program(learn_eagerly, arguments, tmp_path)(*arguments), learn_eagerly(*arguments))
+
+
+def test_compiled_act_equals_eager(tmp_path):
+    """The same actions from the same noise, and again with other observations."""
+    tmp_path.chmod(0o700)
+    act = functools.partial(act_from_params, policy=CATEGORICAL_POLICY)
+    _, (params, _, _, _, _, normalization) = job(CATEGORICAL_POLICY)
+    generator = torch.Generator().manual_seed(1)
+    compiled = compile_program(act, (params, normalization, torch.zeros(N, 4), torch.zeros(N, 3)), tmp_path)
+    for _ in range(20):
+        obs, noise = torch.randn(N, 4, generator=generator), torch.randn(N, 3, generator=generator)
+        assert torch.equal(compiled(params, normalization, obs, noise), act(params, normalization, obs, noise))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +164,7 @@ def test_second_process_loads_without_the_compiler(library):
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
         "from test_compilation import *\n"
         "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
-        "c = load_learn(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
+        "c = load_program(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script, os.path.dirname(__file__), str(cache_dir)], check=True, timeout=120)
@@ -161,14 +173,14 @@ def test_second_process_loads_without_the_compiler(library):
 def test_another_setting_or_shape_is_another_program(library):
     """Settings that are baked in, threads and shapes are in the key; values of tensors are not."""
     _, learn_eagerly, arguments, cache_dir = library
-    assert load_learn(learn_eagerly, job(CATEGORICAL_POLICY, seed=5, learning_rate=1e-4)[1], cache_dir) is not None
-    assert load_learn(functools.partial(learn_eagerly, gamma=0.98), arguments, cache_dir) is None
+    assert load_program(learn_eagerly, job(CATEGORICAL_POLICY, seed=5, learning_rate=1e-4)[1], cache_dir) is not None
+    assert load_program(functools.partial(learn_eagerly, gamma=0.98), arguments, cache_dir) is None
     wider = dataclasses.replace(CATEGORICAL_POLICY, activation="relu")
-    assert load_learn(functools.partial(learn_eagerly, policy=wider), arguments, cache_dir) is None
+    assert load_program(functools.partial(learn_eagerly, policy=wider), arguments, cache_dir) is None
     longer = (*arguments[:3], arguments[3].repeat(2, 1), *arguments[4:])  # twice the epochs
-    assert load_learn(learn_eagerly, longer, cache_dir) is None
+    assert load_program(learn_eagerly, longer, cache_dir) is None
     torch.set_num_threads(2)
-    assert load_learn(learn_eagerly, arguments, cache_dir) is None
+    assert load_program(learn_eagerly, arguments, cache_dir) is None
 
 
 def test_a_program_refuses_what_it_was_not_made_for(library):
@@ -191,10 +203,10 @@ def test_a_damaged_library_is_thrown_away(library, tmp_path):
     content = good.read_bytes()
     for damaged in (content[: len(content) // 2], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
         (tmp_path / good.name).write_bytes(damaged)
-        assert load_learn(learn_eagerly, arguments, tmp_path) is None
+        assert load_program(learn_eagerly, arguments, tmp_path) is None
         assert not list(tmp_path.iterdir())
     (tmp_path / good.name).write_bytes(content)
-    assert load_learn(learn_eagerly, arguments, tmp_path) is not None
+    assert load_program(learn_eagerly, arguments, tmp_path) is not None
 
 
 def test_a_directory_that_others_can_reach_is_not_trusted(library, tmp_path):
@@ -207,9 +219,9 @@ def test_a_directory_that_others_can_reach_is_not_trusted(library, tmp_path):
     (tmp_path / "file").write_text("")
     for path in (open_to_group, tmp_path / "link", tmp_path / "file"):
         with pytest.raises(CompileError, match=str(path)) as caught:
-            load_learn(learn_eagerly, arguments, path)
+            load_program(learn_eagerly, arguments, path)
         assert "\n" not in str(caught.value)
-    assert load_learn(learn_eagerly, arguments, tmp_path / "new") is None
+    assert load_program(learn_eagerly, arguments, tmp_path / "new") is None
     assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
 
 
@@ -219,7 +231,7 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     learn_eagerly, arguments = job(CATEGORICAL_POLICY)
     with pytest.raises(CompileError, match=r"^CompileError: there is no C\+\+ compiler$|^there is no C\+\+ compiler$"):
-        compile_learn(learn_eagerly, arguments, tmp_path)
+        compile_program(learn_eagerly, arguments, tmp_path)
     building = BackgroundCompile(learn_eagerly, arguments, tmp_path)
     deadline = time.monotonic() + 100
     while building._process.poll() is None and time.monotonic() < deadline:

@@ -1,19 +1,20 @@
-"""The compiled tier on the CPU: a whole `learn` as one shared library. Knows no algorithm, no environment, no configuration.
+"""The compiled tier on the CPU: a whole `learn`, or `act`, as one shared library. Knows no environment, no configuration.
 
-The only module that names Inductor. `learn` is traced once (make_fx: no Dynamo, so nothing of the algorithm has to be written
+The only module that names Inductor. A program is traced once (make_fx: no Dynamo, so nothing of the algorithm has to be written
 for it), its loop becomes PyTorch's scan operator, Inductor writes C++ for all of it and g++ makes a library. That library is
 what the cache holds, so a second process loads it without importing Inductor, tracing or compiling anything.
 
     try:
-        fast_learn = load_learn(learn, example, cache_dir)       # milliseconds; None where the cache has nothing
-        fast_learn = fast_learn or compile_learn(learn, example, cache_dir)   # tens of seconds of one core
+        fast = load_program(learn, example, cache_dir)       # milliseconds; None where the cache has nothing
+        fast = fast or compile_program(learn, example, cache_dir)   # tens of seconds of one core
         building = BackgroundCompile(learn, example, cache_dir)  # or: the same in another process,
-        fast_learn = building.poll()                             # None until it is ready
+        fast = building.poll()                             # None until it is ready
     except CompileError as reason:                               # one line; eager goes on
         ...
 
-`learn` is functools.partial(programs.learn, policy=..., minibatch_size=..., ...), `example` the tuple of its positional
-arguments: the library fits tensors of exactly those shapes, dtypes and strides.
+`learn` is functools.partial(programs.learn, policy=..., minibatch_size=..., ...), or of programs.act_from_params with its
+policy, all settings by keyword; `example` is the tuple of its positional arguments: the library fits tensors of exactly those
+shapes, dtypes and strides.
 """
 
 import contextlib
@@ -37,10 +38,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastppo.core import programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Learned
 
+Program = functools.partial[Any]
 Example = tuple[Any, ...]
 Layout = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
@@ -60,74 +63,75 @@ class CompileError(RuntimeError):
     """This program cannot be compiled or loaded here. The message is one line; training goes on eagerly."""
 
 
-class CompiledLearn:
-    """A loaded library behind the signature of `learn`: (params, adam, rollout, permutation, schedule, normalization)."""
+class CompiledProgram:
+    """A loaded library behind the signature of the program it was made from."""
 
-    def __init__(self, library: Path, layout: Layout, num_threads: int) -> None:
+    def __init__(self, library: Path, program: Program, layout: Layout) -> None:
         """layout: shapes, strides and dtypes that the library was compiled for. Raises CompileError when it does not load."""
         self._layout = layout
-        self._num_threads = num_threads
+        self._num_threads = torch.get_num_threads()
+        self._returns_learned = program.func is programs.learn
         try:
             self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
         except RuntimeError as error:
             raise CompileError(f"the compiled program does not load: {_first_line(error)}") from error
 
-    def __call__(self, *args: Any) -> Learned:
-        """As `programs.learn`. Raises CompileError for tensors, or a number of threads, that it was not compiled for."""
+    def __call__(self, *args: Any) -> Any:
+        """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
         tensors = _tensors(args)
         # The library trusts its caller: wrong shapes, or more threads than its partial sums have room for, would be read and
-        # written out of bounds. 10 us a call.
+        # written out of bounds.
         if _layout(tensors) != self._layout:
             raise CompileError("the compiled program was made for tensors of other shapes, strides or types")
         if torch.get_num_threads() != self._num_threads:
             raise CompileError(f"the compiled program was made for torch.set_num_threads({self._num_threads})")
-        params, *rest = self._runner.run(tensors)
-        return Learned(params, AdamState(*rest[:3]), *rest[3:])
+        first, *rest = self._runner.run(tensors)
+        return Learned(first, AdamState(*rest[:3]), *rest[3:]) if self._returns_learned else first
 
 
-def load_learn(learn: functools.partial[Learned], example: Example, cache_dir: Path) -> CompiledLearn | None:
-    """The compiled `learn` from the cache, or None. Imports nothing of the compiler.
+def load_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram | None:
+    """The compiled program from the cache, or None. Imports nothing of the compiler.
 
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
     check_cache_dir(cache_dir)
     tensors = _tensors(example)
-    name = cache_key(learn, tensors)
+    name = cache_key(program, tensors)
     for library in cache_dir.glob(f"{name}-*.so"):
         if library.stem == f"{name}-{_digest(library.read_bytes())}":
-            return CompiledLearn(library, _layout(tensors), torch.get_num_threads())
+            return CompiledProgram(library, program, _layout(tensors))
         library.unlink(missing_ok=True)  # damaged: loading it could kill the process
     return None
 
 
-def compile_learn(learn: functools.partial[Learned], example: Example, cache_dir: Path) -> CompiledLearn:
-    """The compiled `learn`, from the cache or built now and left there. Raises CompileError with one line of reason."""
-    loaded = load_learn(learn, example, cache_dir)
+def compile_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram:
+    """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason."""
+    loaded = load_program(program, example, cache_dir)
     if loaded is not None:
         return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
         raise CompileError("this tier compiles for the CPU only")
     with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
         try:
-            library = _build(learn, example, build_dir)
+            library = _build(program, example, build_dir)
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
-        name = f"{cache_key(learn, _tensors(example))}-{_digest(library.read_bytes())}.so"
+        name = f"{cache_key(program, _tensors(example))}-{_digest(library.read_bytes())}.so"
         os.replace(library, cache_dir / name)  # atomic: a reader sees the whole file or none
-    loaded = load_learn(learn, example, cache_dir)
+    loaded = load_program(program, example, cache_dir)
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
     return loaded
 
 
 class BackgroundCompile:
-    """`compile_learn` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
+    """`compile_program` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
 
-    def __init__(self, learn: functools.partial[Learned], example: Example, cache_dir: Path) -> None:
+    def __init__(self, program: Program, example: Example, cache_dir: Path) -> None:
         """Start it. Raises CompileError when the directory is not to be trusted."""
         check_cache_dir(cache_dir)
-        self._learn, self._example, self._cache_dir = learn, example, cache_dir
-        job = pickle.dumps((learn, pytree.tree_map_only(Tensor, _outline, example), cache_dir, torch.get_num_threads()))
+        self._program, self._example, self._cache_dir = program, example, cache_dir
+        job = pickle.dumps((program, pytree.tree_map_only(Tensor, _outline, example), cache_dir, torch.get_num_threads()))
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
             stdin=subprocess.PIPE,
@@ -140,14 +144,14 @@ class BackgroundCompile:
             self._process.stdin.write(job)
             self._process.stdin.close()
 
-    def poll(self) -> CompiledLearn | None:
+    def poll(self) -> CompiledProgram | None:
         """The program once it is there, None until then. Raises CompileError when the compiler gave up."""
         if self._process.poll() is None:
             return None
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             reason = "" if stdout.closed else stdout.read().decode(errors="replace").strip()
-        loaded = load_learn(self._learn, self._example, self._cache_dir)
+        loaded = load_program(self._program, self._example, self._cache_dir)
         if loaded is None:
             raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
         return loaded
@@ -160,11 +164,11 @@ class BackgroundCompile:
 
 def _serve() -> None:
     """What the other process runs: a job on stdin, the reason of a failure on stdout."""
-    learn, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
+    program, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
     torch.set_num_threads(num_threads)
     example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
     try:
-        compile_learn(learn, example, cache_dir)
+        compile_program(program, example, cache_dir)
     except CompileError as error:
         print(error)
 
@@ -202,9 +206,9 @@ def check_cache_dir(cache_dir: Path) -> None:
         raise CompileError(f"cache directory {cache_dir} must be owned by this user, with mode 0700")
 
 
-def cache_key(learn: functools.partial[Learned], tensors: list[Tensor]) -> str:
+def cache_key(program: Program, tensors: list[Tensor]) -> str:
     """Digest of all that shapes the program: our source, versions, the processor, threads, settings, layouts of tensors."""
-    policy = learn.keywords["policy"]
+    policy = program.keywords["policy"]
     folders = {Path(__file__).parent, Path(inspect.getfile(type(policy))).parent}
     sources = [path.read_bytes() for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
     facts = (
@@ -212,7 +216,7 @@ def cache_key(learn: functools.partial[Learned], tensors: list[Tensor]) -> str:
         (torch.__version__, torch.version.git_version, sys.version),
         (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
         sorted(INDUCTOR_OPTIONS.items()),
-        _describe(learn.keywords),
+        (program.func.__qualname__, _describe(program.keywords)),
         _layout(tensors),
     )
     return _digest(repr(facts).encode())[:32]
@@ -247,11 +251,11 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
 
 
-# From `learn` to a library
+# From a program to a library
 
 
 def _tensors(args: Example) -> list[Tensor]:
-    """All tensors of `learn`'s arguments, in order; a rollout may be any mapping."""
+    """All tensors of the arguments, in order; a rollout may be any mapping."""
     return [leaf for leaf in pytree.tree_leaves(_plain(args)) if leaf is not None]
 
 
@@ -267,7 +271,7 @@ def _layout(tensors: list[Tensor]) -> Layout:
     return tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
-def _build(learn: functools.partial[Learned], example: Example, build_dir: str) -> Path:
+def _build(program: Program, example: Example, build_dir: str) -> Path:
     """Trace, generate and compile; the library lies in `build_dir`."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise CompileError("there is no C++ compiler")
@@ -278,8 +282,8 @@ def _build(learn: functools.partial[Learned], example: Example, build_dir: str) 
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.virtualized import V
 
-        graph, inputs = _trace(learn, example)
-        options = {**INDUCTOR_OPTIONS, "aot_inductor.output_path": str(Path(build_dir, "learn.so"))}
+        graph, inputs = _trace(program, example)
+        options = {**INDUCTOR_OPTIONS, "aot_inductor.output_path": str(Path(build_dir, "program.so"))}
         fake_mode = inputs[0].fake_mode
         with (
             inductor_config.patch(options),
@@ -293,26 +297,27 @@ def _build(learn: functools.partial[Learned], example: Example, build_dir: str) 
     return next(Path(file) for file in files if str(file).endswith(".so"))
 
 
-def _trace(learn: functools.partial[Learned], example: Example) -> tuple[torch.fx.GraphModule, list[Any]]:
-    """`learn` as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
+def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """`program` as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    learn = functools.partial(learn, scan=_traced_scan, grad_and_aux=functional_grad_and_aux)
+    if program.func is programs.learn:
+        program = functools.partial(program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux)
     leaves, spec = pytree.tree_flatten(_plain(example))
     present = [index for index, leaf in enumerate(leaves) if leaf is not None]
 
-    def flat_learn(*tensors: Tensor) -> list[Tensor]:
+    def flat_program(*tensors: Tensor) -> list[Tensor]:
         filled: list[Tensor | None] = [None] * len(leaves)
         for index, tensor in zip(present, tensors, strict=True):
             filled[index] = tensor
-        return _unaliased(pytree.tree_leaves(learn(*pytree.tree_unflatten(filled, spec))), tensors)
+        return _unaliased(pytree.tree_leaves(program(*pytree.tree_unflatten(filled, spec))), tensors)
 
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
     inputs = [fake_mode.from_tensor(leaves[index]) for index in present]
     with fake_mode:
-        return _tidy(make_fx(flat_learn, decomposition_table=_decompositions())(*inputs)), inputs
+        return _tidy(make_fx(flat_program, decomposition_table=_decompositions())(*inputs)), inputs
 
 
 def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:

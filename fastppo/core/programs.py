@@ -129,6 +129,11 @@ def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Ten
     return policy.sample(policy.actor(weights, normalize_obs(obs, normalization)), noise)
 
 
+def act_from_params(params: Tensor, normalization: Normalization, obs: Tensor, noise: Tensor, *, policy: Policy) -> Tensor:
+    """`act` with the flat buffer (P,) instead of its views: one tensor to hand to a compiled program instead of a dozen."""
+    return act(policy, policy.weights(params), normalization, obs, noise)
+
+
 def learn(
     params: Tensor,
     adam: AdamState,
