@@ -136,6 +136,11 @@ class MLPActorCritic:
         takes 91 us instead of 133 on two cores, because each core works through a network of its own.
         """
         activation = ACTIVATIONS[self.activation]
+        if len(trunks) == 1:  # acting: 40 us for eight observations, 74 the other way
+            x = obs.flatten(0, -2)
+            for layer in range(len(self.hidden_sizes)):
+                x = activation(torch.addmm(weights[f"{trunks[0]}.{layer}.bias"], x, weights[f"{trunks[0]}.{layer}.weight"]))
+            return x.unsqueeze(0)
         x = obs.flatten(0, -2).expand(len(trunks), -1, -1)  # (K, R, D)
         for layer in range(len(self.hidden_sizes)):
             weight, bias = (
