@@ -48,6 +48,7 @@ from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
 from fastppo.run.episodes import EpisodeStatistics
 from fastppo.run.loggers import Loggers
+from fastppo.tiers import Tiers
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
@@ -99,7 +100,6 @@ def train(config: TrainConfig) -> TrainResult:
 def _train(config: TrainConfig) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
-    tier = choose_tier(config.compile)
     seeds = derive_seeds(config.seed)
     made, vectorization = make_vec(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
     envs = AutoresetEnvs(made)
@@ -120,7 +120,7 @@ def _train(config: TrainConfig) -> TrainResult:
     display.note(f"run directory {directory.path}")
     display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization}")
     torch.set_num_threads(choose_threads(config, network))
-    display.note(f"device {device}, CPU threads: {torch.get_num_threads()}, {tier} programs, {network.num_params:,} parameters")
+    display.note(f"device {device}, CPU threads: {torch.get_num_threads()}, {network.num_params:,} parameters")
     if config.resume:
         display.note(
             f"going on from iteration {state.iteration}, step {state.global_step}; the environments start new episodes"
@@ -130,7 +130,7 @@ def _train(config: TrainConfig) -> TrainResult:
     rollout = allocate_rollout(config.num_steps, config.num_envs, obs_space, action, envs.keeps_final_obs, device)
     rollout_tensors = dict(rollout.items())
     permutation = torch.empty(config.update_epochs, config.batch_size, dtype=torch.int64, device=device)
-    weights = network.weights(state.params)
+    act_noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     learn = partial(
         programs.learn,
         policy=network,
@@ -146,6 +146,11 @@ def _train(config: TrainConfig) -> TrainResult:
         target_kl=config.target_kl,
         adam_eps=config.adam_eps,
     )
+    normalization = normalization_of(state)
+    learn_example = (state.params, state.adam, rollout_tensors, permutation, schedule_at(0.0, config, device), normalization)
+    noise_example = torch.zeros(act_noise_shape[1:], device=device)
+    act_example = (state.params, normalization, rollout_tensors["obs"][0], noise_example)
+    tiers = Tiers(config.compile, network, state.params, learn, learn_example, act_example, display.note)
 
     best: dict[str, Any] | None = None  # the best policy since the last checkpoint, not yet on disk
     recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
@@ -168,8 +173,7 @@ def _train(config: TrainConfig) -> TrainResult:
             with torch.inference_mode():
                 if config.reset_each_rollout and state.iteration > 0:
                     collector.reset(None)
-                act = partial(programs.act, network, weights, normalization)
-                phases = collector.collect(act, noise, cut=config.reset_each_rollout)
+                phases = collector.collect(tiers.act(normalization), noise, cut=config.reset_each_rollout)
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
@@ -177,7 +181,7 @@ def _train(config: TrainConfig) -> TrainResult:
                 torch.randperm(config.batch_size, generator=state.generators["minibatches"], out=epoch)
             schedule = schedule_at(progress, config, device)
             with torch.no_grad():
-                learned = learn(state.params, state.adam, rollout_tensors, permutation, schedule, normalization)
+                learned = tiers.learn(state.params, state.adam, rollout_tensors, permutation, schedule, normalization)
             metrics = read_metrics(learned)  # sync: once per iteration, for the log
             state.params.copy_(learned.params)
             state.adam = learned.adam
@@ -226,6 +230,7 @@ def _train(config: TrainConfig) -> TrainResult:
                 loggers.log(row)
             eta = (state.seconds - first_second) * (1.0 - progress) / max(progress - first_progress, 1e-9)
             display.update({**row, "new_best": improved}, progress, eta)
+            tiers.update(len(recent) - 1, eta)
             if time.monotonic() - last_checkpoint >= config.checkpoint_seconds:
                 write_checkpoints(directory, state, network, obs_space, action, best)
                 best = None
@@ -242,6 +247,7 @@ def _train(config: TrainConfig) -> TrainResult:
         display.close()
         loggers.close()
         envs.close()
+        tiers.close()
         stop.restore()
 
     # --- what came out
@@ -256,8 +262,8 @@ def _train(config: TrainConfig) -> TrainResult:
         "seconds": state.seconds,
         "sps": (state.global_step - first_step) / max(state.seconds - first_second, 1e-9),
         "first_update_seconds": first_update_seconds,
-        "compile_seconds": 0.0,
-        "tier": tier,
+        "compile_seconds": tiers.compile_seconds,
+        "tier": tiers.name,
         "backend": f"gymnasium/{vectorization}",
         "device": str(device),
         "best_return_mean": state.best_return,
@@ -292,13 +298,6 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
     return device
-
-
-def choose_tier(wanted: str) -> str:
-    """How the programs run. Raises UsageError for a tier that is not there."""
-    if wanted == "on":
-        raise UsageError("--compile on: this version has eager programs only; use --compile auto or off")
-    return "eager"
 
 
 def choose_threads(config: TrainConfig, network: MLPActorCritic) -> int:

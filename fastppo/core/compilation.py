@@ -26,6 +26,7 @@ import os
 import pickle
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -140,7 +141,7 @@ class BackgroundCompile:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            preexec_fn=functools.partial(os.nice, 5),  # training comes first
+            start_new_session=True,  # Ctrl-C is for the training process, which stops this one and its C++ compiler together
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died is reported by poll
@@ -161,12 +162,16 @@ class BackgroundCompile:
 
     def stop(self) -> None:
         """Give up. Safe to call at any time, twice too."""
-        self._process.kill()
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait()
 
 
 def _serve() -> None:
     """What the other process runs: a job on stdin, the reason of a failure on stdout."""
+    os.nice(5)  # training comes first
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
     program, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
     torch.set_num_threads(num_threads)
     example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
