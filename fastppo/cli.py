@@ -5,20 +5,17 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-from fastppo.config import TrainConfig, flag
+from fastppo.config import TrainConfig, check_resumable, flag
 from fastppo.errors import TrainingFault, UsageError, nearest
 from fastppo.presets import PRESETS
 
 T = TypeVar("T")
-
-# what may differ between a run and its continuation: how long, how it is shown and kept, never what is learned
-RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"}
 
 
 def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
@@ -52,10 +49,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         raise UsageError(f"--resume {resume}: there is no checkpoints/last.pt to go on from")
     before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
     config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
-    for spec in fields(TrainConfig):
-        old, new = getattr(before, spec.name), getattr(config, spec.name)
-        if old != new and spec.name not in RESUMABLE:
-            raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {resume} has {old}")
+    check_resumable(before, config)
     return config
 
 

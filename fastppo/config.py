@@ -216,6 +216,22 @@ class TrainConfig:
         return cls(**data)
 
 
+# what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
+RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
+    "num_threads", "compile", "resume", "run_dir"
+}  # fmt: skip
+
+
+def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
+    """Raise UsageError naming the first setting that cannot change when a run goes on."""
+    for spec in fields(TrainConfig):
+        old, new = getattr(before, spec.name), getattr(after, spec.name)
+        if old != new and spec.name not in RESUMABLE:
+            raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
+    if after.run_dir not in (None, before.run_dir, after.resume):
+        raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run goes on in {after.resume}")
+
+
 def flag(name: str) -> str:
     """'num_envs' -> '--num-envs'."""
     return "--" + name.replace("_", "-")

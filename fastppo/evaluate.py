@@ -20,6 +20,8 @@ from fastppo.errors import TrainingFault, UsageError, brief
 if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
 
+EPISODE_LIMIT = 100_000
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -44,12 +46,13 @@ class EvaluateConfig:
 def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, deterministic: bool = True) -> list[float]:
     """True returns of `episodes` episodes.
 
-    Each environment plays a number of episodes fixed beforehand: taking the first to finish would favour short ones.
+    Each environment plays a number of episodes fixed beforehand: taking the first to finish would favour short ones. An episode
+    that goes on for EPISODE_LIMIT steps counts as it stands, so that an environment without an end does not hang.
     """
     quota = np.full(envs.num_envs, episodes // envs.num_envs)
     quota[: episodes % envs.num_envs] += 1
     returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
-    running = np.zeros(envs.num_envs)
+    running, length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
     valid = np.ones(envs.num_envs, bool)
     agent.seed(seed)
     obs = envs.reset(seed)
@@ -57,10 +60,11 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
         step = envs.step(agent.act(obs, deterministic))
         obs = step.obs
         running += np.where(valid, step.reward, 0.0)
+        length += valid
         done = (step.terminated | step.truncated) & valid
-        for index in np.flatnonzero(done):
+        for index in np.flatnonzero(done | (length >= EPISODE_LIMIT)):
             returns[index].append(float(running[index]))
-            running[index] = 0.0
+            running[index], length[index] = 0.0, 0
         valid = ~done if not envs.keeps_final_obs else valid
     return [value for played, wanted in zip(returns, quota, strict=True) for value in played[:wanted]]
 

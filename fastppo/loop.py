@@ -4,7 +4,9 @@
 """
 
 import math
+import os
 import platform
+import resource
 import signal
 import threading
 import time
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastppo.config import TrainConfig
+from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Learned, Schedule
@@ -110,6 +112,7 @@ def _train(config: TrainConfig) -> TrainResult:
 
     if config.resume:
         directory = RunDirectory(Path(config.resume))
+        check_resumable(TrainConfig.from_json(directory.config), config)
         load_state(state, network, load_checkpoint(directory.last), directory.last)
     else:
         directory = RunDirectory.create(config.run_dir, config.env_id, config.seed)
@@ -155,15 +158,16 @@ def _train(config: TrainConfig) -> TrainResult:
     best: dict[str, Any] | None = None  # the best policy since the last checkpoint, not yet on disk
     recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
     first_second, first_step = state.seconds, state.global_step
-    first_update_seconds = math.nan
+    start_seconds = first_update_seconds = math.nan
     last_checkpoint = time.monotonic()
     stop = StopSignals()
     try:
         collector = HostCollector(envs, rollout, action)
-        collector.reset(seeds["environments"] + state.iteration)
+        collector.reset(environment_seed(config.seed, state.iteration))
         progress = first_progress = progress_of(state, config)
+        start_seconds = process_age()
+        mark = time.perf_counter()
         while progress < 1.0 and not stop.received:
-            started = time.perf_counter()
             normalization = normalization_of(state)
 
             # collect: T steps of N environments under frozen parameters and statistics
@@ -194,10 +198,12 @@ def _train(config: TrainConfig) -> TrainResult:
             finished = state.episodes.update(collector.arrays["reward"][:-1], terminated | truncated, valid)
             state.iteration += 1
             state.global_step += int(valid.sum())
-            seconds = time.perf_counter() - started
+            # from account to account: what logging and checkpoints take is in the next iteration's time, nothing is left out
+            now = time.perf_counter()
+            seconds, mark = now - mark, now
             state.seconds += seconds
             if math.isnan(first_update_seconds):
-                first_update_seconds = state.seconds - first_second
+                first_update_seconds = process_age()
             recent.append((state.seconds - first_second, state.global_step - first_step))
             progress = progress_of(state, config)
 
@@ -261,11 +267,13 @@ def _train(config: TrainConfig) -> TrainResult:
         "iterations": state.iteration,
         "seconds": state.seconds,
         "sps": (state.global_step - first_step) / max(state.seconds - first_second, 1e-9),
+        "start_seconds": start_seconds,
         "first_update_seconds": first_update_seconds,
         "compile_seconds": tiers.compile_seconds,
         "tier": tiers.name,
         "backend": f"gymnasium/{vectorization}",
         "device": str(device),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "best_return_mean": state.best_return,
         "eval_return_mean": math.nan,
         "eval_return_std": math.nan,
@@ -310,9 +318,23 @@ def choose_threads(config: TrainConfig, network: MLPActorCritic) -> int:
     return 1 if config.rows_per_minibatch * network.num_params < 2**24 else torch.get_num_threads()
 
 
+def process_age() -> float:
+    """Seconds since this process was started, imports included; nan where /proc does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return math.nan
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def environment_seed(seed: int, iteration: int) -> int:
+    """Seed of the environments of a run that starts, or goes on, at `iteration`."""
+    return int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0]) % 2**31
+
+
 def derive_seeds(seed: int) -> dict[str, int]:
     """Independent streams from one seed: each random generator has its own."""
-    names = ("parameters", "actions", "minibatches", "environments", "evaluation")
+    names = ("parameters", "actions", "minibatches", "evaluation")
     numbers = np.random.SeedSequence(seed).generate_state(len(names))
     return {name: int(number) % 2**31 for name, number in zip(names, numbers, strict=True)}
 

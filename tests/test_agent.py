@@ -9,7 +9,6 @@ from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.core.programs import normalize_obs
 from fastppo.policy.normalization import RunningMoments, make_normalization
 
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 SETTINGS = {
     "discrete": {"env_id": "CartPole-v1"},
     "continuous": {"env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True},

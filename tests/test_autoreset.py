@@ -18,7 +18,6 @@ from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 MODES = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
 POLICY = MLPActorCritic(3, 3, CATEGORICAL, (16, 16))

@@ -16,8 +16,6 @@ from fastppo.policy.spaces import action_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 from fastppo.run.episodes import EpisodeStatistics
 
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
-
 
 @pytest.mark.parametrize("num_steps", [1, 3, 32])
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])

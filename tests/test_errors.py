@@ -13,7 +13,6 @@ from fastppo import TrainConfig, UsageError, train
 from fastppo.evaluate import console as evaluate_console
 from fastppo.train import console
 
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 TINY = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "3", "--eval-episodes", "0"]
 
 

@@ -5,14 +5,11 @@ import json
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 
 from fastppo import TrainConfig, load_policy, train
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.evaluate import console, evaluate
-
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 
 
 @pytest.fixture(scope="module")

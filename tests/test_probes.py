@@ -5,11 +5,8 @@ After Andy Jones, "Debugging reinforcement learning systems" (2021), with a time
 
 import numpy as np
 import pytest
-import torch
 
 from fastppo import TrainConfig, train
-
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 
 
 def learned(tmp_path, env_id, **settings):

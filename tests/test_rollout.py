@@ -14,13 +14,12 @@ from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Schedule, act, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
-from fastppo.loop import derive_seeds
+from fastppo.loop import environment_seed
 from fastppo.policy.agent import make_network
 from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
 from fastppo.policy.spaces import action_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 CPU = torch.device("cpu")
 
 
@@ -276,7 +275,7 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
     envs = AutoresetEnvs(make_vec(env_id, 4, "auto", {})[0])
     rollout = allocate_rollout(32, 4, policy.obs_space, policy.action, envs.keeps_final_obs, CPU)
     collector = HostCollector(envs, rollout, policy.action)
-    collector.reset(derive_seeds(config.seed)["environments"] + 3)
+    collector.reset(environment_seed(config.seed, 3))
     generators = {name: torch.Generator() for name in before["generators"]}
     for name, generator in generators.items():
         generator.set_state(before["generators"][name])

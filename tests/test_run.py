@@ -23,7 +23,6 @@ from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import LiveDisplay, PlainDisplay, duration, make_display, number, sparkline
 from fastppo.train import console
 
-torch.set_num_threads(1)  # these tensors are tiny, and the tests run side by side
 TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
 CONTRACT_COLUMNS = [
     "iteration",

@@ -118,6 +118,8 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
     with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
         try:
             library = _build(program, example, build_dir)
+        except CompileError:
+            raise
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
         name = f"{cache_key(program, _tensors(example))}-{_digest(library.read_bytes())}.so"
@@ -286,7 +288,7 @@ def _layout(tensors: list[Tensor]) -> Layout:
 def _build(program: Program, example: Example, build_dir: str) -> Path:
     """Trace, generate and compile; the library lies in `build_dir`."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise CompileError("there is no C++ compiler")
+        raise CompileError("there is no C++ compiler; install g++ or name one in CXX")
     with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir):  # its default is a directory under /tmp that it trusts blindly
         import torch._inductor.config as inductor_config
         from torch._dynamo.utils import get_metrics_context
