@@ -1,0 +1,164 @@
+"""Steps per second of whole training runs: `python benchmarks/sps.py --workload cartpole8`.
+
+Each run is the user's own command in a fresh process, logging and checkpoints included; transitions are counted, autoreset
+steps are not. Warm-up (the first iterations, and what comes before compiled programs are in use) is left out and reported
+apart. `--compare` runs the yardstick in between, round by round, and gives the ratio of medians. The last line of the output is
+one JSON object.
+"""
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+WARMUP_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One benchmark: the same settings for fastppo and the yardstick (two hidden layers of 64 tanh, actor and critic apart)."""
+
+    env_id: str
+    num_envs: int
+    num_steps: int
+    num_minibatches: int
+    update_epochs: int
+    total_timesteps: int
+    yardstick_timesteps: int
+
+
+WORKLOADS: Mapping[str, Workload] = {
+    "cartpole8": Workload("CartPole-v1", 8, 128, 4, 4, 200_000, 50_000),
+    "cartpole1024": Workload("CartPole-v1", 1024, 64, 8, 4, 3_000_000, 1_000_000),
+    "pendulum8": Workload("Pendulum-v1", 8, 256, 32, 10, 100_000, 20_000),
+}
+
+
+@dataclass(frozen=True)
+class SpsConfig:
+    """Steps per second of a workload; the last line of the output is one JSON object."""
+
+    workload: Literal["cartpole8", "cartpole1024", "pendulum8"] = "cartpole8"
+    """What to run."""
+    compare: bool = False
+    """Run the yardstick too, interleaved, and give the ratio of medians."""
+    rounds: int = 3
+    """Runs of each."""
+    compile: Literal["off", "auto", "on"] = "on"
+    """As fastppo.train's; on: the programs are compiled before the first step, once a machine."""
+    num_threads: int | None = None
+    """As fastppo.train's; the yardstick runs on one thread, its best, unless this says otherwise."""
+    json: bool = False
+    """Print the JSON object only."""
+
+
+def run_fastppo(workload: Workload, compile: str = "on", num_threads: int | None = None) -> dict[str, Any]:
+    """One run in a fresh process; sps over all iterations but the first ones."""
+    with tempfile.TemporaryDirectory() as directory:
+        run_dir = Path(directory, "run")
+        flags = {
+            "--env-id": workload.env_id,
+            "--num-envs": workload.num_envs,
+            "--num-steps": workload.num_steps,
+            "--num-minibatches": workload.num_minibatches,
+            "--update-epochs": workload.update_epochs,
+            "--total-timesteps": workload.total_timesteps,
+            "--compile": compile,
+            "--eval-episodes": 0,
+            "--run-dir": run_dir,
+        } | ({} if num_threads is None else {"--num-threads": num_threads})
+        words = [str(word) for pair in flags.items() for word in pair]
+        subprocess.run([sys.executable, "-m", "fastppo.train", "--plain", *words], check=True, stdout=subprocess.DEVNULL)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        with (run_dir / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    first, last, measured = rows[WARMUP_ITERATIONS - 1], rows[-1], rows[WARMUP_ITERATIONS:]
+    env_steps = int(last["global_step"]) - int(first["global_step"])
+    seconds = float(last["seconds"]) - float(first["seconds"])
+    shares = {key: statistics.median(float(row[key]) for row in measured) for key in ("env_share", "act_share", "learn_share")}
+    return {
+        "sps": env_steps / seconds,
+        "env_steps": env_steps,
+        "seconds": seconds,
+        **{key: summary[key] for key in ("compile_seconds", "first_update_seconds", "tier", "peak_memory_mib")},
+        **shares,
+    }
+
+
+def run_yardstick(workload: Workload, num_threads: int | None = None) -> dict[str, Any]:
+    """One run of yardstick.py in a fresh process."""
+    settings = {
+        "--env-id": workload.env_id,
+        "--num-envs": workload.num_envs,
+        "--num-steps": workload.num_steps,
+        "--num-minibatches": workload.num_minibatches,
+        "--update-epochs": workload.update_epochs,
+        "--total-timesteps": workload.yardstick_timesteps,
+        "--num-threads": num_threads or 1,
+    }
+    words = [str(word) for pair in settings.items() for word in pair]
+    script = str(Path(__file__).with_name("yardstick.py"))
+    done = subprocess.run([sys.executable, script, *words], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(
+    workload: Workload, rounds: int, compile: str = "on", num_threads: int | None = None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """`rounds` runs of each, interleaved."""
+    ours, theirs = [], []
+    for _ in range(rounds):
+        theirs.append(run_yardstick(workload, num_threads))
+        ours.append(run_fastppo(workload, compile, num_threads))
+    return ours, theirs
+
+
+def main(config: SpsConfig) -> None:
+    """Run, print a table and the JSON line."""
+    workload = WORKLOADS[config.workload]
+    if config.compile == "on":
+        run_fastppo(workload, "on", config.num_threads)  # compiles where the cache has nothing: not what is measured
+    theirs: list[dict[str, Any]] = []
+    if config.compare:
+        ours, theirs = compare(workload, config.rounds, config.compile, config.num_threads)
+    else:
+        ours = [run_fastppo(workload, config.compile, config.num_threads) for _ in range(config.rounds)]
+    speeds = sorted(run["sps"] for run in ours)
+    middle = sorted(ours, key=lambda run: run["sps"])[len(ours) // 2]
+    result: dict[str, Any] = {"workload": config.workload, **middle, "sps_spread": [speeds[0], speeds[-1]]}
+    table = Table(title=f"{config.workload}: {workload}")
+    for column in ("", "steps/s, median", "least", "most", "env", "act", "learn", "first update"):
+        table.add_column(column, justify="right")
+    shares = [f"{middle[key]:.0%}" for key in ("env_share", "act_share", "learn_share")]
+    first = f"{middle['first_update_seconds']:.1f} s"
+    table.add_row(
+        f"fastppo, {middle['tier']}", f"{middle['sps']:,.0f}", f"{speeds[0]:,.0f}", f"{speeds[-1]:,.0f}", *shares, first
+    )
+    if theirs:
+        yardstick = sorted(run["sps"] for run in theirs)
+        median = statistics.median(yardstick)
+        table.add_row("yardstick", f"{median:,.0f}", f"{yardstick[0]:,.0f}", f"{yardstick[-1]:,.0f}")
+        ratios = sorted(one["sps"] / other["sps"] for one, other in zip(ours, theirs, strict=True))
+        result |= {
+            "yardstick_sps": median,
+            "ratio": statistics.median(speeds) / median,
+            "ratio_spread": [ratios[0], ratios[-1]],
+        }
+        table.caption = f"{result['ratio']:.2f} times the yardstick ({ratios[0]:.2f} to {ratios[-1]:.2f} by round)"
+    if not config.json:
+        Console(width=120).print(table)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(SpsConfig))
