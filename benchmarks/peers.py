@@ -1,0 +1,249 @@
+"""The peers: Stable-Baselines3's PPO and a PPO of torchrl's own pieces, timed on fastppo's workloads with the same settings.
+
+Each is written as its own documentation writes it and shares no code with fastppo. The first iteration of every run warms up
+and is not timed; a step is one transition, and neither peer counts rows in which an environment is only reset. Run it alone:
+python benchmarks/peers.py --workload cartpole8 --peer all --total-timesteps 20000 --rounds 3
+"""
+
+import importlib.util
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+from torch.distributions import Categorical, Distribution
+
+WorkloadName = Literal["cartpole8", "cartpole1024", "pendulum8"]
+LEARNING_RATE, ADAM_EPS = 1e-3, 1e-5  # Adam's step size falls linearly to 0 over the run
+GAMMA, GAE_LAMBDA, CLIP_COEF, VF_COEF, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Environment, N, T, E and M, with B = T * N rows an iteration."""
+
+    env_id: str
+    num_envs: int
+    num_steps: int
+    update_epochs: int
+    minibatch_size: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_steps * self.num_envs
+
+
+WORKLOADS = {
+    "cartpole8": Workload("CartPole-v1", num_envs=8, num_steps=128, update_epochs=4, minibatch_size=8 * 128 // 4),
+    "cartpole1024": Workload("CartPole-v1", num_envs=1024, num_steps=64, update_epochs=4, minibatch_size=1024 * 64 // 8),
+    "pendulum8": Workload("Pendulum-v1", num_envs=8, num_steps=256, update_epochs=10, minibatch_size=64),
+}
+
+
+def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
+    """Seconds of Stable-Baselines3's PPO for all iterations but the first.
+
+    make_vec_env's default, DummyVecEnv, and the CPU are what its documentation advises for PPO with an MLP. MlpPolicy's own
+    defaults are the rest of the setting: 64 64 tanh for actor and critic each, orthogonal weights, Adam's epsilon 1e-5.
+    """
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    starts: list[float] = []  # of each rollout: the second one starts as the first iteration's update has ended
+
+    class Stopwatch(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            starts.append(time.perf_counter())
+
+        def _on_step(self) -> bool:
+            return True
+
+    envs = make_vec_env(workload.env_id, n_envs=workload.num_envs, seed=seed)
+    model = PPO(
+        "MlpPolicy",
+        envs,
+        learning_rate=lambda remaining: remaining * LEARNING_RATE,
+        n_steps=workload.num_steps,
+        batch_size=workload.minibatch_size,
+        n_epochs=workload.update_epochs,
+        gamma=GAMMA,
+        gae_lambda=GAE_LAMBDA,
+        clip_range=CLIP_COEF,
+        vf_coef=VF_COEF,
+        max_grad_norm=MAX_GRAD_NORM,
+        seed=seed,
+        device="cpu",
+    )
+    model.learn(num_iterations * workload.batch_size, callback=Stopwatch())
+    seconds = time.perf_counter() - starts[1]
+    envs.close()
+    return seconds
+
+
+def run_torchrl(workload: Workload, num_iterations: int, seed: int) -> float:
+    """Seconds of a torchrl PPO for all iterations but the first.
+
+    It follows ppo_mujoco.py and ppo_atari.py of torchrl's sota-implementations, eager as they are by default, except where the
+    fixed setting or torchrl's gain is the reason: advantages are computed once a rollout, not once an epoch; continuous actions
+    are Gaussian and clipped by the environment, not tanh-squashed; the environments are gymnasium's, N in this process behind
+    GymWrapper, not a process each, with autoreset off as it prefers (it refuses the next-step kind, so CartPole's own too).
+    """
+    from tensordict import TensorDict
+    from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
+    from torchrl.collectors import Collector  # the newer name of SyncDataCollector
+    from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDictReplayBuffer
+    from torchrl.envs import Compose, GymWrapper, RewardSum, StepCounter, TransformedEnv
+    from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, ValueOperator
+    from torchrl.objectives import ClipPPOLoss
+    from torchrl.objectives.value import GAE
+
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it reports every allocation of a storage on stdout
+    torch.manual_seed(seed)
+    disabled = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    vector_env = gym.make_vec(workload.env_id, workload.num_envs, vectorization_mode="sync", vector_kwargs=disabled)
+    wrapped = GymWrapper(vector_env, categorical_action_encoding=True, device="cpu")
+    env = TransformedEnv(wrapped, Compose(RewardSum(), StepCounter()))
+    env.set_seed(seed)
+
+    obs_size = env.observation_spec["observation"].shape[-1]
+    discrete = isinstance(vector_env.single_action_space, gym.spaces.Discrete)
+    num_outputs = env.action_spec.space.n if discrete else env.action_spec.shape[-1]
+
+    def mlp(out_features: int, last_gain: float) -> torch.nn.Module:
+        net: torch.nn.Module = MLP(obs_size, out_features, num_cells=[64, 64], activation_class=torch.nn.Tanh)
+        linears = [layer for layer in net.modules() if isinstance(layer, torch.nn.Linear)]
+        for layer in linears:
+            torch.nn.init.orthogonal_(layer.weight, last_gain if layer is linears[-1] else math.sqrt(2))
+            torch.nn.init.zeros_(layer.bias)
+        return net
+
+    policy_net = mlp(num_outputs, 0.01)
+    policy_net = policy_net if discrete else torch.nn.Sequential(policy_net, AddStateIndependentNormalScale(num_outputs))
+    parameters = ["logits"] if discrete else ["loc", "scale"]
+    module = TensorDictModule(policy_net, in_keys=["observation"], out_keys=parameters)
+    distribution, spec = Categorical if discrete else IndependentNormal, env.full_action_spec_unbatched
+    actor = ProbabilisticActor(module, parameters, spec=spec, distribution_class=distribution, return_log_prob=True)
+    critic = ValueOperator(mlp(1, 1.0), in_keys=["observation"])
+
+    frames = {"frames_per_batch": workload.batch_size, "total_frames": num_iterations * workload.batch_size}
+    collector = Collector(env, actor, **frames, device="cpu", max_frames_per_traj=-1, auto_register_policy_transforms=False)
+    storage = LazyTensorStorage(workload.batch_size, device="cpu")
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=SamplerWithoutReplacement(), batch_size=workload.minibatch_size)
+    advantage = GAE(gamma=GAMMA, lmbda=GAE_LAMBDA, value_network=critic, average_gae=False)
+    coefficients = {"clip_epsilon": CLIP_COEF, "critic_coeff": VF_COEF, "entropy_coeff": 0.0}
+    loss_module = ClipPPOLoss(actor, critic, **coefficients, loss_critic_type="l2", normalize_advantage=True)
+    optimizer = torch.optim.Adam(loss_module.parameters(), lr=LEARNING_RATE, eps=ADAM_EPS)
+    losses = TensorDict(batch_size=[workload.update_epochs, workload.batch_size // workload.minibatch_size])
+
+    started = time.perf_counter()
+    for iteration, data in enumerate(collector):  # data: (N, T)
+        optimizer.param_groups[0]["lr"] = (1 - iteration / num_iterations) * LEARNING_RATE
+        with torch.no_grad():
+            data = advantage(data)
+        buffer.extend(data.reshape(-1))
+        for epoch in range(workload.update_epochs):
+            for minibatch, rows in enumerate(buffer):  # (M,)
+                loss = loss_module(rows)
+                (loss["loss_objective"] + loss["loss_critic"] + loss["loss_entropy"]).backward()
+                torch.nn.utils.clip_grad_norm_(loss_module.parameters(), MAX_GRAD_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[epoch, minibatch] = loss.select("loss_objective", "loss_critic", "loss_entropy").detach()
+        for key in ("episode_reward", "step_count"):  # what torchrl's scripts log, as every peer does
+            data["next", key][data["next", "done"]].float().mean()
+        losses.apply(lambda loss: loss.mean(), batch_size=[])
+        collector.update_policy_weights_()
+        if iteration == 0:
+            started = time.perf_counter()
+    seconds = time.perf_counter() - started
+    collector.shutdown()
+    return seconds
+
+
+# Name: package, the function that times it, and whether torch.distributions checks its arguments where only it is imported.
+PEERS: dict[str, tuple[str, Callable[[Workload, int, int], float], bool]] = {
+    "sb3": ("stable_baselines3", run_sb3, __debug__),
+    "torchrl": ("torchrl", run_torchrl, False),
+}
+
+
+def run_peer(name: str, workload: str, total_timesteps: int, num_threads: int) -> float:
+    """Steps per second of one peer, its first iteration left out; at least two iterations are run, and whole ones only.
+
+    Importing torchrl turns the checks of torch.distributions off for the process, which would make the others in it faster:
+    each peer gets the value it has in a process of its own, and the caller keeps its own, like its number of threads.
+    """
+    package, run, validate_args = PEERS[name]
+    sizes = WORKLOADS[workload]
+    num_iterations = max(2, total_timesteps // sizes.batch_size)
+    callers = torch.get_num_threads(), Distribution._validate_args
+    try:
+        importlib.import_module(package)  # before the setting of the checks, which it may change
+        torch.set_num_threads(num_threads)
+        Distribution.set_default_validate_args(validate_args)
+        seconds = run(sizes, num_iterations, 1)
+    finally:
+        torch.set_num_threads(callers[0])
+        Distribution.set_default_validate_args(callers[1])
+    return (num_iterations - 1) * sizes.batch_size / seconds
+
+
+@dataclass(frozen=True)
+class PeersConfig:
+    """Time Stable-Baselines3 and torchrl on a workload of fastppo. The last line of the output is one JSON object."""
+
+    workload: WorkloadName = "cartpole8"
+    """Environment and sizes."""
+    peer: Literal["sb3", "torchrl", "all"] = "all"
+    """Which one; all: taken in turn in every round."""
+    total_timesteps: int = 20_000
+    """Transitions of each run, rounded down to whole iterations, at least two; the first is not timed."""
+    rounds: int = 3
+    """Runs of each peer, of which the median is reported."""
+    num_threads: int = 1
+    """torch's threads."""
+
+
+def main(config: PeersConfig) -> int:
+    """Measure, print the table and the JSON line; returns the exit code."""
+    if min(config.total_timesteps, config.rounds, config.num_threads) < 1:
+        print("--total-timesteps, --rounds and --num-threads must be at least 1", file=sys.stderr)
+        return 2
+    names = list(PEERS) if config.peer == "all" else [config.peer]
+    for name in names:
+        if importlib.util.find_spec(PEERS[name][0]) is None:
+            print(f"{name}: {PEERS[name][0]} is not installed; install it with: pip install 'fastppo[bench]'", file=sys.stderr)
+            return 2
+    measured: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(config.rounds):
+        for name in names:
+            measured[name].append(run_peer(name, config.workload, config.total_timesteps, config.num_threads))
+
+    runtime = f"Python {sys.version.split()[0]}, torch {torch.__version__}, gymnasium {version('gymnasium')}"
+    table = Table(title=f"{config.workload}, {config.rounds} rounds, --num-threads {config.num_threads}", caption=runtime)
+    for column in ("peer", "version", "steps/s (median)", "min", "max"):
+        table.add_column(column, justify="left" if column in ("peer", "version") else "right")
+    peers: dict[str, dict[str, Any]] = {}
+    for name, sps in measured.items():
+        median, spread = statistics.median(sps), [min(sps), max(sps)]
+        peers[name] = {"sps": median, "spread": spread, "version": version(PEERS[name][0])}
+        table.add_row(name, peers[name]["version"], *(f"{value:,.0f}" for value in (median, *spread)))
+    Console().print(table)
+    print(json.dumps({"workload": config.workload, "peers": peers}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(PeersConfig)))
