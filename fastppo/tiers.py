@@ -84,7 +84,7 @@ class Tiers:
     def act(self, normalization: Normalization) -> Act:
         """`(obs, noise) -> action` under the parameters as they stand."""
         if self._compiled_act is not None:
-            return partial(self._compiled_act, self._params, normalization)
+            return self._compiled_act.bind((self._params, normalization), self._jobs["act"][1][2:])
         return partial(programs.act, self._policy, self._weights, normalization)
 
     def update(self, iterations: int, seconds_left: float) -> None:

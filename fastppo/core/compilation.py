@@ -80,6 +80,22 @@ class CompiledProgram:
     def __call__(self, *args: Any) -> Any:
         """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
         tensors = _tensors(args)
+        self._check(tensors)
+        first, *rest = self._runner.run(tensors)
+        return Learned(first, AdamState(*rest[:3]), *rest[3:]) if self._returns_learned else first
+
+    def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
+        """`program(*fixed, *given)` as a function of `given`, for a program of one result that is called every step.
+
+        Checked once, with `rest` as an example: what is given later must have the same shapes, strides and types. Between an
+        environment's steps this takes 28 us where the checked call takes 42 (8 environments).
+        """
+        bound = _tensors(fixed)
+        self._check([*bound, *_tensors(rest)])
+        run = self._runner.run
+        return lambda *given: run([*bound, *given])[0]
+
+    def _check(self, tensors: list[Tensor]) -> None:
         # The library trusts its caller: wrong shapes, or more threads than its partial sums have room for, would be read and
         # written out of bounds.
         if len(tensors) != len(self._layout) or any(
@@ -89,8 +105,6 @@ class CompiledProgram:
             raise CompileError("the compiled program was made for tensors of other shapes, strides or types")
         if torch.get_num_threads() != self._num_threads:
             raise CompileError(f"the compiled program was made for torch.set_num_threads({self._num_threads})")
-        first, *rest = self._runner.run(tensors)
-        return Learned(first, AdamState(*rest[:3]), *rest[3:]) if self._returns_learned else first
 
 
 def load_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram | None:
