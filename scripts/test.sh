@@ -5,6 +5,6 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    set -- -n "$(nproc)"
+    set -- -n "$(nproc)" --dist loadfile
 fi
 exec "$python" -m pytest "$@"

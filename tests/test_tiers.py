@@ -1,0 +1,197 @@
+"""Which programs a run uses: chosen so that it ends soonest, said so, and the same results whichever it is."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo.core import programs
+from fastppo.core.compilation import CompileError, compile_program
+from fastppo.core.programs import Normalization
+from fastppo.policy.distributions import CATEGORICAL
+from fastppo.policy.networks import MLPActorCritic
+from fastppo.tiers import BUILD_SECONDS, TRIAL_ITERATIONS, Tiers, cache_dir
+from fastppo.train import console
+
+FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]
+
+
+def trained(run_dir, capsys, *flags):
+    """(what was printed, summary, rows) of a run."""
+    assert console([*FLAGS, "--run-dir", str(run_dir), *flags]) == 0
+    out = capsys.readouterr().out
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return out, json.loads((run_dir / "summary.json").read_text()), list(csv.DictReader(file))
+
+
+def test_auto_stays_eager_where_compiling_would_not_pay(tmp_path, capsys, monkeypatch):
+    """A run of a second does not wait for a compiler, nor start one; the line says why and how to have it all the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out, summary, _ = trained(tmp_path / "run", capsys)
+    assert summary["tier"] == "eager"
+    assert "eager to the end" in out
+    assert "--compile on" in out
+    assert not list((tmp_path / "cache" / "fastppo").iterdir())
+
+
+def test_off_is_eager(tmp_path, capsys, monkeypatch):
+    """--compile off does not even look at the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    _, summary, _ = trained(tmp_path / "run", capsys, "--compile", "off")
+    assert summary["tier"] == "eager"
+    assert summary["compile_seconds"] == 0
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_a_cache_that_others_can_write_to_is_not_used(mode, tmp_path, capsys, monkeypatch):
+    """Loading a program runs it: a directory open to others is refused, with the reason, and training goes on eagerly."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "fastppo").mkdir()
+    (tmp_path / "fastppo").chmod(0o777)
+    out, summary, _ = trained(tmp_path / "run", capsys, "--compile", mode)
+    assert summary["tier"] == "eager"
+    assert "0700" in out
+
+
+def test_without_a_compiler_training_goes_on(tmp_path, capsys, monkeypatch):
+    """No g++: one line with the reason and the cure, then eager programs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    out, summary, _ = trained(tmp_path / "run", capsys, "--compile", "on")
+    assert summary["tier"] == "eager"
+    assert "install g++" in out
+
+
+def test_a_compiled_run_is_the_eager_run(tmp_path, capsys):
+    """--compile on: the same run as eager but for rounding; the next run loads both programs, and so does --compile auto.
+
+    Nothing is compiled again: the cache holds the same two files afterwards.
+    """
+    _, _, eager = trained(tmp_path / "eager", capsys, "--compile", "off")
+    _, summary, compiled = trained(tmp_path / "compiled", capsys, "--compile", "on")
+    assert summary["tier"] == "compiled"
+    for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm", "episodic_return_mean"):
+        one, other = ([float(row[key]) for row in rows] for rows in (eager, compiled))
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5, nan_ok=True), key
+    files = sorted(cache_dir().iterdir())
+    assert len(files) == 2
+    for mode in ("on", "auto"):
+        out, summary, again = trained(tmp_path / mode, capsys, "--compile", mode)
+        assert summary["tier"] == "compiled"
+        assert summary["compile_seconds"] < 5
+        assert "programs: compiled" in out
+        timed = {"seconds", "sps", "env_share", "act_share", "learn_share"}
+        assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [
+            {k: v for k, v in row.items() if k not in timed} for row in compiled
+        ]  # the same bits
+    assert sorted(cache_dir().iterdir()) == files
+
+
+def small_tiers(mode, notes):
+    """Tiers around two programs that compile quickly: `learn` is stood in for by another act."""
+    policy = MLPActorCritic(3, 2, CATEGORICAL, (8,))
+    params = policy.init(torch.Generator().manual_seed(0))
+    normalization = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
+    example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
+    stand_in = partial(programs.act_from_params, policy=policy)
+    return Tiers(mode, policy, params, stand_in, example, example, notes.append), normalization
+
+
+def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):
+    """A long run: decided after the first iterations, built by another process, taken up between two iterations."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    notes: list[str] = []
+    tiers, normalization = small_tiers("auto", notes)
+    obs, noise = torch.randn(4, 3), torch.randn(4, 2)
+    before = tiers.act(normalization)(obs, noise)
+    tiers.update(TRIAL_ITERATIONS - 1, 100 * BUILD_SECONDS)
+    assert not any("background" in note for note in notes)  # too early to tell
+    deadline = time.monotonic() + 150
+    while tiers.name == "eager" and time.monotonic() < deadline:
+        tiers.update(TRIAL_ITERATIONS, 100 * BUILD_SECONDS)
+        time.sleep(0.1)
+    assert tiers.name == "compiled", notes
+    assert torch.equal(tiers.act(normalization)(obs, noise), before)
+    tiers.close()
+    assert any("background" in note for note in notes)
+    assert any("compiled from here on" in note for note in notes)
+
+
+def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
+    """close() leaves no process and no half-built directory behind."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tiers, _ = small_tiers("auto", [])
+    for _ in range(2):
+        tiers.update(TRIAL_ITERATIONS, 100 * BUILD_SECONDS)
+    assert tiers._building is not None
+    process = tiers._building[1]._process
+    time.sleep(4)  # well into the work
+    tiers.close()
+    assert process.poll() is not None
+    assert not [path for path in (tmp_path / "fastppo").iterdir() if path.name.startswith("build-")]
+
+
+def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
+    """A hidden sync cannot slip into a compiled program: there are no graph breaks to hide it in."""
+    tmp_path.chmod(0o700)
+
+    class Syncing(MLPActorCritic):
+        def actor(self, weights, obs):
+            logits = super().actor(weights, obs)
+            return logits if bool(logits.sum() > 0) else -logits
+
+    policy = Syncing(3, 2, CATEGORICAL, (8,))
+    params = policy.init(torch.Generator().manual_seed(0))
+    normalization = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
+    example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
+    with pytest.raises(CompileError):
+        compile_program(partial(programs.act_from_params, policy=policy), example, tmp_path)
+
+
+def test_a_run_with_cached_programs_never_imports_the_compiler(tmp_path):
+    """Start-up is not paid for a compiler that has nothing to do."""
+    script = (
+        "import sys; from fastppo.train import console\n"
+        f"assert console({[*FLAGS, '--compile', 'auto', '--run-dir', str(tmp_path / 'run')]!r}) == 0\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert Path(tmp_path / "run" / "summary.json").exists()
+
+
+def test_calls_per_iteration(tmp_path):
+    """T calls of the environment's step an iteration, each after one `act`: nothing is done twice."""
+    from environments import Walk  # noqa: F401 (registers the environments)
+
+    from fastppo.envs.autoreset import AutoresetEnvs
+    from fastppo.envs.make import make_vec
+    from fastppo.policy.spaces import action_spec
+    from fastppo.rollout import HostCollector, allocate_rollout
+
+    calls = []
+
+    class Counting(AutoresetEnvs):
+        def step(self, action):
+            calls.append("step")
+            return super().step(action)
+
+    made, _ = make_vec("CartPole-v1", 4, "auto", {})
+    spec = action_spec(made.single_action_space, False)
+    rollout = allocate_rollout(16, 4, made.single_observation_space, spec, False, torch.device("cpu"))
+    collector = HostCollector(Counting(made), rollout, spec)
+    collector.reset(0)
+
+    def act(obs, noise):
+        calls.append("act")
+        return torch.zeros(4, dtype=torch.int64)
+
+    collector.collect(act, torch.zeros(16, 4, 2))
+    assert calls == ["act", "step"] * 16
