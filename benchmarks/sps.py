@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,8 +62,10 @@ class SpsConfig:
     """Print the JSON object only."""
 
 
-def run_fastppo(workload: Workload, compile: str = "on", num_threads: int | None = None) -> dict[str, Any]:
-    """One run in a fresh process; sps over all iterations but the first ones."""
+def run_fastppo(
+    workload: Workload, compile: str = "on", num_threads: int | None = None, launcher: Sequence[str] = ("-m", "fastppo.train")
+) -> dict[str, Any]:
+    """One run in a fresh process; sps over all iterations but the first ones. launcher: Python's words before the flags."""
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
         flags = {
@@ -78,7 +80,7 @@ def run_fastppo(workload: Workload, compile: str = "on", num_threads: int | None
             "--run-dir": run_dir,
         } | ({} if num_threads is None else {"--num-threads": num_threads})
         words = [str(word) for pair in flags.items() for word in pair]
-        subprocess.run([sys.executable, "-m", "fastppo.train", "--plain", *words], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run_dir / "summary.json").read_text())
         with (run_dir / "metrics.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
