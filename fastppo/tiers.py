@@ -35,13 +35,18 @@ class Tiers:
         policy: Policy,
         params: Tensor,
         learn: "partial[Learned]",
+        learn_in_parts: "partial[Learned]",
         learn_example: tuple[Any, ...],
         act_example: tuple[Any, ...],
         note: Callable[[str], None],
     ) -> None:
-        """mode: off, auto or on, as --compile says. The examples are arguments as `learn` and `act_from_params` will get them.
+        """Load what the cache has; with mode "on", build the rest now.
 
-        note: where a line goes that says what was chosen and why.
+        Args:
+            mode: off, auto or on, as --compile says.
+            learn: the eager program; learn_in_parts: the same with the rows_per_pass that suits compiled programs.
+            learn_example, act_example: arguments as `learn` and `act_from_params` will get them.
+            note: where a line goes that says what was chosen and why.
         """
         self.learn: Learn = learn
         self.compile_seconds = 0.0
@@ -49,7 +54,7 @@ class Tiers:
         self._weights = policy.weights(params)
         self._compiled_act: CompiledProgram | None = None
         self._jobs: dict[str, tuple[partial[Any], tuple[Any, ...]]] = {
-            "learn": (learn, learn_example),
+            "learn": (learn_in_parts, learn_example),
             "act": (partial(programs.act_from_params, policy=policy), act_example),
         }
         self._waiting: list[str] = []  # programs still to be built

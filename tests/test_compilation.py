@@ -87,7 +87,7 @@ def library(tmp_path_factory):
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
     cache_dir.chmod(0o700)
-    learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)
+    learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01, rows_per_pass=8)
     return compile_program(learn_eagerly, arguments, cache_dir), learn_eagerly, arguments, cache_dir
 
 
@@ -143,6 +143,7 @@ def test_compiled_act_equals_eager(tmp_path):
         (CATEGORICAL_POLICY, False, {"clip_vloss": False}),
         (CATEGORICAL_POLICY, False, {"advantage_estimator": "monte-carlo"}),
         (NORMAL_POLICY, False, {"target_kl": 0.01}),
+        (NORMAL_POLICY, False, {"rows_per_pass": 8}),
         (NORMAL_POLICY, True, {"advantage_estimator": "monte-carlo", "norm_adv": False}),
     ],
 )
@@ -163,7 +164,7 @@ def test_second_process_loads_without_the_compiler(library):
     script = (
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
         "from test_compilation import *\n"
-        "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
+        "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01, rows_per_pass=8)\n"
         "c = load_program(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
     )

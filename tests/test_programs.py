@@ -308,7 +308,7 @@ def test_every_transition_is_gathered_exactly_once_an_epoch():
     update(policy, torch.ones(1), rollout, permutation, minibatch_size=minibatch_size)
     everything, *minibatches = policy.seen
     assert torch.equal(everything, number)  # one forward pass over all T+1 rows
-    assert torch.equal(policy.actions[0], number[:num_steps])
+    assert torch.equal(policy.actions[0], number)  # row T's log-probability is computed and dropped
     assert [len(seen) for seen in minibatches] == [minibatch_size] * 9
     for epoch in range(epochs):
         shown = torch.cat(minibatches[3 * epoch : 3 * epoch + 3])
@@ -316,6 +316,19 @@ def test_every_transition_is_gathered_exactly_once_an_epoch():
         assert shown.sort().values.tolist() == list(range(num_steps * num_envs))
     for seen, action in zip(minibatches, policy.actions[1:], strict=True):
         assert torch.equal(seen, action)
+
+
+@POLICIES
+@pytest.mark.parametrize("rows_per_pass", [1, 6, 16, 1000])
+def test_parts_of_a_minibatch_add_up_to_it(policy, rows_per_pass):
+    """Working a minibatch off in parts changes neither the update nor a metric; invalid rows and the KL stop included."""
+    params, rollout, permutation = make_params(policy), make_rollout(policy, 16, 4), make_permutation(3, 64)
+    for options in ({}, {"target_kl": 0.01}, {"advantage_estimator": "monte-carlo", "norm_adv": False, "clip_vloss": False}):
+        whole = update(policy, params, rollout, permutation, minibatch_size=32, **options)
+        parts = update(policy, params, rollout, permutation, minibatch_size=32, rows_per_pass=rows_per_pass, **options)
+        torch.testing.assert_close(parts.params, whole.params, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(parts.minibatch_metrics, whole.minibatch_metrics, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parts.explained_variance, whole.explained_variance, rtol=1e-4, atol=1e-5)
 
 
 @POLICIES

@@ -102,7 +102,7 @@ def small_tiers(mode, notes):
     normalization = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
     example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
     stand_in = partial(programs.act_from_params, policy=policy)
-    return Tiers(mode, policy, params, stand_in, example, example, notes.append), normalization
+    return Tiers(mode, policy, params, stand_in, stand_in, example, example, notes.append), normalization
 
 
 def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):

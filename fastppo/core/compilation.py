@@ -370,6 +370,8 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     placeholder = graph.graph.find_nodes(op="placeholder")[-1]
     for node in graph.graph.find_nodes(op="get_attr"):
         tensor = getattr(graph, node.target)
+        if not isinstance(tensor, Tensor):  # the body of a loop inside this one
+            continue
         known = [index for index, other in enumerate(closed_over) if other is tensor]
         if not known:
             closed_over.append(tensor)

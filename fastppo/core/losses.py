@@ -9,7 +9,10 @@ from torch import Tensor
 
 
 def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
-    """Mean of `x` over rows of weight 1; 0 when there is none. x, weight: the same shape; returns ()."""
+    """Mean of `x` over rows of weight 1; 0 when there is none. x, weight: the same shape; returns ().
+
+    Weights that add up to 1 or less are taken as shares of a larger batch's mean: the result is this part's contribution to it.
+    """
     return (x * weight).sum() / weight.sum().clamp(min=1.0)
 
 

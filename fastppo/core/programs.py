@@ -21,7 +21,6 @@ from fastppo.core.losses import (
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
-    masked_mean,
     mean_and_std,
     squared_value_loss,
     standardize,
@@ -154,6 +153,7 @@ def learn(
     max_grad_norm: float,
     target_kl: float | None,
     adam_eps: float,
+    rows_per_pass: int | None = None,
     scan: Callable[..., Any] = scan,
     grad_and_aux: Callable[..., Any] = grad_and_aux,
 ) -> Learned:
@@ -169,6 +169,9 @@ def learn(
             `final_obs` as `obs` where the environment resets within the step (see fastppo/envs/autoreset.py).
         permutation: (E, B) int64, each row a permutation of range(B).
         schedule, normalization: see there.
+        rows_per_pass: the most rows that go through the networks at once; minibatches are worked off in equal parts whose
+            gradients add up. None: whole minibatches. The result is the same but for rounding; parts that fit a core's cache
+            make large compiled minibatches faster (benchmarks/LOG.md).
 
     Returns:
         `Learned`: new parameters and state, nothing written in place.
@@ -181,8 +184,17 @@ def learn(
 
     with torch.no_grad():
         weights = policy.weights(params)
-        dist, value_all = policy.actor_critic(weights, obs)  # value_all (T+1, N)
-        log_prob = policy.log_prob(_first_rows(dist, num_steps), action)  # (T, N)
+
+        def judge(carry: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            obs, action = rows
+            dist, value = policy.actor_critic(weights, obs)
+            return carry, torch.stack((policy.log_prob(dist, action), value))  # (2, steps, N)
+
+        # row T has no action: its log-probability is computed for nothing, and dropped
+        steps = _largest_divisor(num_steps + 1, (rows_per_pass or obs.shape[0] * obs.shape[1]) // obs.shape[1])
+        parts = (obs.unflatten(0, (-1, steps)), rollout["action"].unflatten(0, (-1, steps)))
+        judged = scan(judge, torch.zeros((), device=params.device), parts)[1].movedim(1, 0).flatten(1, 2)  # (2, T+1, N)
+        log_prob, value_all = judged[0, :num_steps], judged[1]  # (T, N), (T+1, N)
         value = value_all[:num_steps]
         next_value = value_all[1:]
         if "final_obs" in rollout:
@@ -209,38 +221,59 @@ def learn(
     flat_action = action.flatten(0, 1)
     scalars = torch.stack((log_prob, advantage, value_target, value, weight)).flatten(1)  # (5, B)
 
-    def minibatch_loss(params: Tensor, index: Tensor, scalars: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (M,) each
+    def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The part's share of the minibatch's loss and metrics; rows: () transitions in the whole minibatch, at least 1."""
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (M / parts,) each
+        share = weight / rows
         dist, value = policy.actor_critic(policy.weights(params), flat_obs[index])
         log_ratio = policy.log_prob(dist, flat_action[index]) - old_log_prob
         # rows that are no transitions may hold anything: their ratio is 1 by definition
         log_ratio = torch.where(weight > 0, log_ratio, 0.0)
         ratio = log_ratio.exp()
-        if norm_adv:
-            advantage = standardize(advantage, weight)
-        policy_loss = clipped_policy_loss(ratio, advantage, weight, schedule.clip_coef)
+        policy_loss = clipped_policy_loss(ratio, advantage, share, schedule.clip_coef)
         if clip_vloss:
-            value_loss = clipped_value_loss(value, old_value, value_target, weight, schedule.clip_coef)
+            value_loss = clipped_value_loss(value, old_value, value_target, share, schedule.clip_coef)
         else:
-            value_loss = squared_value_loss(value, value_target, weight)
-        entropy = masked_mean(policy.entropy(dist), weight)
+            value_loss = squared_value_loss(value, value_target, share)
+        entropy = (policy.entropy(dist) * share).sum()
         loss = policy_loss + vf_coef * value_loss - schedule.ent_coef * entropy
 
         deviation = (ratio.detach() - 1.0).abs()
-        clipfrac = masked_mean((deviation > schedule.clip_coef).to(ratio.dtype), weight)
-        approx_kl = approximate_kl(log_ratio.detach(), weight)
-        metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation.amax(), weight.sum())
-        return loss, tuple(metric.detach() for metric in metrics)
+        clipfrac = ((deviation > schedule.clip_coef) * share).sum()
+        approx_kl = approximate_kl(log_ratio.detach(), share)
+        metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation.amax())
+        return loss, torch.stack([metric.detach() for metric in metrics])
+
+    def minibatch_gradient(params: Tensor, index: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient (P,), metrics (6,) and number of transitions () of one minibatch: index (M,), scalars (5, M)."""
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()
+        if norm_adv:
+            advantage = standardize(advantage, weight)
+        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight))
+        transitions = weight.sum()
+        rows = transitions.clamp(min=1.0)
+        num_parts = minibatch_size // _largest_divisor(minibatch_size, rows_per_pass or minibatch_size)
+        if num_parts == 1:
+            grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
+            return grad, metrics, transitions
+
+        def add_part(total: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            grad, metrics = grad_and_aux(part_loss, params, *part, rows)
+            return total + grad, metrics
+
+        parts = (index.unflatten(0, (num_parts, -1)), scalars.unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous())
+        grad, metrics = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
+        return grad, torch.cat((metrics[:, :-1].sum(0), metrics[:, -1:].amax(0))), transitions
 
     def step(
         carry: tuple[Tensor, AdamState, Tensor], minibatch: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, AdamState, Tensor], Tensor]:
         params, adam, running = carry  # running: () bool, false once the KL stop has fired
-        grad, aux = grad_and_aux(minibatch_loss, params, *minibatch)
-        policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation, rows = aux
+        grad, metrics, transitions = minibatch_gradient(params, *minibatch)
+        policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation = metrics.unbind()
         if target_kl is not None:
             running = running & (approx_kl <= target_kl)
-        applied = running & (rows > 0)  # a minibatch without one transition has no gradient to follow
+        applied = running & (transitions > 0)  # a minibatch without one transition has no gradient to follow
         clipped_grad, grad_norm = clip_by_global_norm(grad, max_grad_norm)
         new_params, new_adam = adam_step(params, clipped_grad, adam, schedule.learning_rate, eps=adam_eps)
         params = torch.where(applied, new_params, params)
@@ -256,8 +289,6 @@ def learn(
     return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std)
 
 
-def _first_rows(dist: Any, num_rows: int) -> Any:
-    """The first rows of a distribution's parameters, a tensor or a tuple of tensors."""
-    if isinstance(dist, Tensor):
-        return dist[:num_rows]
-    return tuple(part[:num_rows] for part in dist)
+def _largest_divisor(number: int, bound: int) -> int:
+    """The largest divisor of `number` that is at most `bound`, and at least 1."""
+    return max(divisor for divisor in range(1, number + 1) if number % divisor == 0 and (divisor <= bound or divisor == 1))
