@@ -54,7 +54,7 @@ class TrainConfig:
     env_kwargs: EnvKwargs = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
     vectorization: Literal["auto", "entry-point", "sync", "async"] = "auto"
-    """How N environments become one: their own vector entry point, one process, or one each. auto: the first that exists."""
+    """How N environments become one: their own vector class, one process, or one each. auto: the first, else by a trial."""
     backend: Literal["auto", "gymnasium"] = "auto"
     """Who runs the environments."""
 

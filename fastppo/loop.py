@@ -30,6 +30,7 @@ from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Learned, Schedule
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
+from fastppo.envs.probe import choose_vectorization
 from fastppo.errors import TrainingFault, UsageError
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
@@ -106,7 +107,8 @@ def _train(config: TrainConfig) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
-    made, vectorization = make_vec(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
+    vectorization, why = choose_vectorization(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
+    made, _ = make_vec(config.env_id, config.num_envs, vectorization, config.env_kwargs)
     envs = AutoresetEnvs(made)
     obs_space = check_obs_space(made.single_observation_space)
     action = action_spec(made.single_action_space, config.squash_actions)
@@ -124,7 +126,7 @@ def _train(config: TrainConfig) -> TrainResult:
     loggers.log_config(config.to_json())
     display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
     display.note(f"run directory {directory.path}")
-    display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization}")
+    display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization} ({why})")
     torch.set_num_threads(choose_threads(config, network))
     display.note(f"device {device}, CPU threads: {torch.get_num_threads()}, {network.num_params:,} parameters")
     if config.resume:

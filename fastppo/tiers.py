@@ -16,7 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from fastppo.core import programs
-from fastppo.core.compilation import BackgroundCompile, CompiledProgram, CompileError, compile_program, load_program
+from fastppo.core.compilation import (
+    BackgroundCompile,
+    CompiledProgram,
+    CompileError,
+    GraphedProgram,
+    compile_program,
+    load_program,
+)
 from fastppo.core.programs import Learned, Normalization, Policy
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
@@ -49,10 +56,11 @@ class Tiers:
             note: where a line goes that says what was chosen and why.
         """
         self.learn: Learn = learn
+        self._eager_learn = learn
         self.compile_seconds = 0.0
         self._params, self._policy, self._note = params, policy, note
         self._weights = policy.weights(params)
-        self._compiled_act: CompiledProgram | None = None
+        self._compiled_act: CompiledProgram | GraphedProgram | None = None
         self._jobs: dict[str, tuple[partial[Any], tuple[Any, ...]]] = {
             "learn": (learn_in_parts, learn_example),
             "act": (partial(programs.act_from_params, policy=policy), act_example),
@@ -66,6 +74,10 @@ class Tiers:
             note("programs: eager, as --compile off asks")
             return
         started = time.perf_counter()
+        if params.is_cuda:
+            self._capture()
+            self.compile_seconds = time.perf_counter() - started
+            return
         try:
             for name, (program, example) in self._jobs.items():
                 loaded = load_program(program, example, cache_dir())
@@ -129,6 +141,20 @@ class Tiers:
         if self._building is not None:
             self._building[1].stop()
             self._building = None
+
+    def _capture(self) -> None:
+        """On a GPU both programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""
+        self._decided = True
+        try:
+            program, example = self._jobs["act"]
+            act = GraphedProgram(program, example)
+            self.learn = GraphedProgram(self._eager_learn, self._jobs["learn"][1])
+            self._compiled_act = act
+        except CompileError as reason:
+            self._give_up(reason)
+            return
+        self.name = "cuda-graph"
+        self._note("programs: captured as CUDA graphs")
 
     def _adopt(self, name: str, program: CompiledProgram) -> None:
         if name == "learn":

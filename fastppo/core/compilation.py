@@ -144,6 +144,51 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
     return loaded
 
 
+class GraphedProgram:
+    """A whole program captured once as a CUDA graph: a call copies its arguments into place and replays the kernels.
+
+    Thousands of launches become one. The captured buffers keep their addresses; results are copied out of them.
+    """
+
+    def __init__(self, program: Program, example: Example) -> None:
+        """Run the program a few times on a side stream, as capturing wants, then capture it. Raises CompileError."""
+        try:
+            self._arguments = pytree.tree_map_only(Tensor, torch.clone, _plain(example))
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    program(*self._arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._results = program(*self._arguments)
+        except RuntimeError as error:
+            raise CompileError(f"the CUDA graph could not be captured: {_first_line(error)}") from error
+        self._buffers = _tensors(self._arguments)
+
+    def __call__(self, *args: Any) -> Any:
+        """What the program returns for tensors of the example's shapes."""
+        for buffer, given in zip(self._buffers, _tensors(args), strict=True):
+            buffer.copy_(given, non_blocking=True)
+        self._graph.replay()
+        return pytree.tree_map_only(Tensor, torch.clone, self._results)
+
+    def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
+        """`program(*fixed, *given)` as a function of `given`: what is fixed is copied into place once."""
+        bound = _tensors(fixed)
+        for buffer, given in zip(self._buffers, bound, strict=False):
+            buffer.copy_(given, non_blocking=True)
+
+        def call(*given: Tensor) -> Tensor:
+            for buffer, tensor in zip(self._buffers[len(bound) :], given, strict=True):
+                buffer.copy_(tensor, non_blocking=True)
+            self._graph.replay()
+            return self._results.clone()
+
+        return call
+
+
 class BackgroundCompile:
     """`compile_program` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
 
