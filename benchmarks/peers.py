@@ -22,33 +22,12 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from sps import WORKLOADS, Workload
 from torch.distributions import Categorical, Distribution
 
 WorkloadName = Literal["cartpole8", "cartpole1024", "pendulum8"]
 LEARNING_RATE, ADAM_EPS = 1e-3, 1e-5  # Adam's step size falls linearly to 0 over the run
 GAMMA, GAE_LAMBDA, CLIP_COEF, VF_COEF, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Environment, N, T, E and M, with B = T * N rows an iteration."""
-
-    env_id: str
-    num_envs: int
-    num_steps: int
-    update_epochs: int
-    minibatch_size: int
-
-    @property
-    def batch_size(self) -> int:
-        return self.num_steps * self.num_envs
-
-
-WORKLOADS = {
-    "cartpole8": Workload("CartPole-v1", num_envs=8, num_steps=128, update_epochs=4, minibatch_size=8 * 128 // 4),
-    "cartpole1024": Workload("CartPole-v1", num_envs=1024, num_steps=64, update_epochs=4, minibatch_size=1024 * 64 // 8),
-    "pendulum8": Workload("Pendulum-v1", num_envs=8, num_steps=256, update_epochs=10, minibatch_size=64),
-}
 
 
 def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:

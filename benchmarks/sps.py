@@ -36,6 +36,16 @@ class Workload:
     total_timesteps: int
     yardstick_timesteps: int
 
+    @property
+    def batch_size(self) -> int:
+        """B, rows of one rollout."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        """M."""
+        return self.batch_size // self.num_minibatches
+
 
 WORKLOADS: Mapping[str, Workload] = {
     "cartpole8": Workload("CartPole-v1", 8, 128, 4, 4, 200_000, 50_000),

@@ -38,6 +38,8 @@ class YardstickConfig:
     """Adam's step size, annealed to 0."""
     seed: int = 1
     """Seed."""
+    cleanrl_envs: bool = False
+    """CleanRL's own environments, SyncVectorEnv of RecordEpisodeStatistics, instead of the vector environment fastppo uses."""
     num_threads: int = 1
     """torch's threads: one measures best at this size on two cores."""
 
@@ -96,7 +98,10 @@ def run(config: YardstickConfig) -> dict[str, float | int | str]:
     num_iterations = max(2, config.total_timesteps // batch_size)
     gamma, gae_lambda, clip_coef, vf_coef, max_grad_norm = 0.99, 0.95, 0.2, 0.5, 0.5
 
-    envs = gym.make_vec(config.env_id, num_envs=N)
+    if config.cleanrl_envs:
+        envs = gym.vector.SyncVectorEnv([lambda: gym.wrappers.RecordEpisodeStatistics(gym.make(config.env_id))] * N)
+    else:
+        envs = gym.make_vec(config.env_id, num_envs=N)
     action_space = envs.single_action_space
     agent = Agent(int(np.prod(envs.single_observation_space.shape)), action_space)
     optimizer = torch.optim.Adam(agent.parameters(), lr=config.learning_rate, eps=1e-5)

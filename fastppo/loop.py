@@ -3,6 +3,7 @@
 `train(config)` is the whole job. What a step or an update computes is in core/; what is kept on disk is in run/.
 """
 
+import contextlib
 import math
 import os
 import platform
@@ -96,19 +97,18 @@ def train(config: TrainConfig) -> TrainResult:
         TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
         KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
     """
-    threads = torch.get_num_threads()
-    try:
-        return _train(config)
-    finally:
-        torch.set_num_threads(threads)
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+        return _train(config, cleanup)
 
 
-def _train(config: TrainConfig) -> TrainResult:
+def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
     vectorization, why = choose_vectorization(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
     made, _ = make_vec(config.env_id, config.num_envs, vectorization, config.env_kwargs)
+    cleanup.callback(made.close)
     envs = AutoresetEnvs(made)
     obs_space = check_obs_space(made.single_observation_space)
     action = action_spec(made.single_action_space, config.squash_actions)
@@ -177,9 +177,7 @@ def _train(config: TrainConfig) -> TrainResult:
             normalization = normalization_of(state)
 
             # collect: T steps of N environments under frozen parameters and statistics
-            noise = action.distribution.noise(
-                action.noise_shape(config.num_steps, config.num_envs), state.generators["actions"]
-            )
+            noise = action.distribution.noise(act_noise_shape, state.generators["actions"])
             with torch.inference_mode():
                 if config.reset_each_rollout and state.iteration > 0:
                     collector.reset(None)
@@ -218,7 +216,7 @@ def _train(config: TrainConfig) -> TrainResult:
             improved = new_best and state.episodes.return_mean > state.best_return
             if new_best:
                 state.best_return = state.episodes.return_mean
-                # the parameters that played those episodes are the ones before this update by a hair; these are kept
+                # kept are the parameters after this update, one past those that played
                 best = checkpoint_of(state, network, obs_space, action)
 
             row: dict[str, int | float] = {
@@ -258,7 +256,7 @@ def _train(config: TrainConfig) -> TrainResult:
     finally:
         display.close()
         loggers.close()
-        envs.close()
+        made.close()  # evaluation has the machine to itself
         tiers.close()
         stop.restore()
 
