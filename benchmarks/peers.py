@@ -26,7 +26,7 @@ from sps import WORKLOADS, Workload
 from torch.distributions import Categorical, Distribution
 
 WorkloadName = Literal["cartpole8", "cartpole1024", "pendulum8"]
-LEARNING_RATE, ADAM_EPS = 1e-3, 1e-5  # Adam's step size falls linearly to 0 over the run
+LEARNING_RATE, ADAM_EPS = 2.5e-3, 1e-5  # Adam's step size falls linearly to 0 over the run
 GAMMA, GAE_LAMBDA, CLIP_COEF, VF_COEF, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
 
 

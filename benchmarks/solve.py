@@ -28,7 +28,7 @@ class SolveConfig:
     """As fastppo.train's: auto takes compiled programs where the cache has them, the second run's case."""
     total_timesteps: int = 300_000
     """Longest run; the learning rate falls to 0 over it."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2.5e-3
     """As fastppo.train's."""
 
 

@@ -34,7 +34,7 @@ class YardstickConfig:
     """E."""
     total_timesteps: int = 100_000
     """Rows to collect, autoreset rows included, as CleanRL counts them."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2.5e-3
     """Adam's step size, annealed to 0."""
     seed: int = 1
     """Seed."""

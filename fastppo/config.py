@@ -69,7 +69,7 @@ class TrainConfig:
     num_iterations: int | None = None
     """Stop after this many iterations instead of by total_timesteps."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2.5e-3
     """Adam's step size."""
     anneal_lr: bool = True
     """Let the learning rate fall linearly to 0 over the run."""
