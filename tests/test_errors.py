@@ -151,7 +151,7 @@ def contents(directory):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--learning-rate", "5e-4"], ["--learning-rate", "0.0005", "0.001"]),
+        (["--learning-rate", "5e-4"], ["--learning-rate", "0.0005", "0.0025"]),
         (["--hidden-sizes", "32"], ["--hidden-sizes"]),
         (["--env-id", "Acrobot-v1"], ["--env-id", "Acrobot-v1", "CartPole-v1"]),
         (["--num-envs", "8"], ["--num-envs 8"]),

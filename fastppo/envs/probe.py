@@ -31,6 +31,8 @@ def choose_vectorization(env_id: str, num_envs: int, wanted: str, env_kwargs: Ma
     if num_envs == 1:
         return "sync", "one environment"
     sync = step_seconds(make_vec(env_id, num_envs, "sync", env_kwargs)[0])
+    if sync == float("inf"):
+        return "sync", "a trial step failed"
     if sync < ASYNC_OVERHEAD:
         return "sync", f"a step takes {sync * 1e3:.2f} ms, too little to share out"
     parallel = step_seconds(make_vec(env_id, num_envs, "async", env_kwargs)[0])
