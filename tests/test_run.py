@@ -122,12 +122,8 @@ def assert_same(a, b, path=""):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished CartPole run, shared by the tests that only look at it."""
-    config = tiny(
-        tmp_path_factory.mktemp("finished", learning_rate=1e-3) / "run",
-        num_iterations=None,
-        total_timesteps=600,
-        eval_episodes=3,
-    )
+    settings = {"num_iterations": None, "total_timesteps": 600, "eval_episodes": 3, "learning_rate": 1e-3}
+    config = tiny(tmp_path_factory.mktemp("finished") / "run", **settings)
     return train(config), config
 
 
