@@ -1,8 +1,8 @@
 # Sourced by train.sh and test.sh: makes .venv if there is none, installs fastppo into it, and leaves $python set.
-# Usage: . scripts/setup.sh [extra]      A second run finds its mark and starts at once.
+# Usage: extra=NAME; . scripts/setup.sh      A second run finds its mark and starts at once. (No positional argument: a sourced
+# script without any sees its caller's.)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-extra=${1:-}
 python=.venv/bin/python
 mark=.venv/.installed${extra:+-$extra}
 if ! [ -e "$mark" ] || [ pyproject.toml -nt "$mark" ]; then

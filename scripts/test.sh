@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Test: sets up .venv on the first run, then lints, type-checks and runs pytest with the arguments given.
-. "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
+extra=dev
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check .

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train: sets up .venv on the first run, then passes its arguments to `python -m fastppo.train`.
 here=$(pwd)
+extra=
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 python=$(pwd)/$python
 cd "$here"
