@@ -128,7 +128,7 @@ class TrainConfig:
     device: str = "auto"
     """auto (the GPU when there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
-    """CPU threads of the programs; default: one where an update is small (a second one costs more than it gives), else all."""
+    """Most CPU threads of the programs; default: all, as far as an update has rows enough to share out."""
     compile: Literal["off", "auto", "on"] = "auto"
     """Compiled programs: never, when the whole run ends sooner with them, or always."""
 

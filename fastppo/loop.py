@@ -52,11 +52,12 @@ from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
 from fastppo.run.episodes import EpisodeStatistics
 from fastppo.run.loggers import Loggers
-from fastppo.tiers import Tiers
+from fastppo.tiers import Job, Tiers
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
 ROWS_PER_PASS = 1024
+MIN_WORKER_ROWS = 64
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
 
@@ -127,8 +128,11 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
     display.note(f"run directory {directory.path}")
     display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization} ({why})")
+    workers = choose_workers(config)
     torch.set_num_threads(choose_threads(config, network))
-    display.note(f"device {device}, CPU threads: {torch.get_num_threads()}, {network.num_params:,} parameters")
+    display.note(
+        f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
+    )
     if config.resume:
         display.note(
             f"going on from iteration {state.iteration}, step {state.global_step}; the environments start new episodes"
@@ -139,27 +143,18 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     rollout_tensors = dict(rollout.items())
     permutation = torch.empty(config.update_epochs, config.batch_size, dtype=torch.int64, device=device)
     act_noise_shape = action.noise_shape(config.num_steps, config.num_envs)
-    learn = partial(
-        programs.learn,
-        policy=network,
-        minibatch_size=config.rows_per_minibatch,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        advantage_estimator=config.advantage,
-        norm_returns=config.norm_returns,
-        norm_adv=config.norm_adv,
-        clip_vloss=config.clip_vloss,
-        vf_coef=config.vf_coef,
-        max_grad_norm=config.max_grad_norm,
-        target_kl=config.target_kl,
-        adam_eps=config.adam_eps,
-    )
     normalization = normalization_of(state)
+    learn = partial(programs.learn, policy=network, **learn_settings(config))
+    fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS, num_workers=workers) if device.type == "cpu" else learn
     learn_example = (state.params, state.adam, rollout_tensors, permutation, schedule_at(0.0, config, device), normalization)
+    act = partial(programs.act, network, network.weights(state.params))
     noise_example = torch.zeros(act_noise_shape[1:], device=device)
     act_example = (state.params, normalization, rollout_tensors["obs"][0], noise_example)
-    in_parts = partial(learn, rows_per_pass=ROWS_PER_PASS)
-    tiers = Tiers(config.compile, network, state.params, learn, in_parts, learn_example, act_example, display.note)
+    jobs = {
+        "learn": Job(learn, fast_learn, learn_example),
+        "act": Job(act, partial(programs.act_from_params, policy=network), act_example),
+    }
+    tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note)
 
     best: dict[str, Any] | None = None  # the best policy since the last checkpoint, not yet on disk
     recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
@@ -313,13 +308,40 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_threads(config: TrainConfig, network: MLPActorCritic) -> int:
-    """--num-threads, or one thread for a minibatch of fewer than 16 M multiplications: handing over costs more than it gives.
+    """Threads of eager programs: --num-threads, or one for a minibatch of fewer than 16 M multiplications.
 
-    Measured with 9,155 parameters on two cores: one thread is faster at 256 rows, two are at 4096 (benchmarks/LOG.md).
+    Below that handing over costs more than it gives: with 9,155 parameters on two cores one thread is faster at 256 rows, two
+    are at 4096 (benchmarks/LOG.md).
     """
     if config.num_threads is not None:
         return config.num_threads
     return 1 if config.rows_per_minibatch * network.num_params < 2**24 else torch.get_num_threads()
+
+
+def choose_workers(config: TrainConfig) -> int:
+    """Threads of a compiled `learn`, each with a part of the environments and of each minibatch (core/team.py).
+
+    As many as there are cores, or --num-threads, as long as each has MIN_WORKER_ROWS rows of a minibatch and parts are equal.
+    """
+    most = min(config.num_threads or torch.get_num_threads(), config.rows_per_minibatch // MIN_WORKER_ROWS)
+    return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and config.rows_per_minibatch % k == 0)
+
+
+def learn_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings of programs.learn."""
+    return {
+        "minibatch_size": config.rows_per_minibatch,
+        "gamma": config.gamma,
+        "gae_lambda": config.gae_lambda,
+        "advantage_estimator": config.advantage,
+        "norm_returns": config.norm_returns,
+        "norm_adv": config.norm_adv,
+        "clip_vloss": config.clip_vloss,
+        "vf_coef": config.vf_coef,
+        "max_grad_norm": config.max_grad_norm,
+        "target_kl": config.target_kl,
+        "adam_eps": config.adam_eps,
+    }
 
 
 def process_age() -> float:

@@ -6,16 +6,18 @@ long the run would last, and has the programs built by another process if they c
 changes over at an iteration's boundary. Knows nothing of what the programs compute.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastppo.core import programs
 from fastppo.core.compilation import (
     BackgroundCompile,
     CompiledProgram,
@@ -24,70 +26,52 @@ from fastppo.core.compilation import (
     compile_program,
     load_program,
 )
-from fastppo.core.programs import Learned, Normalization, Policy
+from fastppo.core.programs import Learned, Normalization
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
 TRIAL_ITERATIONS = 3  # eager iterations before the estimate: the first one is slow
 
 Act = Callable[[Tensor, Tensor], Tensor]
-Learn = Callable[..., Learned]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program of a run, in both forms."""
+
+    eager: Callable[..., Any]
+    program: "partial[Any]"  # for the compiler: the same function with the settings that suit a compiled one
+    example: tuple[Any, ...]  # arguments as `program` will get them
 
 
 class Tiers:
-    """The programs of one run. `act` and `learn` are what to call now; `update` may change them between iterations."""
+    """The programs of one run. `learn`, `collect`, `act` are what to call now; `update` may change them between iterations."""
 
-    def __init__(
-        self,
-        mode: str,
-        policy: Policy,
-        params: Tensor,
-        learn: "partial[Learned]",
-        learn_in_parts: "partial[Learned]",
-        learn_example: tuple[Any, ...],
-        act_example: tuple[Any, ...],
-        note: Callable[[str], None],
-    ) -> None:
+    def __init__(self, mode: str, jobs: Mapping[str, Job], num_threads: int, note: Callable[[str], None]) -> None:
         """Load what the cache has; with mode "on", build the rest now.
 
         Args:
             mode: off, auto or on, as --compile says.
-            learn: the eager program; learn_in_parts: the same with the rows_per_pass that suits compiled programs.
-            learn_example, act_example: arguments as `learn` and `act_from_params` will get them.
+            jobs: by name: "learn", and "act" or "collect". An eager act takes (normalization, obs, noise).
+            num_threads: torch's threads for compiled programs, set once the first of them is in use.
             note: where a line goes that says what was chosen and why.
         """
-        self.learn: Learn = learn
-        self._eager_learn = learn
         self.compile_seconds = 0.0
-        self._params, self._policy, self._note = params, policy, note
-        self._weights = policy.weights(params)
-        self._compiled_act: CompiledProgram | GraphedProgram | None = None
-        self._jobs: dict[str, tuple[partial[Any], tuple[Any, ...]]] = {
-            "learn": (learn_in_parts, learn_example),
-            "act": (partial(programs.act_from_params, policy=policy), act_example),
-        }
+        self.name = "eager"
+        self._jobs, self._num_threads, self._note = jobs, num_threads, note
+        self._compiled: dict[str, CompiledProgram | GraphedProgram] = {}
         self._waiting: list[str] = []  # programs still to be built
         self._building: tuple[str, BackgroundCompile] | None = None
         self._started = 0.0
         self._decided = mode != "auto"
-        self.name = "eager"
         if mode == "off":
             note("programs: eager, as --compile off asks")
             return
         started = time.perf_counter()
-        if params.is_cuda:
-            self._capture()
-            self.compile_seconds = time.perf_counter() - started
-            return
         try:
-            for name, (program, example) in self._jobs.items():
-                loaded = load_program(program, example, cache_dir())
-                if loaded is None and mode == "on":
-                    note(f"compiling {name} (once: later runs load it from {cache_dir()})")
-                    loaded = compile_program(program, example, cache_dir())
-                if loaded is None:
-                    self._waiting.append(name)
-                else:
-                    self._adopt(name, loaded)
+            if jobs["learn"].example[0].is_cuda:
+                self._capture()
+            else:
+                self._load(build=mode == "on")
         except CompileError as reason:
             self._give_up(reason)
             return
@@ -96,13 +80,25 @@ class Tiers:
             note("programs: eager at first; compiled ones are not in the cache")
         else:
             self._decided = True
-            note(f"programs: compiled, ready after {self.compile_seconds:.2f} s")
+            note(f"programs: {self.name}, ready after {self.compile_seconds:.2f} s")
+
+    @property
+    def learn(self) -> Callable[..., Learned]:
+        """programs.learn with its settings."""
+        return self._compiled.get("learn") or self._jobs["learn"].eager
+
+    @property
+    def collect(self) -> Callable[..., Any]:
+        """programs.collect with its settings."""
+        return self._compiled.get("collect") or self._jobs["collect"].eager
 
     def act(self, normalization: Normalization) -> Act:
         """`(obs, noise) -> action` under the parameters as they stand."""
-        if self._compiled_act is not None:
-            return self._compiled_act.bind((self._params, normalization), self._jobs["act"][1][2:])
-        return partial(programs.act, self._policy, self._weights, normalization)
+        compiled, job = self._compiled.get("act"), self._jobs["act"]
+        if compiled is not None:
+            params, _, *rest = job.example
+            return compiled.bind((params, normalization), tuple(rest))
+        return partial(job.eager, normalization)
 
     def update(self, iterations: int, seconds_left: float) -> None:
         """Between iterations: decide whether to build, and take up what has been built.
@@ -123,10 +119,13 @@ class Tiers:
                     self._started = time.perf_counter()
             if self._decided and self._building is None and self._waiting:
                 name = self._waiting.pop(0)
-                self._building = (name, BackgroundCompile(*self._jobs[name], cache_dir()))
+                job = self._jobs[name]
+                with _threads(self._num_threads):
+                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir()))
             elif self._building is not None:
-                name, job = self._building
-                program = job.poll()
+                name, build = self._building
+                with _threads(self._num_threads):
+                    program = build.poll()
                 if program is not None:
                     self._building = None
                     self._adopt(name, program)
@@ -142,31 +141,43 @@ class Tiers:
             self._building[1].stop()
             self._building = None
 
+    def _load(self, build: bool) -> None:
+        """Take up what the cache has; build or put on the list what it has not."""
+        for name, job in self._jobs.items():
+            with _threads(self._num_threads):
+                loaded = load_program(job.program, job.example, cache_dir())
+                if loaded is None and build:
+                    self._note(f"compiling {name} (once: later runs load it from {cache_dir()})")
+                    loaded = compile_program(job.program, job.example, cache_dir())
+            if loaded is None:
+                self._waiting.append(name)
+            else:
+                self._adopt(name, loaded)
+
     def _capture(self) -> None:
-        """On a GPU both programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""
-        self._decided = True
-        try:
-            program, example = self._jobs["act"]
-            act = GraphedProgram(program, example)
-            self.learn = GraphedProgram(self._eager_learn, self._jobs["learn"][1])
-            self._compiled_act = act
-        except CompileError as reason:
-            self._give_up(reason)
-            return
+        """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""
+        self._compiled = {name: GraphedProgram(job.program, job.example) for name, job in self._jobs.items()}
         self.name = "cuda-graph"
-        self._note("programs: captured as CUDA graphs")
 
     def _adopt(self, name: str, program: CompiledProgram) -> None:
-        if name == "learn":
-            self.learn = program
-        else:
-            self._compiled_act = program
+        torch.set_num_threads(self._num_threads)
+        self._compiled[name] = program
         self.name = "compiled"
 
     def _give_up(self, reason: CompileError) -> None:
         self._waiting.clear()
         self._decided = True
         self._note(f"programs: {self.name}, since compiling failed: {reason}")
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cache_dir() -> Path:

@@ -5,6 +5,7 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -115,13 +116,55 @@ def test_one_program_serves_every_value_of_its_tensors(library):
     assert_same(compiled(*as_tensordict), expected)
 
 
-def test_compiled_gaussian_monte_carlo_learn_equals_eager(tmp_path):
-    """The other distribution, estimator and loss, with observations, rewards and returns normalised."""
-    tmp_path.chmod(0o700)
-    learn_eagerly, arguments = job(
-        NORMAL_POLICY, normalized=True, advantage_estimator="monte-carlo", norm_returns=True, norm_adv=False, clip_vloss=False
-    )
-    assert_same(compile_program(learn_eagerly, arguments, tmp_path)(*arguments), learn_eagerly(*arguments))
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    """A compiled program of two workers: (program, eager, its settings)."""
+    torch.set_num_threads(1)
+    cache_dir = tmp_path_factory.mktemp("cache")
+    cache_dir.chmod(0o700)
+    settings = {"advantage_estimator": "monte-carlo", "norm_returns": True, "clip_vloss": False, "normalized": True}
+    learn_eagerly, arguments = job(NORMAL_POLICY, **settings)
+    shared_out = functools.partial(learn_eagerly, num_workers=2, rows_per_pass=4)
+    return compile_program(shared_out, arguments, cache_dir), learn_eagerly, settings
+
+
+def test_two_compiled_workers_equal_eager(team):
+    """The other distribution, estimator and loss, with observations, rewards and returns normalised, many times over.
+
+    Worker threads that read each other's sums too early or too late would differ now and then.
+    """
+    compiled, learn_eagerly, settings = team
+    for seed in range(30):
+        _, arguments = job(NORMAL_POLICY, seed=seed, **settings)
+        expected, result = learn_eagerly(*arguments), compiled(*arguments)
+        assert_same(result, expected)
+        again = compiled(*arguments)
+        assert torch.equal(result.params, again.params)  # the same bits each time
+
+
+def test_a_failing_worker_is_an_error_not_a_hang(team):
+    """The other workers stop waiting for it, and the caller is told."""
+    compiled, _, settings = team
+    tensors = compilation._tensors(job(NORMAL_POLICY, **settings)[1])
+    spoilt = compilation.Team(compiled._library, 2)
+    inputs = [[*tensors, worker] for worker in spoilt.workers]
+    run = spoilt._run
+    spoilt._run = lambda given: run([None] if given is inputs[1] else given)  # no tensor: the second one fails at once
+    with pytest.raises(RuntimeError, match="worker"):
+        spoilt.run(inputs)
+
+
+def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
+    """Ten runs in one process do not end with ten threads that wait for nothing."""
+    compiled, _, _ = team
+    before = threading.active_count()
+    others = [compilation.Team(compiled._library, 3) for _ in range(4)]
+    assert threading.active_count() == before + 8
+    del others
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 def test_compiled_act_equals_eager(tmp_path):

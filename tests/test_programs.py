@@ -1,5 +1,8 @@
 """The programs `act` and `learn`, eagerly: held against torch.nn, torchrl and torch.optim, and to a rollout's invariants."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from stable_baselines3.common.utils import explained_variance as sb3_explained_variance
@@ -626,6 +629,49 @@ def test_programs_never_ask_the_host(policy):
         update(policy, params, rollout, permutation, minibatch_size=8, target_kl=0.01)
         act(policy, policy.weights(params), OFF, rollout["obs"][0], torch.zeros(2, policy.action_size))
     assert syncs.found == []
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_kl": 0.05},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "rows_per_pass": 2},
+        {"norm_adv": False, "final_obs": True},
+    ],
+    ids=["gae", "monte-carlo", "final_obs"],
+)
+@POLICIES
+def test_workers_together_make_the_update_of_one(policy, options, workers):
+    """Each has its own environments and rows; sums of gradients and metrics, and the maximum of one, are those of the whole."""
+    options = dict(options)
+    rollout = make_rollout(policy, 8, 4)
+    if options.pop("final_obs", False):
+        rollout["final_obs"] = torch.randn_like(rollout["obs"])
+    params, permutation = make_params(policy), make_permutation(3, 32)
+    options = {"minibatch_size": 8, **options}
+    expected = update(policy, params, rollout, permutation, **options)
+
+    barrier, places = threading.Barrier(workers, timeout=60), [None] * workers
+
+    def all_reduce(x, worker):
+        places[worker[0].item()] = x
+        barrier.wait()
+        total = sum(places[1:], start=places[0])
+        barrier.wait()
+        return total
+
+    def work(rank):
+        shared = {"worker": torch.tensor([rank]), "num_workers": workers, "all_reduce": all_reduce}
+        return update(policy, params, rollout, permutation, **options, **shared)
+
+    with ThreadPoolExecutor(workers) as pool:
+        results = list(pool.map(work, range(workers)))
+    for result in results:
+        assert_same_bits(result, results[0])
+        torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[3:], expected[3:])
 
 
 @POLICIES

@@ -17,7 +17,7 @@ from fastppo.core.compilation import CompileError, compile_program
 from fastppo.core.programs import Normalization
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
-from fastppo.tiers import BUILD_SECONDS, TRIAL_ITERATIONS, Tiers, cache_dir
+from fastppo.tiers import BUILD_SECONDS, TRIAL_ITERATIONS, Job, Tiers, cache_dir
 from fastppo.train import console
 
 FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]
@@ -102,7 +102,9 @@ def small_tiers(mode, notes):
     normalization = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
     example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
     stand_in = partial(programs.act_from_params, policy=policy)
-    return Tiers(mode, policy, params, stand_in, stand_in, example, example, notes.append), normalization
+    act = partial(programs.act, policy, policy.weights(params))
+    jobs = {"learn": Job(stand_in, stand_in, example), "act": Job(act, stand_in, example)}
+    return Tiers(mode, jobs, 1, notes.append), normalization
 
 
 def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):

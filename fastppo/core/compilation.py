@@ -43,6 +43,7 @@ from fastppo.core import programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Learned
+from fastppo.core.team import SHIM, WORKER_FIELDS, Team, all_reduce
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
@@ -70,18 +71,27 @@ class CompiledProgram:
     def __init__(self, library: Path, program: Program, layout: Layout) -> None:
         """layout: shapes, strides and dtypes that the library was compiled for. Raises CompileError when it does not load."""
         self._layout = layout
+        self._library = library
         self._num_threads = torch.get_num_threads()
         self._returns_learned = program.func is programs.learn
+        num_workers = _num_workers(program)
+        self._team: Team | None = None
         try:
-            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-        except RuntimeError as error:
+            if num_workers > 1:
+                self._team = Team(library, num_workers)
+            else:
+                self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
+        except (OSError, RuntimeError) as error:
             raise CompileError(f"the compiled program does not load: {_first_line(error)}") from error
 
     def __call__(self, *args: Any) -> Any:
         """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
         tensors = _tensors(args)
         self._check(tensors)
-        first, *rest = self._runner.run(tensors)
+        if self._team is None:
+            first, *rest = self._runner.run(tensors)
+        else:  # all workers return the same
+            (first, *rest), *_ = self._team.run([[*tensors, worker] for worker in self._team.workers])
         return Learned(first, AdamState(*rest[:3]), *rest[3:]) if self._returns_learned else first
 
     def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
@@ -109,6 +119,8 @@ class CompiledProgram:
 
 def load_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram | None:
     """The compiled program from the cache, or None. Imports nothing of the compiler.
+
+    With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py.
 
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
@@ -340,6 +352,10 @@ def _plain(args: Example) -> list[Any]:
     ]
 
 
+def _num_workers(program: Program) -> int:
+    return int(program.keywords.get("num_workers", 1))
+
+
 def _layout(tensors: list[Tensor]) -> Layout:
     return tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors)
 
@@ -356,7 +372,11 @@ def _build(program: Program, example: Example, build_dir: str) -> Path:
         from torch._inductor.virtualized import V
 
         graph, inputs = _trace(program, example)
-        options = {**INDUCTOR_OPTIONS, "aot_inductor.output_path": str(Path(build_dir, "program.so"))}
+        options = {
+            **INDUCTOR_OPTIONS,
+            "aot_inductor.output_path": str(Path(build_dir, "program.so")),
+            "aot_inductor.custom_ops_to_c_shims": {torch.ops.fastppo.all_reduce.default: [SHIM]},
+        }
         fake_mode = inputs[0].fake_mode
         with (
             inductor_config.patch(options),
@@ -377,7 +397,9 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     if program.func is programs.learn:
-        program = functools.partial(program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux)
+        program = functools.partial(program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux, all_reduce=all_reduce)
+    if _num_workers(program) > 1:
+        example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
     leaves, spec = pytree.tree_flatten(_plain(example))
     present = [index for index, leaf in enumerate(leaves) if leaf is not None]
 

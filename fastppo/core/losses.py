@@ -17,15 +17,17 @@ def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def standardize(x: Tensor, weight: Tensor, eps: float = 1e-8) -> Tensor:
-    """(x - mean) / (std + eps) with the sample standard deviation (n - 1), over rows of weight 1. Shapes as `x`."""
-    mean, std = mean_and_std(x, weight)
+    """(x - mean) / (std + eps) with the sample standard deviation (n - 1), over rows of weight 1 of the last axis. (..., M)."""
+    mean, std = mean_and_std(x, weight, dim=-1)
     return (x - mean) / (std + eps)
 
 
-def mean_and_std(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sample standard deviation (n - 1) of `x` over rows of weight 1, both ()."""
-    mean = masked_mean(x, weight)
-    variance = ((x - mean).square() * weight).sum() / (weight.sum() - 1.0).clamp(min=1.0)
+def mean_and_std(x: Tensor, weight: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and sample standard deviation (n - 1) of `x` over rows of weight 1: both (), or of size 1 along the axis `dim`."""
+    keep = dim is not None
+    rows = weight.sum(dim, keep)
+    mean = (x * weight).sum(dim, keep) / rows.clamp(min=1.0)
+    variance = ((x - mean).square() * weight).sum(dim, keep) / (rows - 1.0).clamp(min=1.0)
     return mean, variance.sqrt()
 
 

@@ -140,6 +140,7 @@ def learn(
     permutation: Tensor,
     schedule: Schedule,
     normalization: Normalization,
+    worker: Tensor | None = None,
     *,
     policy: Policy,
     minibatch_size: int,
@@ -154,6 +155,8 @@ def learn(
     target_kl: float | None,
     adam_eps: float,
     rows_per_pass: int | None = None,
+    num_workers: int = 1,
+    all_reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
     scan: Callable[..., Any] = scan,
     grad_and_aux: Callable[..., Any] = grad_and_aux,
 ) -> Learned:
@@ -172,11 +175,41 @@ def learn(
         rows_per_pass: the most rows that go through the networks at once; minibatches are worked off in equal parts whose
             gradients add up. None: whole minibatches. The result is the same but for rounding; parts that fit a core's cache
             make large compiled minibatches faster (benchmarks/LOG.md).
+        worker, num_workers, all_reduce: several calls at once, in threads or processes, can share the work. Each goes through
+            its own part of the environments and of every minibatch's rows; `all_reduce(x, worker)` gives each the sum of all x.
+            worker: int64, its rank in [0, num_workers) first, then whatever all_reduce wants. All return the same, which but
+            for rounding is the result of one alone. num_workers divides N and minibatch_size.
 
     Returns:
         `Learned`: new parameters and state, nothing written in place.
     """
     num_steps = rollout["action"].shape[0] - 1
+
+    def mine(x: Tensor, dim: int) -> Tensor:
+        """This worker's part of the axis `dim`."""
+        if worker is None:
+            return x
+        return x.unflatten(dim, (num_workers, -1)).index_select(dim, worker[:1]).squeeze(dim)
+
+    def total(x: Tensor) -> Tensor:
+        """The sum of all workers' x."""
+        assert all_reduce is not None
+        assert worker is not None
+        return all_reduce(x, worker)
+
+    def judged(judge: Callable[..., Tensor], *rows: Tensor) -> Tensor:
+        """`judge(*rows)`, (C, steps, N), in parts of rows_per_pass rows, each worker for its own environments."""
+        rows = tuple(mine(x, 1) for x in rows)  # (steps, N / workers, ...)
+        steps = _largest_divisor(rows[0].shape[0], (rows_per_pass or rows[0].shape[0] * rows[0].shape[1]) // rows[0].shape[1])
+        _, out = scan(
+            lambda carry, part: (carry, judge(*part)), params.new_zeros(()), tuple(x.unflatten(0, (-1, steps)) for x in rows)
+        )
+        out = out.movedim(1, 0).flatten(1, 2)  # (C, steps, N / workers)
+        if worker is None:
+            return out
+        everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
+        return total(everyone).flatten(2)
+
     obs = normalize_obs(rollout["obs"], normalization)  # (T+1, N, ...)
     action = rollout["action"][:num_steps]  # (T, N, ...)
     terminated, truncated = rollout["terminated"][:num_steps], rollout["truncated"][:num_steps]  # (T, N)
@@ -185,20 +218,16 @@ def learn(
     with torch.no_grad():
         weights = policy.weights(params)
 
-        def judge(carry: Tensor, rows: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            obs, action = rows
+        def log_prob_and_value(obs: Tensor, action: Tensor) -> Tensor:
             dist, value = policy.actor_critic(weights, obs)
-            return carry, torch.stack((policy.log_prob(dist, action), value))  # (2, steps, N)
+            return torch.stack((policy.log_prob(dist, action), value))
 
         # row T has no action: its log-probability is computed for nothing, and dropped
-        steps = _largest_divisor(num_steps + 1, (rows_per_pass or obs.shape[0] * obs.shape[1]) // obs.shape[1])
-        parts = (obs.unflatten(0, (-1, steps)), rollout["action"].unflatten(0, (-1, steps)))
-        judged = scan(judge, torch.zeros((), device=params.device), parts)[1].movedim(1, 0).flatten(1, 2)  # (2, T+1, N)
-        log_prob, value_all = judged[0, :num_steps], judged[1]  # (T, N), (T+1, N)
-        value = value_all[:num_steps]
-        next_value = value_all[1:]
+        log_prob, value = judged(log_prob_and_value, obs, rollout["action"])  # (T+1, N) each
+        log_prob, value, next_value = log_prob[:num_steps], value[:num_steps], value[1:]
         if "final_obs" in rollout:
-            final_value = policy.critic(weights, normalize_obs(rollout["final_obs"][:num_steps], normalization))
+            final_obs = normalize_obs(rollout["final_obs"][:num_steps], normalization)
+            final_value = judged(lambda obs: policy.critic(weights, obs).unsqueeze(0), final_obs).squeeze(0)
             next_value = torch.where(terminated | truncated, final_value, next_value)
         reward = rollout["reward"][:num_steps]
         if normalization.reward_scale is not None:
@@ -217,13 +246,24 @@ def learn(
             advantage = value_target - value
         variance_explained = explained_variance(value, value_target, weight)
 
+        # the scalars of all minibatches are gathered at once, so that each minibatch reads contiguous rows
+        index = permutation.reshape(-1, minibatch_size)  # (L, M), L = E * B / M minibatches
+        scalars = torch.stack((log_prob, advantage, value_target, value, weight)).flatten(1)[:, index]  # (5, L, M)
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, M) each
+        transitions = weight.sum(-1)  # (L,)
+        if norm_adv:
+            advantage = standardize(advantage, weight)
+        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, M)
+        minibatches = (mine(index, 1).contiguous(), mine(scalars, 2).contiguous(), transitions)
+
     flat_obs = obs[:num_steps].flatten(0, 1)  # (B, ...), a view where nothing was normalised
     flat_action = action.flatten(0, 1)
-    scalars = torch.stack((log_prob, advantage, value_target, value, weight)).flatten(1)  # (5, B)
+    own_rows = minibatch_size // num_workers
+    num_parts = own_rows // _largest_divisor(own_rows, rows_per_pass or own_rows)
 
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The part's share of the minibatch's loss and metrics; rows: () transitions in the whole minibatch, at least 1."""
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (M / parts,) each
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (rows of the part,) each
         share = weight / rows
         dist, value = policy.actor_critic(policy.weights(params), flat_obs[index])
         log_ratio = policy.log_prob(dist, flat_action[index]) - old_log_prob
@@ -244,32 +284,33 @@ def learn(
         metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation.amax())
         return loss, torch.stack([metric.detach() for metric in metrics])
 
-    def minibatch_gradient(params: Tensor, index: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradient (P,), metrics (6,) and number of transitions () of one minibatch: index (M,), scalars (5, M)."""
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()
-        if norm_adv:
-            advantage = standardize(advantage, weight)
-        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight))
-        transitions = weight.sum()
-        rows = transitions.clamp(min=1.0)
-        num_parts = minibatch_size // _largest_divisor(minibatch_size, rows_per_pass or minibatch_size)
+    def minibatch_gradient(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient (P,) and metrics (6,) of one minibatch: index (M,), scalars (5, M); with workers, M / workers of each."""
         if num_parts == 1:
             grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
-            return grad, metrics, transitions
+        else:
 
-        def add_part(total: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-            grad, metrics = grad_and_aux(part_loss, params, *part, rows)
-            return total + grad, metrics
+            def add_part(total: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+                grad, metrics = grad_and_aux(part_loss, params, *part, rows)
+                return total + grad, metrics
 
-        parts = (index.unflatten(0, (num_parts, -1)), scalars.unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous())
-        grad, metrics = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
-        return grad, torch.cat((metrics[:, :-1].sum(0), metrics[:, -1:].amax(0))), transitions
+            parts = (index.unflatten(0, (num_parts, -1)), scalars.unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous())
+            grad, metrics = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
+            metrics = torch.cat((metrics[:, :-1].sum(0), metrics[:, -1:].amax(0)))
+        if worker is not None:
+            # one exchange of all: a maximum travels through a sum in a place of its worker's own
+            deviation = torch.where(torch.arange(num_workers, device=params.device) == worker[0], metrics[-1], 0.0)
+            everyone = total(torch.cat((grad, metrics[:-1], deviation)))
+            grad, sums, deviation = everyone.split((len(params), len(metrics) - 1, num_workers))
+            metrics = torch.cat((sums, deviation.amax(0, keepdim=True)))
+        return grad, metrics
 
     def step(
         carry: tuple[Tensor, AdamState, Tensor], minibatch: tuple[Tensor, ...]
     ) -> tuple[tuple[Tensor, AdamState, Tensor], Tensor]:
         params, adam, running = carry  # running: () bool, false once the KL stop has fired
-        grad, metrics, transitions = minibatch_gradient(params, *minibatch)
+        index, scalars, transitions = minibatch
+        grad, metrics = minibatch_gradient(params, index, scalars, transitions.clamp(min=1.0))
         policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation = metrics.unbind()
         if target_kl is not None:
             running = running & (approx_kl <= target_kl)
@@ -282,9 +323,6 @@ def learn(
         return (params, adam, running), torch.stack(y)
 
     running = torch.ones((), dtype=torch.bool, device=params.device)
-    index = permutation.reshape(-1, minibatch_size)  # (E * B / M, M)
-    # the scalars of all minibatches are gathered at once, so that each minibatch reads five contiguous rows
-    minibatches = (index, scalars[:, index].movedim(0, 1).contiguous())  # (E * B / M, 5, M)
     (params, adam, _), minibatch_metrics = scan(step, (params, adam, running), minibatches)
     return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std)
 
