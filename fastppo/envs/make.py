@@ -36,9 +36,9 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
             warnings.simplefilter("ignore")  # gymnasium's advice on newer versions: the user chose this one
             envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode=mode, **env_kwargs)
     except gym.error.DependencyNotInstalled as error:
-        raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_first_line(error)}") from None
+        raise UsageError(f"--env-id {env_id} needs a package that is not installed: {first_line(error)}") from None
     except TypeError as error:
-        raise UsageError(f"--env-kwargs do not fit {env_id}: {_first_line(error)}") from None
+        raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
     except Exception as error:
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     return envs, vectorization
@@ -46,17 +46,23 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of `env_id`; raises UsageError with the nearest known ids."""
+    name = import_module_of(env_id)
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
+        raise UsageError(f"--env-id {name!r} {reason}{nearest(name, _newest_first(name))}") from None
+
+
+def import_module_of(env_id: str) -> str:
+    """Import the module of module:Id, so that it registers its environments, and return the Id; raises UsageError."""
     module, _, name = env_id.rpartition(":")
     if module:
         try:
             importlib.import_module(module)
         except Exception as error:  # whatever somebody's module may raise
             raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {brief(error)}") from None
-    try:
-        return gym.spec(name)
-    except gym.error.Error as error:
-        reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else _first_line(error)
-        raise UsageError(f"--env-id {name!r} {reason}{nearest(name, _newest_first(name))}") from None
+    return name
 
 
 def _newest_first(name: str) -> list[str]:
@@ -66,5 +72,5 @@ def _newest_first(name: str) -> list[str]:
     return sorted(same, reverse=True) or list(gym.registry)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
