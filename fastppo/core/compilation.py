@@ -42,11 +42,12 @@ from torch import Tensor
 from fastppo.core import programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.programs import Learned
+from fastppo.core.programs import Collected, Learned
 from fastppo.core.team import SHIM, WORKER_FIELDS, Team, all_reduce
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
+_NUM_ROWS = len(Collected._fields) - 1  # all but `running`
 Layout = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -73,7 +74,7 @@ class CompiledProgram:
         self._layout = layout
         self._library = library
         self._num_threads = torch.get_num_threads()
-        self._returns_learned = program.func is programs.learn
+        self._function = program.func
         num_workers = _num_workers(program)
         self._team: Team | None = None
         try:
@@ -89,10 +90,18 @@ class CompiledProgram:
         tensors = _tensors(args)
         self._check(tensors)
         if self._team is None:
-            first, *rest = self._runner.run(tensors)
-        else:  # all workers return the same
-            (first, *rest), *_ = self._team.run([[*tensors, worker] for worker in self._team.workers])
-        return Learned(first, AdamState(*rest[:3]), *rest[3:]) if self._returns_learned else first
+            results = self._runner.run(tensors)
+        else:
+            results, *others = self._team.run([[*tensors, worker] for worker in self._team.workers])
+            if self._function is programs.collect:  # each worker has its own environments; of learn all return the same
+                size = len(results) - _NUM_ROWS
+                parts = zip(results, *others, strict=True)
+                results = [torch.cat(part, 0 if index < size else 1) for index, part in enumerate(parts)]
+        if self._function is programs.collect:
+            return Collected(tuple(results[:-_NUM_ROWS]), *results[-_NUM_ROWS:])
+        if self._function is programs.learn:
+            return Learned(results[0], AdamState(*results[1:4]), *results[4:])
+        return results[0]
 
     def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
         """`program(*fixed, *given)` as a function of `given`, for a program of one result that is called every step.
@@ -308,6 +317,8 @@ def _describe(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return (type(value).__qualname__, _describe(fields))
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), str(value.dtype), _digest(value.detach().cpu().contiguous().numpy().tobytes()))
     if isinstance(value, Mapping):
         return [(key, _describe(value[key])) for key in sorted(value)]
     if callable(value):
@@ -396,6 +407,8 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    if program.func is programs.collect:
+        program = functools.partial(program, scan=_traced_scan)
     if program.func is programs.learn:
         program = functools.partial(program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux, all_reduce=all_reduce)
     if _num_workers(program) > 1:
@@ -415,7 +428,7 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
         return _tidy(make_fx(flat_program, decomposition_table=_decompositions())(*inputs)), inputs
 
 
-def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, Tensor]:
+def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
     """`core.scan.scan` as PyTorch's scan operator, while tracing.
 
     The operator wants a flat body that closes over no tensor. The body is therefore traced by itself first: what it closes
@@ -427,8 +440,8 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     leaves, spec = pytree.tree_flatten(carry)
 
     def flat_body(*args: Tensor) -> list[Tensor]:
-        carry, y = body(pytree.tree_unflatten(args[: len(leaves)], spec), args[len(leaves) :])
-        return _unaliased([*pytree.tree_leaves(carry), y], args)
+        carry, ys = body(pytree.tree_unflatten(args[: len(leaves)], spec), args[len(leaves) :])
+        return _unaliased([*pytree.tree_leaves(carry), *ys], args)
 
     with disable_proxy_modes_tracing():
         inputs = [*(leaf.clone() for leaf in leaves), *(x[0].clone() for x in xs)]
@@ -451,7 +464,7 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     _compute_scalars_once(_tidy(graph))
     interpret = torch.fx.Interpreter(graph).run
     results = scan_op(lambda *args: interpret(*args), leaves, list(xs), tuple(closed_over))
-    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), results[len(leaves)]
+    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
 
 
 def _unaliased(results: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:

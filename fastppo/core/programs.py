@@ -1,4 +1,4 @@
-"""The pure programs that everything per step and per minibatch goes through: `act` and `learn`.
+"""The pure programs that everything per step and per minibatch goes through: `act`, `collect` and `learn`.
 
 They take tensors and return tensors, draw no random numbers, read no configuration object and never ask the host for a
 value, so they run unchanged eagerly, compiled, under torch.func.vmap or on the meta device. What a policy computes comes in
@@ -133,6 +133,67 @@ def act_from_params(params: Tensor, normalization: Normalization, obs: Tensor, n
     return act(policy, policy.weights(params), normalization, obs, noise)
 
 
+class Collected(NamedTuple):
+    """What `collect` returns."""
+
+    running: tuple[Tensor, ...]  # the environments after the last step
+    obs: Tensor  # (T, N, *obs_shape), what was acted on
+    action: Tensor  # (T, N, *action_shape), as sampled
+    reward: Tensor  # (T, N)
+    terminated: Tensor  # (T, N) bool
+    truncated: Tensor  # (T, N) bool
+    valid: Tensor  # (T, N) bool, false where the step only reset the environment
+
+
+EnvStep = Callable[[tuple[Tensor, ...], Tensor, Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]]
+
+
+def collect(
+    params: Tensor,
+    normalization: Normalization,
+    running: tuple[Tensor, ...],
+    noise: Tensor,
+    random: Tensor,
+    worker: Tensor | None = None,
+    *,
+    policy: Policy,
+    env_step: EnvStep,
+    num_workers: int = 1,
+    scan: Callable[..., Any] = scan,
+) -> Collected:
+    """T steps of N environments that are functions on tensors, under one policy: nothing leaves the device.
+
+    Args:
+        params: (P,). normalization: see there.
+        running: the environments between two steps: their observation (N, *obs_shape), whether their last step ended an episode
+            (N,) bool, and whatever else `env_step` wants.
+        noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
+        env_step: (running, action, random (N, K)) -> running, (reward, terminated, truncated), each (N,); pure. Where an
+            episode has ended the step resets: next-step autoreset.
+        worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
+    """
+    weights = policy.weights(params)
+
+    def step(running: tuple[Tensor, ...], draws: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        noise, random = draws
+        obs, done, *_ = running
+        action = act(policy, weights, normalization, obs, noise)
+        running, result = env_step(running, action, random)
+        return running, (obs, action, *result, ~done)
+
+    running = tuple(_share(x, 0, worker, num_workers) for x in running)
+    draws = (_share(noise, 1, worker, num_workers), _share(random, 1, worker, num_workers))
+    running, rows = scan(step, running, draws)
+    return Collected(running, *rows)
+
+
+def _share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:
+    """This worker's part of the axis `dim`; all of it for one who works alone."""
+    if worker is None:
+        return x
+    return x.unflatten(dim, (num_workers, -1)).index_select(dim, worker[:1]).squeeze(dim)
+
+
 def learn(
     params: Tensor,
     adam: AdamState,
@@ -186,10 +247,7 @@ def learn(
     num_steps = rollout["action"].shape[0] - 1
 
     def mine(x: Tensor, dim: int) -> Tensor:
-        """This worker's part of the axis `dim`."""
-        if worker is None:
-            return x
-        return x.unflatten(dim, (num_workers, -1)).index_select(dim, worker[:1]).squeeze(dim)
+        return _share(x, dim, worker, num_workers)
 
     def total(x: Tensor) -> Tensor:
         """The sum of all workers' x."""
@@ -201,9 +259,8 @@ def learn(
         """`judge(*rows)`, (C, steps, N), in parts of rows_per_pass rows, each worker for its own environments."""
         rows = tuple(mine(x, 1) for x in rows)  # (steps, N / workers, ...)
         steps = _largest_divisor(rows[0].shape[0], (rows_per_pass or rows[0].shape[0] * rows[0].shape[1]) // rows[0].shape[1])
-        _, out = scan(
-            lambda carry, part: (carry, judge(*part)), params.new_zeros(()), tuple(x.unflatten(0, (-1, steps)) for x in rows)
-        )
+        parts = tuple(x.unflatten(0, (-1, steps)) for x in rows)
+        _, (out,) = scan(lambda carry, part: (carry, (judge(*part),)), params.new_zeros(()), parts)
         out = out.movedim(1, 0).flatten(1, 2)  # (C, steps, N / workers)
         if worker is None:
             return out
@@ -290,12 +347,12 @@ def learn(
             grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
         else:
 
-            def add_part(total: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            def add_part(total: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
                 grad, metrics = grad_and_aux(part_loss, params, *part, rows)
-                return total + grad, metrics
+                return total + grad, (metrics,)
 
             parts = (index.unflatten(0, (num_parts, -1)), scalars.unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous())
-            grad, metrics = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
+            grad, (metrics,) = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
             metrics = torch.cat((metrics[:, :-1].sum(0), metrics[:, -1:].amax(0)))
         if worker is not None:
             # one exchange of all: a maximum travels through a sum in a place of its worker's own
@@ -307,7 +364,7 @@ def learn(
 
     def step(
         carry: tuple[Tensor, AdamState, Tensor], minibatch: tuple[Tensor, ...]
-    ) -> tuple[tuple[Tensor, AdamState, Tensor], Tensor]:
+    ) -> tuple[tuple[Tensor, AdamState, Tensor], tuple[Tensor]]:
         params, adam, running = carry  # running: () bool, false once the KL stop has fired
         index, scalars, transitions = minibatch
         grad, metrics = minibatch_gradient(params, index, scalars, transitions.clamp(min=1.0))
@@ -320,10 +377,10 @@ def learn(
         params = torch.where(applied, new_params, params)
         adam = AdamState(*(torch.where(applied, new, old) for new, old in zip(new_adam, adam, strict=True)))
         y = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm, deviation, applied.to(params.dtype))
-        return (params, adam, running), torch.stack(y)
+        return (params, adam, running), (torch.stack(y),)
 
     running = torch.ones((), dtype=torch.bool, device=params.device)
-    (params, adam, _), minibatch_metrics = scan(step, (params, adam, running), minibatches)
+    (params, adam, _), (minibatch_metrics,) = scan(step, (params, adam, running), minibatches)
     return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std)
 
 

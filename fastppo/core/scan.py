@@ -10,20 +10,20 @@ Carry = TypeVar("Carry")
 
 
 def scan(
-    body: Callable[[Carry, tuple[Tensor, ...]], tuple[Carry, Tensor]], carry: Carry, xs: tuple[Tensor, ...]
-) -> tuple[Carry, Tensor]:
+    body: Callable[[Carry, tuple[Tensor, ...]], tuple[Carry, tuple[Tensor, ...]]], carry: Carry, xs: tuple[Tensor, ...]
+) -> tuple[Carry, tuple[Tensor, ...]]:
     """Fold `body` over the first axis of the tensors `xs`, eagerly: a Python loop.
 
     Args:
-        body: `(carry, x) -> (carry, y)`; pure, the carry keeps its structure, shapes and dtypes.
+        body: `(carry, x) -> (carry, y)`; pure, the carry keeps its structure, shapes and dtypes, y is a tuple of tensors.
         carry: any tree of tensors.
         xs: tensors (L, ...), L >= 1; the body sees the tuple of their (...) slices, in order.
 
     Returns:
-        The last carry and the stacked ys, (L, ...).
+        The last carry and the stacked ys, a tuple of (L, ...).
     """
     ys = []
     for x in zip(*(tensor.unbind(0) for tensor in xs), strict=True):
         carry, y = body(carry, x)
         ys.append(y)
-    return carry, torch.stack(ys)
+    return carry, tuple(torch.stack(y) for y in zip(*ys, strict=True))
