@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from fastppo.cli import parse, run
 from fastppo.config import TrainConfig
-from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.make import make_vec
 from fastppo.errors import TrainingFault, UsageError, brief
 
@@ -54,19 +55,28 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
     returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
     running, length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
     valid = np.ones(envs.num_envs, bool)
+    import torch  # here, so that --help does not wait for it
+
     agent.seed(seed)
-    obs = envs.reset(seed)
-    while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
-        step = envs.step(agent.act(obs, deterministic))
-        obs = step.obs
-        running += np.where(valid, step.reward, 0.0)
-        length += valid
-        done = (step.terminated | step.truncated) & valid
-        for index in np.flatnonzero(done | (length >= EPISODE_LIMIT)):
-            returns[index].append(float(running[index]))
-            running[index], length[index] = 0.0, 0
-        valid = ~done if not envs.keeps_final_obs else valid
+    with torch.inference_mode():  # as training steps them
+        obs = envs.reset(seed)
+        while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
+            step = envs.step(agent.act(obs, deterministic))
+            obs = step.obs
+            reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
+            running += np.where(valid, reward, 0.0)
+            length += valid
+            done = np.logical_or(terminated, truncated) & valid
+            for index in np.flatnonzero(done | (length >= EPISODE_LIMIT)):
+                returns[index].append(float(running[index]))
+                running[index], length[index] = 0.0, 0
+            valid = ~done if not envs.keeps_final_obs else valid
     return [value for played, wanted in zip(returns, quota, strict=True) for value in played[:wanted]]
+
+
+def _to_host(batch: Any) -> NDArray[Any]:
+    """An array of one step's results, whatever device they are on."""
+    return np.asarray(batch.cpu() if is_tensor(batch) else batch)
 
 
 def evaluate_config(

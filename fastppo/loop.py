@@ -47,7 +47,7 @@ from fastppo.policy.normalization import (
     update_moments,
 )
 from fastppo.policy.spaces import ActionSpec, action_spec, check_obs_space
-from fastppo.rollout import HostCollector, allocate_rollout
+from fastppo.rollout import allocate_rollout, start_collector
 from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
 from fastppo.run.episodes import EpisodeStatistics
@@ -111,6 +111,8 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     made, _ = make_vec(config.env_id, config.num_envs, vectorization, config.env_kwargs)
     cleanup.callback(made.close)
     envs = AutoresetEnvs(made)
+    if made.num_envs != config.num_envs:
+        raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")
     obs_space = check_obs_space(made.single_observation_space)
     action = action_spec(made.single_action_space, config.squash_actions)
     network = make_network(obs_space, action, config)
@@ -163,8 +165,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     last_checkpoint = time.monotonic()
     stop = StopSignals()
     try:
-        collector = HostCollector(envs, rollout, action)
-        collector.reset(environment_seed(config.seed, state.iteration))
+        collector = start_collector(envs, rollout, action, environment_seed(config.seed, state.iteration))
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
@@ -192,9 +193,8 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
             learn_seconds = time.perf_counter() - learn_started
 
             # account
-            valid = collector.arrays["valid"][:-1]
-            terminated, truncated = collector.arrays["terminated"][:-1], collector.arrays["truncated"][:-1]
-            finished = state.episodes.update(collector.arrays["reward"][:-1], terminated | truncated, valid)
+            reward, terminated, truncated, valid = collector.outcomes()
+            finished = state.episodes.update(reward, terminated | truncated, valid)
             state.iteration += 1
             state.global_step += int(valid.sum())
             # from account to account: what logging and checkpoints take is in the next iteration's time, nothing is left out

@@ -1,16 +1,19 @@
-"""Allocate the rollout and fill it from host environments. Knows nothing of losses, files or the command line.
+"""Allocate the rollout and fill it from environments. Knows nothing of losses, files or the command line.
 
 The rollout is one TensorDict of batch [T+1, N], allocated once and written in place. Row t < T is step t of every
 environment; row T holds the observation after the last step, the bootstrap's, and becomes row 0 of the next rollout.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from gymnasium.spaces import Box
+from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -54,6 +57,51 @@ class Phases:
     act: float = 0.0
 
 
+class Outcomes(NamedTuple):
+    """What the T steps of a rollout brought, for the account: numpy arrays (T, N) on the host."""
+
+    reward: NDArray[Any]
+    terminated: NDArray[Any]
+    truncated: NDArray[Any]
+    valid: NDArray[Any]
+
+
+class Collector(Protocol):
+    """Fills a rollout from environments, again and again."""
+
+    def reset(self, seed: int | None) -> None:
+        """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
+
+    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
+        """Fill rows 0 .. T-1 and the bootstrap row T.
+
+        Args:
+            act: (obs (N, ...), noise (N, ...)) -> action (N, ...), on the rollout's device.
+            noise: (T, N, ...).
+            cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
+
+        Raises:
+            TrainingFault: an environment raised, or returned a number that is not finite.
+        """
+        ...
+
+    def outcomes(self) -> Outcomes:
+        """Of the last rollout; views where the rollout is on the CPU."""
+        ...
+
+
+def start_collector(envs: AutoresetEnvs, rollout: TensorDict, action: ActionSpec, seed: int | None) -> Collector:
+    """Reset the environments: those that return a tensor get a TensorCollector, all others a HostCollector.
+
+    Raises TrainingFault where an environment fails to reset.
+    """
+    with _resetting():
+        obs = envs.reset(seed)
+        collector = (TensorCollector if isinstance(obs, Tensor) else HostCollector)(envs, rollout, action)
+        collector.begin(obs)
+    return collector
+
+
 class HostCollector:
     """Steps numpy environments into a rollout. Owns the host side of it and the last observation."""
 
@@ -70,24 +118,17 @@ class HostCollector:
         self.host_obs_rows = self.host["obs"].unbind(0)
 
     def reset(self, seed: int | None) -> None:
-        """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
-        try:
-            self.arrays["obs"][-1] = self.envs.reset(seed)
-        except Exception as error:
-            raise TrainingFault(f"an environment failed to reset: {brief(error)}") from error
+        """See Collector."""
+        with _resetting():
+            self.begin(self.envs.reset(seed))
+
+    def begin(self, obs: NDArray[Any]) -> None:
+        """Put first observations (N, ...) where `collect` takes them from."""
+        self.arrays["obs"][-1] = obs
         self.arrays["valid"][-1] = True
 
     def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
-        """Fill rows 0 .. T-1 and the bootstrap row T.
-
-        Args:
-            act: (obs (N, ...), noise (N, ...)) -> action (N, ...), on the rollout's device.
-            noise: (T, N, ...).
-            cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
-
-        Raises:
-            TrainingFault: an environment raised, or returned a number that is not finite.
-        """
+        """See Collector."""
         arrays, phases = self.arrays, Phases()
         obs, action, reward = arrays["obs"], arrays["action"], arrays["reward"]
         terminated, truncated, valid = arrays["terminated"], arrays["truncated"], arrays["valid"]
@@ -120,24 +161,109 @@ class HostCollector:
             valid[1:] = ~(terminated[:-1] | truncated[:-1])
         if cut:
             truncated[-2] |= valid[-2] & ~terminated[-2]
-        self._check_finite()
+        check_finite(self.arrays)
         if not self.on_host:
             self.rollout.update_(self.host)
         return phases
 
-    def _check_finite(self) -> None:
-        """Raise TrainingFault naming key, environment and step of the first number that is not finite."""
-        for key in ("obs", "reward", "final_obs"):
-            array = self.arrays.get(key)
-            if array is None or np.isfinite(array).all():
-                continue
-            step, env, *_ = np.argwhere(~np.isfinite(array))[0]
-            made_by = step - 1 if key == "obs" else step  # obs[t] came out of step t-1
-            what = f"{key} of environment {env} is not finite ({array[step, env]})"
-            if made_by < 0:
-                raise TrainingFault(f"{what} after a reset; the update was not made")
-            action = self.arrays["action"][made_by, env]
-            raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
+    def outcomes(self) -> Outcomes:
+        """See Collector."""
+        return Outcomes(*(self.arrays[key][:-1] for key in Outcomes._fields))
+
+
+class TensorCollector:
+    """Steps environments of tensors into a rollout, without a detour through numpy and without waiting for the device.
+
+    Environments and rollout may be on different devices: a plain copy then waits for both (one that does not would read what is
+    not there yet, or what the next step overwrites). On a GPU the phases say how long the work took to hand in.
+    """
+
+    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, action: ActionSpec) -> None:
+        self.envs = envs
+        self.tensors: dict[str, Tensor] = dict(rollout.items())
+        self.action = action.to(self.tensors["obs"].device)
+        self.env_device = self.tensors["obs"].device  # until the first observation tells
+        self.rows = {key: rows.unbind(0) for key, rows in self.tensors.items()}  # views made once
+
+    def reset(self, seed: int | None) -> None:
+        """See Collector."""
+        with _resetting():
+            self.begin(self.envs.reset(seed))
+
+    def begin(self, obs: Tensor) -> None:
+        """Put first observations (N, ...) where `collect` takes them from; actions will go to the device they came from."""
+        self.env_device = obs.device
+        self.rows["obs"][-1].copy_(obs)
+        self.rows["valid"][-1].fill_(True)
+
+    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
+        """See Collector."""
+        rows, phases = self.rows, Phases()
+        for key in ("obs", "valid"):
+            rows[key][0].copy_(rows[key][-1])
+        for t, step_noise in enumerate(noise.unbind(0)):
+            started = time.perf_counter()
+            chosen = act(rows["obs"][t], step_noise)  # (N, ...)
+            rows["action"][t].copy_(chosen)
+            env_action = self.action.to_env(chosen).to(self.env_device)
+            acted = time.perf_counter()
+            try:
+                step = self.envs.step(env_action)
+                rows["obs"][t + 1].copy_(step.obs)
+                rows["reward"][t].copy_(step.reward)
+                rows["terminated"][t].copy_(step.terminated)
+                rows["truncated"][t].copy_(step.truncated)
+                if step.final_obs is not None:
+                    rows["final_obs"][t].copy_(step.final_obs)
+            except Exception as error:
+                raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
+            stepped = time.perf_counter()
+            phases.act += acted - started
+            phases.env += stepped - acted
+        terminated, truncated, valid = (self.tensors[key] for key in ("terminated", "truncated", "valid"))
+        if self.envs.keeps_final_obs:
+            valid[1:].fill_(True)
+        else:
+            torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
+        if cut:
+            truncated[-2] |= valid[-2] & ~terminated[-2]
+        finite = [self.tensors[key].isfinite().all() for key in FINITE if key in self.tensors]
+        if not torch.stack(finite).all():  # sync: once per rollout
+            check_finite({key: tensor.cpu().numpy() for key, tensor in self.tensors.items()})
+        return phases
+
+    def outcomes(self) -> Outcomes:
+        """See Collector."""
+        return Outcomes(*(self.tensors[key][:-1].cpu().numpy() for key in Outcomes._fields))  # sync: once per rollout
+
+
+FINITE = ("obs", "reward", "final_obs")  # keys of the rollout that an environment may fill with numbers that are not
+
+
+def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raise TrainingFault naming key, environment and step of the first number that is not finite.
+
+    arrays: by key of the rollout, (T+1, N, ...).
+    """
+    for key in FINITE:
+        array = arrays.get(key)
+        if array is None or np.isfinite(array).all():
+            continue
+        step, env, *_ = np.argwhere(~np.isfinite(array))[0]
+        made_by = step - 1 if key == "obs" else step  # obs[t] came out of step t-1
+        what = f"{key} of environment {env} is not finite ({array[step, env]})"
+        if made_by < 0:
+            raise TrainingFault(f"{what} after a reset; the update was not made")
+        action = arrays["action"][made_by, env]
+        raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
+
+
+@contextlib.contextmanager
+def _resetting() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise TrainingFault(f"an environment failed to reset: {brief(error)}") from error
 
 
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:

@@ -9,28 +9,30 @@ A vector environment goes on after an episode's end in one of three ways (gymnas
 - DISABLED: the caller resets. It is done at once here, which makes it SAME_STEP.
 
 So a step is (obs, reward, terminated, truncated, final_obs): final_obs is None under NEXT_STEP, else it holds the final
-observation in the rows of environments that ended. Knows nothing of rollouts or policies.
+observation in the rows of environments that ended. An environment of tensors is told in tensors: none becomes an array, and
+under NEXT_STEP, or SAME_STEP with a dense final_obs, nothing waits for the device. Knows nothing of rollouts or policies, and
+costs no torch where the environment brings none.
 """
 
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from numpy.typing import NDArray
 
 from fastppo.errors import UsageError
 
-Array = NDArray[Any]
+Batch = Any  # a numpy array or a torch tensor, as the environment has it
 
 
 class Step(NamedTuple):
-    """What one vector step returned; leading axis N."""
+    """What one vector step returned; leading axis N. All arrays, or all tensors."""
 
-    obs: Array
-    reward: Array
-    terminated: Array
-    truncated: Array
-    final_obs: Array | None
+    obs: Batch
+    reward: Batch
+    terminated: Batch
+    truncated: Batch
+    final_obs: Batch | None
 
 
 class AutoresetEnvs:
@@ -51,16 +53,17 @@ class AutoresetEnvs:
         """True when steps carry `final_obs`: every row is then a transition."""
         return self.mode is not AutoresetMode.NEXT_STEP
 
-    def reset(self, seed: int | None) -> Array:
+    def reset(self, seed: int | None) -> Batch:
         """First observations, (N, ...); None: the environments' random numbers go on where they are."""
-        obs: Array = self.envs.reset(seed=seed)[0]
-        return obs
+        return self.envs.reset(seed=seed)[0]
 
-    def step(self, action: Array) -> Step:
+    def step(self, action: Batch) -> Step:
         """Step all environments; see the module's docstring for what `final_obs` is."""
         obs, reward, terminated, truncated, info = self.envs.step(action)
         if self.mode is AutoresetMode.NEXT_STEP:
             return Step(obs, reward, terminated, truncated, None)
+        if not isinstance(obs, np.ndarray) and is_tensor(obs):
+            return self._finish_tensors(obs, reward, terminated, truncated, info)
         done = np.logical_or(terminated, truncated)
         final_obs = obs
         if done.any():
@@ -72,6 +75,36 @@ class AutoresetEnvs:
                 obs = self.envs.reset(options={"reset_mask": done})[0]
         return Step(obs, reward, terminated, truncated, final_obs)
 
+    def _finish_tensors(self, obs: Batch, reward: Batch, terminated: Batch, truncated: Batch, info: dict[str, Any]) -> Step:
+        """What `step` does for arrays under SAME_STEP and DISABLED, for tensors."""
+        import torch
+
+        done = torch.logical_or(terminated, truncated)  # (N,)
+        if self.mode is AutoresetMode.SAME_STEP:
+            final: Any = info.get("final_obs")
+            if is_tensor(final):
+                ended = done.reshape(-1, *[1] * (obs.ndim - 1))
+                return Step(obs, reward, terminated, truncated, torch.where(ended, final, obs))
+            final_obs = obs
+            rows = done.nonzero().flatten().tolist()  # sync: objects lie on the host
+            if rows:
+                final_obs = obs.clone()
+                for index in rows:
+                    final_obs[index] = torch.as_tensor(info["final_obs"][index])
+            return Step(obs, reward, terminated, truncated, final_obs)
+        final_obs = obs
+        if done.any():  # sync: the caller resets
+            # copies, since an environment may keep what it returned and write to it when it resets
+            final_obs, reward, terminated, truncated = (kept.clone() for kept in (obs, reward, terminated, truncated))
+            obs = self.envs.reset(options={"reset_mask": done})[0]
+        return Step(obs, reward, terminated, truncated, final_obs)
+
     def close(self) -> None:
         """Release the environments' processes and windows."""
         self.envs.close()
+
+
+def is_tensor(value: object) -> bool:
+    """Whether `value` is a torch tensor; torch is imported for nothing but one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)

@@ -30,11 +30,17 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
         vectorization = "entry-point" if spec.vector_entry_point is not None else "sync"
     if vectorization == "entry-point" and spec.vector_entry_point is None:
         raise UsageError(f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, async or auto")
+    if vectorization != "entry-point" and spec.entry_point is None:
+        raise UsageError(
+            f"--vectorization {vectorization}: {env_id} is registered with a vector entry point only; use entry-point or auto"
+        )
     mode = {"entry-point": "vector_entry_point"}.get(vectorization, vectorization)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's advice on newer versions: the user chose this one
             envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode=mode, **env_kwargs)
+    except UsageError as error:  # an adapter of ours, inside the entry point
+        raise UsageError(f"--env-id {env_id}: {error}") from None
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(f"--env-id {env_id} needs a package that is not installed: {first_line(error)}") from None
     except TypeError as error:

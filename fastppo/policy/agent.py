@@ -56,7 +56,7 @@ class Agent:
     ) -> None:
         """params: flat (P,), copied: training may go on."""
         self.obs_space = obs_space
-        self.action = action
+        self.action = action.to(params.device)
         self.network = network
         self.params = params.detach().clone()
         self.weights = network.weights(self.params)
@@ -71,6 +71,7 @@ class Agent:
     def act(self, obs: Any, deterministic: bool = True) -> Any:
         """Actions as the environment takes them, for one observation (D,) or a batch (N, D), numpy array or tensor.
 
+        A tensor's are on its own device.
         deterministic: the likeliest action; otherwise one sampled from the policy.
         """
         batch = self._batch(obs)
@@ -80,7 +81,7 @@ class Agent:
         else:
             noise = self.action.distribution.noise(self.action.noise_shape(len(batch)), self.generator)
             action = self.action.distribution.sample(dist, noise)
-        return self._unbatch(self.action.to_env(action.cpu()), obs)
+        return self._unbatch(self.action.to_env(action), obs)
 
     @overload
     def value(self, obs: Tensor) -> Tensor: ...
@@ -111,6 +112,7 @@ class Agent:
         if not isinstance(obs, Tensor):
             array = batch.cpu().numpy()
             return array[0] if np.ndim(obs) == 1 else array
+        batch = batch.to(obs.device)
         return batch[0] if obs.ndim == 1 else batch
 
 

@@ -5,7 +5,7 @@ that PPO compares are those of what was sampled.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium as gym
@@ -32,7 +32,10 @@ class ActionSpec:
     squash: bool
 
     def to_env(self, action: Tensor) -> Tensor:
-        """Stored actions (N, *shape) -> what the environments take, on the CPU: shifted, clipped or squashed to the space."""
+        """Stored actions (N, *shape) -> what the environments take: shifted, clipped or squashed to the space.
+
+        Box actions are to be on the device that the bounds are on: the CPU, or where `to` has put them.
+        """
         if isinstance(self.space, gym.spaces.Discrete):
             return action + int(self.space.start) if self.space.start else action
         if self.squash:
@@ -40,6 +43,10 @@ class ActionSpec:
         else:
             action = torch.minimum(torch.maximum(action, self.low), self.high)
         return action.to(self.env_dtype).reshape(*action.shape[:-1], *(self.space.shape or ()))
+
+    def to(self, device: torch.device) -> "ActionSpec":
+        """The same with its bounds on `device`."""
+        return replace(self, low=self.low.to(device), high=self.high.to(device))
 
     def noise_shape(self, *batch: int) -> tuple[int, ...]:
         """Shape of the noise that samples a batch of actions."""
