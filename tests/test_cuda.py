@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from test_compilation import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job
+from test_tensor_envs import KINDS, TensorTwin, act, started
 
 from fastppo.core.compilation import GraphedProgram
 from fastppo.core.programs import act_from_params
@@ -45,3 +46,16 @@ def test_training_on_the_gpu(env_id, tmp_path):
     assert console(flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["device"], summary["tier"]) == ("cuda", "cuda-graph")
+
+
+@pytest.mark.parametrize(("mode", "final"), KINDS)
+def test_environments_of_tensors_on_another_device(mode, final):
+    """Tensors on the CPU fill a rollout on the GPU with the same rows, and get their actions back on the CPU."""
+    here, rollout, noise = started(TensorTwin(4, mode, final), 20)
+    there, on_gpu_rollout, gpu_noise = started(TensorTwin(4, mode, final), 20, device=torch.device("cuda"))
+    here.collect(act, noise)
+    there.collect(act, gpu_noise)
+    for key, rows in rollout.items():
+        assert torch.equal(rows, on_gpu_rollout[key].cpu()), key
+    for ours, theirs in zip(here.outcomes(), there.outcomes(), strict=True):
+        assert (ours == theirs).all()
