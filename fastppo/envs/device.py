@@ -170,7 +170,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
     def __init__(
         self, env: DeviceEnv, num_envs: int, device: torch.device | str = "cpu", render_mode: str | None = None
     ) -> None:
-        """Try one reset and one step to see that `env` keeps the contract. Host only for shapes and dtypes.
+        """Try one reset and one step to see that `env` keeps the contract: structure, shapes and dtypes, no values.
 
         Args:
             num_envs: N, at least 1.
