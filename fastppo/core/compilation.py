@@ -39,11 +39,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastppo.core import programs
+from fastppo.core import native, programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Collected, Learned
-from fastppo.core.team import SHIM, WORKER_FIELDS, Team, all_reduce
+from fastppo.core.team import WORKER_FIELDS, Team
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
@@ -135,12 +135,14 @@ def load_program(program: Program, example: Example, cache_dir: Path) -> Compile
     """
     check_cache_dir(cache_dir)
     tensors = _tensors(example)
-    name = cache_key(program, tensors)
-    for library in cache_dir.glob(f"{name}-*.so"):
-        if library.stem == f"{name}-{_digest(library.read_bytes())}":
-            return CompiledProgram(library, program, _layout(tensors))
-        library.unlink(missing_ok=True)  # damaged: loading it could kill the process
-    return None
+    helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, cache_key(program, tensors))
+    if helpers is None or library is None:
+        return None
+    try:
+        native.load(helpers)
+    except OSError as error:
+        raise CompileError(f"the compiled helpers do not load: {_first_line(error)}") from error
+    return CompiledProgram(library, program, _layout(tensors))
 
 
 def compile_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram:
@@ -150,15 +152,19 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
         return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
         raise CompileError("this tier compiles for the CPU only")
+    if shutil.which(native.compiler()) is None:
+        raise CompileError("there is no C++ compiler; install g++ or name one in CXX")
     with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
         try:
-            library = _build(program, example, build_dir)
-        except CompileError:
-            raise
+            if _cached(cache_dir, native_key()) is None:
+                helpers = Path(build_dir, "native.so")
+                native.build(helpers)
+                _keep(helpers, cache_dir, native_key())
+            _keep(_build(program, example, build_dir), cache_dir, cache_key(program, _tensors(example)))
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{native.SOURCE.name} does not compile: {error.stderr.strip()[:300]}") from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
-        name = f"{cache_key(program, _tensors(example))}-{_digest(library.read_bytes())}.so"
-        os.replace(library, cache_dir / name)  # atomic: a reader sees the whole file or none
     loaded = load_program(program, example, cache_dir)
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
@@ -296,6 +302,26 @@ def check_cache_dir(cache_dir: Path) -> None:
         raise CompileError(f"cache directory {cache_dir} must be owned by this user, with mode 0700")
 
 
+def _cached(cache_dir: Path, key: str) -> Path | None:
+    """The library under this key, if there is one and it is as it was written."""
+    for library in cache_dir.glob(f"{key}-*.so"):
+        if library.stem == f"{key}-{_digest(library.read_bytes())}":
+            return library
+        library.unlink(missing_ok=True)  # damaged: loading it could kill the process
+    return None
+
+
+def _keep(library: Path, cache_dir: Path, key: str) -> None:
+    """Move a new library to its place: atomic, a reader sees the whole file or none."""
+    os.replace(library, cache_dir / f"{key}-{_digest(library.read_bytes())}.so")
+
+
+def native_key() -> str:
+    """Digest of all that shapes the helpers' library."""
+    facts = (_digest(native.SOURCE.read_bytes()), torch.__version__, torch.version.git_version, _processor())
+    return f"native-{_digest(repr(facts).encode())[:25]}"
+
+
 def cache_key(program: Program, tensors: list[Tensor]) -> str:
     """Digest of all that shapes the program: our source, versions, the processor, threads, settings, layouts of tensors."""
     policy = program.keywords["policy"]
@@ -373,8 +399,6 @@ def _layout(tensors: list[Tensor]) -> Layout:
 
 def _build(program: Program, example: Example, build_dir: str) -> Path:
     """Trace, generate and compile; the library lies in `build_dir`."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise CompileError("there is no C++ compiler; install g++ or name one in CXX")
     with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir):  # its default is a directory under /tmp that it trusts blindly
         import torch._inductor.config as inductor_config
         from torch._dynamo.utils import get_metrics_context
@@ -386,7 +410,7 @@ def _build(program: Program, example: Example, build_dir: str) -> Path:
         options = {
             **INDUCTOR_OPTIONS,
             "aot_inductor.output_path": str(Path(build_dir, "program.so")),
-            "aot_inductor.custom_ops_to_c_shims": {torch.ops.fastppo.all_reduce.default: [SHIM]},
+            "aot_inductor.custom_ops_to_c_shims": {torch.ops.fastppo.all_reduce.default: [native.ALL_REDUCE_DECLARATION]},
         }
         fake_mode = inputs[0].fake_mode
         with (
@@ -410,7 +434,9 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
     if program.func is programs.collect:
         program = functools.partial(program, scan=_traced_scan)
     if program.func is programs.learn:
-        program = functools.partial(program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux, all_reduce=all_reduce)
+        program = functools.partial(
+            program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux, all_reduce=native.all_reduce
+        )
     if _num_workers(program) > 1:
         example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
     leaves, spec = pytree.tree_flatten(_plain(example))
