@@ -55,8 +55,8 @@ class TrainConfig:
     """Keyword arguments for the environment, as KEY=VALUE."""
     vectorization: Literal["auto", "entry-point", "sync", "async"] = "auto"
     """How N environments become one: their own vector class, one process, or one each. auto: the first, else by a trial."""
-    backend: Literal["auto", "gymnasium"] = "auto"
-    """Who runs the environments."""
+    backend: Literal["auto", "gymnasium", "torch"] = "auto"
+    """Who runs the environments: gymnasium, or torch, on the device in one program with the policy. auto: as registered."""
 
     num_envs: int = 8
     """N, environments stepped in parallel."""
@@ -164,6 +164,10 @@ class TrainConfig:
             self.device.startswith("cuda:") and self.device.removeprefix("cuda:").isdigit()
         ):
             raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.backend == "torch" and self.vectorization != "auto":
+            raise UsageError(
+                f"--vectorization {self.vectorization} is for --backend gymnasium; torch steps all at once: leave it off"
+            )
         self._check_minibatches()
 
     def _check_minibatches(self) -> None:
@@ -258,7 +262,7 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "vectorization": ("auto", "entry-point", "sync", "async"),
-    "backend": ("auto", "gymnasium"),
+    "backend": ("auto", "gymnasium", "torch"),
     "advantage": ("gae", "monte-carlo"),
     "activation": ("tanh", "relu", "elu", "silu", "gelu"),
     "compile": ("off", "auto", "on"),

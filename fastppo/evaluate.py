@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from fastppo.cli import parse, run
 from fastppo.config import TrainConfig
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
-from fastppo.envs.make import make_vec
 from fastppo.errors import TrainingFault, UsageError, brief
 
 if TYPE_CHECKING:
@@ -83,7 +82,9 @@ def evaluate_config(
     agent: "Agent", config: TrainConfig, episodes: int, seed: int, deterministic: bool = True
 ) -> dict[str, Any]:
     """Evaluate in fresh environments made as training's were: `return_mean return_std episodes`."""
-    made, _ = make_vec(config.env_id, min(episodes, 8), config.vectorization, config.env_kwargs)
+    from fastppo.envs.backends import make_envs  # here, so that --help and wrong flags do not wait for torch
+
+    made = make_envs(config.env_id, min(episodes, 8), config.backend, config.vectorization, config.env_kwargs, "cpu")
     envs = AutoresetEnvs(made)
     try:
         returns = evaluate(agent, envs, episodes, seed, deterministic)

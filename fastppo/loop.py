@@ -30,7 +30,8 @@ from fastppo.core import programs
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Learned, Schedule
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.make import make_vec
+from fastppo.envs.backends import make_envs
+from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.probe import choose_vectorization
 from fastppo.errors import TrainingFault, UsageError
 from fastppo.evaluate import evaluate_config
@@ -47,7 +48,7 @@ from fastppo.policy.normalization import (
     update_moments,
 )
 from fastppo.policy.spaces import ActionSpec, action_spec, check_obs_space
-from fastppo.rollout import allocate_rollout, start_collector
+from fastppo.rollout import allocate_rollout, env_step_of, pack, start_collector
 from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
 from fastppo.run.episodes import EpisodeStatistics
@@ -57,7 +58,8 @@ from fastppo.tiers import Job, Tiers
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
 ROWS_PER_PASS = 1024
-MIN_WORKER_ROWS = 64
+MIN_WORKER_ROWS = 64  # of a minibatch, for each worker of a compiled `learn`
+MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
 
@@ -107,9 +109,12 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
-    vectorization, why = choose_vectorization(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
-    made, _ = make_vec(config.env_id, config.num_envs, vectorization, config.env_kwargs)
+    vectorization, why = "auto", "as --backend torch asks"
+    if config.backend != "torch":
+        vectorization, why = choose_vectorization(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
+    made = make_envs(config.env_id, config.num_envs, config.backend, vectorization, config.env_kwargs, device)
     cleanup.callback(made.close)
+    backend = "torch" if isinstance(made, TorchVectorEnv) else f"gymnasium/{vectorization}"
     envs = AutoresetEnvs(made)
     if made.num_envs != config.num_envs:
         raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")
@@ -129,7 +134,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     loggers.log_config(config.to_json())
     display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
     display.note(f"run directory {directory.path}")
-    display.note(f"{config.env_id}: {config.num_envs} environments, gymnasium, {vectorization} ({why})")
+    display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
     workers = choose_workers(config)
     torch.set_num_threads(choose_threads(config, network))
     display.note(
@@ -149,13 +154,19 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     learn = partial(programs.learn, policy=network, **learn_settings(config))
     fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS, num_workers=workers) if device.type == "cpu" else learn
     learn_example = (state.params, state.adam, rollout_tensors, permutation, schedule_at(0.0, config, device), normalization)
-    act = partial(programs.act, network, network.weights(state.params))
-    noise_example = torch.zeros(act_noise_shape[1:], device=device)
-    act_example = (state.params, normalization, rollout_tensors["obs"][0], noise_example)
-    jobs = {
-        "learn": Job(learn, fast_learn, learn_example),
-        "act": Job(act, partial(programs.act_from_params, policy=network), act_example),
-    }
+    jobs = {"learn": Job(learn, fast_learn, learn_example)}
+    noise_example = torch.zeros(act_noise_shape, device=device)
+    seed = environment_seed(config.seed, state.iteration)
+    if isinstance(made, TorchVectorEnv):
+        made.reset(seed=seed)
+        collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
+        fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
+        collect_example = (state.params, normalization, pack(made.running), noise_example, made.draw(config.num_steps))
+        jobs["collect"] = Job(collect, fast_collect if device.type == "cpu" else collect, collect_example)
+    else:
+        act = partial(programs.act, network, network.weights(state.params))
+        act_example = (state.params, normalization, rollout_tensors["obs"][0], noise_example[0])
+        jobs["act"] = Job(act, partial(programs.act_from_params, policy=network), act_example)
     tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note)
 
     best: dict[str, Any] | None = None  # the best policy since the last checkpoint, not yet on disk
@@ -165,7 +176,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     last_checkpoint = time.monotonic()
     stop = StopSignals()
     try:
-        collector = start_collector(envs, rollout, action, environment_seed(config.seed, state.iteration))
+        collector = start_collector(envs, rollout, action, seed)
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
@@ -270,7 +281,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
         "first_update_seconds": first_update_seconds,
         "compile_seconds": tiers.compile_seconds,
         "tier": tiers.name,
-        "backend": f"gymnasium/{vectorization}",
+        "backend": backend,
         "device": str(device),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "best_return_mean": state.best_return,

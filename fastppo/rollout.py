@@ -5,9 +5,11 @@ environment; row T holds the observation after the last step, the bootstrap's, a
 """
 
 import contextlib
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,8 +18,11 @@ from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure, tree_unflatten
 
+from fastppo.core.programs import Collected
 from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
 from fastppo.errors import TrainingFault, brief
 from fastppo.policy.spaces import ActionSpec
 
@@ -72,11 +77,11 @@ class Collector(Protocol):
     def reset(self, seed: int | None) -> None:
         """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
 
-    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
+    def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
         """Fill rows 0 .. T-1 and the bootstrap row T.
 
         Args:
-            act: (obs (N, ...), noise (N, ...)) -> action (N, ...), on the rollout's device.
+            act: (obs (N, ...), noise (N, ...)) -> action (N, ...), on the rollout's device; see DeviceCollector for its own.
             noise: (T, N, ...).
             cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
@@ -91,15 +96,90 @@ class Collector(Protocol):
 
 
 def start_collector(envs: AutoresetEnvs, rollout: TensorDict, action: ActionSpec, seed: int | None) -> Collector:
-    """Reset the environments: those that return a tensor get a TensorCollector, all others a HostCollector.
+    """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
 
     Raises TrainingFault where an environment fails to reset.
     """
     with _resetting():
         obs = envs.reset(seed)
+        if isinstance(envs.envs, TorchVectorEnv):
+            return DeviceCollector(envs.envs, rollout, action)
         collector = (TensorCollector if isinstance(obs, Tensor) else HostCollector)(envs, rollout, action)
         collector.begin(obs)
     return collector
+
+
+@dataclass(frozen=True)
+class EnvStep:
+    """One step of environments that are functions on tensors, as core.programs.collect takes it. A program's setting."""
+
+    env: DeviceEnv
+    action: ActionSpec
+    state_spec: TreeSpec  # how the tensors of the environment's own state hang together
+
+    def __call__(
+        self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
+        """See core.programs.EnvStep."""
+        after, result = autoreset_step(self.env, self.unpack(running), self.action.to_env(action), random)
+        return pack(after), (result.reward, result.terminated, result.truncated)
+
+    def sources(self) -> list[Path] | None:
+        """The files that say what it computes; None for an environment from elsewhere, whose code may lie in any."""
+        folder = Path(autoreset_step.__code__.co_filename).parent
+        if Path(inspect.getfile(type(self.env))).parent != folder:
+            return None
+        return [Path(__file__), *sorted(folder.glob("*.py"))]
+
+    def unpack(self, running: tuple[Tensor, ...]) -> Running:
+        """The inverse of `pack`."""
+        obs, done, elapsed, *state = running
+        return Running(tree_unflatten(state, self.state_spec), obs, elapsed, done)
+
+
+def env_step_of(envs: TorchVectorEnv, action: ActionSpec) -> EnvStep:
+    """`envs` as a function. Reset them before: what their state looks like is part of it."""
+    return EnvStep(envs.env, action.to(envs.device), tree_structure(envs.running.state))
+
+
+def pack(running: Running) -> tuple[Tensor, ...]:
+    """As programs carry it: observation, done, elapsed, then the tensors of the environment's own state."""
+    return (running.obs, running.done, running.elapsed, *tree_leaves(running.state))
+
+
+class DeviceCollector:
+    """Fills a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
+
+    def __init__(self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec) -> None:
+        """`envs` have been reset."""
+        self.envs = envs
+        self.tensors: dict[str, Tensor] = dict(rollout.items())
+        self.num_steps = rollout.shape[0] - 1
+        self.env_step = env_step_of(envs, action)
+
+    def reset(self, seed: int | None) -> None:
+        """See Collector."""
+        with _resetting():
+            self.envs.reset(seed=seed)
+
+    def collect(self, act: Callable[..., Collected], noise: Tensor, cut: bool = False) -> Phases:
+        """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected. Its time is told as `env`."""
+        started = time.perf_counter()
+        collected = act(pack(self.envs.running), noise, self.envs.draw(self.num_steps))
+        running, tensors = self.env_step.unpack(collected.running), self.tensors
+        self.envs.running = running
+        for key, rows in zip(Collected._fields[1:], collected[1:], strict=True):
+            tensors[key][:-1].copy_(rows)
+        tensors["obs"][-1].copy_(running.obs)
+        torch.logical_not(running.done, out=tensors["valid"][-1])
+        if cut:
+            tensors["truncated"][-2] |= tensors["valid"][-2] & ~tensors["terminated"][-2]
+        _check_finite_on_device(tensors)
+        return Phases(env=time.perf_counter() - started)
+
+    def outcomes(self) -> Outcomes:
+        """See Collector."""
+        return _outcomes(self.tensors)
 
 
 class HostCollector:
@@ -227,14 +307,16 @@ class TensorCollector:
             torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
         if cut:
             truncated[-2] |= valid[-2] & ~terminated[-2]
-        finite = [self.tensors[key].isfinite().all() for key in FINITE if key in self.tensors]
-        if not torch.stack(finite).all():  # sync: once per rollout
-            check_finite({key: tensor.cpu().numpy() for key, tensor in self.tensors.items()})
+        _check_finite_on_device(self.tensors)
         return phases
 
     def outcomes(self) -> Outcomes:
         """See Collector."""
-        return Outcomes(*(self.tensors[key][:-1].cpu().numpy() for key in Outcomes._fields))  # sync: once per rollout
+        return _outcomes(self.tensors)
+
+
+def _outcomes(tensors: Mapping[str, Tensor]) -> Outcomes:
+    return Outcomes(*(tensors[key][:-1].cpu().numpy() for key in Outcomes._fields))  # sync: once per rollout
 
 
 FINITE = ("obs", "reward", "final_obs")  # keys of the rollout that an environment may fill with numbers that are not
@@ -256,6 +338,13 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
             raise TrainingFault(f"{what} after a reset; the update was not made")
         action = arrays["action"][made_by, env]
         raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
+
+
+def _check_finite_on_device(tensors: Mapping[str, Tensor]) -> None:
+    """`check_finite`, but only one number leaves the device where all is well."""
+    finite = [tensors[key].isfinite().all() for key in FINITE if key in tensors]
+    if not torch.stack(finite).all():  # sync: once per rollout
+        check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
 
 
 @contextlib.contextmanager

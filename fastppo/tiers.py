@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastppo.core.compilation import (
     BackgroundCompile,
@@ -31,8 +30,6 @@ from fastppo.core.programs import Learned, Normalization
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
 TRIAL_ITERATIONS = 3  # eager iterations before the estimate: the first one is slow
 
-Act = Callable[[Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True)
 class Job:
@@ -44,14 +41,14 @@ class Job:
 
 
 class Tiers:
-    """The programs of one run. `learn`, `collect`, `act` are what to call now; `update` may change them between iterations."""
+    """The programs of one run. `learn` and `act` are what to call now; `update` may change them between iterations."""
 
     def __init__(self, mode: str, jobs: Mapping[str, Job], num_threads: int, note: Callable[[str], None]) -> None:
         """Load what the cache has; with mode "on", build the rest now.
 
         Args:
             mode: off, auto or on, as --compile says.
-            jobs: by name: "learn", and "act" or "collect". An eager act takes (normalization, obs, noise).
+            jobs: by name: "learn", and "act" or "collect"; all but an eager act take the parameters first.
             num_threads: torch's threads for compiled programs, set once the first of them is in use.
             note: where a line goes that says what was chosen and why.
         """
@@ -87,13 +84,11 @@ class Tiers:
         """programs.learn with its settings."""
         return self._compiled.get("learn") or self._jobs["learn"].eager
 
-    @property
-    def collect(self) -> Callable[..., Any]:
-        """programs.collect with its settings."""
-        return self._compiled.get("collect") or self._jobs["collect"].eager
-
-    def act(self, normalization: Normalization) -> Act:
-        """`(obs, noise) -> action` under the parameters as they stand."""
+    def act(self, normalization: Normalization) -> Callable[..., Any]:
+        """Under the parameters as they stand: `(obs, noise) -> action`, or `(running, noise, random) -> Collected`."""
+        if "collect" in self._jobs:
+            job = self._jobs["collect"]
+            return partial(self._compiled.get("collect") or job.eager, job.example[0], normalization)
         compiled, job = self._compiled.get("act"), self._jobs["act"]
         if compiled is not None:
             params, _, *rest = job.example

@@ -134,15 +134,14 @@ def load_program(program: Program, example: Example, cache_dir: Path) -> Compile
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
     check_cache_dir(cache_dir)
-    tensors = _tensors(example)
-    helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, cache_key(program, tensors))
+    helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, cache_key(program, example))
     if helpers is None or library is None:
         return None
     try:
         native.load(helpers)
     except OSError as error:
         raise CompileError(f"the compiled helpers do not load: {_first_line(error)}") from error
-    return CompiledProgram(library, program, _layout(tensors))
+    return CompiledProgram(library, program, _layout(_tensors(example)))
 
 
 def compile_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram:
@@ -160,7 +159,7 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
                 helpers = Path(build_dir, "native.so")
                 native.build(helpers)
                 _keep(helpers, cache_dir, native_key())
-            _keep(_build(program, example, build_dir), cache_dir, cache_key(program, _tensors(example)))
+            _keep(_build(program, example, build_dir), cache_dir, cache_key(program, example))
         except subprocess.CalledProcessError as error:
             raise CompileError(f"{native.SOURCE.name} does not compile: {error.stderr.strip()[:300]}") from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
@@ -260,7 +259,11 @@ def _serve() -> None:
     """What the other process runs: a job on stdin, the reason of a failure on stdout."""
     os.nice(5)  # training comes first
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
-    program, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
+    try:
+        program, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
+    except (AttributeError, ImportError) as error:
+        print(f"another process finds no {_first_line(error)}; move what is yours from the script to a module, or --compile on")
+        return
     torch.set_num_threads(num_threads)
     example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
     try:
@@ -322,18 +325,15 @@ def native_key() -> str:
     return f"native-{_digest(repr(facts).encode())[:25]}"
 
 
-def cache_key(program: Program, tensors: list[Tensor]) -> str:
-    """Digest of all that shapes the program: our source, versions, the processor, threads, settings, layouts of tensors."""
-    policy = program.keywords["policy"]
-    folders = {Path(__file__).parent, Path(inspect.getfile(type(policy))).parent}
-    sources = [path.read_bytes() for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+def cache_key(program: Program, example: Example) -> str:
+    """Digest of all that shapes the program: sources, versions, the processor, threads, settings, layouts of tensors."""
     facts = (
-        [_digest(source) for source in sources],
+        _sources(program, example),
         (torch.__version__, torch.version.git_version, sys.version),
         (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
         sorted(INDUCTOR_OPTIONS.items()),
         (program.func.__qualname__, _describe(program.keywords)),
-        _layout(tensors),
+        _layout(_tensors(example)),
     )
     return _digest(repr(facts).encode())[:32]
 
@@ -347,9 +347,35 @@ def _describe(value: Any) -> Any:
         return (tuple(value.shape), str(value.dtype), _digest(value.detach().cpu().contiguous().numpy().tobytes()))
     if isinstance(value, Mapping):
         return [(key, _describe(value[key])) for key in sorted(value)]
-    if callable(value):
+    if callable(value) and hasattr(value, "__qualname__"):
         return (value.__module__, value.__qualname__)
+    if type(value).__repr__ is object.__repr__:
+        return (type(value).__qualname__, _describe(vars(value)))
     return repr(value)
+
+
+def _sources(program: Program, example: Example) -> list[str]:
+    """Digests of the text of everything that computes something in it; of an `env_step` that does not name it, of its graph."""
+    folders = {Path(__file__).parent, Path(inspect.getfile(type(program.keywords["policy"]))).parent}
+    files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+    env_step, graph = program.keywords.get("env_step"), ""
+    if env_step is not None:
+        named = env_step.sources()
+        files += named or []
+        graph = _environment_graph(program, example) if named is None else ""
+    return [_digest(path.read_bytes()) for path in files] + [_digest(graph.encode())]
+
+
+def _environment_graph(program: Program, example: Example) -> str:
+    """What the environments of a `collect` compute, constants included: their code may lie anywhere and call anything. 1.5 s."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    params, normalization, running, noise, random = example
+    policy = program.keywords["policy"]
+    action = programs.act(policy, policy.weights(params), normalization, running[0], noise[0])
+    graph = make_fx(program.keywords["env_step"])(running, action, random[0])
+    constants = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    return f"{graph.code}{_describe(constants)}"
 
 
 def _processor() -> str:

@@ -8,6 +8,7 @@ Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, 
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -145,7 +146,21 @@ class Collected(NamedTuple):
     valid: Tensor  # (T, N) bool, false where the step only reset the environment
 
 
-EnvStep = Callable[[tuple[Tensor, ...], Tensor, Tensor], tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]]
+class EnvStep(Protocol):
+    """One step of N environments that are functions on tensors."""
+
+    def __call__(
+        self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
+        """`running, (reward, terminated, truncated)`, each (N,), for action (N, *action_shape) and random (N, K); pure.
+
+        Where an episode has ended the step resets: next-step autoreset.
+        """
+        ...
+
+    def sources(self) -> list[Path] | None:
+        """The files whose text says what it computes, for the cache of compiled programs; None where that is not known."""
+        ...
 
 
 def collect(
@@ -168,8 +183,6 @@ def collect(
         running: the environments between two steps: their observation (N, *obs_shape), whether their last step ended an episode
             (N,) bool, and whatever else `env_step` wants.
         noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
-        env_step: (running, action, random (N, K)) -> running, (reward, terminated, truncated), each (N,); pure. Where an
-            episode has ended the step resets: next-step autoreset.
         worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
     """
     weights = policy.weights(params)
