@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -169,7 +169,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
         jobs["act"] = Job(act, partial(programs.act_from_params, policy=network), act_example)
     tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note)
 
-    best: dict[str, Any] | None = None  # the best policy since the last checkpoint, not yet on disk
+    best: TrainState | None = None  # the best policy since the last checkpoint, not yet on disk
     recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
     first_second, first_step = state.seconds, state.global_step
     start_seconds = first_update_seconds = math.nan
@@ -217,20 +217,20 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
             recent.append((state.seconds - first_second, state.global_step - first_step))
             progress = progress_of(state, config)
 
-            new_best = finished > 0 and len(state.episodes.returns) >= MIN_BEST_EPISODES
-            new_best = new_best and state.episodes.return_mean >= state.best_return
-            improved = new_best and state.episodes.return_mean > state.best_return
+            return_mean = state.episodes.return_mean
+            new_best = finished > 0 and len(state.episodes.returns) >= MIN_BEST_EPISODES and return_mean >= state.best_return
+            improved = new_best and return_mean > state.best_return
             if new_best:
-                state.best_return = state.episodes.return_mean
+                state.best_return = return_mean
                 # kept are the parameters after this update, one past those that played
-                best = checkpoint_of(state, network, obs_space, action)
+                best = snapshot(state)
 
             row: dict[str, int | float] = {
                 "iteration": state.iteration,
                 "global_step": state.global_step,
                 "seconds": round(state.seconds, 6),
                 "sps": (recent[-1][1] - recent[0][1]) / (recent[-1][0] - recent[0][0]),
-                "episodic_return_mean": state.episodes.return_mean,
+                "episodic_return_mean": return_mean,
                 "episodic_length_mean": state.episodes.length_mean,
                 "episodes": state.episodes.episodes,
                 "terminations": int((terminated & valid).sum()),
@@ -430,20 +430,25 @@ def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: L
 def read_metrics(learned: Learned) -> dict[str, float]:
     """Means over the minibatches that moved the parameters; raises TrainingFault where one is not finite."""
     rows = learned.minibatch_metrics.cpu().numpy()  # (E * B / M, K)
-    columns = dict(zip(MINIBATCH_METRICS, rows.T, strict=True))
-    applied = columns["applied"] > 0
+    applied = rows[:, MINIBATCH_METRICS.index("applied")] > 0
     if not np.isfinite(rows).all() or not bool(learned.params.isfinite().all()):
         index, key = np.argwhere(~np.isfinite(rows))[0] if not np.isfinite(rows).all() else (len(rows) - 1, -1)
         name = MINIBATCH_METRICS[key] if key >= 0 else "parameters"
         raise TrainingFault(f"{name} is not finite in minibatch {index} of the update, which was not applied")
-    seen = applied if applied.any() else np.ones_like(applied)
-    means = {key: float(column[seen].mean()) for key, column in columns.items()}
+    updates = int(applied.sum())
+    means = dict(zip(MINIBATCH_METRICS, rows[applied if updates else ...].mean(0).tolist(), strict=True))
     return {
         **{key: means[key] for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")},
         "explained_variance": float(learned.explained_variance),
         "grad_norm": means["grad_norm"],
-        "updates": int(applied.sum()),
+        "updates": updates,
     }
+
+
+def snapshot(state: TrainState) -> TrainState:
+    """The state as it stands, for a checkpoint to be made of it later: 30 us where `checkpoint_of` takes 250."""
+    generators = {name: generator.clone_state() for name, generator in state.generators.items()}
+    return replace(state, params=state.params.clone(), generators=generators, episodes=state.episodes.copy())
 
 
 def checkpoint_of(state: TrainState, network: MLPActorCritic, obs_space: Any, action: ActionSpec) -> dict[str, Any]:
@@ -489,11 +494,11 @@ def write_checkpoints(
     network: MLPActorCritic,
     obs_space: Any,
     action: ActionSpec,
-    best: dict[str, Any] | None,
+    best: TrainState | None,
 ) -> None:
     """best.pt where there is a new one, then last.pt."""
     if best is not None:
-        directory.save_checkpoint(directory.best, best)
+        directory.save_checkpoint(directory.best, checkpoint_of(best, network, obs_space, action))
     directory.save_checkpoint(directory.last, checkpoint_of(state, network, obs_space, action))
 
 

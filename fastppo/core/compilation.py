@@ -349,7 +349,7 @@ def _describe(value: Any) -> Any:
         return [(key, _describe(value[key])) for key in sorted(value)]
     if callable(value) and hasattr(value, "__qualname__"):
         return (value.__module__, value.__qualname__)
-    if type(value).__repr__ is object.__repr__:
+    if "__repr__" not in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:  # the default one: an address
         return (type(value).__qualname__, _describe(vars(value)))
     return repr(value)
 
@@ -367,7 +367,7 @@ def _sources(program: Program, example: Example) -> list[str]:
 
 
 def _environment_graph(program: Program, example: Example) -> str:
-    """What the environments of a `collect` compute, constants included: their code may lie anywhere and call anything. 1.5 s."""
+    """What the environments of a `collect` compute, constants included: their code may lie anywhere and call anything."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     params, normalization, running, noise, random = example

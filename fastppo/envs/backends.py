@@ -17,7 +17,7 @@ def make_envs(
     """N environments as one.
 
     Args:
-        backend: "gymnasium"; "torch", on the device; or "auto": the latter where the id's own vector class is a `TorchVectorEnv`.
+        backend: "gymnasium"; "torch", on the device; "auto": the latter where the id's own vector class is a `TorchVectorEnv`.
         vectorization: as `make_vec` takes it; for gymnasium's only.
         device: where a `TorchVectorEnv` lives.
 

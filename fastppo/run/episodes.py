@@ -1,5 +1,6 @@
 """Returns and lengths of finished episodes, read off whole rollouts. Knows nothing of how they were collected."""
 
+import math
 from collections import deque
 from typing import Any
 
@@ -46,12 +47,18 @@ class EpisodeStatistics:
     @property
     def return_mean(self) -> float:
         """Mean return of the last 100 episodes; nan before the first has ended."""
-        return float(np.mean(self.returns)) if self.returns else float("nan")
+        return math.fsum(self.returns) / len(self.returns) if self.returns else math.nan
 
     @property
     def length_mean(self) -> float:
         """Mean length of the last 100 episodes, in steps; nan before the first has ended."""
-        return float(np.mean(self.lengths)) if self.lengths else float("nan")
+        return sum(self.lengths) / len(self.lengths) if self.lengths else math.nan
+
+    def copy(self) -> "EpisodeStatistics":
+        """Of what `state_dict` keeps."""
+        copy = EpisodeStatistics(len(self._running_return))
+        copy.load_state_dict(self.state_dict())
+        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: finished episodes. Those under way end with the process that ran them."""
