@@ -185,12 +185,12 @@ def collect(
         noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
         worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
     """
-    weights = policy.weights(params)
 
     def step(running: tuple[Tensor, ...], draws: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         noise, random = draws
         obs, done, *_ = running
-        action = act(policy, weights, normalization, obs, noise)
+        # a compiled loop hands each tensor from outside to each step: params is one, the weights are a dozen (1.6 us a step)
+        action = act_from_params(params, normalization, obs, noise, policy=policy)
         running, result = env_step(running, action, random)
         return running, (obs, action, *result, ~done)
 
