@@ -28,7 +28,7 @@ from torch import Tensor
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
 from fastppo.core.adam import AdamState, init_adam
-from fastppo.core.programs import MINIBATCH_METRICS, Learned, Schedule
+from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import make_envs
 from fastppo.envs.device import TorchVectorEnv
@@ -149,6 +149,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     rollout = allocate_rollout(config.num_steps, config.num_envs, obs_space, action, envs.keeps_final_obs, device)
     rollout_tensors = dict(rollout.items())
     permutation = torch.empty(config.update_epochs, config.batch_size, dtype=torch.int64, device=device)
+    epochs = permutation.unbind(0)  # views made once
     act_noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     normalization = normalization_of(state)
     learn = partial(programs.learn, policy=network, **learn_settings(config))
@@ -181,7 +182,9 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
         start_seconds = process_age()
         mark = time.perf_counter()
         while progress < 1.0 and not stop.received:
-            normalization = normalization_of(state)
+            normalization, schedule = normalization_of(state), schedule_at(progress, config, device)
+            for epoch in epochs:
+                torch.randperm(config.batch_size, generator=state.generators["minibatches"], out=epoch)
 
             # collect: T steps of N environments under frozen parameters and statistics
             noise = action.distribution.noise(act_noise_shape, state.generators["actions"])
@@ -192,9 +195,6 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
-            for epoch in permutation:
-                torch.randperm(config.batch_size, generator=state.generators["minibatches"], out=epoch)
-            schedule = schedule_at(progress, config, device)
             with torch.no_grad():
                 learned = tiers.learn(state.params, state.adam, rollout_tensors, permutation, schedule, normalization)
             metrics = read_metrics(learned)  # sync: once per iteration, for the log
@@ -429,20 +429,14 @@ def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: L
 
 def read_metrics(learned: Learned) -> dict[str, float]:
     """Means over the minibatches that moved the parameters; raises TrainingFault where one is not finite."""
-    rows = learned.minibatch_metrics.cpu().numpy()  # (E * B / M, K)
-    applied = rows[:, MINIBATCH_METRICS.index("applied")] > 0
-    if not np.isfinite(rows).all() or not bool(learned.params.isfinite().all()):
+    summary = dict(zip(SUMMARY, learned.summary.tolist(), strict=True))
+    if not summary["finite"]:
+        rows = learned.minibatch_metrics.cpu().numpy()  # (E * B / M, K)
         index, key = np.argwhere(~np.isfinite(rows))[0] if not np.isfinite(rows).all() else (len(rows) - 1, -1)
         name = MINIBATCH_METRICS[key] if key >= 0 else "parameters"
         raise TrainingFault(f"{name} is not finite in minibatch {index} of the update, which was not applied")
-    updates = int(applied.sum())
-    means = dict(zip(MINIBATCH_METRICS, rows[applied if updates else ...].mean(0).tolist(), strict=True))
-    return {
-        **{key: means[key] for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac")},
-        "explained_variance": float(learned.explained_variance),
-        "grad_norm": means["grad_norm"],
-        "updates": updates,
-    }
+    keys = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
+    return {**{key: summary[key] for key in keys}, "updates": int(summary["updates"])}
 
 
 def snapshot(state: TrainState) -> TrainState:

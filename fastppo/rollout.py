@@ -156,6 +156,8 @@ class DeviceCollector:
         self.tensors: dict[str, Tensor] = dict(rollout.items())
         self.num_steps = rollout.shape[0] - 1
         self.env_step = env_step_of(envs, action)
+        self.rows = {key: self.tensors[key][:-1] for key in Collected._fields if key in self.tensors}  # views made once
+        self.last_obs, self.last_valid = self.tensors["obs"][-1], self.tensors["valid"][-1]
 
     def reset(self, seed: int | None) -> None:
         """See Collector."""
@@ -168,13 +170,14 @@ class DeviceCollector:
         collected = act(pack(self.envs.running), noise, self.envs.draw(self.num_steps))
         running, tensors = self.env_step.unpack(collected.running), self.tensors
         self.envs.running = running
-        for key, rows in zip(Collected._fields[1:], collected[1:], strict=True):
-            tensors[key][:-1].copy_(rows)
-        tensors["obs"][-1].copy_(running.obs)
-        torch.logical_not(running.done, out=tensors["valid"][-1])
+        for key, rows in self.rows.items():
+            rows.copy_(getattr(collected, key))
+        self.last_obs.copy_(running.obs)
+        torch.logical_not(running.done, out=self.last_valid)
         if cut:
             tensors["truncated"][-2] |= tensors["valid"][-2] & ~tensors["terminated"][-2]
-        _check_finite_on_device(tensors)
+        if not collected.finite:  # sync: once per rollout
+            check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
         return Phases(env=time.perf_counter() - started)
 
     def outcomes(self) -> Outcomes:
@@ -307,7 +310,9 @@ class TensorCollector:
             torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
         if cut:
             truncated[-2] |= valid[-2] & ~terminated[-2]
-        _check_finite_on_device(self.tensors)
+        finite = [self.tensors[key].isfinite().all() for key in FINITE if key in self.tensors]
+        if not torch.stack(finite).all():  # sync: once per rollout
+            check_finite({key: tensor.cpu().numpy() for key, tensor in self.tensors.items()})
         return phases
 
     def outcomes(self) -> Outcomes:
@@ -338,13 +343,6 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
             raise TrainingFault(f"{what} after a reset; the update was not made")
         action = arrays["action"][made_by, env]
         raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
-
-
-def _check_finite_on_device(tensors: Mapping[str, Tensor]) -> None:
-    """`check_finite`, but only one number leaves the device where all is well."""
-    finite = [tensors[key].isfinite().all() for key in FINITE if key in tensors]
-    if not torch.stack(finite).all():  # sync: once per rollout
-        check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
 
 
 @contextlib.contextmanager

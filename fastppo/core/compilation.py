@@ -47,7 +47,7 @@ from fastppo.core.team import WORKER_FIELDS, Team
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
-_NUM_ROWS = len(Collected._fields) - 1  # all but `running`
+_NUM_FIXED = len(Collected._fields) - 1  # its tensors behind those of `running`
 Layout = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -96,11 +96,12 @@ class CompiledProgram:
         else:
             results, *others = self._team.run([[*tensors, worker] for worker in self._team.workers])
             if self._function is programs.collect:  # each worker has its own environments; of learn all return the same
-                size = len(results) - _NUM_ROWS
-                parts = zip(results, *others, strict=True)
-                results = [torch.cat(part, 0 if index < size else 1) for index, part in enumerate(parts)]
+                *parts, finite = zip(results, *others, strict=True)
+                rows = len(results) - _NUM_FIXED  # from here on (T, N, ...)
+                results = [torch.cat(part, 0 if index < rows else 1) for index, part in enumerate(parts)]
+                results.append(torch.stack(finite).all())
         if self._function is programs.collect:
-            return Collected(tuple(results[:-_NUM_ROWS]), *results[-_NUM_ROWS:])
+            return Collected(tuple(results[:-_NUM_FIXED]), *results[-_NUM_FIXED:])
         if self._function is programs.learn:
             return Learned(results[0], AdamState(*results[1:4]), *results[4:])
         return results[0]

@@ -95,6 +95,7 @@ class Learned(NamedTuple):
     explained_variance: Tensor  # ()
     return_mean: Tensor  # () of this rollout's returns, for the next Normalization
     return_std: Tensor  # ()
+    summary: Tensor  # (len(SUMMARY),): all that the host wants to know, in one piece
 
 
 MINIBATCH_METRICS = (
@@ -107,6 +108,8 @@ MINIBATCH_METRICS = (
     "ratio_deviation",  # max |ratio - 1|: exactly 0 in the first minibatch but for rounding
     "applied",  # 1 where the minibatch moved the parameters, 0 after a KL stop
 )
+# means over the minibatches that moved the parameters (over all, where none did); how many did; whether everything is finite
+SUMMARY = (*MINIBATCH_METRICS, "explained_variance", "updates", "finite")
 
 
 def normalize_obs(obs: Tensor, normalization: Normalization) -> Tensor:
@@ -144,6 +147,7 @@ class Collected(NamedTuple):
     terminated: Tensor  # (T, N) bool
     truncated: Tensor  # (T, N) bool
     valid: Tensor  # (T, N) bool, false where the step only reset the environment
+    finite: Tensor  # () bool, of all observations and rewards
 
 
 class EnvStep(Protocol):
@@ -196,8 +200,9 @@ def collect(
 
     running = tuple(_share(x, 0, worker, num_workers) for x in running)
     draws = (_share(noise, 1, worker, num_workers), _share(random, 1, worker, num_workers))
-    running, rows = scan(step, running, draws)
-    return Collected(running, *rows)
+    running, (obs, action, reward, terminated, truncated, valid) = scan(step, running, draws)
+    finite = obs.isfinite().all() & running[0].isfinite().all() & reward.isfinite().all()
+    return Collected(running, obs, action, reward, terminated, truncated, valid, finite)
 
 
 def _share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:
@@ -394,7 +399,19 @@ def learn(
 
     running = torch.ones((), dtype=torch.bool, device=params.device)
     (params, adam, _), (minibatch_metrics,) = scan(step, (params, adam, running), minibatches)
-    return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std)
+    with torch.no_grad():
+        summary = _summary(minibatch_metrics, variance_explained, params)
+    return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std, summary)
+
+
+def _summary(minibatch_metrics: Tensor, variance_explained: Tensor, params: Tensor) -> Tensor:
+    """See SUMMARY."""
+    applied = minibatch_metrics[:, MINIBATCH_METRICS.index("applied")]
+    updates = applied.sum()
+    share = torch.where(updates > 0, applied / updates, 1.0 / len(applied))
+    finite = minibatch_metrics.isfinite().all() & params.isfinite().all()
+    means = (minibatch_metrics * share.unsqueeze(1)).sum(0)
+    return torch.cat((means, torch.stack((variance_explained, updates, finite.to(means.dtype)))))
 
 
 def _largest_divisor(number: int, bound: int) -> int:
