@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import math
 import os
 import platform
@@ -178,6 +179,8 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     stop = StopSignals()
     try:
         collector = start_collector(envs, rollout, action, seed)
+        gc.collect()
+        gc.freeze()  # what is there stays to the end: Python's collector need not look through it again and again
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
@@ -260,6 +263,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
             f"iterations up to {state.iteration} are kept, details in {directory.fault}; go on with: --resume {directory.path}"
         ) from fault
     finally:
+        gc.unfreeze()
         display.close()
         loggers.close()
         made.close()  # evaluation has the machine to itself

@@ -23,26 +23,29 @@ class EpisodeStatistics:
     def update(self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]) -> int:
         """Account for one rollout: (T, N) each, rows that are not valid count for nothing. Returns episodes finished.
 
-        No Python per step or environment: a running sum over the rollout, and its differences between an environment's ends.
+        No Python per step or environment: each environment's steps are cut into segments at its ends, and these are summed.
         """
-        done = done & valid
-        total_return = np.cumsum(np.where(valid, reward, 0.0), axis=0, dtype=np.float64) + self._running_return
-        total_length = np.cumsum(valid, axis=0, dtype=np.int64) + self._running_length
-        env, step = np.nonzero(done.T)  # by environment, then by step
-        follows = np.concatenate(([False], env[1:] == env[:-1]))  # an earlier end of the same environment stands before it
-        by_time = np.argsort(step, kind="stable")
-        for totals, window, running in (
-            (total_return, self.returns, self._running_return),
-            (total_length, self.lengths, self._running_length),
+        num_steps = len(done)
+        ended = np.ascontiguousarray((done & valid).T).ravel()  # by environment, then by step, as all that follows
+        starts = np.zeros(len(ended), bool)
+        starts[1:] = ended[:-1]
+        starts[::num_steps] = True
+        first = np.flatnonzero(starts)
+        last = np.append(first[1:], len(starts)) - 1
+        finished = ended[last]
+        opening = np.flatnonzero(first % num_steps == 0)  # of each environment, the segment that goes on from the last rollout
+        closing = np.append(opening[1:], len(first)) - 1  # and the one that the next rollout may go on with
+        by_time = np.argsort(last[finished] % num_steps, kind="stable")
+        for rows, window, running in (
+            (np.where(valid, reward, 0.0), self.returns, self._running_return),
+            (valid, self.lengths, self._running_length),
         ):
-            at_end = totals[step, env]
-            before = np.concatenate((at_end[:1] * 0, at_end[:-1])) * follows
-            window.extend((at_end - before)[by_time].tolist())
-            running[:] = totals[-1]
-            last = np.concatenate((env[1:] != env[:-1], [True])) if len(env) else np.zeros(0, bool)
-            running[env[last]] -= at_end[last]
-        self.episodes += len(env)
-        return len(env)
+            totals = np.add.reduceat(rows.T.ravel(), first, dtype=running.dtype)
+            totals[opening] += running
+            window.extend(totals[finished][by_time].tolist())
+            running[:] = np.where(finished[closing], 0, totals[closing])
+        self.episodes += len(by_time)
+        return len(by_time)
 
     @property
     def return_mean(self) -> float:
