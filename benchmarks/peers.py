@@ -1,8 +1,10 @@
 """The peers: Stable-Baselines3's PPO and a PPO of torchrl's own pieces, timed on fastppo's workloads with the same settings.
 
 Each is written as its own documentation writes it and shares no code with fastppo. The first iteration of every run warms up
-and is not timed; a step is one transition, and neither peer counts rows in which an environment is only reset. Run it alone:
-python benchmarks/peers.py --workload cartpole8 --peer all --total-timesteps 20000 --rounds 3
+and is not timed; a step is one transition, and neither peer counts rows in which an environment is only reset. For environments
+on the device the peers are those of jax_peers.py. All are run in turn with fastppo, round by round:
+python benchmarks/peers.py --workload cartpole8 --total-timesteps 20000 --rounds 3
+python benchmarks/peers.py --workload device8 --jax-python jaxenv/bin/python --purejaxrl purejaxrl
 """
 
 import importlib.util
@@ -10,11 +12,13 @@ import json
 import logging
 import math
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -22,10 +26,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
-from sps import WORKLOADS, Workload
+from sps import WORKLOADS, Workload, WorkloadName, run_fastppo
 from torch.distributions import Categorical, Distribution
 
-WorkloadName = Literal["cartpole8", "cartpole1024", "pendulum8"]
 LEARNING_RATE, ADAM_EPS = 2.5e-3, 1e-5  # Adam's step size falls linearly to 0 over the run
 GAMMA, GAE_LAMBDA, CLIP_COEF, VF_COEF, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
 
@@ -179,20 +182,35 @@ def run_peer(name: str, workload: str, total_timesteps: int, num_threads: int) -
     return (num_iterations - 1) * sizes.batch_size / seconds
 
 
+JAX_PEERS = ("purejaxrl", "rejax")
+
+
+def run_jax_peer(name: str, workload: str, config: "PeersConfig") -> float:
+    """Steps per second of jax_peers.py, run by the Python of its own environment."""
+    command = [str(config.jax_python), str(Path(__file__).with_name("jax_peers.py")), "--peer", name, "--workload", workload]
+    command += ["--purejaxrl", str(config.purejaxrl)] if config.purejaxrl else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])["sps"]
+
+
 @dataclass(frozen=True)
 class PeersConfig:
-    """Time Stable-Baselines3 and torchrl on a workload of fastppo. The last line of the output is one JSON object."""
+    """Time the peers on a workload of fastppo, interleaved with fastppo. The last line of the output is one JSON object."""
 
     workload: WorkloadName = "cartpole8"
-    """Environment and sizes."""
-    peer: Literal["sb3", "torchrl", "all"] = "all"
-    """Which one; all: taken in turn in every round."""
+    """Environment and sizes; those on the device have the peers in JAX."""
+    peers: tuple[Literal["sb3", "torchrl", "purejaxrl", "rejax"], ...] | None = None
+    """Which ones, taken in turn in every round; default: all that have the workload."""
     total_timesteps: int = 20_000
-    """Transitions of each run, rounded down to whole iterations, at least two; the first is not timed."""
+    """Transitions of each run of sb3 and torchrl, rounded down to whole iterations, at least two; the first is not timed."""
     rounds: int = 3
-    """Runs of each peer, of which the median is reported."""
+    """Runs of each, of which the median is reported."""
     num_threads: int = 1
-    """torch's threads."""
+    """torch's threads, for sb3 and torchrl."""
+    jax_python: Path | None = None
+    """Python of the environment that the first lines of jax_peers.py set up."""
+    purejaxrl: Path | None = None
+    """Checkout of PureJaxRL, see jax_peers.py."""
 
 
 def main(config: PeersConfig) -> int:
@@ -200,27 +218,48 @@ def main(config: PeersConfig) -> int:
     if min(config.total_timesteps, config.rounds, config.num_threads) < 1:
         print("--total-timesteps, --rounds and --num-threads must be at least 1", file=sys.stderr)
         return 2
-    names = list(PEERS) if config.peer == "all" else [config.peer]
+    on_device = WORKLOADS[config.workload].backend == "torch"
+    names = list(config.peers or (JAX_PEERS if on_device else PEERS))
     for name in names:
-        if importlib.util.find_spec(PEERS[name][0]) is None:
+        if (name in JAX_PEERS) != on_device:
+            print(f"--peers {name}: not for --workload {config.workload}", file=sys.stderr)
+            return 2
+        if name in PEERS and importlib.util.find_spec(PEERS[name][0]) is None:
             print(f"{name}: {PEERS[name][0]} is not installed; install it with: pip install 'fastppo[bench]'", file=sys.stderr)
             return 2
-    measured: dict[str, list[float]] = {name: [] for name in names}
+        if name in JAX_PEERS and (config.jax_python is None or (name == "purejaxrl" and config.purejaxrl is None)):
+            print(f"{name} needs --jax-python and, for purejaxrl, --purejaxrl: see jax_peers.py", file=sys.stderr)
+            return 2
+    run_fastppo(WORKLOADS[config.workload])  # compiles where the cache has nothing: not what is measured
+    measured: dict[str, list[float]] = {name: [] for name in ("fastppo", *names)}
     for _ in range(config.rounds):
         for name in names:
-            measured[name].append(run_peer(name, config.workload, config.total_timesteps, config.num_threads))
+            if name in JAX_PEERS:
+                measured[name].append(run_jax_peer(name, config.workload, config))
+            else:
+                measured[name].append(run_peer(name, config.workload, config.total_timesteps, config.num_threads))
+        measured["fastppo"].append(run_fastppo(WORKLOADS[config.workload])["sps"])
 
     runtime = f"Python {sys.version.split()[0]}, torch {torch.__version__}, gymnasium {version('gymnasium')}"
     table = Table(title=f"{config.workload}, {config.rounds} rounds, --num-threads {config.num_threads}", caption=runtime)
-    for column in ("peer", "version", "steps/s (median)", "min", "max"):
-        table.add_column(column, justify="left" if column in ("peer", "version") else "right")
-    peers: dict[str, dict[str, Any]] = {}
+    for column in ("", "steps/s (median)", "min", "max", "fastppo is faster by"):
+        table.add_column(column, justify="left" if not column else "right")
+    results: dict[str, dict[str, Any]] = {}
+    ours = measured["fastppo"]
     for name, sps in measured.items():
-        median, spread = statistics.median(sps), [min(sps), max(sps)]
-        peers[name] = {"sps": median, "spread": spread, "version": version(PEERS[name][0])}
-        table.add_row(name, peers[name]["version"], *(f"{value:,.0f}" for value in (median, *spread)))
+        median = statistics.median(sps)
+        ratios = [one / other for one, other in zip(ours, sps, strict=True)]
+        ratio = statistics.median(ours) / median
+        results[name] = {
+            "sps": median,
+            "spread": [min(sps), max(sps)],
+            "ratio": ratio,
+            "ratio_spread": [min(ratios), max(ratios)],
+        }
+        faster = "" if name == "fastppo" else f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        table.add_row(name, *(f"{value:,.0f}" for value in (median, min(sps), max(sps))), faster)
     Console().print(table)
-    print(json.dumps({"workload": config.workload, "peers": peers}))
+    print(json.dumps({"workload": config.workload, "results": results}))
     return 0
 
 

@@ -26,6 +26,8 @@ class SolveConfig:
     """One run each."""
     compile: str = "auto"
     """As fastppo.train's: auto takes compiled programs where the cache has them, the second run's case."""
+    backend: str = "gymnasium"
+    """As fastppo.train's."""
     total_timesteps: int = 300_000
     """Longest run; the learning rate falls to 0 over it."""
     learning_rate: float = 2.5e-3
@@ -37,7 +39,7 @@ def solve_seconds(seed: int, config: SolveConfig) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
         settings = {"--compile": config.compile, "--total-timesteps": config.total_timesteps, "--seed": seed}
-        settings |= {"--learning-rate": config.learning_rate, "--run-dir": run_dir}
+        settings |= {"--learning-rate": config.learning_rate, "--backend": config.backend, "--run-dir": run_dir}
         words = [*FLAGS, *(str(word) for pair in settings.items() for word in pair)]
         subprocess.run([sys.executable, "-m", "fastppo.train", *words], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run_dir / "summary.json").read_text())

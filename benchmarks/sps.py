@@ -35,6 +35,7 @@ class Workload:
     update_epochs: int
     total_timesteps: int
     yardstick_timesteps: int
+    backend: str = "gymnasium"  # fastppo's; the yardstick steps gymnasium's vector environment
 
     @property
     def batch_size(self) -> int:
@@ -47,10 +48,13 @@ class Workload:
         return self.batch_size // self.num_minibatches
 
 
+WorkloadName = Literal["cartpole8", "cartpole1024", "pendulum8", "device8", "device1024"]
 WORKLOADS: Mapping[str, Workload] = {
     "cartpole8": Workload("CartPole-v1", 8, 128, 4, 4, 200_000, 50_000),
     "cartpole1024": Workload("CartPole-v1", 1024, 64, 8, 4, 3_000_000, 1_000_000),
     "pendulum8": Workload("Pendulum-v1", 8, 256, 32, 10, 100_000, 20_000),
+    "device8": Workload("CartPole-v1", 8, 128, 4, 4, 1_000_000, 50_000, "torch"),
+    "device1024": Workload("CartPole-v1", 1024, 64, 8, 4, 4_000_000, 1_000_000, "torch"),
 }
 
 
@@ -58,7 +62,7 @@ WORKLOADS: Mapping[str, Workload] = {
 class SpsConfig:
     """Steps per second of a workload; the last line of the output is one JSON object."""
 
-    workload: Literal["cartpole8", "cartpole1024", "pendulum8"] = "cartpole8"
+    workload: WorkloadName = "cartpole8"
     """What to run."""
     compare: bool = False
     """Run the yardstick too, interleaved, and give the ratio of medians."""
@@ -80,6 +84,7 @@ def run_fastppo(
         run_dir = Path(directory, "run")
         flags = {
             "--env-id": workload.env_id,
+            "--backend": workload.backend,
             "--num-envs": workload.num_envs,
             "--num-steps": workload.num_steps,
             "--num-minibatches": workload.num_minibatches,

@@ -28,6 +28,9 @@ from fastppo.core.compilation import (
 from fastppo.core.programs import Learned, Normalization
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
+# Compiled programs are built in the background if the eager run would take so many times as long as that. Where the environments
+# are in them too they are 15 times as fast, else 2 to 3 times (benchmarks/README.md).
+WORTH_BUILDING = {"collect": 1.2, "act": 2.0}
 TRIAL_ITERATIONS = 3  # eager iterations before the estimate: the first one is slow
 
 
@@ -103,7 +106,7 @@ class Tiers:
         try:
             if not self._decided and iterations >= TRIAL_ITERATIONS:
                 self._decided = True
-                if seconds_left < 2 * BUILD_SECONDS:
+                if seconds_left < WORTH_BUILDING["collect" if "collect" in self._jobs else "act"] * BUILD_SECONDS:
                     self._note(
                         f"programs: eager to the end, {seconds_left:.0f} s away; compiling takes {BUILD_SECONDS:.0f} s "
                         "(--compile on does it all the same, and later runs load the result)"

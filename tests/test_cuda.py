@@ -39,10 +39,23 @@ def test_graphed_act_equals_eager():
         assert torch.equal(bound(obs, noise), act(params, normalization, obs, noise))
 
 
+@pytest.mark.parametrize("backend", ["gymnasium", "torch"])
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_training_on_the_gpu(env_id, tmp_path):
-    """A whole run on --device cuda with captured programs."""
-    flags = ["--env-id", env_id, "--device", "cuda", "--num-iterations", "4", "--plain", "--run-dir", str(tmp_path / "run")]
+def test_training_on_the_gpu(env_id, backend, tmp_path):
+    """A whole run on --device cuda with captured programs, environments on the host and on the GPU."""
+    flags = [
+        "--env-id",
+        env_id,
+        "--backend",
+        backend,
+        "--device",
+        "cuda",
+        "--num-iterations",
+        "4",
+        "--plain",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     assert console(flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["device"], summary["tier"]) == ("cuda", "cuda-graph")
