@@ -28,7 +28,7 @@ from fastppo.core.compilation import (
 from fastppo.core.programs import Learned, Normalization
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
-# Compiled programs are built in the background if the eager run would take so many times as long as that. Where environments are
+# Compiled programs are built in the background if the eager run would take so many times as long. Where the environments are
 # in them too they are 15 times as fast, else 2 to 3 times (benchmarks/README.md).
 WORTH_BUILDING = {"collect": 1.2, "act": 2.0}
 TRIAL_ITERATIONS = 3  # eager iterations before the estimate: the first one is slow
