@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from gymnasium.vector import VectorEnv
+from gymnasium.vector import VectorEnv, VectorWrapper
 
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.make import make_vec
@@ -17,7 +17,8 @@ def make_envs(
     """N environments as one.
 
     Args:
-        backend: "gymnasium"; "torch", on the device; "auto": the latter where the id's own vector class is a `TorchVectorEnv`.
+        backend: "torch", on the device; "gymnasium", stepped by calls from Python, whatever the class; "auto": the former where
+            the id's own vector class is a `TorchVectorEnv`.
         vectorization: as `make_vec` takes it; for gymnasium's only.
         device: where a `TorchVectorEnv` lives.
 
@@ -26,7 +27,9 @@ def make_envs(
     """
     if backend != "torch":
         made, _ = make_vec(env_id, num_envs, vectorization, env_kwargs)
-        if backend == "gymnasium" or not isinstance(made.unwrapped, TorchVectorEnv):
+        if not isinstance(made.unwrapped, TorchVectorEnv):
             return made
+        if backend == "gymnasium":
+            return VectorWrapper(made)  # no TorchVectorEnv any more, for those who look
         made.close()
     return make_device_vec(env_id, num_envs, env_kwargs, device)
