@@ -127,9 +127,10 @@ class EnvStep:
     def sources(self) -> list[Path] | None:
         """The files that say what it computes; None for an environment from elsewhere, whose code may lie in any."""
         folder = Path(autoreset_step.__code__.co_filename).parent
-        if Path(inspect.getfile(type(self.env))).parent != folder:
-            return None
-        return [Path(__file__), *sorted(folder.glob("*.py"))]
+        with contextlib.suppress(OSError, TypeError):  # a class of a notebook has no file
+            if Path(inspect.getfile(type(self.env))).parent == folder:
+                return [Path(__file__), *sorted(folder.glob("*.py"))]
+        return None
 
     def unpack(self, running: tuple[Tensor, ...]) -> Running:
         """The inverse of `pack`."""
