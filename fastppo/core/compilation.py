@@ -477,7 +477,7 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
             filled[index] = tensor
         return _unaliased(pytree.tree_leaves(program(*pytree.tree_unflatten(filled, spec))), tensors)
 
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [fake_mode.from_tensor(leaves[index]) for index in present]
     with fake_mode:
         return _tidy(make_fx(flat_program, decomposition_table=_decompositions())(*inputs)), inputs
@@ -490,6 +490,7 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     over shows up as constants of its graph, and these become inputs.
     """
     from torch._higher_order_ops.scan import scan_op
+    from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 
     leaves, spec = pytree.tree_flatten(carry)
@@ -518,7 +519,9 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
         graph.graph.erase_node(node)
     _compute_scalars_once(_tidy(graph))
     interpret = torch.fx.Interpreter(graph).run
-    results = scan_op(lambda *args: interpret(*args), leaves, list(xs), tuple(closed_over))
+    # a constant of somebody's (the bounds of actions) is real; as the result of an operator it is like all others
+    outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
+    results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
     return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
 
 
