@@ -164,7 +164,9 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
                 _keep(helpers, cache_dir, native_key())
             _keep(_build(program, example, build_dir), cache_dir, cache_key(program, example))
         except subprocess.CalledProcessError as error:
-            raise CompileError(f"{native.SOURCE.name} does not compile: {error.stderr.strip()[:300]}") from error
+            raise CompileError(
+                f"{native.SOURCE.name} does not compile: {_first_line(RuntimeError(error.stderr or error))}"
+            ) from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
     loaded = load_program(program, example, cache_dir)
