@@ -224,15 +224,20 @@ class BackgroundCompile:
     """`compile_program` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
 
     def __init__(self, program: Program, example: Example, cache_dir: Path) -> None:
-        """Start it. Raises CompileError when the directory is not to be trusted."""
+        """Start it. Raises CompileError when the directory is not to be trusted, or the program cannot be told to a process."""
         check_cache_dir(cache_dir)
         self._program, self._example, self._cache_dir = program, example, cache_dir
-        job = pickle.dumps((program, pytree.tree_map_only(Tensor, _outline, example), cache_dir, torch.get_num_threads()))
+        outline = pytree.tree_map_only(Tensor, _outline, example)
+        try:
+            job = pickle.dumps((program, outline, cache_dir, torch.get_num_threads()))
+        except Exception as error:  # whatever the pickling of somebody's class may raise
+            raise CompileError(_unreachable(error)) from error
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # modules are found where this process finds them
             start_new_session=True,  # Ctrl-C is for the training process, which stops this one and its C++ compiler together
         )
         assert self._process.stdin is not None
@@ -266,8 +271,8 @@ def _serve() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
     try:
         program, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
-    except (AttributeError, ImportError) as error:
-        print(f"another process finds no {_first_line(error)}; move what is yours from the script to a module, or --compile on")
+    except Exception as error:  # a class of a script, or a module that raises when it is imported again
+        print(_unreachable(error))
         return
     torch.set_num_threads(num_threads)
     example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
@@ -275,6 +280,12 @@ def _serve() -> None:
         compile_program(program, example, cache_dir)
     except CompileError as error:
         print(error)
+
+
+def _unreachable(error: Exception) -> str:
+    return (
+        f"another process cannot have this program ({_first_line(error)}): put what is yours into a module, or use --compile on"
+    )
 
 
 class _Outline(tuple[Any, ...]):
