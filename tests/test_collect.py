@@ -189,19 +189,15 @@ def test_cut_episodes_end_and_begin_anew():
 @pytest.mark.parametrize("where", ["reward", "first obs", "last obs", "nothing"])
 def test_finite_is_false_where_a_number_is_not(where):
     """nan and inf in a reward, in an observation acted on, and in the bootstrap's: none of them goes into an update."""
-    ours = setup(Spoilt())
-    params, normalization, running, noise, random = ours.arguments()
-    obs, done, elapsed, theta, theta_dot, torque = running
-    if where == "reward":
-        theta = theta.index_fill(0, torch.tensor([4]), 2000.0)
-    elif where == "first obs":
+    ours = setup(Faulty("reward" if where == "reward" else "obs"))
+    params, normalization, (obs, done, elapsed, count), noise, random = ours.arguments()
+    count = count + {"reward": 35, "last obs": 41 - T}.get(where, 0)  # the 41st step comes within the rollout, or ends it
+    if where == "first obs":
         obs = obs.index_fill(0, torch.tensor([4]), float("nan"))
-    elif where == "last obs":
-        noise = noise.index_fill(0, torch.tensor([T - 1]), float("nan"))
-    collected = ours.program()(params, normalization, (obs, done, elapsed, theta, theta_dot, torque), noise, random)
+    collected = ours.program()(params, normalization, (obs, done, elapsed, count), noise, random)
     assert bool(collected.finite) == (where == "nothing")
-    if where == "last obs":
-        assert collected.obs.isfinite().all()
+    assert collected.reward.isfinite().all() == (where != "reward")  # each is seen by itself
+    assert collected.obs.isfinite().all() == (where != "first obs")
 
 
 # --- compiled
@@ -336,11 +332,11 @@ def room(tmp_path, monkeypatch):
     del sys.modules["room"]
 
 
-def in_a_process(script, folder, *args, stdin=None):
+def in_a_process(script, folder, *args):
     """stdout of a Python process that starts in `folder`."""
-    command = [sys.executable, *(["-c", script] if stdin is None else ["-"]), *map(str, args)]
+    command = [sys.executable, "-c", script, *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, input=stdin, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -402,7 +398,7 @@ for env in (Room(), hidden()):
 
 def test_an_environment_of_a_script_is_not_compiled_in_the_background(tmp_path):
     """A class of `__main__`, which may have no file, or inside a function: one line says what to do, and eager goes on."""
-    lines = in_a_process("", tmp_path, stdin=ROOM + IN_A_SCRIPT).splitlines()
+    lines = in_a_process(ROOM + IN_A_SCRIPT, tmp_path).splitlines()
     assert len(lines) == 2, lines
     for line in lines:
         assert line.startswith("eager programs: eager, since compiling failed: another process cannot have this program (")
