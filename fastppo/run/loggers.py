@@ -27,7 +27,9 @@ class Loggers:
         self._csv: csv.DictWriter[Any] | None = None
         for row in kept:
             self._write_csv(row)
-        purge = int(kept[-1]["global_step"]) + 1 if kept else None
+        purge = None  # the step from which on events of before are dropped
+        if resume_at is not None:
+            purge = int(kept[-1]["global_step"]) + 1 if kept else 1
         self._tensorboard = SummaryWriter(str(metrics_path.parent), purge_step=purge, flush_secs=10)
         self._events: Any = self._tensorboard.file_writer
         self._last_event = -math.inf
