@@ -240,16 +240,18 @@ def test_a_program_refuses_what_it_was_not_made_for(library):
 
 
 def test_a_damaged_library_is_thrown_away(library, tmp_path):
-    """One wrong byte or a cut: not loaded, and gone, so that it is built anew."""
+    """One wrong byte or a cut, in the program or in the helpers: not loaded, and gone, so that it is built anew."""
     _, learn_eagerly, arguments, cache_dir = library
     tmp_path.chmod(0o700)
-    (good,) = cache_dir.glob("*.so")
-    content = good.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
-        (tmp_path / good.name).write_bytes(damaged)
-        assert load_program(learn_eagerly, arguments, tmp_path) is None
-        assert not list(tmp_path.iterdir())
-    (tmp_path / good.name).write_bytes(content)
+    libraries = {path.name: path.read_bytes() for path in cache_dir.glob("*.so")}
+    assert len(libraries) == 2
+    for name, content in libraries.items():
+        for damaged in (content[: len(content) // 2], b"", content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]):
+            for other, good in libraries.items():
+                (tmp_path / other).write_bytes(damaged if other == name else good)
+            assert load_program(learn_eagerly, arguments, tmp_path) is None
+            assert {path.name for path in tmp_path.iterdir()} == set(libraries) - {name}
+    (tmp_path / name).write_bytes(content)
     assert load_program(learn_eagerly, arguments, tmp_path) is not None
 
 
