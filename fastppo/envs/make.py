@@ -17,7 +17,7 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     Args:
         env_id: a registered id, or module:Id to import the module that registers it.
         vectorization: "entry-point" (the environment's own vector class), "sync" (one process), "async" (a process each), or
-            "auto": the entry point where there is one, else sync.
+            "auto": as `default_vectorization` says.
 
     Returns:
         The vector environment and the vectorization chosen.
@@ -27,7 +27,7 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     """
     spec = find_spec(env_id)
     if vectorization == "auto":
-        vectorization = "entry-point" if spec.vector_entry_point is not None else "sync"
+        vectorization = default_vectorization(env_id)
     if vectorization == "entry-point" and spec.vector_entry_point is None:
         raise UsageError(f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, async or auto")
     if vectorization != "entry-point" and spec.entry_point is None:
@@ -48,6 +48,11 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     except Exception as error:
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     return envs, vectorization
+
+
+def default_vectorization(env_id: str) -> str:
+    """What "auto" is without a trial: "entry-point" where the environment has a vector class of its own, else "sync"."""
+    return "sync" if find_spec(env_id).vector_entry_point is None else "entry-point"
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:

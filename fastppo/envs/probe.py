@@ -6,7 +6,7 @@ from typing import Any
 
 from gymnasium.vector import VectorEnv
 
-from fastppo.envs.make import find_spec, make_vec
+from fastppo.envs.make import default_vectorization, make_vec
 
 PROBE_STEPS = 50
 PROBE_SECONDS = 0.5
@@ -26,7 +26,7 @@ def choose_vectorization(env_id: str, num_envs: int, wanted: str, env_kwargs: Ma
     """
     if wanted != "auto":
         return wanted, "as --vectorization asks"
-    if find_spec(env_id).vector_entry_point is not None:
+    if default_vectorization(env_id) == "entry-point":
         return "entry-point", "the environment's own vector class"
     if num_envs == 1:
         return "sync", "one environment"
