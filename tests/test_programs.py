@@ -8,6 +8,7 @@ import torch
 from stable_baselines3.common.utils import explained_variance as sb3_explained_variance
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
+from test_compilation import SETTINGS
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.objectives import ClipPPOLoss
@@ -78,19 +79,7 @@ def update(
 ):
     """`learn` with settings that exercise every term, unless told otherwise; one minibatch an epoch."""
     schedule = Schedule(*(torch.tensor(x, dtype=params.dtype, device=params.device) for x in (lr, clip_coef, ent_coef)))
-    settings = {
-        "minibatch_size": permutation.shape[-1],
-        "gamma": 127 / 128,
-        "gae_lambda": 61 / 64,
-        "advantage_estimator": "gae",
-        "norm_returns": False,
-        "norm_adv": True,
-        "clip_vloss": True,
-        "vf_coef": 0.5,
-        "max_grad_norm": 0.5,
-        "target_kl": None,
-        "adam_eps": 1e-5,
-    } | options
+    settings = SETTINGS | {"minibatch_size": permutation.shape[-1], "gamma": 127 / 128, "gae_lambda": 61 / 64} | options
     adam = init_adam(params) if adam is None else adam
     return learn(params, adam, rollout, permutation, schedule, normalization, policy=policy, **settings)
 
