@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,14 +15,22 @@ import tyro
 from fastppo.config import TrainConfig, check_resumable, flag
 from fastppo.errors import TrainingFault, UsageError, nearest
 from fastppo.presets import PRESETS
+from fastppo.run.display import silence_stdout
 
 T = TypeVar("T")
 
 
 def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
-    """Call `verb(args)`; returns the exit code: 0, 2 for wrong use, 3 for a fault, 130 when interrupted."""
+    """Call `verb(args)`; returns the exit code: 0, 2 for wrong use, 3 for a fault, 130 when interrupted, 141 when stdout is
+
+    a pipe that nobody reads any more.
+    """
     try:
-        verb(args)
+        try:
+            verb(args)
+        finally:  # --help leaves with SystemExit
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -31,6 +40,9 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        silence_stdout()
+        return 128 + signal.SIGPIPE
     return 0
 
 

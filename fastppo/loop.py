@@ -100,6 +100,7 @@ def train(config: TrainConfig) -> TrainResult:
         UsageError: a setting that cannot be; nothing has been written.
         TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
         KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
+        SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
@@ -249,6 +250,8 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
                 loggers.log(row)
             eta = (state.seconds - first_second) * (1.0 - progress) / max(progress - first_progress, 1e-9)
             display.update({**row, "new_best": improved}, progress, eta)
+            if display.reader_gone:  # `| head -3`: the end is that of a signal
+                stop.received = signal.SIGPIPE
             tiers.update(len(recent) - 1, eta)
             if time.monotonic() - last_checkpoint >= config.checkpoint_seconds:
                 write_checkpoints(directory, state, network, obs_space, action, best)
@@ -525,4 +528,4 @@ class StopSignals:
 
     def exception(self) -> BaseException:
         """What ends the process with 128 + the signal's number."""
-        return KeyboardInterrupt() if self.received == signal.SIGINT else SystemExit(128 + signal.SIGTERM)
+        return KeyboardInterrupt() if self.received == signal.SIGINT else SystemExit(128 + (self.received or 0))

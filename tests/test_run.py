@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastppo import TrainConfig, TrainingFault, load_policy, train
 from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import LiveDisplay, PlainDisplay, duration, make_display, number, sparkline
+from fastppo.run.loggers import EVENT_SECONDS, Loggers
 from fastppo.train import console
 
 TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
@@ -116,6 +118,11 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
+def next_second():
+    """Wait for it: TensorBoard reads a run's files in the order of their names, which begin with the second."""
+    time.sleep(1.0 - time.time() % 1.0)
+
+
 # --- what a run leaves behind
 
 
@@ -190,12 +197,14 @@ def test_curves_are_a_picture(finished):
     assert height >= 500
 
 
-def test_tensorboard_reads_the_events(finished):
-    """TensorBoard's own reader finds return, losses and speed under CleanRL's tags, at the steps of metrics.csv."""
-    result, _ = finished
-    events = EventAccumulator(str(result.run_dir))
+def assert_events_are_rows(run_dir, always):
+    """Each event in TensorBoard's own reader is the row of metrics.csv with its step, under CleanRL's tags, and none is twice.
+
+    always: indices of rows that have an event whatever the speed.
+    """
+    events, rows = EventAccumulator(str(run_dir)), rows_of(run_dir)
     events.Reload()
-    rows = rows_of(result.run_dir)
+    row_of = {int(row["global_step"]): row for row in rows}
     for tag, column in {
         "charts/episodic_return": "episodic_return_mean",
         "charts/SPS": "sps",
@@ -205,11 +214,45 @@ def test_tensorboard_reads_the_events(finished):
         "losses/entropy": "entropy",
         "losses/approx_kl": "approx_kl",
         "losses/explained_variance": "explained_variance",
+        "time/seconds": "seconds",
     }.items():
         scalars = events.Scalars(tag)
-        assert [scalar.step for scalar in scalars] == [int(row["global_step"]) for row in rows]
-        assert [scalar.value for scalar in scalars] == pytest.approx([float(row[column]) for row in rows], nan_ok=True)
+        steps = [scalar.step for scalar in scalars]
+        assert steps == sorted(set(steps))
+        assert {int(rows[index]["global_step"]) for index in always} <= set(steps) <= set(row_of)
+        for scalar in scalars:
+            assert scalar.value == pytest.approx(float(row_of[scalar.step][column]), nan_ok=True), (tag, scalar.step)
+    return events
+
+
+def test_tensorboard_reads_the_events(finished):
+    """The first row, the last one and those between that were not too soon after another."""
+    result, _ = finished
+    events = assert_events_are_rows(result.run_dir, always=(0, -1))
     assert "config/text_summary" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("interval", "written"),
+    [
+        (EVENT_SECONDS, [0, 1, 2]),  # slow iterations: every row, and the last one not twice
+        (EVENT_SECONDS / 4, [0, 4, 8, 9]),  # fast ones: an event each EVENT_SECONDS, and the last row
+        (EVENT_SECONDS / 1000, [0, 99]),
+    ],
+    ids=["slow", "fast", "very fast"],
+)
+def test_ten_events_a_second(tmp_path, monkeypatch, interval, written):
+    """metrics.csv has every row; TensorBoard the first, the last, and between them at most one per EVENT_SECONDS."""
+    clock = SimpleNamespace(monotonic=lambda: iteration * interval)
+    monkeypatch.setattr("fastppo.run.loggers.time", clock)
+    log = Loggers(tmp_path / "metrics.csv")
+    for iteration in range(written[-1] + 1):
+        log.log({"iteration": iteration + 1, "global_step": 10 * iteration, "loss": iteration / 2})
+    log.close()
+    assert [int(row["global_step"]) for row in rows_of(tmp_path)] == [10 * index for index in range(written[-1] + 1)]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("charts/loss")] == [(10 * i, i / 2) for i in written]
 
 
 def test_global_step_counts_transitions_only(tmp_path):
@@ -355,10 +398,11 @@ RESUMED = {"env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True, "num_
 
 
 def test_resume_goes_on(tmp_path):
-    """Iterations, steps, episodes and time continue; metrics.csv and TensorBoard have each iteration exactly once."""
+    """Iterations, steps, episodes and time continue; metrics.csv has each iteration exactly once, TensorBoard none twice."""
     run_dir = tmp_path / "run"
     train(tiny(run_dir, **RESUMED))
     before, rows_before = checkpoint(run_dir), rows_of(run_dir)
+    next_second()
     assert console(["--resume", str(run_dir), "--num-iterations", "5"]) == 0
     after, rows = checkpoint(run_dir), rows_of(run_dir)
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5]
@@ -373,9 +417,7 @@ def test_resume_goes_on(tmp_path):
     counted = float(after["policy"]["obs_moments"][2])
     assert counted == after["global_step"]  # the statistics have seen every transition of both parts once
     assert not torch.equal(after["generators"]["actions"], before["generators"]["actions"])
-    events = EventAccumulator(str(run_dir))
-    events.Reload()
-    assert [scalar.step for scalar in events.Scalars("losses/value_loss")] == steps
+    assert_events_are_rows(run_dir, always=(0, 2, 3, -1))  # the ends of both parts
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["global_step"] == steps[-1]
     assert summary["iterations"] == 5
@@ -411,17 +453,31 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path):
     run_dir = tmp_path / "run"
     train(tiny(run_dir, num_iterations=2))
     shutil.copy(run_dir / "checkpoints" / "last.pt", tmp_path / "older.pt")
+    next_second()
     assert console(["--resume", str(run_dir), "--num-iterations", "4"]) == 0
     shutil.copy(tmp_path / "older.pt", run_dir / "checkpoints" / "last.pt")
     with (run_dir / "metrics.csv").open("a") as file:
         file.write("5,4")
+    next_second()
     assert console(["--resume", str(run_dir), "--num-iterations", "5"]) == 0
     rows = rows_of(run_dir)
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5]
     assert all(None not in row and None not in row.values() for row in rows)
-    events = EventAccumulator(str(run_dir))
+    assert_events_are_rows(run_dir, always=(0, 1, 4))
+
+
+def test_every_row_may_be_made_again(tmp_path):
+    """The checkpoint is older than the first row: nothing is kept of what was logged after it, in TensorBoard neither."""
+    for loss in (1.0, 2.0):
+        log = Loggers(tmp_path / "metrics.csv", resume_at=1)
+        for iteration in (2, 3):
+            log.log({"iteration": iteration, "global_step": 10 * iteration, "loss": loss})
+        log.close()
+        next_second()
+    assert [row["loss"] for row in rows_of(tmp_path)] == ["2.0", "2.0"]
+    events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [scalar.step for scalar in events.Scalars("losses/value_loss")] == [int(row["global_step"]) for row in rows]
+    assert [(event.step, event.value) for event in events.Scalars("charts/loss")] == [(20, 2.0), (30, 2.0)]
 
 
 def test_total_timesteps_may_be_raised(tmp_path):
@@ -446,19 +502,33 @@ def test_steps_may_replace_iterations(tmp_path):
 # --- signals
 
 
-@pytest.mark.parametrize(("number_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_run_in_order(tmp_path, number_, code):
-    """The iteration is finished, a checkpoint and the summary are written, the way to go on is said; 128 + the signal."""
-    run_dir = tmp_path / "run"
+def start_endless_run(run_dir):
+    """`python -m fastppo.train` with both streams in pipes."""
     flags = ["--num-envs", "4", "--num-steps", "32", "--total-timesteps", "100000000", "--run-dir", str(run_dir), "--plain"]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "fastppo.train", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=tmp_path,
+        cwd=run_dir.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+
+
+def assert_ended_in_order(run_dir):
+    """The last iteration logged is the one in the checkpoint and the summary, and everything is whole."""
+    last = checkpoint(run_dir)
+    assert last["iteration"] == int(rows_of(run_dir)[-1]["iteration"])
+    assert json.loads((run_dir / "summary.json").read_text())["iterations"] == last["iteration"]
+    assert load_policy(run_dir, "last").act(np.zeros(4, np.float32)) in (0, 1)
+    assert not list(run_dir.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(("number_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_run_in_order(tmp_path, number_, code):
+    """The iteration is finished, a checkpoint and the summary are written, the way to go on is said; 128 + the signal."""
+    run_dir = tmp_path / "run"
+    process = start_endless_run(run_dir)
     try:
         deadline = time.monotonic() + 60
         while not (run_dir / "metrics.csv").exists() or len(rows_of(run_dir)) < 2:
@@ -472,11 +542,31 @@ def test_a_signal_ends_the_run_in_order(tmp_path, number_, code):
     assert process.returncode == code, errors
     assert f"--resume {run_dir}" in output
     assert "Traceback" not in output + errors
-    last = checkpoint(run_dir)
-    assert last["iteration"] == int(rows_of(run_dir)[-1]["iteration"])
-    assert json.loads((run_dir / "summary.json").read_text())["iterations"] == last["iteration"]
-    assert load_policy(run_dir, "last").act(np.zeros(4, np.float32)) in (0, 1)
-    assert not list(run_dir.rglob("*.tmp"))
+    assert_ended_in_order(run_dir)
+
+
+def test_a_reader_that_leaves_ends_the_run_in_order(tmp_path):
+    """`| head -3`: as after SIGTERM, with the code of SIGPIPE and not a word on stderr."""
+    process = start_endless_run(tmp_path / "run")
+    try:
+        assert process.stdout.readline() == f"run directory {tmp_path / 'run'}\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    finally:
+        process.kill()
+    assert_ended_in_order(tmp_path / "run")
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate"])
+def test_help_for_a_reader_that_leaves(module):
+    """`--help | head -1`: nothing on stderr either."""
+    here, there = os.pipe()
+    os.close(here)
+    command = [sys.executable, "-m", f"fastppo.{module}", "--help"]
+    done = subprocess.run(command, stdout=there, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(there)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 # --- a fault

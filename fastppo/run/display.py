@@ -1,6 +1,7 @@
 """What a person sees while training: a live panel on a terminal, log lines elsewhere. Knows nothing of what it shows."""
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -20,6 +21,9 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 class Display(Protocol):
     """Where a run's progress goes."""
+
+    reader_gone: bool
+    """Nobody sees it any more: the pipe that it went to was closed."""
 
     def note(self, line: str) -> None:
         """A line that stays: what was chosen and why, a new best model, where the results are."""
@@ -43,12 +47,13 @@ class PlainDisplay:
     """Log lines, at most one a second."""
 
     def __init__(self) -> None:
+        self.reader_gone = False
         self._last = -math.inf
         self._pending: str | None = None
 
     def note(self, line: str) -> None:
         self._flush()
-        print(line, flush=True)
+        self._print(line)
 
     def update(self, row: Row, progress: float, eta_seconds: float) -> None:
         self._pending = (
@@ -66,14 +71,22 @@ class PlainDisplay:
 
     def _flush(self) -> None:
         if self._pending is not None:
-            print(self._pending, flush=True)
+            self._print(self._pending)
             self._pending, self._last = None, time.monotonic()
+
+    def _print(self, line: str) -> None:
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:
+            self.reader_gone = True
+            silence_stdout()
 
 
 class LiveDisplay:
     """A panel of 80 columns at most, redrawn at most five times a second."""
 
     def __init__(self, title: str) -> None:
+        self.reader_gone = False  # a terminal that goes sends SIGHUP
         self._title = title
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
@@ -140,6 +153,13 @@ class LiveDisplay:
                     texts.append(Text(f"{'█' * round(value * 10):<10} {value:4.0%}", style="cyan"))
             grid.add_row(*texts)
         return Panel(Group(head, curve, grid), title=self._title, title_align="left", width=width, border_style="dim")
+
+
+def silence_stdout() -> None:
+    """After a BrokenPipeError: what is still in stdout's buffer, and all that comes, goes nowhere instead of failing again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def sparkline(values: "deque[float]", width: int) -> str:
