@@ -1,12 +1,14 @@
 """How the vectorisation is chosen where the user leaves it open."""
 
 import time
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
 from environments import Walk  # noqa: F401 (registers the environments)
 
-from fastppo.envs.probe import ASYNC_OVERHEAD, choose_vectorization
+from fastppo.envs.probe import ASYNC_OVERHEAD, PROBE_SECONDS, PROBE_STEPS, choose_vectorization, step_seconds
+from fastppo.errors import UsageError
 
 
 class Slow(gym.Env):
@@ -53,3 +55,82 @@ def test_slow_environments_get_processes():
     assert ASYNC_OVERHEAD < 8 * 0.003
     assert choose_vectorization("Slow-v0", 8, "auto", {})[0] == "async"
     assert choose_vectorization("Slow-v0", 1, "auto", {})[0] == "sync"
+
+
+FAILS, REFUSED = float("inf"), None
+
+
+@pytest.mark.parametrize(
+    ("sync", "parallel", "choice", "reason", "tried"),
+    [
+        (0.99 * ASYNC_OVERHEAD, 0.0, "sync", "a step takes 0.99 ms, too little to share out", ["sync"]),
+        (ASYNC_OVERHEAD, 0.0, "async", "a step takes 1.0 ms in one process, 0.0 ms in 4", ["sync", "async"]),
+        (0.010, 0.0089, "async", "a step takes 10.0 ms in one process, 8.9 ms in 4", ["sync", "async"]),
+        (0.010, 0.0091, "sync", "a step takes 10.0 ms in one process, 9.1 ms in 4", ["sync", "async"]),
+        (0.010, 0.0200, "sync", "a step takes 10.0 ms in one process, 20.0 ms in 4", ["sync", "async"]),
+        (FAILS, 0.0, "sync", "a trial step failed", ["sync"]),
+        (0.010, FAILS, "sync", "a trial in 4 processes failed", ["sync", "async"]),
+        (0.010, REFUSED, "sync", "a trial in 4 processes failed", ["sync", "async"]),
+    ],
+)
+def test_what_is_chosen_from_two_times(monkeypatch, sync, parallel, choice, reason, tried):
+    """Processes where they save a tenth and more; none is started for a step too short, or one that fails."""
+    made = []
+
+    def make(env_id, num_envs, vectorization, env_kwargs):
+        made.append(vectorization)
+        seconds = {"sync": sync, "async": parallel}[vectorization]
+        if seconds is REFUSED:
+            raise UsageError("no processes")
+        return seconds, vectorization
+
+    monkeypatch.setattr("fastppo.envs.probe.make_vec", make)
+    monkeypatch.setattr("fastppo.envs.probe.step_seconds", lambda envs: envs)
+    assert choose_vectorization("Slow-v0", 4, "auto", {}) == (choice, reason)
+    assert made == tried
+
+
+@pytest.mark.parametrize(("env_id", "num_envs", "choice"), [("CartPole-v1", 4, "entry-point"), ("Slow-v0", 1, "sync")])
+def test_no_trial_without_a_choice(monkeypatch, env_id, num_envs, choice):
+    """Nothing is made where there is nothing to choose from."""
+    monkeypatch.setattr("fastppo.envs.probe.make_vec", None)
+    assert choose_vectorization(env_id, num_envs, "auto", {})[0] == choice
+
+
+class Trial:
+    """Counts what is done to it; each step moves the clock on."""
+
+    def __init__(self, seconds, fails=""):
+        self.seconds, self.fails = seconds, fails
+        self.steps, self.now, self.seed, self.closed = 0, 100.0, None, False
+        self.action_space = gym.spaces.Discrete(2)
+
+    def reset(self, seed):
+        assert self.fails != "reset"
+        self.seed, self.now = seed, self.now + 7.0  # a slow reset is no step
+
+    def step(self, action):
+        assert self.fails != "step"
+        self.steps, self.now = self.steps + 1, self.now + self.seconds
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(PROBE_SECONDS / 1024, PROBE_STEPS), (PROBE_SECONDS / 2, 2), (PROBE_SECONDS * 4, 1)]
+)
+def test_a_trial_is_short(monkeypatch, seconds, steps):
+    """So many steps, or so many seconds, whichever comes first; the seconds of one of them come out of it."""
+    trial = Trial(seconds)
+    monkeypatch.setattr("fastppo.envs.probe.time", SimpleNamespace(perf_counter=lambda: trial.now))
+    assert step_seconds(trial) == pytest.approx(seconds)
+    assert (trial.steps, trial.seed, trial.closed) == (steps, 0, True)
+
+
+@pytest.mark.parametrize("fails", ["reset", "step"])
+def test_a_trial_that_fails(fails):
+    """It took forever, and is closed."""
+    trial = Trial(0.0, fails)
+    assert step_seconds(trial) == float("inf")
+    assert trial.closed

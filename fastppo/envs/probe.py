@@ -7,6 +7,7 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.make import default_vectorization, make_vec
+from fastppo.errors import UsageError
 
 PROBE_STEPS = 50
 PROBE_SECONDS = 0.5
@@ -35,7 +36,12 @@ def choose_vectorization(env_id: str, num_envs: int, wanted: str, env_kwargs: Ma
         return "sync", "a trial step failed"
     if sync < ASYNC_OVERHEAD:
         return "sync", f"a step takes {sync * 1e3:.2f} ms, too little to share out"
-    parallel = step_seconds(make_vec(env_id, num_envs, "async", env_kwargs)[0])
+    try:
+        parallel = step_seconds(make_vec(env_id, num_envs, "async", env_kwargs)[0])
+    except UsageError:  # no processes to be had, in a daemonic one for instance
+        parallel = float("inf")
+    if parallel == float("inf"):
+        return "sync", f"a trial in {num_envs} processes failed"
     choice = "async" if parallel < 0.9 * sync else "sync"
     return choice, f"a step takes {sync * 1e3:.1f} ms in one process, {parallel * 1e3:.1f} ms in {num_envs}"
 
