@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +95,195 @@ def test_a_compiled_run_is_the_eager_run(tmp_path, capsys):
             {k: v for k, v in row.items() if k not in timed} for row in compiled
         ]  # the same bits
     assert sorted(cache_dir().iterdir()) == files
+
+
+class Compiler:
+    """Stands in for core/compilation.py: a program is its name, and a build is ready when the test says so."""
+
+    def __init__(self, monkeypatch):
+        self.cached, self.ready = set(), set()
+        self.compiled, self.started, self.stopped = [], [], []
+        self.broken = False
+        self.threads = set()  # torch's, whenever something was asked for
+        monkeypatch.setattr("fastppo.tiers.load_program", self.load)
+        monkeypatch.setattr("fastppo.tiers.compile_program", self.compile)
+        monkeypatch.setattr("fastppo.tiers.BackgroundCompile", self.start)
+
+    def load(self, program, example, cache_dir):
+        self.threads.add(torch.get_num_threads())
+        return Compiled(program) if program in self.cached else None
+
+    def compile(self, program, example, cache_dir):
+        self.threads.add(torch.get_num_threads())
+        if self.broken:
+            raise CompileError("it broke")
+        self.compiled.append(program)
+        return Compiled(program)
+
+    def start(self, program, example, cache_dir):
+        self.threads.add(torch.get_num_threads())
+        self.started.append(program)
+        return SimpleNamespace(poll=partial(self.poll, program), stop=partial(self.stopped.append, program))
+
+    def poll(self, program):
+        self.threads.add(torch.get_num_threads())
+        if self.broken:
+            raise CompileError("it broke")
+        return Compiled(program) if program in self.ready else None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What stands for a compiled program: calling it says which it is, and of what."""
+
+    name: str
+
+    def __call__(self, *args):
+        return "compiled", self.name, args
+
+    def bind(self, fixed, rest):
+        return lambda *args: ("compiled", self.name, (*fixed, *args))
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """A stand-in; the number of threads is put back afterwards."""
+    threads = torch.get_num_threads()
+    yield Compiler(monkeypatch)
+    torch.set_num_threads(threads)
+
+
+PARAMS = torch.zeros(1)
+
+
+def tiers_of(mode, second="act"):
+    """(Tiers of two programs for two threads, its notes)."""
+
+    def eager(name):
+        return lambda *args: ("eager", name, args)
+
+    names = ("learn", second)
+    jobs = {name: Job(eager(name), name, (PARAMS, "normalization", "obs", "noise")) for name in names}
+    notes: list[str] = []
+    return Tiers(mode, jobs, 2, notes.append), notes
+
+
+def in_use(tiers):
+    """Which form of `learn` and of `act`."""
+    return tiers.learn()[0], tiers.act("normalization")("obs", "noise")[0]
+
+
+LONG = 100 * BUILD_SECONDS
+
+
+@pytest.mark.parametrize(("seconds_left", "builds"), [(2 * BUILD_SECONDS, True), (2 * BUILD_SECONDS - 1, False)])
+def test_builds_only_where_they_pay(compiler, seconds_left, builds):
+    """Once, after the trial: a run of twice the build's time or more is worth it, and a shorter one stays eager to its end."""
+    tiers, notes = tiers_of("auto")
+    assert notes == ["programs: eager at first; compiled ones are not in the cache"]
+    for _ in range(3):
+        tiers.update(TRIAL_ITERATIONS - 1, LONG)
+    assert len(notes) == 1
+    assert compiler.started == []
+    for seconds in (seconds_left, LONG, 0.0):
+        tiers.update(TRIAL_ITERATIONS, seconds)
+    assert compiler.started == ["learn"] * builds
+    assert len(notes) == 2
+    assert ("in the background" if builds else "eager to the end") in notes[1]
+    assert in_use(tiers) == ("eager", "eager")
+    assert (tiers.name, tiers.compile_seconds > 1) == ("eager", False)
+
+
+def test_one_build_after_another(compiler):
+    """`learn`, the longer one, comes first; each is taken up as soon as it is there, and sets the threads it was made for."""
+    tiers, notes = tiers_of("auto")
+    tiers.update(TRIAL_ITERATIONS, LONG)
+    compiler.ready |= {"act"}
+    tiers.update(TRIAL_ITERATIONS + 1, LONG)
+    assert (compiler.started, tiers.name, torch.get_num_threads()) == (["learn"], "eager", 1)
+    compiler.ready |= {"learn"}
+    tiers.update(TRIAL_ITERATIONS + 2, 0.0)
+    assert in_use(tiers) == ("compiled", "eager")
+    assert (compiler.started, tiers.name, torch.get_num_threads()) == (["learn"], "compiled", 2)
+    torch.set_num_threads(1)
+    tiers.update(TRIAL_ITERATIONS + 3, 0.0)
+    tiers.update(TRIAL_ITERATIONS + 4, 0.0)
+    assert in_use(tiers) == ("compiled", "compiled")
+    assert tiers.act("normalization")("obs", "noise") == ("compiled", "act", (PARAMS, "normalization", "obs", "noise"))
+    assert 0 < tiers.compile_seconds < 60
+    assert compiler.threads == {2}
+    tiers.update(TRIAL_ITERATIONS + 5, LONG)
+    tiers.close()
+    assert compiler.started == ["learn", "act"]
+    assert compiler.stopped == []
+    assert [note.split(",")[0] for note in notes[2:]] == [
+        f"programs: {name} compiled from here on" for name in ("learn", "act")
+    ]
+
+
+def test_a_build_that_fails_is_the_last(compiler):
+    """What was taken up stays in use, nothing else is tried, and there is nothing left to stop."""
+    tiers, notes = tiers_of("auto")
+    tiers.update(TRIAL_ITERATIONS, LONG)
+    compiler.broken = True
+    for _ in range(3):
+        tiers.update(TRIAL_ITERATIONS, LONG)
+    tiers.close()
+    assert in_use(tiers) == ("eager", "eager")
+    assert compiler.started == ["learn"]
+    assert compiler.stopped == []
+    assert notes[2:] == ["programs: eager, since compiling failed: it broke"]
+
+
+def test_closing_stops_the_build_once(compiler):
+    """However often it is closed."""
+    tiers, _ = tiers_of("auto")
+    tiers.update(TRIAL_ITERATIONS, LONG)
+    tiers.close()
+    tiers.close()
+    assert compiler.stopped == ["learn"]
+
+
+@pytest.mark.parametrize("second", ["act", "collect"])
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_cached_programs_are_used_at_once(compiler, mode, second):
+    """Without a build, then or later, and without another word."""
+    compiler.cached |= {"learn", second}
+    tiers, notes = tiers_of(mode, second)
+    assert in_use(tiers) == ("compiled", "compiled")
+    assert tiers.act("now")("obs")[1:] == (second, (PARAMS, "now", "obs"))
+    assert (tiers.name, torch.get_num_threads(), compiler.threads) == ("compiled", 2, {2})
+    for _ in range(2):
+        tiers.update(TRIAL_ITERATIONS, 1.0)
+    assert (compiler.started, compiler.compiled) == ([], [])
+    assert len(notes) == 1
+    assert "programs: compiled, ready" in notes[0]
+
+
+def test_what_the_cache_lacks_is_built(compiler):
+    """By "on" at once, by "auto" in the background: that alone."""
+    compiler.cached |= {"learn"}
+    tiers, _ = tiers_of("on")
+    assert compiler.compiled == ["act"]
+    assert compiler.threads == {2}
+    assert in_use(tiers) == ("compiled", "compiled")
+    tiers, _ = tiers_of("auto")
+    assert in_use(tiers) == ("compiled", "eager")
+    for _ in range(2):
+        tiers.update(TRIAL_ITERATIONS, LONG)
+    assert compiler.started == ["act"]
+
+
+@pytest.mark.parametrize("second", ["act", "collect"])
+def test_on_without_success_is_eager(compiler, second):
+    """The reason is said, and no second attempt is made."""
+    compiler.broken = True
+    tiers, notes = tiers_of("on", second)
+    for _ in range(2):
+        tiers.update(TRIAL_ITERATIONS, LONG)
+    assert in_use(tiers) == ("eager", "eager")
+    assert (compiler.started, tiers.name, torch.get_num_threads()) == ([], "eager", 1)
+    assert notes[-1] == "programs: eager, since compiling failed: it broke"
 
 
 def small_tiers(mode, notes):
