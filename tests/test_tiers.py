@@ -103,7 +103,7 @@ class Compiler:
     def __init__(self, monkeypatch):
         self.cached, self.ready = set(), set()
         self.compiled, self.started, self.stopped = [], [], []
-        self.broken = False
+        self.broken = self.distrusted = False
         self.threads = set()  # torch's, whenever something was asked for
         monkeypatch.setattr("fastppo.tiers.load_program", self.load)
         monkeypatch.setattr("fastppo.tiers.compile_program", self.compile)
@@ -111,6 +111,8 @@ class Compiler:
 
     def load(self, program, example, cache_dir):
         self.threads.add(torch.get_num_threads())
+        if self.distrusted:
+            raise CompileError("not yours")
         return Compiled(program) if program in self.cached else None
 
     def compile(self, program, example, cache_dir):
@@ -197,6 +199,7 @@ def test_builds_only_where_they_pay(compiler, seconds_left, builds):
 def test_one_build_after_another(compiler):
     """`learn`, the longer one, comes first; each is taken up as soon as it is there, and sets the threads it was made for."""
     tiers, notes = tiers_of("auto")
+    loading_seconds = tiers.compile_seconds
     tiers.update(TRIAL_ITERATIONS, LONG)
     compiler.ready |= {"act"}
     tiers.update(TRIAL_ITERATIONS + 1, LONG)
@@ -211,6 +214,7 @@ def test_one_build_after_another(compiler):
     assert in_use(tiers) == ("compiled", "compiled")
     assert tiers.act("normalization")("obs", "noise") == ("compiled", "act", (PARAMS, "normalization", "obs", "noise"))
     assert 0 < tiers.compile_seconds < 60
+    assert tiers.compile_seconds != loading_seconds
     assert compiler.threads == {2}
     tiers.update(TRIAL_ITERATIONS + 5, LONG)
     tiers.close()
@@ -258,6 +262,30 @@ def test_cached_programs_are_used_at_once(compiler, mode, second):
     assert (compiler.started, compiler.compiled) == ([], [])
     assert len(notes) == 1
     assert "programs: compiled, ready" in notes[0]
+    assert 0 < tiers.compile_seconds < 60
+
+
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_without_a_cache_nothing_is_tried(compiler, mode):
+    """The reason once, and eager to the end, however long the run."""
+    compiler.distrusted = True
+    tiers, notes = tiers_of(mode)
+    for seconds_left in (1.0, LONG):
+        tiers.update(TRIAL_ITERATIONS, seconds_left)
+    assert in_use(tiers) == ("eager", "eager")
+    assert (compiler.compiled, compiler.started) == ([], [])
+    assert notes == ["programs: eager, since compiling failed: not yours"]
+
+
+def test_off_says_so_once(compiler):
+    """And asks for nothing, at the start or later."""
+    compiler.cached |= {"learn", "act"}
+    tiers, notes = tiers_of("off")
+    for seconds_left in (1.0, LONG):
+        tiers.update(TRIAL_ITERATIONS, seconds_left)
+    assert in_use(tiers) == ("eager", "eager")
+    assert notes == ["programs: eager, as --compile off asks"]
+    assert (compiler.started, compiler.threads) == ([], set())
 
 
 def test_what_the_cache_lacks_is_built(compiler):
