@@ -102,7 +102,7 @@ class Trial:
 
     def __init__(self, seconds, fails=""):
         self.seconds, self.fails = seconds, fails
-        self.steps, self.now, self.seed, self.closed = 0, 100.0, None, False
+        self.actions, self.now, self.seed, self.closed = [], 100.0, None, False
         self.action_space = gym.spaces.Discrete(2)
 
     def reset(self, seed):
@@ -111,7 +111,8 @@ class Trial:
 
     def step(self, action):
         assert self.fails != "step"
-        self.steps, self.now = self.steps + 1, self.now + self.seconds
+        self.actions.append(int(action))
+        self.now += self.seconds
 
     def close(self):
         self.closed = True
@@ -125,7 +126,9 @@ def test_a_trial_is_short(monkeypatch, seconds, steps):
     trial = Trial(seconds)
     monkeypatch.setattr("fastppo.envs.probe.time", SimpleNamespace(perf_counter=lambda: trial.now))
     assert step_seconds(trial) == pytest.approx(seconds)
-    assert (trial.steps, trial.seed, trial.closed) == (steps, 0, True)
+    assert (len(trial.actions), trial.seed, trial.closed) == (steps, 0, True)
+    space = gym.spaces.Discrete(2, seed=0)
+    assert trial.actions == [space.sample() for _ in range(steps)]  # the same each time
 
 
 @pytest.mark.parametrize("fails", ["reset", "step"])
