@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import gc
 import math
 import os
 import platform
@@ -161,7 +160,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     noise_example = torch.zeros(act_noise_shape, device=device)
     seed = environment_seed(config.seed, state.iteration)
     if isinstance(made, TorchVectorEnv):
-        made.reset(seed=seed)
+        made.reset(seed=seed)  # for the form of its state, a part of the program; start_collector resets it again
         collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
         fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
         collect_example = (state.params, normalization, pack(made.running), noise_example, made.draw(config.num_steps))
@@ -180,8 +179,6 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     stop = StopSignals()
     try:
         collector = start_collector(envs, rollout, action, seed)
-        gc.collect()
-        gc.freeze()  # what is there stays to the end: Python's collector need not look through it again and again
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
@@ -266,7 +263,6 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
             f"iterations up to {state.iteration} are kept, details in {directory.fault}; go on with: --resume {directory.path}"
         ) from fault
     finally:
-        gc.unfreeze()
         display.close()
         loggers.close()
         made.close()  # evaluation has the machine to itself
