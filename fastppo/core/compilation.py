@@ -136,8 +136,12 @@ def load_program(program: Program, example: Example, cache_dir: Path) -> Compile
 
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
+    return _load(program, example, cache_dir, cache_key(program, example))
+
+
+def _load(program: Program, example: Example, cache_dir: Path, key: str) -> CompiledProgram | None:
     check_cache_dir(cache_dir)
-    helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, cache_key(program, example))
+    helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, key)
     if helpers is None or library is None:
         return None
     try:
@@ -149,7 +153,8 @@ def load_program(program: Program, example: Example, cache_dir: Path) -> Compile
 
 def compile_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram:
     """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason."""
-    loaded = load_program(program, example, cache_dir)
+    key = cache_key(program, example)
+    loaded = _load(program, example, cache_dir, key)
     if loaded is not None:
         return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
@@ -162,14 +167,14 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
                 helpers = Path(build_dir, "native.so")
                 native.build(helpers)
                 _keep(helpers, cache_dir, native_key())
-            _keep(_build(program, example, build_dir), cache_dir, cache_key(program, example))
+            _keep(_build(program, example, build_dir), cache_dir, key)
         except subprocess.CalledProcessError as error:
             raise CompileError(
                 f"{native.SOURCE.name} does not compile: {_first_line(RuntimeError(error.stderr or error))}"
             ) from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
-    loaded = load_program(program, example, cache_dir)
+    loaded = _load(program, example, cache_dir, key)
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
     return loaded
@@ -227,6 +232,7 @@ class BackgroundCompile:
         """Start it. Raises CompileError when the directory is not to be trusted, or the program cannot be told to a process."""
         check_cache_dir(cache_dir)
         self._program, self._example, self._cache_dir = program, example, cache_dir
+        self._key = cache_key(program, example)
         outline = pytree.tree_map_only(Tensor, _outline, example)
         try:
             job = pickle.dumps((program, outline, cache_dir, torch.get_num_threads()))
@@ -252,7 +258,7 @@ class BackgroundCompile:
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             reason = "" if stdout.closed else stdout.read().decode(errors="replace").strip()
-        loaded = load_program(self._program, self._example, self._cache_dir)
+        loaded = _load(self._program, self._example, self._cache_dir, self._key)
         if loaded is None:
             raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
         return loaded

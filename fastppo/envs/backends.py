@@ -32,4 +32,5 @@ def make_envs(
         if backend == "gymnasium":
             return VectorWrapper(made)  # no TorchVectorEnv any more, for those who look
         made.close()
+        return TorchVectorEnv(made.unwrapped.env, num_envs, device)
     return make_device_vec(env_id, num_envs, env_kwargs, device)
