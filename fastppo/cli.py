@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
-    """Call `verb(args)`; returns the exit code: 0, 2 for wrong use, 3 for a fault, 130 when interrupted, 141 when stdout is
+    """Call `verb(args)`; returns the exit code.
 
-    a pipe that nobody reads any more.
+    0; 2 for wrong use, 3 for a fault, 130 when interrupted, 141 when stdout is a pipe that nobody reads any more.
     """
     try:
         try:

@@ -176,9 +176,9 @@ class DeviceCollector:
         self.last_obs.copy_(running.obs)
         torch.logical_not(running.done, out=self.last_valid)
         if cut:
-            tensors["truncated"][-2] |= tensors["valid"][-2] & ~tensors["terminated"][-2]
+            _cut(tensors)
         if not collected.finite:  # sync: once per rollout
-            check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
+            _check_tensors(tensors)
         return Phases(env=time.perf_counter() - started)
 
     def outcomes(self) -> Outcomes:
@@ -246,7 +246,7 @@ class HostCollector:
         else:
             valid[1:] = ~(terminated[:-1] | truncated[:-1])
         if cut:
-            truncated[-2] |= valid[-2] & ~terminated[-2]
+            _cut(arrays)
         check_finite(self.arrays)
         if not self.on_host:
             self.rollout.update_(self.host)
@@ -312,10 +312,10 @@ class TensorCollector:
         else:
             torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
         if cut:
-            truncated[-2] |= valid[-2] & ~terminated[-2]
+            _cut(self.tensors)
         finite = [self.tensors[key].isfinite().all() for key in FINITE if key in self.tensors]
         if not torch.stack(finite).all():  # sync: once per rollout
-            check_finite({key: tensor.cpu().numpy() for key, tensor in self.tensors.items()})
+            _check_tensors(self.tensors)
         return phases
 
     def outcomes(self) -> Outcomes:
@@ -346,6 +346,15 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
             raise TrainingFault(f"{what} after a reset; the update was not made")
         action = arrays["action"][made_by, env]
         raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
+
+
+def _cut(rows: Mapping[str, Any]) -> None:
+    """Truncate the episodes under way after row T-1; rows: arrays or tensors by key of the rollout, (T+1, N, ...)."""
+    rows["truncated"][-2] |= rows["valid"][-2] & ~rows["terminated"][-2]
 
 
 @contextlib.contextmanager

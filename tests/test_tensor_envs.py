@@ -1,6 +1,5 @@
 """Environments of tensors: the same numbers as their twins of arrays, and nothing on the way becomes an array."""
 
-import csv
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from environments import Walk, WalkVector
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDict
+from test_run import rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, OneHot, Unbounded
 from torchrl.envs import CatTensors, Compose, EnvBase, PendulumEnv, StepCounter, TransformedEnv, UnsqueezeTransform
@@ -254,18 +254,12 @@ def test_a_run_on_its_twin_of_arrays(tmp_path, mode, final):
         )
         result = train(config)
         times = {"seconds", "sps", "env_share", "act_share", "learn_share"}
-        rows = [{key: row[key] for key in row if key not in times} for row in metrics(result.run_dir)]
+        rows = [{key: row[key] for key in row if key not in times} for row in rows_of(result.run_dir)]
         summary = {key: result.summary[key] for key in ("global_step", "eval_return_mean", "eval_return_std", "eval_episodes")}
         kept.append((result.policy.params, rows, summary))
     assert torch.equal(kept[0][0], kept[1][0])
     assert kept[0][1:] == kept[1][1:]
     assert len(kept[0][1]) == 3
-
-
-def metrics(run_dir):
-    """Rows of metrics.csv."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("action", ["categorical", "one-hot", "box"])
@@ -286,7 +280,7 @@ def test_a_torchrl_environment_trains(tmp_path, action):
     )
     trained, evaluated = MADE
     assert result.summary["global_step"] == 2 * 5 * 16  # no row goes to a reset
-    last = metrics(result.run_dir)[-1]
+    last = rows_of(result.run_dir)[-1]
     returns = [value for _, value in trained.played]
     assert int(last["episodes"]) == len(returns) > 20
     assert float(last["episodic_return_mean"]) == pytest.approx(np.mean(returns[-100:]), rel=1e-5)
@@ -310,8 +304,8 @@ def test_torchrls_own_pendulum_trains(tmp_path):
             run_dir=str(tmp_path / "run"),
         )
     )
-    last = metrics(result.run_dir)[-1]
-    assert [int(row["truncations"]) + int(row["terminations"]) for row in metrics(result.run_dir)] == [8, 12]
+    last = rows_of(result.run_dir)[-1]
+    assert [int(row["truncations"]) + int(row["terminations"]) for row in rows_of(result.run_dir)] == [8, 12]
     assert float(last["episodic_length_mean"]) == 10.0
     assert float(last["terminations"]) == 0.0
     assert -170.0 < result.summary["eval_return_mean"] < 0.0

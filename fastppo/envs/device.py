@@ -118,9 +118,10 @@ class StepResult(NamedTuple):
 
 
 def start(env: DeviceEnv, random: Tensor) -> Running:
-    """The first moment of N episodes; random (N, K) float32. Like those of `autoreset_step`, its tensors are contiguous and
+    """The first moment of N episodes; random (N, K) float32.
 
-    share no memory: compiled programs and captured graphs rely on both.
+    Like those of `autoreset_step`, its tensors are contiguous and share no memory: compiled programs and captured graphs rely
+    on both.
     """
     state, obs = tree_map(partial(torch.clone, memory_format=torch.contiguous_format), env.reset(random))
     elapsed = torch.zeros(random.shape[:1], dtype=torch.int32, device=random.device)
