@@ -20,7 +20,7 @@ from sps import Workload, run_fastppo
 
 from fastppo import TrainConfig
 from fastppo.policy.agent import make_network
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import allocate_rollout
 
 MEASURED_ITERATIONS, SECONDS = 5, 8.0  # at least so many iterations, or about so long
@@ -43,8 +43,8 @@ class SweepConfig:
 def main(config: SweepConfig) -> None:
     """Run all sizes in turn, round by round."""
     env = gym.make("CartPole-v1")
-    action = action_spec(env.action_space, False)
-    network = make_network(env.observation_space, action, TrainConfig())
+    obs, action = obs_spec(env.observation_space), action_spec(env.action_space, False)
+    network = make_network(obs, action, TrainConfig())
     actor_params = network.num_params // 2
     flop = 2 * actor_params + 2 * network.num_params + 4 * 6 * network.num_params  # per transition
     workloads = {}
@@ -66,7 +66,7 @@ def main(config: SweepConfig) -> None:
     points = []
     for num_envs, results in runs.items():
         sps = [result["sps"] for result in results]
-        rollout = allocate_rollout(config.num_steps, num_envs, env.observation_space, action, False, torch.device("cpu"))
+        rollout = allocate_rollout(config.num_steps, num_envs, obs, action, False, torch.device("cpu"))
         point = {
             "num_envs": num_envs,
             "sps": statistics.median(sps),

@@ -96,6 +96,8 @@ class TrainConfig:
     """Normalise observations by running mean and standard deviation."""
     norm_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return."""
+    clip_reward: bool = False
+    """Learn from the sign of each reward, -1, 0 or 1; returns are shown as they are."""
 
     clip_coef: float = 0.2
     """Clip range of the probability ratio."""
@@ -112,10 +114,14 @@ class TrainConfig:
     target_kl: float | None = None
     """Leave out the rest of an update once a minibatch's KL estimate exceeds this."""
 
-    hidden_sizes: tuple[int, ...] = (64, 64)
-    """Widths of the hidden layers."""
+    hidden_sizes: tuple[int, ...] | None = None
+    """Widths of the hidden layers; default 64 64, and none after the convolutions of images."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
+    cnn_size: int = 512
+    """Features of an image: width of the layer behind the three convolutions of the Nature CNN."""
+    cnn_activation: Activation = "relu"
+    """Activation of the Nature CNN."""
     share_backbone: bool = False
     """One network with two heads instead of an actor and a critic apart."""
     log_std_init: float = 0.0
@@ -156,8 +162,11 @@ class TrainConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise UsageError(f"{flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if not all(isinstance(size, int) and size >= 1 for size in self.hidden_sizes):
-            raise UsageError(f"--hidden-sizes must be whole numbers of at least 1, got {' '.join(map(str, self.hidden_sizes))}")
+        sizes = self.hidden_sizes or ()
+        if not all(isinstance(size, int) and size >= 1 for size in sizes):
+            raise UsageError(f"--hidden-sizes must be whole numbers of at least 1, got {' '.join(map(str, sizes))}")
+        if self.clip_reward and self.norm_reward:
+            raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
         if self.norm_returns and self.advantage != "monte-carlo":
             raise UsageError("--norm-returns is for --advantage monte-carlo: set that too, or use --norm-reward")
         if self.device not in ("auto", "cpu", "cuda") and not (
@@ -252,7 +261,7 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
-    **dict.fromkeys(("update_epochs", "log_interval", "num_threads"), _at_least(1)),
+    **dict.fromkeys(("update_epochs", "log_interval", "num_threads", "cnn_size"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),
     **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds"), _FINITE_NOT_NEGATIVE),
@@ -264,6 +273,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "vectorization": ("auto", "entry-point", "sync", "async"),
     "backend": ("auto", "gymnasium", "torch"),
     "advantage": ("gae", "monte-carlo"),
-    "activation": ("tanh", "relu", "elu", "silu", "gelu"),
+    **dict.fromkeys(("activation", "cnn_activation"), ("tanh", "relu", "elu", "silu", "gelu")),
     "compile": ("off", "auto", "on"),
 }

@@ -58,15 +58,16 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
 
     agent.seed(seed)
     with torch.inference_mode():  # as training steps them
-        obs = envs.reset(seed)
+        obs, mask = envs.reset_and_mask(seed)
         while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
-            step = envs.step(agent.act(obs, deterministic))
-            obs = step.obs
+            step = envs.step(agent.act(obs, deterministic, mask))
+            obs, mask = step.obs, step.action_mask
             reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
             running += np.where(valid, reward, 0.0)
             length += valid
             done = np.logical_or(terminated, truncated) & valid
-            for index in np.flatnonzero(done | (length >= EPISODE_LIMIT)):
+            over = done if step.game_over is None else done & _to_host(step.game_over)
+            for index in np.flatnonzero(over | (length >= EPISODE_LIMIT)):
                 returns[index].append(float(running[index]))
                 running[index], length[index] = 0.0, 0
             valid = ~done if not envs.keeps_final_obs else valid

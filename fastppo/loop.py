@@ -13,7 +13,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
 from fastppo.core.adam import AdamState, init_adam
-from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule
+from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule, obs_of
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import make_envs
 from fastppo.envs.device import TorchVectorEnv
@@ -37,8 +38,8 @@ from fastppo.errors import TrainingFault, UsageError
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
-from fastppo.policy.agent import Agent, make_network, policy_state
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.agent import Agent, make_network, moments_from_state, policy_state
+from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.policy.normalization import (
     RunningMoments,
     discounted_return,
@@ -47,7 +48,7 @@ from fastppo.policy.normalization import (
     make_normalization,
     update_moments,
 )
-from fastppo.policy.spaces import ActionSpec, action_spec, check_obs_space
+from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.rollout import allocate_rollout, env_step_of, pack, start_collector
 from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
@@ -79,7 +80,7 @@ class TrainState:
 
     params: Tensor  # (P,), written in place: the weights that act are views of it
     adam: AdamState
-    obs_moments: RunningMoments | None
+    obs_moments: dict[str, RunningMoments] | None  # by leaf of the observation
     return_moments: RunningMoments | None
     return_carry: Tensor  # (N,), each environment's discounted reward so far
     return_mean: Tensor  # () units of the critic, see Normalization
@@ -92,8 +93,12 @@ class TrainState:
     best_return: float = -math.inf
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, policy: ModuleFactory | None = None) -> TrainResult:
     """Train an agent as `config` says and keep everything in its run directory.
+
+    Args:
+        policy: `policy(inputs, num_outputs) -> torch.nn.Module`, a network of your own instead of ours: see
+            fastppo.policy.networks.ModulePolicy for what it is given and returns.
 
     Raises:
         UsageError: a setting that cannot be; nothing has been written.
@@ -103,10 +108,10 @@ def train(config: TrainConfig) -> TrainResult:
     """
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-        return _train(config, cleanup)
+        return _train(config, policy, cleanup)
 
 
-def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
+def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
@@ -119,10 +124,12 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     envs = AutoresetEnvs(made)
     if made.num_envs != config.num_envs:
         raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-    obs_space = check_obs_space(made.single_observation_space)
+    obs_space = made.single_observation_space
     action = action_spec(made.single_action_space, config.squash_actions)
-    network = make_network(obs_space, action, config)
-    state = init_state(config, network, obs_space.shape, device, seeds)
+    obs = obs_spec(obs_space, info_mask_size(envs), action)
+    network = make_network(obs, action, config, policy, seeds["parameters"])
+    state = init_state(config, network, obs, device, seeds)
+    keep = partial(checkpoint_of, network, obs_space, obs, action)
 
     if config.resume:
         directory = RunDirectory(Path(config.resume))
@@ -147,13 +154,15 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
         )
 
     # --- the programs, and the buffers that they live in
-    rollout = allocate_rollout(config.num_steps, config.num_envs, obs_space, action, envs.keeps_final_obs, device)
-    rollout_tensors = dict(rollout.items())
+    rollout = allocate_rollout(config.num_steps, config.num_envs, obs, action, envs.keeps_final_obs, device)
+    rollout_tensors: dict[str, Tensor] = dict(rollout.items())
     permutation = torch.empty(config.update_epochs, config.batch_size, dtype=torch.int64, device=device)
     epochs = permutation.unbind(0)  # views made once
     act_noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     normalization = normalization_of(state)
     learn = partial(programs.learn, policy=network, **learn_settings(config))
+    if any(leaf.kind == "image" for leaf in obs):  # what a CNN leaves behind for its gradient is 100 kB a row
+        learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
     fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS, num_workers=workers) if device.type == "cpu" else learn
     learn_example = (state.params, state.adam, rollout_tensors, permutation, schedule_at(0.0, config, device), normalization)
     jobs = {"learn": Job(learn, fast_learn, learn_example)}
@@ -167,7 +176,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
         jobs["collect"] = Job(collect, fast_collect if device.type == "cpu" else collect, collect_example)
     else:
         act = partial(programs.act, network, network.weights(state.params))
-        act_example = (state.params, normalization, rollout_tensors["obs"][0], noise_example[0])
+        act_example = (state.params, normalization, tree_map(lambda x: x[0], obs_of(rollout_tensors)), noise_example[0])
         jobs["act"] = Job(act, partial(programs.act_from_params, policy=network), act_example)
     tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note)
 
@@ -178,7 +187,7 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
     last_checkpoint = time.monotonic()
     stop = StopSignals()
     try:
-        collector = start_collector(envs, rollout, action, seed)
+        collector = start_collector(envs, rollout, obs, action, seed)
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
@@ -205,8 +214,8 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
             learn_seconds = time.perf_counter() - learn_started
 
             # account
-            reward, terminated, truncated, valid = collector.outcomes()
-            finished = state.episodes.update(reward, terminated | truncated, valid)
+            reward, terminated, truncated, valid, episode_end = collector.outcomes()
+            finished = state.episodes.update(reward, episode_end, valid)
             state.iteration += 1
             state.global_step += int(valid.sum())
             # from account to account: what logging and checkpoints take is in the next iteration's time, nothing is left out
@@ -251,12 +260,12 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
                 stop.received = signal.SIGPIPE
             tiers.update(len(recent) - 1, eta)
             if time.monotonic() - last_checkpoint >= config.checkpoint_seconds:
-                write_checkpoints(directory, state, network, obs_space, action, best)
+                write_checkpoints(directory, state, keep, best)
                 best = None
                 last_checkpoint = time.monotonic()
-        write_checkpoints(directory, state, network, obs_space, action, best)
+        write_checkpoints(directory, state, keep, best)
     except TrainingFault as fault:
-        write_checkpoints(directory, state, network, obs_space, action, best)
+        write_checkpoints(directory, state, keep, best)
         directory.write_text(directory.fault, traceback.format_exc())
         raise TrainingFault(
             f"iteration {state.iteration + 1}: {fault}\n"
@@ -271,8 +280,8 @@ def _train(config: TrainConfig, cleanup: contextlib.ExitStack) -> TrainResult:
 
     # --- what came out
     if not directory.best.exists():  # no episode ended: the last policy is the only one there is
-        directory.save_checkpoint(directory.best, checkpoint_of(state, network, obs_space, action))
-    agent = load_policy(directory.path)
+        directory.save_checkpoint(directory.best, keep(state))
+    agent = load_policy(directory.path, policy=policy)
     summary: dict[str, Any] = {
         "env_id": config.env_id,
         "seed": config.seed,
@@ -321,7 +330,7 @@ def choose_device(wanted: str) -> torch.device:
     return device
 
 
-def choose_threads(config: TrainConfig, network: MLPActorCritic) -> int:
+def choose_threads(config: TrainConfig, network: Network) -> int:
     """Threads of eager programs: --num-threads, or one for a minibatch of fewer than 16 M multiplications.
 
     Below that handing over costs more than it gives: with 9,155 parameters on two cores one thread is faster at 256 rows, two
@@ -350,6 +359,7 @@ def learn_settings(config: TrainConfig) -> dict[str, Any]:
         "advantage_estimator": config.advantage,
         "norm_returns": config.norm_returns,
         "norm_adv": config.norm_adv,
+        "clip_reward": config.clip_reward,
         "clip_vloss": config.clip_vloss,
         "vf_coef": config.vf_coef,
         "max_grad_norm": config.max_grad_norm,
@@ -379,15 +389,25 @@ def derive_seeds(seed: int) -> dict[str, int]:
     return {name: int(number) % 2**31 for name, number in zip(names, numbers, strict=True)}
 
 
+def info_mask_size(envs: AutoresetEnvs) -> int | None:
+    """Numbers in each environment's info["action_mask"]; None where there is none. Resets the environments."""
+    if isinstance(envs.envs, TorchVectorEnv):
+        return None
+    with contextlib.suppress(Exception):  # one that fails here fails when training starts, where it is reported
+        _, mask = envs.reset_and_mask(0)
+        return None if mask is None else math.prod(mask.shape[1:])
+    return None
+
+
 def init_state(
-    config: TrainConfig, network: MLPActorCritic, obs_shape: tuple[int, ...], device: torch.device, seeds: Mapping[str, int]
+    config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device, seeds: Mapping[str, int]
 ) -> TrainState:
     """Fresh parameters and statistics."""
     params = network.init(torch.Generator().manual_seed(seeds["parameters"])).to(device)
     return TrainState(
         params=params,
         adam=init_adam(params),
-        obs_moments=init_moments(obs_shape, device) if config.norm_obs else None,
+        obs_moments=None if not config.norm_obs else {leaf.key: init_moments(leaf.shape, device) for leaf in obs.normalized},
         return_moments=init_moments((), device) if config.norm_reward else None,
         return_carry=torch.zeros(config.num_envs, device=device),
         return_mean=torch.zeros((), device=device),
@@ -423,7 +443,10 @@ def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: L
     state.return_mean, state.return_std = learned.return_mean, learned.return_std
     valid = rollout["valid"][:-1]
     if state.obs_moments is not None:
-        state.obs_moments = update_moments(state.obs_moments, rollout["obs"][:-1].flatten(0, 1), valid.flatten())
+        state.obs_moments = {
+            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid.flatten())
+            for key, moments in state.obs_moments.items()
+        }
     if state.return_moments is not None:
         done = rollout["terminated"][:-1] | rollout["truncated"][:-1]
         running, state.return_carry = discounted_return(rollout["reward"][:-1], done, valid, state.return_carry, config.gamma)
@@ -448,12 +471,12 @@ def snapshot(state: TrainState) -> TrainState:
     return replace(state, params=state.params.clone(), generators=generators, episodes=state.episodes.copy())
 
 
-def checkpoint_of(state: TrainState, network: MLPActorCritic, obs_space: Any, action: ActionSpec) -> dict[str, Any]:
+def checkpoint_of(network: Network, obs_space: Any, obs: ObsSpec, action: ActionSpec, state: TrainState) -> dict[str, Any]:
     """The state as plain data: tensors, numbers, lists and dicts."""
     normalization = normalization_of(state)
     return {
         "format": 1,
-        "policy": policy_state(network, state.params, obs_space, action.space, state.obs_moments, normalization),
+        "policy": policy_state(network, state.params, obs_space, obs, action.space, state.obs_moments, normalization),
         "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
         "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
         "generators": {name: generator.get_state() for name, generator in state.generators.items()},
@@ -465,14 +488,13 @@ def checkpoint_of(state: TrainState, network: MLPActorCritic, obs_space: Any, ac
     }
 
 
-def load_state(state: TrainState, network: MLPActorCritic, checkpoint: Mapping[str, Any], path: Path) -> None:
+def load_state(state: TrainState, network: Network, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Put `checkpoint_of`'s result back. The environments are not in it: they start new episodes."""
     try:
         policy, device = checkpoint["policy"], state.params.device
         state.params.copy_(network.flatten(policy["weights"]))
         state.adam = AdamState(**{key: value.to(device) for key, value in checkpoint["adam"].items()})
-        if policy["obs_moments"] is not None:
-            state.obs_moments = RunningMoments(*(moment.to(device) for moment in policy["obs_moments"]))
+        state.obs_moments = moments_from_state(policy["obs_moments"], device)
         if checkpoint["return_moments"] is not None:
             state.return_moments = RunningMoments(*(moment.to(device) for moment in checkpoint["return_moments"]))
         state.return_mean, state.return_std = policy["return_mean"].to(device), policy["return_std"].to(device)
@@ -486,17 +508,12 @@ def load_state(state: TrainState, network: MLPActorCritic, checkpoint: Mapping[s
 
 
 def write_checkpoints(
-    directory: RunDirectory,
-    state: TrainState,
-    network: MLPActorCritic,
-    obs_space: Any,
-    action: ActionSpec,
-    best: TrainState | None,
+    directory: RunDirectory, state: TrainState, keep: Callable[[TrainState], dict[str, Any]], best: TrainState | None
 ) -> None:
     """best.pt where there is a new one, then last.pt."""
     if best is not None:
-        directory.save_checkpoint(directory.best, checkpoint_of(best, network, obs_space, action))
-    directory.save_checkpoint(directory.last, checkpoint_of(state, network, obs_space, action))
+        directory.save_checkpoint(directory.best, keep(best))
+    directory.save_checkpoint(directory.last, keep(state))
 
 
 class StopSignals:

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
@@ -24,25 +23,25 @@ from fastppo.core.programs import Collected
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
 from fastppo.errors import TrainingFault, brief
-from fastppo.policy.spaces import ActionSpec
+from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
 
 
 def allocate_rollout(
-    num_steps: int, num_envs: int, obs_space: Box, action: ActionSpec, keeps_final_obs: bool, device: torch.device
+    num_steps: int, num_envs: int, obs: ObsSpec, action: ActionSpec, keeps_final_obs: bool, device: torch.device
 ) -> TensorDict:
     """The one list of keys, shapes and dtypes of a rollout; locked, all zeros.
 
-    obs (T+1, N, *obs_shape) float32, or the space's own integer type; action (T+1, N, *action_shape) as sampled, int64 or
-    float32; reward (T+1, N) float32, raw; terminated, truncated (T+1, N) bool; valid (T+1, N) bool: false where the step
-    only reset the environment; final_obs as obs, only for environments that reset within the step.
+    obs (T+1, N, *obs_shape) float32, or the space's own integer type; of a Dict or Tuple its leaves, `obs.name` each;
+    action_mask (T+1, N, A) bool, where there is one; action (T+1, N, *action_shape) as sampled, int64 or float32; reward
+    (T+1, N) float32, raw; terminated, truncated (T+1, N) bool; valid (T+1, N) bool: false where the step only reset the
+    environment; final_obs as obs, only for environments that reset within the step.
     """
-    obs_dtype = torch.float32 if np.issubdtype(obs_space.dtype, np.floating) else _torch_dtype(obs_space.dtype)
 
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.zeros((num_steps + 1, num_envs, *shape), dtype=dtype, device=device)
 
     rollout = {
-        "obs": zeros(obs_space.shape, obs_dtype),
+        **{leaf.key: zeros(leaf.shape, leaf.dtype) for leaf in obs},
         "action": zeros(action.shape, action.dtype),
         "reward": zeros((), torch.float32),
         "terminated": zeros((), torch.bool),
@@ -50,7 +49,7 @@ def allocate_rollout(
         "valid": zeros((), torch.bool),
     }
     if keeps_final_obs:
-        rollout["final_obs"] = zeros(obs_space.shape, obs_dtype)
+        rollout |= {f"final_{leaf.key}": zeros(leaf.shape, leaf.dtype) for leaf in obs if leaf.kind != "mask"}
     return TensorDict(rollout, batch_size=[num_steps + 1, num_envs], device=device).lock_()
 
 
@@ -69,6 +68,7 @@ class Outcomes(NamedTuple):
     terminated: NDArray[Any]
     truncated: NDArray[Any]
     valid: NDArray[Any]
+    episode_end: NDArray[Any]  # bool: of a whole game, where an episode is one life of it
 
 
 class Collector(Protocol):
@@ -81,7 +81,8 @@ class Collector(Protocol):
         """Fill rows 0 .. T-1 and the bootstrap row T.
 
         Args:
-            act: (obs (N, ...), noise (N, ...)) -> action (N, ...), on the rollout's device; see DeviceCollector for its own.
+            act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device; see
+                DeviceCollector for its own.
             noise: (T, N, ...).
             cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
@@ -95,17 +96,18 @@ class Collector(Protocol):
         ...
 
 
-def start_collector(envs: AutoresetEnvs, rollout: TensorDict, action: ActionSpec, seed: int | None) -> Collector:
+def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: int | None) -> Collector:
     """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
 
     Raises TrainingFault where an environment fails to reset.
     """
     with _resetting():
-        obs = envs.reset(seed)
+        first, mask = envs.reset_and_mask(seed)
         if isinstance(envs.envs, TorchVectorEnv):
             return DeviceCollector(envs.envs, rollout, action)
-        collector = (TensorCollector if isinstance(obs, Tensor) else HostCollector)(envs, rollout, action)
-        collector.begin(obs)
+        of_tensors = isinstance(obs.leaves[0].find(first), Tensor)
+        collector = (TensorCollector if of_tensors else HostCollector)(envs, rollout, obs, action)
+        collector.begin(first, mask)
     return collector
 
 
@@ -189,7 +191,7 @@ class DeviceCollector:
 class HostCollector:
     """Steps numpy environments into a rollout. Owns the host side of it and the last observation."""
 
-    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, action: ActionSpec) -> None:
+    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec) -> None:
         self.envs = envs
         self.rollout = rollout
         self.action = action
@@ -197,32 +199,45 @@ class HostCollector:
         # on the CPU the rollout itself is written; for a GPU a pinned twin is, so that its copies overlap with stepping
         self.host = rollout if self.on_host else rollout.to("cpu").pin_memory()
         self.arrays = {key: self.host[key].numpy() for key in self.host.keys()}  # noqa: SIM118 (a TensorDict iterates over rows)
-        self.obs_rows = rollout["obs"].unbind(0)  # views made once: indexing a TensorDict per step costs 15 us
+        self.obs = obs
+        # views made once: indexing a TensorDict per step costs 15 us
+        self.rows = {leaf.key: rollout[leaf.key].unbind(0) for leaf in obs}
+        self.host_rows = {leaf.key: self.host[leaf.key].unbind(0) for leaf in obs}
+        self.act_rows = _rows_to_act_on(self.rows, obs)
         self.actions = rollout["action"][:-1]
-        self.host_obs_rows = self.host["obs"].unbind(0)
+        self.game_over: NDArray[Any] | None = None  # (T, N), where the environments tell
 
     def reset(self, seed: int | None) -> None:
         """See Collector."""
         with _resetting():
-            self.begin(self.envs.reset(seed))
+            self.begin(*self.envs.reset_and_mask(seed))
 
-    def begin(self, obs: NDArray[Any]) -> None:
+    def begin(self, obs: Any, action_mask: NDArray[Any] | None = None) -> None:
         """Put first observations (N, ...) where `collect` takes them from."""
-        self.arrays["obs"][-1] = obs
+        self._write(-1, obs, action_mask)
         self.arrays["valid"][-1] = True
 
-    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
+    def _write(self, row: int, obs: Any, action_mask: NDArray[Any] | None) -> None:
+        for leaf in self.obs.leaves:
+            if leaf is not self.obs.info_mask:
+                self.arrays[leaf.key][row] = _as_stored(leaf, leaf.find(obs))
+            else:
+                self.arrays[leaf.key][row] = True if action_mask is None else action_mask
+
+    def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
         arrays, phases = self.arrays, Phases()
-        obs, reward = arrays["obs"], arrays["reward"]
-        terminated, truncated, valid = arrays["terminated"], arrays["truncated"], arrays["valid"]
-        obs[0], valid[0] = obs[-1], valid[-1]
+        reward, terminated, truncated, valid = (arrays[key] for key in ("reward", "terminated", "truncated", "valid"))
+        for key in self.host_rows:
+            arrays[key][0] = arrays[key][-1]
+        valid[0] = valid[-1]
         actions = []  # stacked at the end: a write per step costs 5 us, in whose place the environment gets a copy of its own
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
             if not self.on_host:
-                self.obs_rows[t].copy_(self.host_obs_rows[t], non_blocking=True)
-            chosen = act(self.obs_rows[t], step_noise)  # (N, ...)
+                for key, rows in self.host_rows.items():
+                    self.rows[key][t].copy_(rows[t], non_blocking=True)
+            chosen = act(self.act_rows[t], step_noise)  # (N, ...)
             actions.append(chosen)
             # on a GPU a sync, once per step: the environments need it
             env_action = self.action.to_env(chosen).cpu().numpy().copy()
@@ -231,10 +246,15 @@ class HostCollector:
                 step = self.envs.step(env_action)
             except Exception as error:
                 raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
-            obs[t + 1], reward[t] = step.obs, step.reward
-            terminated[t], truncated[t] = step.terminated, step.truncated
+            self._write(t + 1, step.obs, step.action_mask)
+            reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
             if step.final_obs is not None:
-                arrays["final_obs"][t] = step.final_obs
+                for leaf in self.obs.observed:
+                    arrays[f"final_{leaf.key}"][t] = leaf.find(step.final_obs)
+            if step.game_over is not None:
+                if self.game_over is None:
+                    self.game_over = np.zeros_like(terminated[:-1])
+                self.game_over[t] = step.game_over
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
@@ -254,7 +274,7 @@ class HostCollector:
 
     def outcomes(self) -> Outcomes:
         """See Collector."""
-        return Outcomes(*(self.arrays[key][:-1] for key in Outcomes._fields))
+        return _outcomes(self.arrays, self.game_over)
 
 
 class TensorCollector:
@@ -264,43 +284,55 @@ class TensorCollector:
     not there yet, or what the next step overwrites). On a GPU the phases say how long the work took to hand in.
     """
 
-    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, action: ActionSpec) -> None:
+    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec) -> None:
         self.envs = envs
         self.tensors: dict[str, Tensor] = dict(rollout.items())
-        self.action = action.to(self.tensors["obs"].device)
-        self.env_device = self.tensors["obs"].device  # until the first observation tells
+        self.obs = obs
+        self.action = action.to(self.tensors["reward"].device)
+        self.env_device = self.tensors["reward"].device  # until the first observation tells
         self.rows = {key: rows.unbind(0) for key, rows in self.tensors.items()}  # views made once
+        self.act_rows = _rows_to_act_on(self.rows, obs)
 
     def reset(self, seed: int | None) -> None:
         """See Collector."""
         with _resetting():
-            self.begin(self.envs.reset(seed))
+            self.begin(*self.envs.reset_and_mask(seed))
 
-    def begin(self, obs: Tensor) -> None:
+    def begin(self, obs: Any, action_mask: Any = None) -> None:
         """Put first observations (N, ...) where `collect` takes them from; actions will go to the device they came from."""
-        self.env_device = obs.device
-        self.rows["obs"][-1].copy_(obs)
+        self.env_device = self.obs.observed[0].find(obs).device
+        self._write(-1, obs, action_mask)
         self.rows["valid"][-1].fill_(True)
 
-    def collect(self, act: Callable[[Tensor, Tensor], Tensor], noise: Tensor, cut: bool = False) -> Phases:
+    def _write(self, row: int, obs: Any, action_mask: Any) -> None:
+        for leaf in self.obs.leaves:
+            if leaf is not self.obs.info_mask:
+                self.rows[leaf.key][row].copy_(_as_stored(leaf, leaf.find(obs)))
+            elif action_mask is None:
+                self.rows[leaf.key][row].fill_(True)
+            else:
+                self.rows[leaf.key][row].copy_(torch.as_tensor(action_mask))
+
+    def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
         rows, phases = self.rows, Phases()
-        for key in ("obs", "valid"):
+        for key in (*(leaf.key for leaf in self.obs), "valid"):
             rows[key][0].copy_(rows[key][-1])
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
-            chosen = act(rows["obs"][t], step_noise)  # (N, ...)
+            chosen = act(self.act_rows[t], step_noise)  # (N, ...)
             rows["action"][t].copy_(chosen)
             env_action = self.action.to_env(chosen).to(self.env_device)
             acted = time.perf_counter()
             try:
                 step = self.envs.step(env_action)
-                rows["obs"][t + 1].copy_(step.obs)
+                self._write(t + 1, step.obs, step.action_mask)
                 rows["reward"][t].copy_(step.reward)
                 rows["terminated"][t].copy_(step.terminated)
                 rows["truncated"][t].copy_(step.truncated)
                 if step.final_obs is not None:
-                    rows["final_obs"][t].copy_(step.final_obs)
+                    for leaf in self.obs.observed:
+                        rows[f"final_{leaf.key}"][t].copy_(leaf.find(step.final_obs))
             except Exception as error:
                 raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
             stepped = time.perf_counter()
@@ -313,7 +345,7 @@ class TensorCollector:
             torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
         if cut:
             _cut(self.tensors)
-        finite = [self.tensors[key].isfinite().all() for key in FINITE if key in self.tensors]
+        finite = [tensor.isfinite().all() for key, tensor in self.tensors.items() if _comes_from_envs(key, tensor.dtype)]
         if not torch.stack(finite).all():  # sync: once per rollout
             _check_tensors(self.tensors)
         return phases
@@ -323,11 +355,29 @@ class TensorCollector:
         return _outcomes(self.tensors)
 
 
-def _outcomes(tensors: Mapping[str, Tensor]) -> Outcomes:
-    return Outcomes(*(tensors[key][:-1].cpu().numpy() for key in Outcomes._fields))  # sync: once per rollout
+def _rows_to_act_on(rows: Mapping[str, tuple[Tensor, ...]], obs: ObsSpec) -> list[Any]:
+    """What `act` gets in each step: views of the rollout's rows, joined as the networks take them."""
+    return [obs.join(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)]
 
 
-FINITE = ("obs", "reward", "final_obs")  # keys of the rollout that an environment may fill with numbers that are not
+def _as_stored(leaf: ObsLeaf, batch: Any) -> Any:
+    """A leaf as the rollout holds it: a mask, whatever its type and shape, as (N, A) that is not 0."""
+    return (batch != 0).reshape(len(batch), -1) if leaf.kind == "mask" else batch
+
+
+def _outcomes(rows: Mapping[str, Any], game_over: NDArray[Any] | None = None) -> Outcomes:
+    """rows: arrays or tensors by key of the rollout; game_over: (T, N), where an episode is one life of a game."""
+    keys = ("reward", "terminated", "truncated", "valid")
+    parts = (rows[key][:-1] for key in keys)
+    reward, terminated, truncated, valid = (x.cpu().numpy() if isinstance(x, Tensor) else x for x in parts)  # sync: once
+    over = terminated if game_over is None else terminated & game_over
+    return Outcomes(reward, terminated, truncated, valid, over | truncated)
+
+
+def _comes_from_envs(key: str, dtype: Any) -> bool:
+    """Whether an environment may have put a number there that is none."""
+    is_float = dtype.is_floating_point if isinstance(dtype, torch.dtype) else np.issubdtype(dtype, np.floating)
+    return is_float and key != "action"
 
 
 def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -335,12 +385,11 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
 
     arrays: by key of the rollout, (T+1, N, ...).
     """
-    for key in FINITE:
-        array = arrays.get(key)
-        if array is None or np.isfinite(array).all():
+    for key, array in arrays.items():
+        if not _comes_from_envs(key, array.dtype) or np.isfinite(array).all():
             continue
         step, env, *_ = np.argwhere(~np.isfinite(array))[0]
-        made_by = step - 1 if key == "obs" else step  # obs[t] came out of step t-1
+        made_by = step - 1 if key.startswith("obs") else step  # obs[t] came out of step t-1
         what = f"{key} of environment {env} is not finite ({array[step, env]})"
         if made_by < 0:
             raise TrainingFault(f"{what} after a reset; the update was not made")
@@ -363,7 +412,3 @@ def _resetting() -> Iterator[None]:
         yield
     except Exception as error:
         raise TrainingFault(f"an environment failed to reset: {brief(error)}") from error
-
-
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
-    return torch.from_numpy(np.empty(0, dtype)).dtype

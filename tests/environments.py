@@ -7,7 +7,7 @@ import os
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+from gymnasium.spaces import Box, Dict, Discrete, Graph, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
@@ -132,13 +132,13 @@ class Recorder(gym.Env):
 
 
 class Spaces(Recorder):
-    """Spaces that the trainer does not take: which = "action", "integer-action", "dict-obs" or "discrete-obs"."""
+    """Spaces that the trainer does not take: which = "action", "integer-action", "text-obs" or "nested-obs"."""
 
     def __init__(self, which):
         number = Box(-1.0, 1.0, (2,), np.float32)
         super().__init__(
-            {"dict-obs": Dict(position=number), "discrete-obs": Discrete(5)}.get(which, number),
-            {"action": MultiDiscrete([2, 3]), "integer-action": Box(0, 5, (1,), np.int64)}.get(which, Discrete(2)),
+            {"text-obs": Text(3), "nested-obs": Dict(position=number, inner=Tuple([Graph(number, None)]))}.get(which, number),
+            {"action": Tuple([Discrete(2), Discrete(3)]), "integer-action": Box(0, 5, (1,), np.int64)}.get(which, Discrete(2)),
         )
 
 

@@ -87,7 +87,7 @@ def test_normalisation_is_included(result, obs):
     """The policy sees observations as training's programs do: normalised with the statistics of the checkpoint."""
     state = torch.load(result.run_dir / "checkpoints" / "best.pt", weights_only=True)["policy"]
     policy = load_policy(result.run_dir)
-    moments = None if state["obs_moments"] is None else RunningMoments(*state["obs_moments"])
+    moments = None if state["obs_moments"] is None else {"obs": RunningMoments(*state["obs_moments"]["obs"])}
     normalization = make_normalization(moments, state["reward_scale"], state["return_mean"], state["return_std"])
     seen = normalize_obs(torch.from_numpy(obs), normalization)
     dist = policy.network.actor(policy.weights, seen)

@@ -15,7 +15,7 @@ from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 
 MODES = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
@@ -34,9 +34,9 @@ def walks(mode, num_envs):
 
 def collected(envs, num_steps, iterations, seed=0):
     """Rollouts, each a dict of (T+1, N, ...) copies."""
-    space, action = envs.envs.single_observation_space, action_spec(envs.envs.single_action_space, False)
+    space, action = obs_spec(envs.envs.single_observation_space), action_spec(envs.envs.single_action_space, False)
     rollout = allocate_rollout(num_steps, envs.num_envs, space, action, envs.keeps_final_obs, torch.device("cpu"))
-    collector = HostCollector(envs, rollout, action)
+    collector = HostCollector(envs, rollout, space, action)
     collector.reset(seed)
     noise = torch.zeros(num_steps, *action.noise_shape(envs.num_envs))
     rollouts = []
@@ -146,6 +146,7 @@ def test_every_mode_gives_the_same_update(seed, advantage_estimator):
             advantage_estimator=advantage_estimator,
             norm_returns=advantage_estimator == "monte-carlo",
             norm_adv=True,
+            clip_reward=False,
             clip_vloss=True,
             vf_coef=0.5,
             max_grad_norm=0.5,
@@ -199,7 +200,7 @@ def test_a_reward_on_the_ignored_row_changes_nothing(tmp_path, settings):
         times = {"seconds", "sps", "env_share", "act_share", "learn_share"}
         metrics = [[cell for name, cell in zip(header, row, strict=True) if name not in times] for row in rows]
         checkpoint = torch.load(result.run_dir / "checkpoints" / "last.pt", weights_only=True)
-        kept.append((result.policy.params, checkpoint["return_moments"], checkpoint["policy"]["obs_moments"], metrics))
+        kept.append((result.policy.params, checkpoint["return_moments"], checkpoint["policy"]["obs_moments"]["obs"], metrics))
     (params, returns, obs, metrics), (params_100, returns_100, obs_100, metrics_100) = kept
     assert torch.equal(params, params_100)
     assert all(torch.equal(a, b) for a, b in zip(returns + obs, returns_100 + obs_100, strict=True))
@@ -244,9 +245,9 @@ def test_cartpoles_own_vector_environment():
 
 def collected_cartpole(envs):
     """One rollout of 60 steps under a policy that always pushes to the right."""
-    space, action = envs.envs.single_observation_space, action_spec(envs.envs.single_action_space, False)
+    space, action = obs_spec(envs.envs.single_observation_space), action_spec(envs.envs.single_action_space, False)
     rollout = allocate_rollout(60, envs.num_envs, space, action, envs.keeps_final_obs, torch.device("cpu"))
-    collector = HostCollector(envs, rollout, action)
+    collector = HostCollector(envs, rollout, space, action)
     collector.reset(3)
     collector.collect(lambda obs, noise: torch.ones(len(obs), dtype=torch.int64), torch.zeros(60, envs.num_envs, 2))
     envs.close()

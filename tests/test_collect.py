@@ -29,7 +29,7 @@ from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.networks import MLPActorCritic
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import TensorCollector, allocate_rollout, env_step_of, pack, start_collector
 from fastppo.train import console
 
@@ -88,8 +88,12 @@ class Setup:
     params: torch.Tensor
     normalization: Normalization
 
+    @property
+    def obs(self):
+        return obs_spec(self.envs.single_observation_space)
+
     def rollout(self):
-        return allocate_rollout(T, N, self.envs.single_observation_space, self.spec, False, CPU)
+        return allocate_rollout(T, N, self.obs, self.spec, False, CPU)
 
     def noise(self, seed):
         return self.spec.distribution.noise(self.spec.noise_shape(T, N), torch.Generator().manual_seed(seed))
@@ -111,7 +115,9 @@ def setup(env, squash=False, norm_obs=False):
     policy = MLPActorCritic(size, spec.size, spec.distribution, (8, 8), log_std_init=0.5)
     params = policy.init(torch.Generator().manual_seed(1))
     params += 0.1 * torch.randn(params.shape, generator=torch.Generator().manual_seed(2))
-    mean, scale = (torch.linspace(-0.1, 0.2, size), torch.linspace(2.0, 5.0, size)) if norm_obs else (None, None)
+    mean, scale = (
+        ({"obs": torch.linspace(-0.1, 0.2, size)}, {"obs": torch.linspace(2.0, 5.0, size)}) if norm_obs else (None, None)
+    )
     return Setup(envs, spec, policy, params, Normalization(mean, scale, None, torch.zeros(()), torch.ones(())))
 
 
@@ -137,7 +143,7 @@ def test_collect_is_stepping_by_hand(env, squash, norm_obs):
     """
     ours, twin = setup(env, squash, norm_obs), setup(env, squash, norm_obs)
     rollout = ours.rollout()
-    collector = start_collector(AutoresetEnvs(ours.envs), rollout, ours.spec, seed=7)
+    collector = start_collector(AutoresetEnvs(ours.envs), rollout, ours.obs, ours.spec, seed=7)
     obs, _ = twin.envs.reset(seed=7)
     done = torch.zeros(N, dtype=torch.bool)
     ends = dict.fromkeys(("terminated", "truncated", "last row", "clipped"), 0)
@@ -170,7 +176,7 @@ def test_cut_episodes_end_and_begin_anew():
     """`cut` tells the last row as truncated, where it is a transition that did not terminate; `reset` starts all anew."""
     ours = setup(CartPole(max_episode_steps=T))  # truncated in the last row anyway, but for those that fell before
     rollout = ours.rollout()
-    collector = start_collector(AutoresetEnvs(ours.envs), rollout, ours.spec, seed=7)
+    collector = start_collector(AutoresetEnvs(ours.envs), rollout, ours.obs, ours.spec, seed=7)
     ours.envs.running = ours.envs.running._replace(done=torch.arange(N) == 1)  # one has just ended: one step behind the others
     run = functools.partial(ours.program(), ours.params, ours.normalization)
     collector.collect(run, ours.noise(0), cut=False)
@@ -287,7 +293,7 @@ from fastppo.core.programs import Normalization, collect
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.networks import MLPActorCritic
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import env_step_of, pack
 
 OFFSET = 1.0
@@ -479,7 +485,7 @@ def test_gymnasiums_engine_steps_from_python():
     """--backend gymnasium gives a TensorCollector even for a class that could be collected on the device."""
     envs = AutoresetEnvs(make_envs("Pushed-v0", N, "gymnasium", "auto", {}, CPU))
     ours = setup(Spoilt())
-    assert isinstance(start_collector(envs, ours.rollout(), ours.spec, seed=0), TensorCollector)
+    assert isinstance(start_collector(envs, ours.rollout(), ours.obs, ours.spec, seed=0), TensorCollector)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ SETTINGS = {
     "advantage_estimator": "gae",
     "norm_returns": False,
     "norm_adv": True,
+    "clip_reward": False,
     "clip_vloss": True,
     "vf_coef": 0.5,
     "max_grad_norm": 0.5,
@@ -64,7 +65,9 @@ def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
     permutation = torch.stack([torch.randperm(T * N, generator=generator) for _ in range(E)])
     schedule = Schedule(torch.tensor(learning_rate), torch.tensor(0.2), torch.tensor(0.01))
     obs_mean, obs_scale = (
-        (torch.full((policy.obs_size,), 0.5), torch.full((policy.obs_size,), 2.0)) if normalized else (None, None)
+        ({"obs": torch.full((policy.obs_size,), 0.5)}, {"obs": torch.full((policy.obs_size,), 2.0)})
+        if normalized
+        else (None, None)
     )
     reward_scale = torch.tensor(0.5) if normalized else None
     normalization = Normalization(obs_mean, obs_scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))

@@ -12,7 +12,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from fastppo import TrainConfig, train
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 from fastppo.run.episodes import EpisodeStatistics
 
@@ -24,16 +24,15 @@ def test_returns_and_lengths_are_gymnasiums(mode, num_steps):
     recorder = RecordEpisodeStatistics(SyncVectorEnv([Walk] * 5, autoreset_mode=mode))
     envs = AutoresetEnvs(recorder)
     action = action_spec(recorder.single_action_space, False)
-    space = recorder.single_observation_space
+    space = obs_spec(recorder.single_observation_space)
     rollout = allocate_rollout(num_steps, 5, space, action, envs.keeps_final_obs, torch.device("cpu"))
-    collector = HostCollector(envs, rollout, action)
+    collector = HostCollector(envs, rollout, space, action)
     collector.reset(0)
     statistics, finished = EpisodeStatistics(5), 0
     for _ in range(150 // num_steps):
         collector.collect(lambda obs, noise: (obs.sum(-1) * 1000).long() % 3, torch.zeros(num_steps, 5, 3))
-        arrays = {key: value[:-1] for key, value in collector.arrays.items()}
-        done = arrays["terminated"] | arrays["truncated"]
-        finished += statistics.update(arrays["reward"], done, arrays["valid"])
+        outcomes = collector.outcomes()
+        finished += statistics.update(outcomes.reward, outcomes.episode_end, outcomes.valid)
         assert list(statistics.returns) == pytest.approx(list(recorder.return_queue), rel=1e-5)
         assert list(statistics.lengths) == list(recorder.length_queue)
         assert statistics.episodes == finished == recorder.episode_count

@@ -48,10 +48,10 @@ def lines_of(capsys):
         (["--env-kwargs", "gravity"], ["--env-kwargs", "KEY=VALUE"]),
         (["--env-id", "environments:Walk-v0", "--vectorization", "entry-point"], ["--vectorization", "sync"]),
         # spaces: the one found, and those supported
-        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=action"], ["MultiDiscrete", "Discrete", "Box"]),
+        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=action"], ["Tuple", "MultiDiscrete", "Box"]),
         (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=integer-action"], ["int64", "Discrete", "Box"]),
-        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=dict-obs"], ["Dict", "Box"]),
-        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=discrete-obs"], ["Discrete(5)", "Box"]),
+        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=text-obs"], ["Text", "Box", "Dict"]),
+        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=nested-obs"], ["Graph", "inner.0", "Box"]),
         (["--squash-actions"], ["--squash-actions", "Discrete"]),
         # a batch that does not divide: the nearest values that do
         (["--num-envs", "8", "--num-steps", "100", "--num-minibatches", "7"], ["--num-minibatches 7", "800", "5 or 8"]),

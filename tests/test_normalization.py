@@ -81,14 +81,23 @@ def test_inverse_std():
 def test_normalize_obs_by_hand():
     """(obs - mean) * scale, clamped at 10 on both sides; statistics of None leave the observation as it is."""
     zero, one = torch.zeros(()), torch.ones(())
-    normalization = Normalization(torch.tensor([1.0, 100.0]), torch.tensor([2.0, 0.5]), None, zero, one)
+    normalization = Normalization({"obs": torch.tensor([1.0, 100.0])}, {"obs": torch.tensor([2.0, 0.5])}, None, zero, one)
     obs = torch.tensor([[2.0, 104.0], [6.01, 79.9], [-3.99, 121.0]])
     # (2-1)*2 = 2, (104-100)/2 = 2;  5.01*2 = 10.02 -> 10, -20.1/2 = -10.05 -> -10;  -4.99*2 = -9.98, 21/2 = 10.5 -> 10
     expected = torch.tensor([[2.0, 2.0], [10.0, -10.0], [-9.98, 10.0]])
     torch.testing.assert_close(normalize_obs(obs, normalization), expected)
     off = Normalization(None, None, None, zero, one)
     assert torch.equal(normalize_obs(obs, off), obs)
-    assert normalize_obs(torch.tensor([[255]], dtype=torch.uint8), off).dtype == torch.float32
+    pixels = torch.tensor([[255]], dtype=torch.uint8)
+    assert normalize_obs(pixels, off) is pixels  # the network turns them into numbers, a minibatch at a time
+    leaves = normalize_obs(
+        {"obs.x": obs, "obs.image": pixels},
+        normalization._replace(
+            obs_mean={"obs.x": normalization.obs_mean["obs"]}, obs_scale={"obs.x": normalization.obs_scale["obs"]}
+        ),
+    )
+    torch.testing.assert_close(leaves["obs.x"], expected)
+    assert leaves["obs.image"] is pixels
 
 
 # --- discounted returns ---

@@ -404,7 +404,9 @@ def test_frozen_statistics_normalise_observations_and_rewards(policy):
     params, rollout, permutation = make_params(policy), make_rollout(policy, 16, 4), make_permutation(1, 64)
     rollout["reward"][2, 2], rollout["obs"][4, 0, 1] = 44.0, 1000.0  # 44 / 4 = 11 and 2 * (1000 - 1): both clamped to 10
     offset = torch.tensor([-1.0, 1.0, 0.0])
-    normalization = OFF._replace(obs_mean=offset, obs_scale=torch.tensor([0.5, 2.0, 1.0]), reward_scale=torch.tensor(0.25))
+    normalization = OFF._replace(
+        obs_mean={"obs": offset}, obs_scale={"obs": torch.tensor([0.5, 2.0, 1.0])}, reward_scale=torch.tensor(0.25)
+    )
     by_hand = {name: x.clone() for name, x in rollout.items()}
     by_hand["obs"] = (rollout["obs"] - offset) * torch.tensor([0.5, 2.0, 1.0])
     by_hand["reward"] = rollout["reward"] / 4
@@ -420,7 +422,7 @@ def test_final_observations_are_normalised_too():
     rollout["terminated"][:] = False
     rollout["valid"][:] = True
     rollout["final_obs"] = rollout["obs"].flip(0) + 1.0
-    normalization = OFF._replace(obs_mean=torch.full((3,), 2.0), obs_scale=torch.full((3,), 0.5))
+    normalization = OFF._replace(obs_mean={"obs": torch.full((3,), 2.0)}, obs_scale={"obs": torch.full((3,), 0.5)})
     by_hand = rollout | {name: (rollout[name] - 2.0) / 2.0 for name in ("obs", "final_obs")}
     assert_same_bits(
         update(DISCRETE, params, rollout, permutation, normalization), update(DISCRETE, params, by_hand, permutation)
@@ -570,7 +572,9 @@ def test_programs_run_without_data(policy, gradient, estimator):
     """On the meta device there is no value to ask for: a host sync or a shape that depends on data would raise."""
     rollout = make_rollout(policy, 4, 2)
     rollout["final_obs"] = rollout["obs"]
-    normalization = Normalization(torch.zeros(3), torch.ones(3), torch.ones(()), torch.zeros(()), torch.ones(()))
+    normalization = Normalization(
+        {"obs": torch.zeros(3)}, {"obs": torch.ones(3)}, torch.ones(()), torch.zeros(()), torch.ones(())
+    )
     params, rollout, permutation, normalization = to_meta((make_params(policy), rollout, make_permutation(2, 8), normalization))
     learned = update(
         policy,
@@ -582,6 +586,7 @@ def test_programs_run_without_data(policy, gradient, estimator):
         target_kl=0.01,
         advantage_estimator=estimator,
         norm_returns=True,
+        clip_reward=False,
         grad_and_aux=gradient,
     )
     assert learned.minibatch_metrics.shape == (4, len(MINIBATCH_METRICS))
@@ -708,5 +713,5 @@ def test_act_by_hand():
     # logits + noise: [3, 2.5] -> 0;  [3, 3.5] -> 1;  [3, 2.5] -> 0
     assert act(policy, weights, OFF, obs, noise).tolist() == [0, 1, 0]
     # (obs - (3, 0)) * (1, 0.1) = (0, 0.2), (0, 0.2), (-2, 0.2): logits + noise [0, 0.7] -> 1; [0, 1.7] -> 1; [0, 0.7] -> 1
-    normalization = OFF._replace(obs_mean=torch.tensor([3.0, 0.0]), obs_scale=torch.tensor([1.0, 0.1]))
+    normalization = OFF._replace(obs_mean={"obs": torch.tensor([3.0, 0.0])}, obs_scale={"obs": torch.tensor([1.0, 0.1])})
     assert act(policy, weights, normalization, obs, noise).tolist() == [1, 1, 1]

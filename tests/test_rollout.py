@@ -17,7 +17,7 @@ from fastppo.envs.make import make_vec
 from fastppo.loop import environment_seed
 from fastppo.policy.agent import make_network
 from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import HostCollector, allocate_rollout
 
 CPU = torch.device("cpu")
@@ -30,11 +30,11 @@ class Bench:
         vector = SyncVectorEnv([make] * num_envs, autoreset_mode=mode)
         self.vector, self.envs = vector, AutoresetEnvs(vector)
         self.action = action_spec(vector.single_action_space, squash)
-        keeps_final_obs = self.envs.keeps_final_obs
-        self.rollout = allocate_rollout(num_steps, num_envs, vector.single_observation_space, self.action, keeps_final_obs, CPU)
-        self.collector = HostCollector(self.envs, self.rollout, self.action)
+        obs, keeps_final_obs = obs_spec(vector.single_observation_space), self.envs.keeps_final_obs
+        self.rollout = allocate_rollout(num_steps, num_envs, obs, self.action, keeps_final_obs, CPU)
+        self.collector = HostCollector(self.envs, self.rollout, obs, self.action)
         self.collector.reset(0)
-        self.network = make_network(vector.single_observation_space, self.action, TrainConfig(hidden_sizes=(16,)))
+        self.network = make_network(obs, self.action, TrainConfig(hidden_sizes=(16,)))
         self.params = self.network.init(torch.Generator().manual_seed(0))
         self.generator = torch.Generator().manual_seed(1)
         self.noise_shape = self.action.noise_shape(num_steps, num_envs)
@@ -156,7 +156,7 @@ def test_observation_dtypes(dtype, kept):
     expected = Bench(lambda: Recorder(observation_space=space), 4, 3).vector.reset(seed=0)[0]
     np.testing.assert_array_equal(bench.rollout["obs"][0].numpy(), expected.astype(np.float32))
     moments = update_moments(init_moments((2,)), bench.rollout["obs"].flatten(0, 1), torch.ones(15))
-    normalization = make_normalization(moments, None, torch.zeros(()), torch.ones(()))
+    normalization = make_normalization({"obs": moments}, None, torch.zeros(()), torch.ones(()))
     bench.collect(normalization)  # and the policy takes them
 
 
@@ -191,7 +191,7 @@ def test_acting_and_learning_see_the_same_numbers(make, mode):
     adam, ratio = init_adam(bench.params), MINIBATCH_METRICS.index("ratio_deviation")
     schedule = Schedule(torch.tensor(1e-2), torch.tensor(0.2), torch.tensor(0.0))
     for iteration in range(5):
-        normalization = make_normalization(moments, None, torch.zeros(()), torch.ones(()))
+        normalization = make_normalization({"obs": moments}, None, torch.zeros(()), torch.ones(()))
         noise = bench.collect(normalization)
         weights = bench.network.weights(bench.params)
         again = act(bench.network, weights, normalization, bench.rollout["obs"][:-1].flatten(0, 1), noise.flatten(0, 1))
@@ -209,6 +209,7 @@ def test_acting_and_learning_see_the_same_numbers(make, mode):
             gae_lambda=0.9,
             advantage_estimator="gae",
             norm_returns=False,
+            clip_reward=False,
             norm_adv=True,
             clip_vloss=False,
             vf_coef=0.5,
@@ -273,15 +274,15 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
     after = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
 
     envs = AutoresetEnvs(make_vec(env_id, 4, "auto", {})[0])
-    rollout = allocate_rollout(32, 4, policy.obs_space, policy.action, envs.keeps_final_obs, CPU)
-    collector = HostCollector(envs, rollout, policy.action)
+    rollout = allocate_rollout(32, 4, policy.obs, policy.action, envs.keeps_final_obs, CPU)
+    collector = HostCollector(envs, rollout, policy.obs, policy.action)
     collector.reset(environment_seed(config.seed, 3))
     generators = {name: torch.Generator() for name in before["generators"]}
     for name, generator in generators.items():
         generator.set_state(before["generators"][name])
-    params, adam, moments = policy.params, AdamState(**before["adam"]), RunningMoments(*before["policy"]["obs_moments"])
+    params, adam, moments = policy.params, AdamState(**before["adam"]), RunningMoments(*before["policy"]["obs_moments"]["obs"])
     for _ in range(2):
-        normalization = make_normalization(moments, None, torch.zeros(()), torch.ones(()))
+        normalization = make_normalization({"obs": moments}, None, torch.zeros(()), torch.ones(()))
         weights = policy.network.weights(params)
         noise = policy.action.distribution.noise(policy.action.noise_shape(32, 4), generators["actions"])
         collector.collect(lambda obs, step_noise, w=weights, n=normalization: act(policy.network, w, n, obs, step_noise), noise)
@@ -299,6 +300,7 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
             advantage_estimator=config.advantage,
             norm_returns=config.norm_returns,
             norm_adv=config.norm_adv,
+            clip_reward=config.clip_reward,
             clip_vloss=config.clip_vloss,
             vf_coef=config.vf_coef,
             max_grad_norm=config.max_grad_norm,
@@ -309,5 +311,5 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
         moments = update_moments(moments, rollout["obs"][:-1].flatten(0, 1), rollout["valid"][:-1].flatten())
     envs.close()
     assert torch.equal(params, policy.network.flatten(after["policy"]["weights"]))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(moments, after["policy"]["obs_moments"], strict=True))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(moments, after["policy"]["obs_moments"]["obs"], strict=True))
     assert not torch.equal(params, policy.params)

@@ -414,7 +414,7 @@ def test_resume_goes_on(tmp_path):
     assert after["seconds"] > before["seconds"]
     assert after["episodes"]["episodes"] > before["episodes"]["episodes"]
     assert after["adam"]["step"] == before["adam"]["step"] / 3 * 5
-    counted = float(after["policy"]["obs_moments"][2])
+    counted = float(after["policy"]["obs_moments"]["obs"][2])
     assert counted == after["global_step"]  # the statistics have seen every transition of both parts once
     assert not torch.equal(after["generators"]["actions"], before["generators"]["actions"])
     assert_events_are_rows(run_dir, always=(0, 2, 3, -1))  # the ends of both parts
@@ -584,7 +584,7 @@ def test_a_fault_keeps_what_was_reached(tmp_path, kind):
     assert last["iteration"] == 2
     assert len(rows_of(tmp_path / "run")) == 2
     assert all(weight.isfinite().all() for weight in last["policy"]["weights"].values())
-    assert all(moment.isfinite().all() for moment in last["policy"]["obs_moments"])
+    assert all(moment.isfinite().all() for moment in last["policy"]["obs_moments"]["obs"])
     assert "Traceback" in (tmp_path / "run" / "fault.txt").read_text()
     assert load_policy(tmp_path / "run", "last").act(np.zeros(3, np.float32)) in (0, 1, 2)
 

@@ -20,7 +20,7 @@ from fastppo import TrainConfig, TrainingFault, UsageError, train
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.envs.torchrl import TorchRLVectorEnv
-from fastppo.policy.spaces import action_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import HostCollector, TensorCollector, allocate_rollout, start_collector
 
 CPU = torch.device("cpu")
@@ -174,10 +174,10 @@ def act(obs, noise):
 def started(vector, num_steps, seed=3, device=CPU):
     """A collector as the loop starts it, its rollout, and noise for it."""
     envs, action = AutoresetEnvs(vector), action_spec(vector.single_action_space, False)
-    space = vector.single_observation_space
+    space = obs_spec(vector.single_observation_space)
     rollout = allocate_rollout(num_steps, vector.num_envs, space, action, envs.keeps_final_obs, device)
     noise = torch.zeros(num_steps, *action.noise_shape(vector.num_envs), device=device)
-    return start_collector(envs, rollout, action, seed), rollout, noise
+    return start_collector(envs, rollout, space, action, seed), rollout, noise
 
 
 KINDS = [("NextStep", "dense"), ("SameStep", "dense"), ("SameStep", "rows"), ("SameStep", "objects"), ("Disabled", "dense")]

@@ -394,7 +394,7 @@ def test_calls_per_iteration(tmp_path):
 
     from fastppo.envs.autoreset import AutoresetEnvs
     from fastppo.envs.make import make_vec
-    from fastppo.policy.spaces import action_spec
+    from fastppo.policy.spaces import action_spec, obs_spec
     from fastppo.rollout import HostCollector, allocate_rollout
 
     calls = []
@@ -406,8 +406,9 @@ def test_calls_per_iteration(tmp_path):
 
     made, _ = make_vec("CartPole-v1", 4, "auto", {})
     spec = action_spec(made.single_action_space, False)
-    rollout = allocate_rollout(16, 4, made.single_observation_space, spec, False, torch.device("cpu"))
-    collector = HostCollector(Counting(made), rollout, spec)
+    obs_space = obs_spec(made.single_observation_space)
+    rollout = allocate_rollout(16, 4, obs_space, spec, False, torch.device("cpu"))
+    collector = HostCollector(Counting(made), rollout, obs_space, spec)
     collector.reset(0)
 
     def act(obs, noise):

@@ -115,7 +115,9 @@ class CompiledProgram:
         bound = _tensors(fixed)
         self._check([*bound, *_tensors(rest)])
         run = self._runner.run
-        return lambda *given: run([*bound, *given])[0]
+        if all(isinstance(part, Tensor) for part in rest):
+            return lambda *given: run([*bound, *given])[0]
+        return lambda *given: run([*bound, *_tensors(given)])[0]
 
     def _check(self, tensors: list[Tensor]) -> None:
         # The library trusts its caller: wrong shapes, or more threads than its partial sums have room for, would be read and
@@ -216,8 +218,8 @@ class GraphedProgram:
         for buffer, given in zip(self._buffers, bound, strict=False):
             buffer.copy_(given, non_blocking=True)
 
-        def call(*given: Tensor) -> Tensor:
-            for buffer, tensor in zip(self._buffers[len(bound) :], given, strict=True):
+        def call(*given: Any) -> Tensor:
+            for buffer, tensor in zip(self._buffers[len(bound) :], _tensors(given), strict=True):
                 buffer.copy_(tensor, non_blocking=True)
             self._graph.replay()
             return self._results.clone()
@@ -378,14 +380,30 @@ def _describe(value: Any) -> Any:
 
 def _sources(program: Program, example: Example) -> list[str]:
     """Digests of the text of everything that computes something in it; of an `env_step` that does not name it, of its graph."""
-    folders = {Path(__file__).parent, Path(inspect.getfile(type(program.keywords["policy"]))).parent}
+    policy = program.keywords["policy"]
+    folders = {Path(__file__).parent, Path(inspect.getfile(type(policy))).parent}
     files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
     env_step, graph = program.keywords.get("env_step"), ""
+    if hasattr(policy, "module"):
+        graph += _policy_graph(program, example)
     if env_step is not None:
         named = env_step.sources()
         files += named or []
-        graph = _environment_graph(program, example) if named is None else ""
+        graph += _environment_graph(program, example) if named is None else ""
     return [_digest(path.read_bytes()) for path in files] + [_digest(graph.encode())]
+
+
+def _policy_graph(program: Program, example: Example) -> str:
+    """What somebody's own network computes, constants included, for one observation of each environment."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    policy, params = program.keywords["policy"], example[0]
+    if program.func is programs.learn:
+        obs: Any = pytree.tree_map(lambda rows: rows[0], programs.obs_of(example[2]))
+    else:
+        obs = example[2][0] if program.func is programs.collect else example[2]
+    graph = make_fx(lambda params, obs: policy.actor_critic(policy.weights(params), obs))(params, obs)
+    return _graph_text(graph)
 
 
 def _environment_graph(program: Program, example: Example) -> str:
@@ -395,7 +413,10 @@ def _environment_graph(program: Program, example: Example) -> str:
     params, normalization, running, noise, random = example
     policy = program.keywords["policy"]
     action = programs.act(policy, policy.weights(params), normalization, running[0], noise[0])
-    graph = make_fx(program.keywords["env_step"])(running, action, random[0])
+    return _graph_text(make_fx(program.keywords["env_step"])(running, action, random[0]))
+
+
+def _graph_text(graph: torch.fx.GraphModule) -> str:
     constants = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
     return f"{graph.code}{_describe(constants)}"
 

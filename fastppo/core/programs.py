@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
@@ -29,24 +30,25 @@ from fastppo.core.losses import (
 from fastppo.core.scan import scan
 
 Weights = Mapping[str, Tensor]
+Obs = Tensor | Mapping[str, Tensor]  # one tensor, or the leaves of a structured observation by their key in the rollout
 
 
 class Policy(Protocol):
-    """What the programs need to know of a policy. `dist` is whatever `actor` returns: a tensor or a tuple of tensors."""
+    """What the programs need to know of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
 
     def weights(self, params: Tensor) -> Weights:
         """Views of the flat buffer `params`, (P,), under the names of the weights."""
         ...
 
-    def actor(self, weights: Weights, obs: Tensor) -> Any:
+    def actor(self, weights: Weights, obs: Any) -> Any:
         """Parameters of the action distribution for obs (..., *obs_shape)."""
         ...
 
-    def critic(self, weights: Weights, obs: Tensor) -> Tensor:
+    def critic(self, weights: Weights, obs: Any) -> Tensor:
         """V(obs), (...)."""
         ...
 
-    def actor_critic(self, weights: Weights, obs: Tensor) -> tuple[Any, Tensor]:
+    def actor_critic(self, weights: Weights, obs: Any) -> tuple[Any, Tensor]:
         """Both at once: a shared backbone runs once."""
         ...
 
@@ -66,13 +68,14 @@ class Policy(Protocol):
 class Normalization(NamedTuple):
     """The frozen statistics that a rollout is acted and learned under; all 0-d or of the observation's shape.
 
-    obs_mean, obs_scale: normalised obs = clamp((obs - obs_mean) * obs_scale, -10, 10); None: observations as they are.
+    obs_mean, obs_scale: normalised obs = clamp((obs - obs_mean) * obs_scale, -10, 10), by leaf; leaves without one, and all
+        where it is None, stay as they are.
     reward_scale: normalised reward = clamp(reward * reward_scale, -10, 10); None: rewards as they are.
     return_mean, return_std: units of the critic when returns are standardised over the rollout (`norm_returns`).
     """
 
-    obs_mean: Tensor | None
-    obs_scale: Tensor | None
+    obs_mean: Mapping[str, Tensor] | None
+    obs_scale: Mapping[str, Tensor] | None
     reward_scale: Tensor | None
     return_mean: Tensor
     return_std: Tensor
@@ -112,19 +115,31 @@ MINIBATCH_METRICS = (
 SUMMARY = (*MINIBATCH_METRICS, "explained_variance", "updates", "finite")
 
 
-def normalize_obs(obs: Tensor, normalization: Normalization) -> Tensor:
-    """Observations as the networks see them; shapes as `obs`, always floating point."""
-    obs = obs if obs.is_floating_point() else obs.float()
-    if normalization.obs_mean is None or normalization.obs_scale is None:
+def normalize_obs(obs: Obs, normalization: Normalization) -> Obs:
+    """Observations as the networks see them; shapes as `obs`."""
+    mean, scale = normalization.obs_mean, normalization.obs_scale
+    if mean is None or scale is None:
         return obs
-    return ((obs - normalization.obs_mean) * normalization.obs_scale).clamp(-10.0, 10.0)
+
+    def standardized(key: str, x: Tensor) -> Tensor:
+        return ((x - mean[key]) * scale[key]).clamp(-10.0, 10.0) if key in mean else x
+
+    return standardized("obs", obs) if isinstance(obs, Tensor) else {key: standardized(key, x) for key, x in obs.items()}
 
 
-def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Tensor, noise: Tensor) -> Tensor:
+def obs_of(rollout: Mapping[str, Tensor], prefix: Literal["", "final_"] = "") -> Obs:
+    """What was observed: the tensor under `obs` where it is alone, else the leaves, `obs.name` and `action_mask`, by key."""
+    if prefix + "obs" in rollout and "action_mask" not in rollout:
+        return rollout[prefix + "obs"]
+    keys = [key for key in sorted(rollout.keys()) if key.removeprefix(prefix).partition(".")[0] in ("obs", "action_mask")]
+    return {key.removeprefix(prefix): rollout[key] for key in keys if key.startswith(prefix)}
+
+
+def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Obs, noise: Tensor) -> Tensor:
     """One action per environment: the policy head and a sample. Values and log-probabilities are `learn`'s business.
 
     Args:
-        obs: (N, *obs_shape) raw; noise: (N, ...) as the policy's distribution wants it.
+        obs: (N, *obs_shape) raw, or leaves of that by key; noise: (N, ...) as the policy's distribution wants it.
 
     Returns:
         action (N, *action_shape).
@@ -132,7 +147,7 @@ def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Ten
     return policy.sample(policy.actor(weights, normalize_obs(obs, normalization)), noise)
 
 
-def act_from_params(params: Tensor, normalization: Normalization, obs: Tensor, noise: Tensor, *, policy: Policy) -> Tensor:
+def act_from_params(params: Tensor, normalization: Normalization, obs: Obs, noise: Tensor, *, policy: Policy) -> Tensor:
     """`act` with the flat buffer (P,) instead of its views: one tensor to hand to a compiled program instead of a dozen."""
     return act(policy, policy.weights(params), normalization, obs, noise)
 
@@ -228,6 +243,7 @@ def learn(
     advantage_estimator: Literal["gae", "monte-carlo"],
     norm_returns: bool,
     norm_adv: bool,
+    clip_reward: bool,
     clip_vloss: bool,
     vf_coef: float,
     max_grad_norm: float,
@@ -247,8 +263,9 @@ def learn(
 
     Args:
         params: (P,), the parameters that acted. adam: their optimiser state.
-        rollout: `obs` (T+1, N, ...) and, for t < T, `action reward terminated truncated valid` (T+1, N, ...), row T unused;
-            `final_obs` as `obs` where the environment resets within the step (see fastppo/envs/autoreset.py).
+        rollout: `obs` (T+1, N, ...), or its leaves (see `obs_of`), and, for t < T, `action reward terminated truncated valid`
+            (T+1, N, ...), row T unused; `final_obs` as `obs` where the environment resets within the step (see
+            fastppo/envs/autoreset.py).
         permutation: (E, B) int64, each row a permutation of range(B).
         schedule, normalization: see there.
         rows_per_pass: the most rows that go through the networks at once; minibatches are worked off in equal parts whose
@@ -285,7 +302,7 @@ def learn(
         everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
         return total(everyone).flatten(2)
 
-    obs = normalize_obs(rollout["obs"], normalization)  # (T+1, N, ...)
+    obs, obs_spec = tree_flatten(normalize_obs(obs_of(rollout), normalization))  # leaves of (T+1, N, ...)
     action = rollout["action"][:num_steps]  # (T, N, ...)
     terminated, truncated = rollout["terminated"][:num_steps], rollout["truncated"][:num_steps]  # (T, N)
     weight = rollout["valid"][:num_steps].to(params.dtype)  # (T, N), 1 for a transition and 0 for a resetting step
@@ -293,18 +310,22 @@ def learn(
     with torch.no_grad():
         weights = policy.weights(params)
 
-        def log_prob_and_value(obs: Tensor, action: Tensor) -> Tensor:
-            dist, value = policy.actor_critic(weights, obs)
+        def log_prob_and_value(action: Tensor, *obs: Tensor) -> Tensor:
+            dist, value = policy.actor_critic(weights, tree_unflatten(obs, obs_spec))
             return torch.stack((policy.log_prob(dist, action), value))
 
         # row T has no action: its log-probability is computed for nothing, and dropped
-        log_prob, value = judged(log_prob_and_value, obs, rollout["action"])  # (T+1, N) each
+        log_prob, value = judged(log_prob_and_value, rollout["action"], *obs)  # (T+1, N) each
         log_prob, value, next_value = log_prob[:num_steps], value[:num_steps], value[1:]
-        if "final_obs" in rollout:
-            final_obs = normalize_obs(rollout["final_obs"][:num_steps], normalization)
-            final_value = judged(lambda obs: policy.critic(weights, obs).unsqueeze(0), final_obs).squeeze(0)
+        if any(key.startswith("final_") for key in rollout.keys()):  # noqa: SIM118 (a TensorDict iterates over rows)
+            final_obs, final_spec = tree_flatten(normalize_obs(obs_of(rollout, "final_"), normalization))
+            final_obs = [leaf[:num_steps] for leaf in final_obs]
+            final_value = judged(lambda *obs: policy.critic(weights, tree_unflatten(obs, final_spec)).unsqueeze(0), *final_obs)
+            final_value = final_value.squeeze(0)
             next_value = torch.where(terminated | truncated, final_value, next_value)
         reward = rollout["reward"][:num_steps]
+        if clip_reward:
+            reward = reward.sign()
         if normalization.reward_scale is not None:
             reward = (reward * normalization.reward_scale).clamp(-10.0, 10.0)
 
@@ -331,7 +352,7 @@ def learn(
         scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, M)
         minibatches = (mine(index, 1).contiguous(), mine(scalars, 2).contiguous(), transitions)
 
-    flat_obs = obs[:num_steps].flatten(0, 1)  # (B, ...), a view where nothing was normalised
+    flat_obs = [leaf[:num_steps].flatten(0, 1) for leaf in obs]  # (B, ...), views where nothing was normalised
     flat_action = action.flatten(0, 1)
     own_rows = minibatch_size // num_workers
     num_parts = own_rows // _largest_divisor(own_rows, rows_per_pass or own_rows)
@@ -340,7 +361,7 @@ def learn(
         """The part's share of the minibatch's loss and metrics; rows: () transitions in the whole minibatch, at least 1."""
         old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (rows of the part,) each
         share = weight / rows
-        dist, value = policy.actor_critic(policy.weights(params), flat_obs[index])
+        dist, value = policy.actor_critic(policy.weights(params), tree_unflatten([leaf[index] for leaf in flat_obs], obs_spec))
         log_ratio = policy.log_prob(dist, flat_action[index]) - old_log_prob
         # rows that are no transitions may hold anything: their ratio is 1 by definition
         log_ratio = torch.where(weight > 0, log_ratio, 0.0)

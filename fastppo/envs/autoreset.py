@@ -10,11 +10,15 @@ A vector environment goes on after an episode's end in one of three ways (gymnas
 
 So a step is (obs, reward, terminated, truncated, final_obs): final_obs is None under NEXT_STEP, else it holds the final
 observation in the rows of environments that ended. An environment of tensors is told in tensors: none becomes an array, and
-under NEXT_STEP, or SAME_STEP with a dense final_obs, nothing waits for the device. Knows nothing of rollouts or policies, and
-costs no torch where the environment brings none.
+under NEXT_STEP, or SAME_STEP with a dense final_obs, nothing waits for the device. An observation may be a dict or tuple of
+batches. Two things are read from the info: `action_mask`, the actions that are legal next, and `game_over`, which ends are ends
+of the whole game where an episode is one life of it. Knows nothing of rollouts or policies, and costs no torch where the
+environment brings none.
 """
 
 import sys
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,16 +27,19 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from fastppo.errors import UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
+Structure = Any  # a batch, or a dict or tuple of such
 
 
 class Step(NamedTuple):
     """What one vector step returned; leading axis N. All arrays, or all tensors."""
 
-    obs: Batch
+    obs: Structure
     reward: Batch
     terminated: Batch
     truncated: Batch
-    final_obs: Batch | None
+    final_obs: Structure | None
+    action_mask: Batch | None = None  # (N, A): legal under `obs`; None where the info does not tell
+    game_over: Batch | None = None  # (N,): the end is that of a game, not of one life; None where every end is
 
 
 class AutoresetEnvs:
@@ -53,51 +60,43 @@ class AutoresetEnvs:
         """True when steps carry `final_obs`: every row is then a transition."""
         return self.mode is not AutoresetMode.NEXT_STEP
 
-    def reset(self, seed: int | None) -> Batch:
+    def reset(self, seed: int | None) -> Structure:
         """First observations, (N, ...); None: the environments' random numbers go on where they are."""
-        return self.envs.reset(seed=seed)[0]
+        return self.reset_and_mask(seed)[0]
+
+    def reset_and_mask(self, seed: int | None) -> tuple[Structure, Batch | None]:
+        """`reset`, and which actions are legal (see Step)."""
+        obs, info = self.envs.reset(seed=seed)
+        return obs, self._mask(info)
 
     def step(self, action: Batch) -> Step:
         """Step all environments; see the module's docstring for what `final_obs` is."""
         obs, reward, terminated, truncated, info = self.envs.step(action)
         if self.mode is AutoresetMode.NEXT_STEP:
-            return Step(obs, reward, terminated, truncated, None)
-        if not isinstance(obs, np.ndarray) and is_tensor(obs):
-            return self._finish_tensors(obs, reward, terminated, truncated, info)
-        done = np.logical_or(terminated, truncated)
-        final_obs = obs
-        if done.any():
-            final_obs = np.array(obs)
-            if self.mode is AutoresetMode.SAME_STEP:
-                for index in np.flatnonzero(done):
-                    final_obs[index] = info["final_obs"][index]
-            else:
-                obs = self.envs.reset(options={"reset_mask": done})[0]
-        return Step(obs, reward, terminated, truncated, final_obs)
-
-    def _finish_tensors(self, obs: Batch, reward: Batch, terminated: Batch, truncated: Batch, info: dict[str, Any]) -> Step:
-        """What `step` does for arrays under SAME_STEP and DISABLED, for tensors."""
-        import torch
-
-        done = torch.logical_or(terminated, truncated)  # (N,)
+            return Step(obs, reward, terminated, truncated, None, self._mask(info), info.get("game_over"))
+        done = np_or_torch(terminated).logical_or(terminated, truncated)
         if self.mode is AutoresetMode.SAME_STEP:
-            final: Any = info.get("final_obs")
-            if is_tensor(final):
-                ended = done.reshape(-1, *[1] * (obs.ndim - 1))
-                return Step(obs, reward, terminated, truncated, torch.where(ended, final, obs))
-            final_obs = obs
-            rows = done.nonzero().flatten().tolist()  # sync: objects lie on the host
-            if rows:
-                final_obs = obs.clone()
-                for index in rows:
-                    final_obs[index] = torch.as_tensor(info["final_obs"][index])
-            return Step(obs, reward, terminated, truncated, final_obs)
-        final_obs = obs
-        if done.any():  # sync: the caller resets
+            final_obs = _final_obs(obs, done, info)
+        elif done.any():  # sync: the caller resets
             # copies, since an environment may keep what it returned and write to it when it resets
-            final_obs, reward, terminated, truncated = (kept.clone() for kept in (obs, reward, terminated, truncated))
-            obs = self.envs.reset(options={"reset_mask": done})[0]
-        return Step(obs, reward, terminated, truncated, final_obs)
+            final_obs, reward, terminated, truncated = map(_copy, (obs, reward, terminated, truncated))
+            obs, info = self.envs.reset(options={"reset_mask": done})
+        else:
+            final_obs = obs
+        return Step(obs, reward, terminated, truncated, final_obs, self._mask(info), info.get("game_over"))
+
+    def _mask(self, info: Mapping[str, Any]) -> Batch | None:
+        """(N, A) of what the environments say is legal; all of an environment that says nothing."""
+        mask = info.get("action_mask")
+        if mask is None or is_tensor(mask):
+            return mask
+        told = np.asarray(info.get("_action_mask", np.ones(self.num_envs, bool)))
+        if mask.dtype == object:  # a tuple of arrays, one for each component of the action
+            parts = [np.concatenate([np.ravel(part) for part in row]) if told[i] else None for i, row in enumerate(mask)]
+            width = next(len(part) for part in parts if part is not None)
+            mask = np.stack([np.ones(width, bool) if part is None else part for part in parts])
+        mask = np.asarray(mask).reshape(self.num_envs, -1) != 0
+        return mask if told.all() else np.where(told[:, None], mask, True)
 
     def close(self) -> None:
         """Release the environments' processes and windows."""
@@ -108,3 +107,43 @@ def is_tensor(value: object) -> bool:
     """Whether `value` is a torch tensor; torch is imported for nothing but one."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def np_or_torch(batch: Batch) -> ModuleType:
+    """The library whose functions `batch` is for."""
+    return sys.modules["torch"] if is_tensor(batch) else np
+
+
+def _final_obs(obs: Structure, done: Batch, info: Mapping[str, Any]) -> Structure:
+    """What each environment's step led to, under SAME_STEP."""
+    final: Any = info.get("final_obs")
+    if is_tensor(final):  # of all environments, so that nobody has to ask which have ended
+        return sys.modules["torch"].where(done.reshape(-1, *[1] * (obs.ndim - 1)), final, obs)
+    rows = done.nonzero()
+    indices = (rows if is_tensor(rows) else rows[0]).flatten().tolist()  # sync: objects lie on the host
+    final_obs = _copy(obs) if indices else obs
+    if indices and final is None:
+        raise ValueError("an episode ended and there is no final_obs in the info, as autoreset within the step has it")
+    for index in indices:
+        _put(final_obs, index, final[index])
+    return final_obs
+
+
+def _copy(obs: Structure) -> Structure:
+    if isinstance(obs, Mapping):
+        return {name: _copy(part) for name, part in obs.items()}
+    if isinstance(obs, tuple):
+        return tuple(_copy(part) for part in obs)
+    return obs.clone() if is_tensor(obs) else np.array(obs)
+
+
+def _put(obs: Structure, index: int, row: Structure) -> None:
+    """Write one environment's observation into its row."""
+    if isinstance(obs, Mapping):
+        for name, part in obs.items():
+            _put(part, index, row[name])
+    elif isinstance(obs, tuple):
+        for part, value in zip(obs, row, strict=True):
+            _put(part, index, value)
+    else:
+        obs[index] = sys.modules["torch"].as_tensor(row) if is_tensor(obs) else row

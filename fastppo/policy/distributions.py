@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ILLEGAL = -1e8  # a logit that no noise lifts over another; finite, since 0 * -inf would be nan in entropies and gradients
+
 
 @dataclass(frozen=True)
 class Distribution:
@@ -88,3 +90,50 @@ def normal_entropy(dist: tuple[Tensor, Tensor]) -> Tensor:
 
 CATEGORICAL = Distribution(gumbel_noise, categorical_sample, categorical_mode, categorical_log_prob, categorical_entropy)
 DIAGONAL_NORMAL = Distribution(normal_noise, normal_sample, normal_mode, normal_log_prob, normal_entropy)
+
+
+@dataclass(frozen=True)
+class MultiCategorical:
+    """Several independent choices at once, as `Distribution` is one: `numbers[k]` values for component k, K of them.
+
+    Its logits are (..., A), A = sum(numbers), one component after the other; an action is (..., K) int64, log-probability and
+    entropy are sums over the components. Components become rows of one tensor, (..., K, widest), short ones filled up with
+    values that are never chosen.
+    """
+
+    numbers: tuple[int, ...]
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard Gumbel noise."""
+        return gumbel_noise(shape, generator)
+
+    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """(..., A) and noise (..., A) -> (..., K)."""
+        return categorical_sample(self._rows(logits, ILLEGAL), self._rows(noise, 0.0))
+
+    def mode(self, logits: Tensor) -> Tensor:
+        """The likeliest value of each component. (..., A) -> (..., K)."""
+        return categorical_mode(self._rows(logits, ILLEGAL))
+
+    def log_prob(self, logits: Tensor, action: Tensor) -> Tensor:
+        """(..., A), (..., K) -> (...)."""
+        return categorical_log_prob(self._rows(logits, ILLEGAL), action).sum(-1)
+
+    def entropy(self, logits: Tensor) -> Tensor:
+        """(..., A) -> (...)."""
+        return categorical_entropy(self._rows(logits, ILLEGAL)).sum(-1)
+
+    def _rows(self, x: Tensor, filling: float) -> Tensor:
+        widest = max(self.numbers)
+        if min(self.numbers) == widest:
+            return x.unflatten(-1, (len(self.numbers), widest))
+        parts = x.split(self.numbers, dim=-1)
+        return torch.stack([torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=filling) for part in parts], -2)
+
+
+def mask_logits(logits: Tensor, legal: Tensor) -> Tensor:
+    """Logits with those of illegal actions out of reach: their probability is 0 and so is their gradient.
+
+    Huang and Ontanon, 2022, arXiv 2006.14171. logits, legal: (..., A); where nothing is legal, everything is.
+    """
+    return torch.where(legal, logits, ILLEGAL)

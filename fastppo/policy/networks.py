@@ -1,20 +1,24 @@
 """Actor and critic networks as pure functions of one flat parameter buffer. Knows nothing of learning or of environments.
 
 The buffer is one tensor (P,); every weight is a view of it. The gradient norm, Adam and a copy of the parameters are then
-one operation each instead of one per layer.
+one operation each instead of one per layer. `MLPActorCritic` takes vectors, `ActorCritic` whatever `spaces.obs_spec` describes,
+`ModulePolicy` is somebody's own torch.nn.Module.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastppo.core.programs import Weights
-from fastppo.policy.distributions import DIAGONAL_NORMAL, Distribution
+from fastppo.core.programs import Obs, Policy, Weights
+from fastppo.policy.distributions import DIAGONAL_NORMAL, Distribution, MultiCategorical, mask_logits
+from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsLeaf, ObsSpec
+
+Family = Distribution | MultiCategorical
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -23,6 +27,26 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
 }
+
+# (filters, kernel, stride) of the convolutions of Mnih et al., 2015, "Human-level control through deep reinforcement learning"
+NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+
+
+class Network(Policy, Protocol):
+    """A `core.programs.Policy` with parameters to make, keep and restore."""
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        ...
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh flat buffer (P,) on the CPU."""
+        ...
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +58,7 @@ class MLPActorCritic:
 
     obs_size: int
     action_size: int
-    distribution: Distribution
+    distribution: Family
     hidden_sizes: tuple[int, ...] = (64, 64)
     activation: str = "tanh"
     share_backbone: bool = False
@@ -158,3 +182,241 @@ class MLPActorCritic:
     def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
         value = torch.mv(features, weights["critic.head.weight"].squeeze(1)) + weights["critic.head.bias"]  # (R,)
         return value.reshape(shape)
+
+
+@dataclass(frozen=True)
+class ActorCritic:
+    """Any observation: its leaves become numbers, images through a Nature CNN each (Mnih et al., 2015), all are joined, and an
+    `MLPActorCritic` follows. Actor and critic share the CNN. Logits of illegal actions are masked.
+
+    leaves: what `spaces.obs_spec` found; `mlp.obs_size` is `features_size(leaves, cnn_size)`.
+    cnn_size: features that a CNN ends in. cnn_activation: after each of its layers.
+    """
+
+    leaves: tuple[ObsLeaf, ...]
+    mlp: MLPActorCritic
+    cnn_size: int = 512
+    cnn_activation: str = "relu"
+    shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for leaf in self._images:
+            channels, height, width = channels_first(leaf.shape)
+            for layer, (filters, kernel, stride) in enumerate(NATURE_CNN):
+                shapes[f"cnn.{leaf.key}.{layer}.weight"] = (filters, channels, kernel, kernel)
+                shapes[f"cnn.{leaf.key}.{layer}.bias"] = (filters,)
+                channels, height, width = filters, (height - kernel) // stride + 1, (width - kernel) // stride + 1
+            shapes[f"cnn.{leaf.key}.{len(NATURE_CNN)}.weight"] = (channels * height * width, self.cnn_size)
+            shapes[f"cnn.{leaf.key}.{len(NATURE_CNN)}.bias"] = (self.cnn_size,)
+        object.__setattr__(self, "shapes", shapes)
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        return sum(math.prod(shape) for shape in self.shapes.values()) + self.mlp.num_params
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh flat buffer (P,) on the CPU: as `MLPActorCritic`, the CNN orthogonal with gain sqrt(2) too."""
+        params = torch.zeros(self.num_params)
+        for name, weight in self._split(params)[0].items():
+            if name.endswith(".weight"):
+                torch.nn.init.orthogonal_(weight, math.sqrt(2.0), generator=generator)
+        params[-self.mlp.num_params :] = self.mlp.init(generator)
+        return params
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of the flat buffer `params`, (P,), by name."""
+        own, rest = self._split(params)
+        return own | self.mlp.weights(rest)
+
+    def _split(self, params: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        *parts, rest = params.split([*(math.prod(shape) for shape in self.shapes.values()), self.mlp.num_params])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}, rest
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        for name, shape in self.shapes.items():
+            if tuple(weights[name].shape) != shape:
+                raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {shape}")
+        return torch.cat([*(weights[name].flatten() for name in self.shapes), self.mlp.flatten(weights)])
+
+    def actor(self, weights: Weights, obs: Obs) -> Any:
+        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
+        return self._masked(self.mlp.actor(weights, self._features(weights, obs)), obs)
+
+    def critic(self, weights: Weights, obs: Obs) -> Tensor:
+        """V(obs), (...)."""
+        return self.mlp.critic(weights, self._features(weights, obs))
+
+    def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
+        """Both at once."""
+        dist, value = self.mlp.actor_critic(weights, self._features(weights, obs))
+        return self._masked(dist, obs), value
+
+    def sample(self, dist: Any, noise: Tensor) -> Tensor:
+        """An action from the distribution and its noise."""
+        return self.mlp.sample(dist, noise)
+
+    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
+        """Log-density of the action, (...)."""
+        return self.mlp.log_prob(dist, action)
+
+    def entropy(self, dist: Any) -> Tensor:
+        """Entropy in nats, (...)."""
+        return self.mlp.entropy(dist)
+
+    @property
+    def _images(self) -> tuple[ObsLeaf, ...]:
+        return tuple(leaf for leaf in self.leaves if leaf.kind == "image")
+
+    def _masked(self, dist: Any, obs: Obs) -> Any:
+        return dist if isinstance(obs, Tensor) or ACTION_MASK not in obs else mask_logits(dist, obs[ACTION_MASK])
+
+    def _features(self, weights: Weights, obs: Obs) -> Tensor:
+        """Everything that is observed as one vector: (..., *shape) by key -> (..., mlp.obs_size)."""
+        given = {"obs": obs} if isinstance(obs, Tensor) else obs
+        parts = []
+        for leaf in self.leaves:
+            if leaf.kind != "mask":
+                x = encode(leaf, given[leaf.key])
+                parts.append(self._convolve(weights, leaf, x) if leaf.kind == "image" else x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _convolve(self, weights: Weights, leaf: ObsLeaf, pixels: Tensor) -> Tensor:
+        """(..., C, H, W) -> (..., cnn_size)."""
+        activation = ACTIVATIONS[self.cnn_activation]
+        x = pixels.reshape(-1, *pixels.shape[-3:])
+        for layer, (_, _, stride) in enumerate(NATURE_CNN):
+            weight, bias = weights[f"cnn.{leaf.key}.{layer}.weight"], weights[f"cnn.{leaf.key}.{layer}.bias"]
+            x = activation(nn.functional.conv2d(x, weight, bias, stride))
+        weight, bias = (weights[f"cnn.{leaf.key}.{len(NATURE_CNN)}.{part}"] for part in ("weight", "bias"))
+        return activation(torch.addmm(bias, x.flatten(1), weight)).reshape(*pixels.shape[:-3], -1)
+
+
+def encode(leaf: ObsLeaf, x: Tensor) -> Tensor:
+    """A leaf of an observation as floats: images (..., C, H, W), all others (..., leaf.size). x: (..., *leaf.shape)."""
+    if leaf.kind == "image":
+        if len(leaf.shape) == 2:
+            x = x.unsqueeze(-3)
+        elif channels_first(leaf.shape) != leaf.shape:
+            x = x.movedim(-1, -3)
+        return x.float() * leaf.scale
+    lead = x.shape[: x.ndim - len(leaf.shape)]
+    x = x.reshape(*lead, -1)
+    if leaf.kind == "categories":
+        one_hot = [
+            x[..., k : k + 1] == torch.arange(first, first + number, device=x.device)
+            for k, (first, number) in enumerate(leaf.categories)
+        ]
+        return torch.cat(one_hot, -1).float()
+    return x.float() * leaf.scale if leaf.scale != 1.0 else x.float()
+
+
+def channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(C, H, W) of an image of that shape, see `spaces.is_image_shape`."""
+    if len(shape) == 2:
+        return (1, *shape)
+    return shape if shape[0] <= shape[2] else (shape[2], shape[0], shape[1])  # type: ignore[return-value]
+
+
+def features_size(leaves: tuple[ObsLeaf, ...], cnn_size: int) -> int:
+    """Numbers that `ActorCritic` hands to its MLP."""
+    return sum(cnn_size if leaf.kind == "image" else leaf.size for leaf in leaves if leaf.kind != "mask")
+
+
+ModuleFactory = Callable[[Any, int], nn.Module]
+
+
+class ModulePolicy:
+    """Somebody's own module as a `Network`: compiled, captured and kept as ours are.
+
+    The module is made by `factory(inputs, num_outputs)`: `inputs` is the shape (*shape) of what it will be given without the
+    leading batch axis, or a dict of shapes by leaf where there are several. It is called with floats (R, *shape), or a dict of
+    them (images as (C, H, W) in [0, 1], categories one-hot, all others flat, masks not at all), in eval mode, and returns
+    (outputs (R, num_outputs), value (R,) or (R, 1)). Outputs are logits, or the means of continuous actions, whose log standard
+    deviations are one more weight.
+    """
+
+    def __init__(self, factory: ModuleFactory, obs: ObsSpec, action: ActionSpec, log_std_init: float, seed: int = 0) -> None:
+        """seed: of whatever the module draws for its first weights. Raises TypeError where it breaks the contract above."""
+        self.leaves = obs.leaves
+        self.distribution = action.distribution
+        self.log_std_init = log_std_init
+        inputs = {leaf.key: encode(leaf, torch.zeros(2, *leaf.shape, dtype=leaf.dtype)) for leaf in obs if leaf.kind != "mask"}
+        shapes = {key: tuple(x.shape[1:]) for key, x in inputs.items()}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.module = factory(shapes["obs"] if list(shapes) == ["obs"] else shapes, action.size)
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"the policy's factory must return a torch.nn.Module, not {type(self.module).__name__}")
+        self.module.eval().requires_grad_(False)
+        self.initial = {name: weight.detach().clone() for name, weight in self.module.named_parameters()}
+        if self.distribution is DIAGONAL_NORMAL:
+            self.initial[LOG_STD] = torch.full((action.size,), log_std_init)
+        wrong = [name for name, weight in self.initial.items() if weight.dtype != torch.float32]
+        if wrong:
+            raise TypeError(f"the policy's weight {wrong[0]} is {self.initial[wrong[0]].dtype}; all must be float32")
+        result = self.module(inputs["obs"] if list(shapes) == ["obs"] else inputs)
+        got = [tuple(part.shape) for part in result] if isinstance(result, tuple) else type(result).__name__
+        if got not in ([(2, action.size), (2,)], [(2, action.size), (2, 1)]):
+            raise TypeError(f"the policy must return outputs (R, {action.size}) and value (R,); for R = 2 it returned {got}")
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        return sum(weight.numel() for weight in self.initial.values())
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """The weights that the module was made with, (P,)."""
+        return self.flatten(self.initial)
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of the flat buffer `params`, (P,), by name."""
+        parts = params.split([weight.numel() for weight in self.initial.values()])
+        return {name: part.view(weight.shape) for (name, weight), part in zip(self.initial.items(), parts, strict=True)}
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        for name, weight in self.initial.items():
+            if weights[name].shape != weight.shape:
+                raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {tuple(weight.shape)}")
+        return torch.cat([weights[name].flatten() for name in self.initial])
+
+    def actor(self, weights: Weights, obs: Obs) -> Any:
+        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
+        return self.actor_critic(weights, obs)[0]
+
+    def critic(self, weights: Weights, obs: Obs) -> Tensor:
+        """V(obs), (...)."""
+        return self.actor_critic(weights, obs)[1]
+
+    def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
+        """Both at once."""
+        given = {"obs": obs} if isinstance(obs, Tensor) else obs
+        inputs = {leaf.key: encode(leaf, given[leaf.key]) for leaf in self.leaves if leaf.kind != "mask"}
+        first = self.leaves[0]
+        lead = given[first.key].shape[: given[first.key].ndim - len(first.shape)]
+        inputs = {key: x.reshape(-1, *x.shape[len(lead) :]) for key, x in inputs.items()}
+        own = {name: weight for name, weight in weights.items() if name != LOG_STD}
+        only = inputs["obs"] if list(inputs) == ["obs"] else inputs
+        out, value = torch.func.functional_call(self.module, own, (only,))
+        out, value = out.reshape(*lead, -1), value.reshape(lead)
+        if self.distribution is DIAGONAL_NORMAL:
+            return (out, weights[LOG_STD].expand_as(out)), value
+        return (mask_logits(out, given[ACTION_MASK]) if ACTION_MASK in given else out), value
+
+    def sample(self, dist: Any, noise: Tensor) -> Tensor:
+        """An action from the distribution and its noise."""
+        return self.distribution.sample(dist, noise)
+
+    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
+        """Log-density of the action, (...)."""
+        return self.distribution.log_prob(dist, action)
+
+    def entropy(self, dist: Any) -> Tensor:
+        """Entropy in nats, (...)."""
+        return self.distribution.entropy(dist)
+
+
+LOG_STD = "fastppo.log_std"  # no module of somebody's has a weight of this name

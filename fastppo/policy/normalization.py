@@ -4,6 +4,7 @@ They stand still while a rollout is collected and learned from, and move once be
 learning see the same numbers: the first minibatch's ratio is 1.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -78,9 +79,11 @@ def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor
 
 
 def make_normalization(
-    obs_moments: RunningMoments | None, reward_scale: Tensor | None, return_mean: Tensor, return_std: Tensor
+    obs_moments: Mapping[str, RunningMoments] | None, reward_scale: Tensor | None, return_mean: Tensor, return_std: Tensor
 ) -> Normalization:
-    """What the programs take: the statistics as they stand, in float32."""
+    """What the programs take: the statistics as they stand, in float32. obs_moments: by leaf of the observation."""
     if obs_moments is None:
         return Normalization(None, None, reward_scale, return_mean, return_std)
-    return Normalization(obs_moments.mean.float(), inverse_std(obs_moments), reward_scale, return_mean, return_std)
+    mean = {key: moments.mean.float() for key, moments in obs_moments.items()}
+    scale = {key: inverse_std(moments) for key, moments in obs_moments.items()}
+    return Normalization(mean, scale, reward_scale, return_mean, return_std)

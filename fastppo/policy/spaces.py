@@ -1,20 +1,160 @@
 """Between an environment's spaces and the numbers a policy sees and samples. Knows nothing of networks or learning.
 
-The rollout stores actions as sampled; bounds are applied on the way to the environment only, so the log-probabilities
-that PPO compares are those of what was sampled.
+An observation is one tensor or several: a Dict or Tuple is taken apart into leaves, each with a key of its own in the rollout,
+stored as the environment gives it (images stay uint8). Legal actions, where the environment tells them, are one more leaf.
+The rollout stores actions as sampled; bounds are applied on the way to the environment only, so the log-probabilities that PPO
+compares are those of what was sampled.
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from torch import Tensor
 
 from fastppo.errors import UsageError
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Distribution
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Distribution, MultiCategorical
+
+ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
+MIN_IMAGE_SIDE = 36  # the least that the three convolutions of the Nature CNN leave something of
+
+
+@dataclass(frozen=True)
+class ObsLeaf:
+    """One tensor of an observation: where it is found, how it is stored, what the networks make of it.
+
+    key: in the rollout. path: to it through Dicts and Tuples. shape, dtype: of one environment, as stored.
+    kind: "vector", numbers as they are, times `scale`; "categories", integers, each turned into a one-hot vector; "image",
+    pixels times `scale`, for a convolutional network; "mask", which actions are legal, no input of the networks.
+    categories: (first value, number of values) of each component.
+    """
+
+    key: str
+    path: tuple[str | int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    kind: Literal["vector", "categories", "image", "mask"]
+    scale: float = 1.0
+    categories: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Numbers that the networks see of it, an image's pixels included."""
+        return sum(number for _, number in self.categories) if self.kind == "categories" else math.prod(self.shape)
+
+    def find(self, obs: Any) -> Any:
+        """This leaf of an observation as the environment gives it."""
+        for name in self.path:
+            obs = obs[name]
+        return obs
+
+
+@dataclass(frozen=True)
+class ObsSpec:
+    """What an environment observes: leaves in the order of their keys."""
+
+    leaves: tuple[ObsLeaf, ...]
+
+    def __iter__(self) -> Iterator[ObsLeaf]:
+        return iter(self.leaves)
+
+    @property
+    def observed(self) -> tuple[ObsLeaf, ...]:
+        """All but the mask."""
+        return tuple(leaf for leaf in self.leaves if leaf.kind != "mask")
+
+    @property
+    def normalized(self) -> tuple[ObsLeaf, ...]:
+        """What --norm-obs is for: numbers whose scale nobody knows."""
+        numbers = (leaf for leaf in self.leaves if leaf.kind == "vector" and leaf.dtype is not torch.bool)
+        return tuple(leaf for leaf in numbers if leaf.scale == 1.0)
+
+    @property
+    def is_plain(self) -> bool:
+        """One vector (D,) that networks take as it is."""
+        (first, *others) = self.leaves
+        return not others and first.key == "obs" and first.dtype is torch.float32 and len(first.shape) == 1
+
+    @property
+    def info_mask(self) -> ObsLeaf | None:
+        """The legal actions, where they come in the info."""
+        return next((leaf for leaf in self.leaves if leaf.kind == "mask" and not leaf.path), None)
+
+    def join(self, leaves: Mapping[str, Any]) -> Any:
+        """What networks take (core.programs.Obs): the tensor alone where the space is no structure, else all by key."""
+        if len(self.leaves) == 1 and self.leaves[0].key == "obs":
+            return leaves["obs"]
+        return {leaf.key: leaves[leaf.key] for leaf in self.leaves}
+
+
+def obs_spec(space: gym.Space[Any], info_mask_size: int | None = None, action: "ActionSpec | None" = None) -> ObsSpec:
+    """The policy's side of an observation space.
+
+    Args:
+        info_mask_size: numbers in each environment's info["action_mask"]; None: there is none.
+        action: what a mask has to fit.
+
+    Raises:
+        UsageError: a space that is not supported, or a mask that does not fit the actions.
+    """
+    leaves = list(_leaves(space, "obs", ()))
+    if info_mask_size is not None:
+        leaves.append(ObsLeaf(ACTION_MASK, (), (info_mask_size,), torch.bool, "mask"))
+    masks = [leaf for leaf in leaves if leaf.kind == "mask"]
+    if len(masks) > 1:
+        raise UsageError("--env-id: the environment tells its action_mask twice, in the observation and in the info")
+    if len(masks) == len(leaves):
+        raise UsageError(f"--env-id: observation space {space} has nothing to observe")
+    for mask in masks:
+        if action is not None and (action.distribution is DIAGONAL_NORMAL or mask.size != action.size):
+            raise UsageError(
+                f"--env-id: an action_mask of {mask.size} numbers does not fit the action space {action.space}"
+                + ("" if action.distribution is DIAGONAL_NORMAL else f", which has {action.size} choices")
+            )
+    return ObsSpec(tuple(sorted(leaves, key=lambda leaf: leaf.key)))
+
+
+def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Iterator[ObsLeaf]:
+    if isinstance(space, Dict | Tuple):
+        parts: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
+        for name, part in parts:
+            if name == ACTION_MASK and not path:
+                yield ObsLeaf(ACTION_MASK, (name,), (gym.spaces.flatdim(part),), torch.bool, "mask")
+            else:
+                yield from _leaves(part, f"{key}.{name}", (*path, name))
+    elif isinstance(space, Discrete):
+        yield ObsLeaf(key, path, (), torch.int64, "categories", categories=((int(space.start), int(space.n)),))
+    elif isinstance(space, MultiDiscrete):
+        categories = zip(space.start.flatten().tolist(), space.nvec.flatten().tolist(), strict=True)
+        yield ObsLeaf(key, path, space.shape, torch.int64, "categories", categories=tuple(categories))
+    elif isinstance(space, MultiBinary):
+        yield ObsLeaf(key, path, space.shape, torch.bool, "vector")
+    elif isinstance(space, Box):
+        is_float = np.issubdtype(space.dtype, np.floating)
+        dtype = torch.float32 if is_float else torch.from_numpy(np.empty(0, space.dtype)).dtype
+        pixels = space.dtype == np.uint8 and bool((space.low == 0).all() and (space.high == 255).all())
+        kind: Any = "image" if pixels and is_image_shape(space.shape) else "vector"
+        yield ObsLeaf(key, path, space.shape, dtype, kind, 1.0 / 255.0 if pixels else 1.0)
+    else:
+        where = "" if not path else f" (at {'.'.join(map(str, path))})"
+        raise UsageError(
+            f"--env-id: observation space {space}{where} is not supported; supported: Box, Discrete, MultiDiscrete, "
+            "MultiBinary, and Dict and Tuple of these"
+        )
+
+
+def is_image_shape(shape: tuple[int, ...]) -> bool:
+    """(C, H, W) or (H, W, C), C the smallest of the three, or (H, W); large enough for the Nature CNN."""
+    if len(shape) == 3:
+        channels = min(shape[0], shape[2])
+        sides = shape[1:] if shape[0] == channels else shape[:2]
+        return channels <= min(sides) and min(sides) >= MIN_IMAGE_SIDE
+    return len(shape) == 2 and min(shape) >= MIN_IMAGE_SIDE
 
 
 @dataclass(frozen=True)
@@ -22,23 +162,25 @@ class ActionSpec:
     """One action of one environment: how it is distributed, stored and handed over."""
 
     space: gym.Space[Any]
-    distribution: Distribution
+    distribution: Distribution | MultiCategorical
     size: int  # A: logits, or components
-    shape: tuple[int, ...]  # as stored: () or (A,)
+    shape: tuple[int, ...]  # as stored: (), (K,) components, or (A,)
     dtype: torch.dtype  # as stored
     env_dtype: torch.dtype
-    low: Tensor  # (A,), for Box
+    low: Tensor  # (A,), for Box; (K,), the first value of each component, for MultiDiscrete
     high: Tensor
     squash: bool
 
     def to_env(self, action: Tensor) -> Tensor:
         """Stored actions (N, *shape) -> what the environments take: shifted, clipped or squashed to the space.
 
-        Box actions are to be on the device that the bounds are on: the CPU, or where `to` has put them.
+        Actions of a Box or MultiDiscrete are to be on the device that the bounds are on: the CPU, or where `to` has put them.
         """
-        if isinstance(self.space, gym.spaces.Discrete):
+        if isinstance(self.space, Discrete):
             return action + int(self.space.start) if self.space.start else action
-        if self.squash:
+        if isinstance(self.distribution, MultiCategorical):
+            action = action + self.low
+        elif self.squash:
             action = self.low + (action.tanh() + 1.0) * (0.5 * (self.high - self.low))
         else:
             action = torch.minimum(torch.maximum(action, self.low), self.high)
@@ -56,11 +198,20 @@ class ActionSpec:
 def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
     """The policy's side of an action space; raises UsageError for one that is not supported."""
     none = torch.empty(0)
-    if isinstance(space, gym.spaces.Discrete):
-        if squash:
-            raise UsageError("--squash-actions is for Box action spaces; this environment's is Discrete")
+    if squash and not isinstance(space, Box):
+        raise UsageError(f"--squash-actions is for Box action spaces; this environment's is {type(space).__name__}")
+    if isinstance(space, Discrete):
         return ActionSpec(space, CATEGORICAL, int(space.n), (), torch.int64, torch.int64, none, none, False)
-    if isinstance(space, gym.spaces.Box) and np.issubdtype(space.dtype, np.floating):
+    if isinstance(space, MultiDiscrete | MultiBinary):
+        if isinstance(space, MultiDiscrete):
+            numbers, start = tuple(space.nvec.flatten().tolist()), torch.from_numpy(space.start.flatten().astype(np.int64))
+        else:
+            numbers = (2,) * math.prod(space.shape)
+            start = torch.zeros(len(numbers), dtype=torch.int64)
+        env_dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
+        family = MultiCategorical(numbers)
+        return ActionSpec(space, family, sum(numbers), (len(numbers),), torch.int64, env_dtype, start, none, False)
+    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
         size = math.prod(space.shape)
         low = torch.from_numpy(space.low).float().flatten()
         high = torch.from_numpy(space.high).float().flatten()
@@ -68,29 +219,42 @@ def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
             raise UsageError("--squash-actions needs finite action bounds; this environment has none: leave it off")
         env_dtype = torch.float64 if space.dtype == np.float64 else torch.float32
         return ActionSpec(space, DIAGONAL_NORMAL, size, (size,), torch.float32, env_dtype, low, high, squash)
-    raise UsageError(f"--env-id: action space {space} is not supported; supported: Discrete, Box of floats")
-
-
-def check_obs_space(space: gym.Space[Any]) -> gym.spaces.Box:
-    """The observation space, if it is one that the networks take; raises UsageError otherwise."""
-    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
-        return space
-    raise UsageError(f"--env-id: observation space {space} is not supported; supported: Box of shape (D,)")
+    raise UsageError(
+        f"--env-id: action space {space} is not supported; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats"
+    )
 
 
 def space_to_data(space: gym.Space[Any]) -> dict[str, Any]:
     """A supported space as plain data for a checkpoint."""
-    if isinstance(space, gym.spaces.Discrete):
+    if isinstance(space, Discrete):
         return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
-    assert isinstance(space, gym.spaces.Box)
+    if isinstance(space, MultiDiscrete):
+        numbers, start = torch.from_numpy(space.nvec.astype(np.int64)), torch.from_numpy(space.start.astype(np.int64))
+        return {"type": "MultiDiscrete", "nvec": numbers, "start": start, "dtype": str(space.dtype)}
+    if isinstance(space, MultiBinary):
+        return {"type": "MultiBinary", "shape": list(space.shape)}
+    if isinstance(space, Dict):
+        return {"type": "Dict", "spaces": {name: space_to_data(part) for name, part in space.spaces.items()}}
+    if isinstance(space, Tuple):
+        return {"type": "Tuple", "spaces": [space_to_data(part) for part in space.spaces]}
+    assert isinstance(space, Box)
     low, high = torch.from_numpy(space.low.copy()), torch.from_numpy(space.high.copy())
     return {"type": "Box", "low": low, "high": high, "dtype": str(space.dtype)}
 
 
 def space_from_data(data: dict[str, Any]) -> gym.Space[Any]:
     """The inverse of `space_to_data`; raises KeyError or ValueError for data that describes no supported space."""
-    if data["type"] == "Discrete":
-        return gym.spaces.Discrete(data["n"], start=data["start"])
-    if data["type"] == "Box":
-        return gym.spaces.Box(data["low"].numpy(), data["high"].numpy(), dtype=np.dtype(data["dtype"]).type)
-    raise ValueError(f"unknown space {data['type']!r}")
+    kind = data["type"]
+    if kind == "Discrete":
+        return Discrete(data["n"], start=data["start"])
+    if kind == "MultiDiscrete":
+        return MultiDiscrete(data["nvec"].numpy(), dtype=np.dtype(data["dtype"]).type, start=data["start"].numpy())
+    if kind == "MultiBinary":
+        return MultiBinary(data["shape"])
+    if kind == "Dict":
+        return Dict({name: space_from_data(part) for name, part in data["spaces"].items()})
+    if kind == "Tuple":
+        return Tuple([space_from_data(part) for part in data["spaces"]])
+    if kind == "Box":
+        return Box(data["low"].numpy(), data["high"].numpy(), dtype=np.dtype(data["dtype"]).type)
+    raise ValueError(f"unknown space {kind!r}")
