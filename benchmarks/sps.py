@@ -83,6 +83,7 @@ def run_fastppo(
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
         flags = {
+            "--preset": "none",
             "--env-id": workload.env_id,
             "--backend": workload.backend,
             "--num-envs": workload.num_envs,

@@ -13,12 +13,13 @@ from fastppo.errors import TrainingFault, UsageError
 if TYPE_CHECKING:
     from fastppo.loading import load_policy
     from fastppo.loop import TrainResult, train
+    from fastppo.presets import preset_for
 
-__all__ = ["TrainConfig", "TrainResult", "TrainingFault", "UsageError", "load_policy", "train"]
+__all__ = ["TrainConfig", "TrainResult", "TrainingFault", "UsageError", "load_policy", "preset_for", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """The names that need torch, imported when first asked for."""
+    """The names that need torch or gymnasium, imported when first asked for."""
     if name in ("train", "TrainResult"):
         from fastppo import loop
 
@@ -27,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from fastppo.loading import load_policy
 
         return load_policy
+    if name == "preset_for":
+        from fastppo.presets import preset_for
+
+        return preset_for
     raise AttributeError(f"module 'fastppo' has no attribute {name!r}")

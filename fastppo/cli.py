@@ -14,7 +14,7 @@ import tyro
 
 from fastppo.config import TrainConfig, check_resumable, flag
 from fastppo.errors import TrainingFault, UsageError, nearest
-from fastppo.presets import PRESETS
+from fastppo.presets import PRESETS, choose_preset
 from fastppo.run.display import silence_stdout
 
 T = TypeVar("T")
@@ -50,11 +50,10 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     """Flags of `fastppo.train` -> settings: the preset (or the resumed run's settings) first, then the other flags."""
     resume = _value_of("--resume", args)
     if resume is None:
-        name = _value_of("--preset", args) or "default"
-        if name not in PRESETS:
-            raise UsageError(f"--preset must be one of {', '.join(PRESETS)}, got {name!r}{nearest(name, PRESETS)}")
-        default = _without_rivals(PRESETS[name], args)
-        return parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
+        start = _preset_config(args)
+        default = replace(_without_rivals(start, args), preset="auto")  # what --help shows
+        config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
+        return replace(config, preset=start.preset)
 
     run_dir = Path(resume)
     if not (run_dir / "checkpoints" / "last.pt").exists():
@@ -63,6 +62,18 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     check_resumable(before, config)
     return config
+
+
+def _preset_config(args: Sequence[str]) -> TrainConfig:
+    """The settings of --preset, for --env-id where that is given; raises UsageError for a name that there is not."""
+    name, env_id = _value_of("--preset", args) or "auto", _value_of("--env-id", args)
+    if name == "auto":
+        env_id = env_id or TrainConfig.env_id
+        return choose_preset(env_id).config(env_id)
+    if name not in PRESETS:
+        known = ("auto", *PRESETS)
+        raise UsageError(f"--preset must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    return PRESETS[name].config(env_id)
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:

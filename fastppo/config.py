@@ -47,8 +47,8 @@ Activation = Literal["tanh", "relu", "elu", "silu", "gelu"]
 class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
-    preset: str = "default"
-    """Settings to start from: default (CartPole-v1), article or continuous. Other flags override it."""
+    preset: str = "none"
+    """Settings to start from, which other flags override: auto (chosen by env_id), none or a name; in Python see preset_for."""
     env_id: str = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
     env_kwargs: EnvKwargs = field(default_factory=dict)

@@ -49,6 +49,7 @@ from fastppo.policy.normalization import (
     update_moments,
 )
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
+from fastppo.presets import describe
 from fastppo.rollout import allocate_rollout, env_step_of, pack, start_collector
 from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
@@ -142,6 +143,9 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     loggers.log_config(config.to_json())
     display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
     display.note(f"run directory {directory.path}")
+    chosen = None if config.resume else describe(config)
+    if chosen is not None:
+        display.note(chosen)
     display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
     workers = choose_workers(config)
     torch.set_num_threads(choose_threads(config, network))

@@ -1,45 +1,354 @@
-"""Named settings to start from. Knows nothing but TrainConfig."""
+"""Settings to start from, by environment, each with where it comes from. Knows TrainConfig and gymnasium's ids, costs no torch.
+
+How a source's settings are written here:
+
+- Its batch of M rows is the number of minibatches that it makes of the source's rollout: with another --num-envs the
+  minibatches grow and the updates stay as many.
+- One environment of 512 or 2048 steps is 8 environments of 64 or 256: as many rows, collected in parallel.
+- The weight of the value loss is of the squared error, as in Stable-Baselines3; CleanRL halves the error, so its 0.5 is 0.25.
+- Stable-Baselines3's gSDE (`use_sde`) has no counterpart here and is left out.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 from fastppo.config import TrainConfig
+from fastppo.envs.make import find_spec
+from fastppo.errors import UsageError
 
-PRESETS: dict[str, TrainConfig] = {
-    "default": TrainConfig(),
-    # the settings of the article that fastppo grew from: those of the PPO paper's Atari runs, on CartPole
-    "article": TrainConfig(
-        preset="article",
-        num_envs=8,
-        num_steps=128,
-        num_iterations=100,
-        reset_each_rollout=True,  # each of the article's actors starts anew
-        num_minibatches=4,
-        update_epochs=3,
-        learning_rate=2.5e-4,
-        anneal_lr=True,
-        clip_coef=0.1,
-        anneal_clip=True,
-        gamma=0.99,
-        advantage="monte-carlo",
-        norm_returns=True,
-        norm_adv=False,
-        vf_coef=1.0,
-        ent_coef=0.01,
-        max_grad_norm=float("inf"),
-        hidden_sizes=(100, 100),
-        activation="relu",
-        seed=0,
-        eval_episodes=5,
-    ),
-    "continuous": TrainConfig(
-        preset="continuous",
-        env_id="Pendulum-v1",
-        total_timesteps=200_000,
-        num_envs=8,
-        num_steps=256,
-        num_minibatches=32,
-        update_epochs=10,
-        learning_rate=1e-3,
-        gamma=0.9,
-        norm_obs=True,
-        norm_reward=True,
-    ),
+
+@dataclass(frozen=True)
+class Preset:
+    """Named settings of learning; what `settings` lacks is TrainConfig's default."""
+
+    name: str
+    env_id: str
+    """Trained on where --preset is given without --env-id; a preset named as its environment is that environment's own."""
+    source: str
+    settings: Mapping[str, Any]
+
+    def config(self, env_id: str | None = None) -> TrainConfig:
+        """The settings for `env_id`, or for the preset's own environment."""
+        return TrainConfig(preset=self.name, env_id=env_id or self.env_id, **self.settings)
+
+
+OWN = "fastppo's own"
+ZOO = "RL Zoo, hyperparams/ppo.yml at 00128b5"  # https://github.com/DLR-RM/rl-baselines3-zoo
+CLEANRL = "CleanRL, ppo_continuous_action.py"  # https://docs.cleanrl.dev/rl-algorithms/ppo
+
+SB3 = {"learning_rate": 3e-4, "anneal_lr": False}  # Stable-Baselines3's defaults, where a file of the zoo is silent
+NORMALIZED = {"norm_obs": True, "norm_reward": True}
+WIDE = {
+    "log_std_init": -2.0,
+    "hidden_sizes": (256, 256),
+    "activation": "relu",
+}  # the zoo's network for most of its tuned MuJoCo
+
+ARTICLE = {  # the settings of the article that fastppo grew from: those of the PPO paper's Atari runs, on CartPole
+    "num_envs": 8,
+    "num_steps": 128,
+    "num_iterations": 100,
+    "reset_each_rollout": True,  # each of the article's actors starts anew
+    "num_minibatches": 4,
+    "update_epochs": 3,
+    "learning_rate": 2.5e-4,
+    "anneal_lr": True,
+    "clip_coef": 0.1,
+    "anneal_clip": True,
+    "gamma": 0.99,
+    "advantage": "monte-carlo",
+    "norm_returns": True,
+    "norm_adv": False,
+    "vf_coef": 1.0,
+    "ent_coef": 0.01,
+    "max_grad_norm": float("inf"),
+    "hidden_sizes": (100, 100),
+    "activation": "relu",
+    "seed": 0,
+    "eval_episodes": 5,
 }
+PENDULUM = {
+    **NORMALIZED,
+    "total_timesteps": 200_000,
+    "num_envs": 8,
+    "num_steps": 256,
+    "num_minibatches": 32,
+    "update_epochs": 10,
+    "learning_rate": 1e-3,
+    "gamma": 0.9,
+}
+MOUNTAIN_CAR = {
+    **SB3,
+    **NORMALIZED,
+    "total_timesteps": 1_000_000,
+    "num_envs": 16,
+    "num_steps": 16,
+    "num_minibatches": 4,  # of 64 rows
+    "update_epochs": 4,
+    "gae_lambda": 0.98,
+}
+MOUNTAIN_CAR_CONTINUOUS = {  # the zoo's explores by gSDE
+    **SB3,
+    **NORMALIZED,
+    "total_timesteps": 100_000,
+    "num_envs": 8,
+    "num_steps": 256,
+    "num_minibatches": 32,
+    "update_epochs": 10,
+    "gamma": 0.9999,
+    "gae_lambda": 0.9,
+    "ent_coef": 0.01,
+}
+ACROBOT = {
+    **SB3,
+    **NORMALIZED,
+    "total_timesteps": 1_000_000,
+    "num_envs": 16,
+    "num_steps": 256,
+    "num_minibatches": 64,  # of 64 rows
+    "update_epochs": 4,
+    "gae_lambda": 0.94,
+}
+
+LUNAR_LANDER = {
+    **SB3,
+    "total_timesteps": 1_000_000,
+    "num_envs": 16,
+    "num_steps": 1024,
+    "num_minibatches": 256,  # of 64 rows
+    "update_epochs": 4,
+    "gamma": 0.999,
+    "gae_lambda": 0.98,
+    "ent_coef": 0.01,
+}
+BIPEDAL_WALKER = {
+    **SB3,
+    **NORMALIZED,
+    "total_timesteps": 5_000_000,
+    "num_envs": 32,
+    "num_steps": 2048,
+    "num_minibatches": 1024,  # of 64 rows
+    "update_epochs": 10,
+    "gamma": 0.999,
+    "clip_coef": 0.18,
+}
+BIPEDAL_WALKER_HARDCORE = {
+    **NORMALIZED,
+    "total_timesteps": 100_000_000,
+    "num_envs": 16,
+    "num_steps": 2048,
+    "num_minibatches": 512,  # of 64 rows
+    "update_epochs": 10,
+    "learning_rate": 2.5e-4,
+    "anneal_lr": True,
+    "anneal_clip": True,
+    "ent_coef": 0.001,
+}
+
+MUJOCO = {
+    **NORMALIZED,
+    "total_timesteps": 1_000_000,
+    "num_envs": 8,
+    "num_steps": 256,
+    "num_minibatches": 32,  # of 64 rows
+    "update_epochs": 10,
+    "learning_rate": 3e-4,
+    "anneal_lr": True,
+    "clip_vloss": True,
+    "vf_coef": 0.25,
+}
+MUJOCO_ZOO = SB3 | NORMALIZED | {"total_timesteps": 1_000_000, "num_envs": 8}
+SWIMMER = MUJOCO_ZOO | {"num_steps": 256, "num_minibatches": 32, "update_epochs": 10, "gamma": 0.9999}
+HALF_CHEETAH = {
+    **MUJOCO_ZOO,
+    **WIDE,
+    "num_steps": 64,
+    "num_minibatches": 8,  # of 64 rows
+    "update_epochs": 20,
+    "learning_rate": 2.0633e-05,
+    "gamma": 0.98,
+    "gae_lambda": 0.92,
+    "clip_coef": 0.1,
+    "ent_coef": 0.000401762,
+    "vf_coef": 0.58096,
+    "max_grad_norm": 0.8,
+}
+HOPPER = {
+    **MUJOCO_ZOO,
+    **WIDE,
+    "num_steps": 64,
+    "num_minibatches": 16,  # of 32 rows
+    "update_epochs": 5,
+    "learning_rate": 9.80828e-05,
+    "gamma": 0.999,
+    "gae_lambda": 0.99,
+    "ent_coef": 0.00229519,
+    "vf_coef": 0.835671,
+    "max_grad_norm": 0.7,
+}
+WALKER2D = {
+    **MUJOCO_ZOO,
+    "num_steps": 64,
+    "num_minibatches": 16,  # of 32 rows
+    "update_epochs": 20,
+    "learning_rate": 5.05041e-05,
+    "gae_lambda": 0.95,
+    "clip_coef": 0.1,
+    "ent_coef": 0.000585045,
+    "vf_coef": 0.871923,
+    "max_grad_norm": 1.0,
+}
+REACHER = {
+    **MUJOCO_ZOO,
+    "num_steps": 64,
+    "num_minibatches": 16,  # of 32 rows
+    "update_epochs": 5,
+    "learning_rate": 0.000104019,
+    "gamma": 0.9,
+    "gae_lambda": 1.0,
+    "clip_coef": 0.3,
+    "ent_coef": 7.52585e-08,
+    "vf_coef": 0.950368,
+    "max_grad_norm": 0.9,
+}
+HUMANOID = {
+    **MUJOCO_ZOO,
+    **WIDE,
+    "total_timesteps": 10_000_000,
+    "num_steps": 64,
+    "num_minibatches": 2,  # of 256 rows
+    "update_epochs": 5,
+    "learning_rate": 3.56987e-05,
+    "gamma": 0.95,
+    "gae_lambda": 0.9,
+    "clip_coef": 0.3,
+    "ent_coef": 0.00238306,
+    "vf_coef": 0.431892,
+    "max_grad_norm": 2.0,
+}
+HUMANOID_STANDUP = {
+    **MUJOCO_ZOO,
+    **WIDE,
+    "total_timesteps": 10_000_000,
+    "num_steps": 64,
+    "num_minibatches": 16,  # of 32 rows
+    "update_epochs": 20,
+    "learning_rate": 2.55673e-05,
+    "gae_lambda": 0.9,
+    "clip_coef": 0.3,
+    "ent_coef": 3.62109e-06,
+    "vf_coef": 0.430793,
+    "max_grad_norm": 0.7,
+}
+
+ATARI = {  # the zoo's wrapper clips rewards to their sign as well
+    "total_timesteps": 10_000_000,
+    "num_envs": 8,
+    "num_steps": 128,
+    "num_minibatches": 4,  # of 256 rows
+    "update_epochs": 4,
+    "learning_rate": 2.5e-4,
+    "anneal_lr": True,
+    "clip_coef": 0.1,
+    "anneal_clip": True,
+    "ent_coef": 0.01,
+    "vf_coef": 0.5,
+}
+
+PRESETS: Mapping[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("none", "CartPole-v1", "TrainConfig", {}),
+        Preset("default", "CartPole-v1", OWN, {}),
+        Preset("article", "CartPole-v1", "the article that fastppo grew from", ARTICLE),
+        Preset("continuous", "Pendulum-v1", OWN, PENDULUM),
+        # families, for the environments without a preset of their own
+        Preset("classic", "CartPole-v1", OWN, {}),
+        Preset("box2d", "LunarLander-v3", ZOO, LUNAR_LANDER),
+        Preset("mujoco", "Ant-v5", CLEANRL, MUJOCO),
+        Preset("atari", "ALE/Pong-v5", ZOO, ATARI),
+        # environments
+        Preset("Acrobot", "Acrobot-v1", ZOO, ACROBOT),
+        Preset("MountainCar", "MountainCar-v0", ZOO, MOUNTAIN_CAR),
+        Preset("MountainCarContinuous", "MountainCarContinuous-v0", "a start, not tuned", MOUNTAIN_CAR_CONTINUOUS),
+        Preset("Pendulum", "Pendulum-v1", OWN, PENDULUM),
+        Preset("LunarLander", "LunarLander-v3", ZOO, LUNAR_LANDER),
+        Preset("LunarLanderContinuous", "LunarLanderContinuous-v3", ZOO, LUNAR_LANDER),
+        Preset("BipedalWalker", "BipedalWalker-v3", ZOO, BIPEDAL_WALKER),
+        Preset("BipedalWalkerHardcore", "BipedalWalkerHardcore-v3", ZOO, BIPEDAL_WALKER_HARDCORE),
+        Preset("HalfCheetah", "HalfCheetah-v5", ZOO, HALF_CHEETAH),
+        Preset("Hopper", "Hopper-v5", ZOO, HOPPER),
+        Preset("Walker2d", "Walker2d-v5", ZOO, WALKER2D),
+        Preset("Swimmer", "Swimmer-v5", ZOO, SWIMMER),
+        Preset("Reacher", "Reacher-v5", ZOO, REACHER),
+        Preset("Humanoid", "Humanoid-v5", ZOO, HUMANOID),
+        Preset("HumanoidStandup", "HumanoidStandup-v5", ZOO, HUMANOID_STANDUP),
+    )
+}
+
+FAMILIES: Mapping[str, str] = {  # packages that hold the environments' classes
+    "gymnasium.envs.classic_control": "classic",
+    "gymnasium.envs.box2d": "box2d",
+    "gymnasium.envs.mujoco": "mujoco",
+    "ale_py": "atari",
+}
+
+
+def choose_preset(env_id: str) -> Preset:
+    """The environment's own preset, whatever its version; else its family's; else `default`, also for an id that nobody knows.
+
+    Makes no environment; imports the module of a module:Id.
+    """
+    name = env_id.rpartition(":")[2]
+    environment = _without_version(name)
+    preset = PRESETS.get(environment)
+    if preset is not None and _without_version(preset.env_id) == environment:
+        return preset
+    if name.startswith("ALE/") or "NoFrameskip" in name:  # registered only once ale_py has been imported
+        return PRESETS["atari"]
+    package = _package_of(env_id)
+    family = next((family for prefix, family in FAMILIES.items() if f"{package}.".startswith(f"{prefix}.")), "default")
+    return PRESETS[family]
+
+
+def preset_for(env_id: str) -> TrainConfig:
+    """The settings that the command line would start from for `env_id`; change them with `dataclasses.replace`."""
+    return choose_preset(env_id).config(env_id)
+
+
+def describe(config: TrainConfig) -> str | None:
+    """One line for people: the preset, its source, and those of its settings that are not TrainConfig's defaults.
+
+    None where no preset was chosen.
+    """
+    if config.preset == "none" or config.preset not in PRESETS:
+        return None
+    preset, plain = PRESETS[config.preset], TrainConfig()
+    values = {key: getattr(config, key) for key in preset.settings}
+    shown = ", ".join(_show(key, value) for key, value in values.items() if value != getattr(plain, key))
+    return f"preset {preset.name} ({config.env_id}; {preset.source}): {shown or 'the defaults of every flag'}"
+
+
+def _without_version(name: str) -> str:
+    """'Hopper-v5' -> 'Hopper'."""
+    return re.sub(r"-v\d+$", "", name)
+
+
+def _package_of(env_id: str) -> str:
+    """Dotted name of the module that holds the environment's class; '' where it cannot be told."""
+    try:
+        entry_point = find_spec(env_id).entry_point
+    except UsageError:  # said where the environment is made
+        return ""
+    if isinstance(entry_point, str):
+        return entry_point.partition(":")[0]
+    return getattr(entry_point, "__module__", "")
+
+
+def _show(key: str, value: Any) -> str:
+    """num_envs 8; norm_obs; no anneal_lr; hidden_sizes 256 256."""
+    if isinstance(value, bool):
+        return key if value else f"no {key}"
+    return f"{key} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"

@@ -19,7 +19,7 @@ ALLOWED = {
     "fastppo.rollout": ("fastppo.core", "fastppo.envs", "fastppo.policy", "fastppo.errors"),
     "fastppo.run": ("fastppo.run", "fastppo.errors"),
     "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
-    "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
+    "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.envs.make", "fastppo.errors"),
     "fastppo.errors": (),  # a leaf: two exceptions, which every layer above the maths may raise
 }
 
