@@ -1,0 +1,212 @@
+"""How well the presets learn, beside published figures: `python benchmarks/learning.py --env-id Hopper-v5 --seeds 1 2 3`.
+
+Each run is the user's own command in a fresh process; the evaluation is that of its best model (summary.json). Flags after `--`
+go to every run: `python benchmarks/learning.py --env-id Acrobot-v1 -- --total-timesteps 100000`. Prints a table for
+benchmarks/README.md and, as the last line, one JSON object. A run that fails is named, the others go on, and the exit code is
+1. Knows nothing of how fastppo learns.
+"""
+
+import concurrent.futures
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 10_000  # of the bootstrap
+
+# Mean returns that others report for PPO, each with its steps. The zoo's: one agent each, evaluated deterministically (Atari:
+# sampled), MuJoCo v3, LunarLander v2: https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md
+ZOO: Mapping[str, tuple[float, str]] = {
+    "CartPole": (500.0, "100k"),
+    "Acrobot": (-73.5, "1M"),
+    "MountainCar": (-110.4, "1M"),
+    "MountainCarContinuous": (88.3, "20k"),
+    "Pendulum": (-172.2, "100k"),
+    "LunarLander": (242.1, "1M"),
+    "LunarLanderContinuous": (270.9, "1M"),
+    "BipedalWalker": (213.3, "5M"),
+    "BipedalWalkerHardcore": (122.4, "100M"),
+    "HalfCheetah": (5819.1, "1M"),
+    "Hopper": (2410.4, "1M"),
+    "Walker2d": (3478.8, "1M"),
+    "Ant": (1327.2, "1M"),
+    "Swimmer": (281.6, "1M"),
+    "Pong": (20.99, "10M"),
+    "Breakout": (398.0, "10M"),
+}
+# CleanRL's: training returns, mean of three seeds, MuJoCo v4: https://docs.cleanrl.dev/rl-algorithms/ppo
+CLEANRL: Mapping[str, tuple[float, str]] = {
+    "CartPole": (490.0, "500k"),
+    "Acrobot": (-86.4, "500k"),
+    "MountainCar": (-200.0, "500k"),
+    "HalfCheetah": (1442.6, "1M"),
+    "Hopper": (2382.9, "1M"),
+    "Walker2d": (2288.0, "1M"),
+    "InvertedPendulum": (963.1, "1M"),
+    "Humanoid": (716.1, "1M"),
+    "Pusher": (-40.4, "1M"),
+    "Pong": (20.4, "10M"),
+    "Breakout": (414.7, "10M"),
+}
+# OpenAI baselines, training returns as CleanRL's documentation gives them
+BASELINES: Mapping[str, tuple[float, str]] = {
+    "CartPole": (497.5, "500k"),
+    "Acrobot": (-81.8, "500k"),
+    "MountainCar": (-200.0, "500k"),
+    "Pong": (20.5, "10M"),
+    "Breakout": (406.6, "10M"),
+}
+PUBLISHED = {"zoo": ZOO, "CleanRL": CLEANRL, "baselines": BASELINES}
+
+
+@dataclass(frozen=True)
+class LearningConfig:
+    """Train on environments with several seeds; flags after `--` go to every run. The last line is one JSON object."""
+
+    env_id: tuple[str, ...]
+    """What to train on: a row of the table each."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """One run each."""
+    eval_episodes: int = 20
+    """Episodes of each run's evaluation."""
+    jobs: int = 1
+    """Runs at once; with more than one each gets one thread."""
+    run_dir: str | None = None
+    """Keep the runs in this directory, as ENV__SEED; default: they are deleted."""
+
+
+def run(env_id: str, seed: int, run_dir: Path, config: LearningConfig, flags: Sequence[str]) -> dict[str, Any]:
+    """One run in a fresh process. Raises RuntimeError with the end of its stderr where it fails."""
+    settings = {"--env-id": env_id, "--seed": seed, "--run-dir": run_dir, "--eval-episodes": config.eval_episodes}
+    settings |= {"--num-threads": 1} if config.jobs > 1 else {}
+    words = [*(str(word) for pair in settings.items() for word in pair), *flags]
+    command = [sys.executable, "-m", "fastppo.train", "--plain", *words]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"exit code {done.returncode}: {' '.join(done.stderr.splitlines()[-2:])}")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    if not math.isfinite(summary["eval_return_mean"]):
+        raise RuntimeError("it was not evaluated: leave --eval-episodes to this script")
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    return {
+        "env_id": env_id,
+        "seed": seed,
+        "preset": json.loads((run_dir / "config.json").read_text())["preset"],
+        "evaluation": summary["eval_return_mean"],
+        "training": float(last["episodic_return_mean"]),
+        **{key: summary[key] for key in ("global_step", "seconds", "sps")},
+    }
+
+
+def interquartile_mean(values: ArrayLike) -> NDArray[np.float64]:
+    """Mean along the last axis, (..., S) -> (...), without the lowest and highest quarter, each rounded down to whole values.
+
+    Agarwal et al. 2021, https://arxiv.org/abs/2108.13264; as scipy.stats.trim_mean. Of three values or fewer, their mean.
+    """
+    ordered = np.sort(np.asarray(values, np.float64), axis=-1)
+    cut = ordered.shape[-1] // 4
+    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+
+
+def bootstrap_interval(values: ArrayLike, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """95 % percentile interval of the interquartile mean of S seeds, drawn again with replacement.
+
+    The seeds of one environment are one stratum of Agarwal et al.'s bootstrap. Three seeds give a hint, not 95 %.
+    """
+    values = np.asarray(values, np.float64)
+    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(interquartile_mean(values[draws]), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def summarize(env_id: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One environment's figures from its finished runs, at least one."""
+    evaluations = [result["evaluation"] for result in runs]
+    return {
+        "env_id": env_id,
+        "preset": runs[0]["preset"],
+        "steps": max(result["global_step"] for result in runs),
+        "seeds": [result["seed"] for result in runs],
+        "evaluations": evaluations,
+        "mean": statistics.fmean(evaluations),
+        "std": statistics.stdev(evaluations) if len(runs) > 1 else 0.0,  # of the seeds, n - 1
+        "iqm": float(interquartile_mean(evaluations)),
+        "interval": bootstrap_interval(evaluations),
+        "trainings": [result["training"] for result in runs],
+        "training_mean": statistics.fmean(result["training"] for result in runs),
+        "seconds": statistics.median(result["seconds"] for result in runs),
+        "sps": statistics.median(result["sps"] for result in runs),
+        "published": published(env_id),
+    }
+
+
+def published(env_id: str) -> dict[str, tuple[float, str]]:
+    """Others' (mean return, steps) for the environment in whatever version: Pong for ALE/Pong-v5 and PongNoFrameskip-v4."""
+    name = env_id.rpartition(":")[2].rpartition("/")[2].rpartition("-v")[0].removesuffix("NoFrameskip")
+    return {source: figures[name] for source, figures in PUBLISHED.items() if name in figures}
+
+
+def table(summaries: Sequence[Mapping[str, Any]]) -> str:
+    """The table, in Markdown."""
+    lines = [
+        "| environment | preset | steps | evaluation of each seed | mean ± std | IQM (95 %) | last 100 training returns "
+        "| seconds | steps/s | published |",
+        "|" + "---|" * 10,
+    ]
+    for row in summaries:
+        each = ", ".join(f"{value:.1f}" for value in row["evaluations"])
+        others = "; ".join(f"{source} {mean:g} ({steps})" for source, (mean, steps) in row["published"].items())
+        lines.append(
+            f"| {row['env_id']} | {row['preset']} | {row['steps']:,} | {each} | {row['mean']:.1f} ± {row['std']:.1f} "
+            f"| {row['iqm']:.1f} ({row['interval'][0]:.1f} to {row['interval'][1]:.1f}) | {row['training_mean']:.1f} "
+            f"| {row['seconds']:.0f} | {row['sps']:,.0f} | {others} |"
+        )
+    return "\n".join(lines)
+
+
+def main(config: LearningConfig, flags: Sequence[str]) -> int:
+    """Train, print, and return the exit code."""
+    finished: dict[tuple[str, int], dict[str, Any]] = {}
+    failed: dict[tuple[str, int], str] = {}
+    with tempfile.TemporaryDirectory() as temporary, concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        root = Path(config.run_dir or temporary)
+        root.mkdir(parents=True, exist_ok=True)
+        futures = {}
+        for env_id in config.env_id:
+            for seed in config.seeds:
+                run_dir = root / f"{env_id.replace('/', '_').replace(':', '_')}__{seed}"
+                futures[pool.submit(run, env_id, seed, run_dir, config, flags)] = (env_id, seed)
+        for future in concurrent.futures.as_completed(futures):
+            env_id, seed = futures[future]
+            try:
+                result = finished[env_id, seed] = future.result()
+                print(f"{env_id} seed {seed}: {result['evaluation']:.1f} in {result['seconds']:.0f} s", flush=True)
+            except (RuntimeError, OSError, LookupError, ValueError) as error:
+                failed[env_id, seed] = str(error)
+                print(f"{env_id} seed {seed} FAILED: {error}", flush=True)
+    summaries = []
+    for env_id in config.env_id:
+        runs = [finished[env_id, seed] for seed in config.seeds if (env_id, seed) in finished]
+        if runs:
+            summaries.append(summarize(env_id, runs))
+    print(f"\n{table(summaries)}\n")
+    print(json.dumps({"environments": summaries, "failed": [[*where, why] for where, why in failed.items()]}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    sys.exit(main(tyro.cli(LearningConfig, args=words[:split]), words[split + 1 :]))
