@@ -65,15 +65,14 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:
-    """The settings of --preset, for --env-id where that is given; raises UsageError for a name that there is not."""
-    name, env_id = _value_of("--preset", args) or "auto", _value_of("--env-id", args)
+    """The settings of --preset, its own environment among them; raises UsageError for a name that there is not."""
+    name = _value_of("--preset", args) or "auto"
     if name == "auto":
-        env_id = env_id or TrainConfig.env_id
-        return choose_preset(env_id).config(env_id)
+        return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
     if name not in PRESETS:
         known = ("auto", *PRESETS)
         raise UsageError(f"--preset must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
-    return PRESETS[name].config(env_id)
+    return PRESETS[name].config()
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:

@@ -54,10 +54,12 @@ def test_bootstrap_interval(learning):
 
     Of one 1 and nine 0 the interquartile mean (of the middle six, two off each end) is above 0 when at least three of ten draws
     are the 1, binomial with probability 0.0702, and above 1/6 when at least four are, 0.0128: the 97.5th percentile is 1/6.
+    Of 0, 0 and 1 all three draws are the 1 with 1/27 = 0.037: in a 95 % interval, in none of 90 %.
     """
     assert learning.bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
     assert learning.bootstrap_interval([5.0, 5.0, 5.0]) == (5.0, 5.0)
     assert learning.bootstrap_interval([3.0]) == (3.0, 3.0)
+    assert learning.bootstrap_interval([0.0, 0.0, 1.0]) == (0.0, 1.0)
     assert learning.bootstrap_interval([0.0] * 9 + [1.0]) == pytest.approx((0.0, 1.0 / 6.0))
 
 
