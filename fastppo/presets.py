@@ -243,7 +243,8 @@ HUMANOID_STANDUP = {
     "max_grad_norm": 0.7,
 }
 
-ATARI = {  # the zoo's wrapper clips rewards to their sign as well
+ATARI = {
+    "clip_reward": True,  # as the zoo's wrapper does
     "total_timesteps": 10_000_000,
     "num_envs": 8,
     "num_steps": 128,
