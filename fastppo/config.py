@@ -55,8 +55,27 @@ class TrainConfig:
     """Keyword arguments for the environment, as KEY=VALUE."""
     vectorization: Literal["auto", "entry-point", "sync", "async"] = "auto"
     """How N environments become one: their own vector class, one process, or one each. auto: the first, else by a trial."""
-    backend: Literal["auto", "gymnasium", "torch"] = "auto"
-    """Who runs the environments: gymnasium, or torch, on the device in one program with the policy. auto: as registered."""
+    backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
+    """Who runs the environments: gymnasium, EnvPool, or torch, on the device with the policy. auto: as registered."""
+
+    atari_noop_max: int = 30
+    """Atari: up to this many frames without action at the start of a game."""
+    atari_frame_skip: int = 4
+    """Atari: frames that one action is held for."""
+    atari_screen_size: int = 84
+    """Atari: height and width of an observation in pixels."""
+    atari_grayscale: bool = True
+    """Atari: luminance instead of colour."""
+    atari_frame_stack: int = 4
+    """Atari: screens in one observation."""
+    atari_sticky_actions: float = 0.0
+    """Atari: probability that a frame repeats the action before (0.25 in Machado et al. 2018)."""
+    atari_full_action_space: bool = False
+    """Atari: all 18 actions instead of those that the game uses."""
+    episodic_life: bool = True
+    """Atari: a lost life ends an episode for the learner; the game goes on, and logs show its whole score."""
+    fire_reset: bool = True
+    """Atari: FIRE starts a game and a life where the game has it."""
 
     num_envs: int = 8
     """N, environments stepped in parallel."""
@@ -173,9 +192,10 @@ class TrainConfig:
             self.device.startswith("cuda:") and self.device.removeprefix("cuda:").isdigit()
         ):
             raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
-        if self.backend == "torch" and self.vectorization != "auto":
+        if self.backend in ("torch", "envpool") and self.vectorization != "auto":
             raise UsageError(
-                f"--vectorization {self.vectorization} is for --backend gymnasium; torch steps all at once: leave it off"
+                f"--vectorization {self.vectorization} is for --backend gymnasium; "
+                f"{self.backend} steps all at once: leave it off"
             )
         self._check_minibatches()
 
@@ -262,16 +282,17 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
     **dict.fromkeys(("update_epochs", "log_interval", "num_threads", "cnn_size"), _at_least(1)),
-    **dict.fromkeys(("eval_episodes", "seed"), _at_least(0)),
+    **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
+    **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),
     **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds"), _FINITE_NOT_NEGATIVE),
-    **dict.fromkeys(("gamma", "gae_lambda"), _UNIT_INTERVAL),
+    **dict.fromkeys(("gamma", "gae_lambda", "atari_sticky_actions"), _UNIT_INTERVAL),
     "max_grad_norm": ((lambda x: x > 0), "above 0"),
     "log_std_init": (math.isfinite, "a number"),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
     "vectorization": ("auto", "entry-point", "sync", "async"),
-    "backend": ("auto", "gymnasium", "torch"),
+    "backend": ("auto", "gymnasium", "torch", "envpool"),
     "advantage": ("gae", "monte-carlo"),
     **dict.fromkeys(("activation", "cnn_activation"), ("tanh", "relu", "elu", "silu", "gelu")),
     "compile": ("off", "auto", "on"),

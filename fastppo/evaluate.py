@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fastppo.cli import parse, run
 from fastppo.config import TrainConfig
+from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.errors import TrainingFault, UsageError, brief
 
@@ -85,7 +86,8 @@ def evaluate_config(
     """Evaluate in fresh environments made as training's were: `return_mean return_std episodes`."""
     from fastppo.envs.backends import make_envs  # here, so that --help and wrong flags do not wait for torch
 
-    made = make_envs(config.env_id, min(episodes, 8), config.backend, config.vectorization, config.env_kwargs, "cpu")
+    num_envs, atari = min(episodes, 8), atari_settings(config)
+    made = make_envs(config.env_id, num_envs, config.backend, config.vectorization, config.env_kwargs, "cpu", atari)
     envs = AutoresetEnvs(made)
     try:
         returns = evaluate(agent, envs, episodes, seed, deterministic)

@@ -30,8 +30,9 @@ from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule, obs_of
+from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.backends import make_envs
+from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.probe import choose_vectorization
 from fastppo.errors import TrainingFault, UsageError
@@ -116,12 +117,13 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
-    vectorization, why = "auto", "as --backend torch asks"
-    if config.backend != "torch":
+    vectorization, why = "auto", f"as --backend {config.backend} asks"
+    if config.backend in ("auto", "gymnasium"):
         vectorization, why = choose_vectorization(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
-    made = make_envs(config.env_id, config.num_envs, config.backend, vectorization, config.env_kwargs, device)
+    atari = atari_settings(config)
+    made = make_envs(config.env_id, config.num_envs, config.backend, vectorization, config.env_kwargs, device, atari)
     cleanup.callback(made.close)
-    backend = "torch" if isinstance(made, TorchVectorEnv) else f"gymnasium/{vectorization}"
+    backend = engine_name(made, config.env_id, config.backend, vectorization)
     envs = AutoresetEnvs(made)
     if made.num_envs != config.num_envs:
         raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")

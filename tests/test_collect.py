@@ -23,6 +23,7 @@ from fastppo import TrainConfig, train
 from fastppo.core import compilation, native
 from fastppo.core.compilation import BackgroundCompile, CompileError, cache_key, compile_program
 from fastppo.core.programs import Collected, Normalization, act, collect
+from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import make_envs
 from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
@@ -483,7 +484,7 @@ def test_both_engines_make_the_same_run(tmp_path):
 
 def test_gymnasiums_engine_steps_from_python():
     """--backend gymnasium gives a TensorCollector even for a class that could be collected on the device."""
-    envs = AutoresetEnvs(make_envs("Pushed-v0", N, "gymnasium", "auto", {}, CPU))
+    envs = AutoresetEnvs(make_envs("Pushed-v0", N, "gymnasium", "auto", {}, CPU, AtariSettings()))
     ours = setup(Spoilt())
     assert isinstance(start_collector(envs, ours.rollout(), ours.obs, ours.spec, seed=0), TensorCollector)
 

@@ -42,7 +42,7 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     except UsageError as error:  # an adapter of ours, inside the entry point
         raise UsageError(f"--env-id {env_id}: {error}") from None
     except gym.error.DependencyNotInstalled as error:
-        raise UsageError(f"--env-id {env_id} needs a package that is not installed: {first_line(error)}") from None
+        raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_remedy(spec, error)}") from None
     except TypeError as error:
         raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
     except Exception as error:
@@ -58,6 +58,8 @@ def default_vectorization(env_id: str) -> str:
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The registered spec of `env_id`; raises UsageError with the nearest known ids."""
     name = import_module_of(env_id)
+    if name not in gym.registry and (name.startswith("ALE/") or "NoFrameskip-v" in name):
+        _register_atari(name)
     try:
         return gym.spec(name)
     except gym.error.Error as error:
@@ -74,6 +76,27 @@ def import_module_of(env_id: str) -> str:
         except Exception as error:  # whatever somebody's module may raise
             raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {brief(error)}") from None
     return name
+
+
+def _register_atari(name: str) -> None:
+    """Import ale_py, which registers its games; raises UsageError where it is not installed."""
+    try:
+        import ale_py
+    except ImportError:
+        message = f"--env-id {name} needs a package that is not installed: {_INSTALL.format('atari')}"
+        raise UsageError(message) from None
+    gym.register_envs(ale_py)
+
+
+_INSTALL = "pip install 'fastppo[{}]'"
+
+
+def _remedy(spec: gym.envs.registration.EnvSpec, error: gym.error.DependencyNotInstalled) -> str:
+    """Our extra that brings what a family of gymnasium's environments needs; for others, what the environment says."""
+    for extra in ("mujoco", "box2d"):
+        if str(spec.entry_point).startswith(f"gymnasium.envs.{extra}."):
+            return _INSTALL.format(extra)
+    return first_line(error)
 
 
 def _newest_first(name: str) -> list[str]:

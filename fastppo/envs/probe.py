@@ -6,6 +6,7 @@ from typing import Any
 
 from gymnasium.vector import VectorEnv
 
+from fastppo.envs.atari import is_atari
 from fastppo.envs.make import default_vectorization, make_vec
 from fastppo.errors import UsageError
 
@@ -27,6 +28,8 @@ def choose_vectorization(env_id: str, num_envs: int, wanted: str, env_kwargs: Ma
     """
     if wanted != "auto":
         return wanted, "as --vectorization asks"
+    if is_atari(env_id):
+        return "entry-point", "ALE's own vector environment"
     if default_vectorization(env_id) == "entry-point":
         return "entry-point", "the environment's own vector class"
     if num_envs == 1:

@@ -1,0 +1,202 @@
+"""Atari as the literature plays it: what the pixels go through, whose lives end episodes, and ALE's own vector environment.
+
+Rewards are never clipped here: scores stay true, and clipping is the learner's. A lost life is told as a termination, and the
+game goes on, as in OpenAI baselines' EpisodicLifeEnv with FireResetEnv: the step after it presses FIRE, or nothing where the
+game has no FIRE, whatever its action says. Neither ALE nor EnvPool has this: with `episodic_life`, ALE 0.12 resets the whole
+game at each lost life, so that nothing after the first is ever played, and EnvPool 1.2 plays up to 30 no-ops whose rewards it
+drops. Both run whole games here and `EpisodicLife` does the rest, the same for both.
+
+Knows nothing of networks or learning, and costs no torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv, VectorWrapper
+from numpy.typing import NDArray
+
+from fastppo.envs.make import find_spec, first_line
+from fastppo.errors import UsageError, brief
+
+# 30 minutes at 60 frames a second (Machado et al. 2018, section 4.2), the limit of every id that ALE registers.
+MAX_FRAMES = 108_000
+# Games whose minimal action set has no FIRE as its second action; EnvPool does not say what its actions mean.
+NO_FIRE = {
+    "asterix", "backgammon", "crazy_climber", "freeway", "frogger", "journey_escape", "koolaid", "kung_fu_master",
+    "lost_luggage", "ms_pacman", "pacman", "skiing", "surround", "tutankham", "video_checkers",
+}  # fmt: skip
+NOOP, FIRE = 0, 1
+
+
+@dataclass(frozen=True)
+class AtariSettings:
+    """How a game becomes an environment. Sources: DQN, Mnih et al. 2015; ALE, Machado et al. 2018; OpenAI baselines."""
+
+    noop_max: int = 30
+    """Up to this many frames without action at the start of a game (DQN; baselines' NoopResetEnv)."""
+    frame_skip: int = 4
+    """Frames that one action is held for; the last two are joined by their maximum (DQN)."""
+    screen_size: int = 84
+    """Height and width of an observation, pixels (DQN)."""
+    grayscale: bool = True
+    """Luminance instead of colour (DQN)."""
+    frame_stack: int = 4
+    """Screens in one observation (DQN)."""
+    sticky_actions: float = 0.0
+    """Probability that a frame repeats the action before: 0 in DQN and baselines, 0.25 in Machado et al. 2018."""
+    episodic_life: bool = True
+    """A lost life ends an episode for the learner (DQN; baselines' EpisodicLifeEnv; Machado et al. 2018 advise against it)."""
+    fire_reset: bool = True
+    """FIRE starts a game and a life where the game has it (baselines' FireResetEnv)."""
+    full_action_space: bool = False
+    """All 18 actions instead of those that the game uses (Machado et al. 2018)."""
+
+
+def atari_settings(config: Any) -> AtariSettings:
+    """The settings from a configuration's flags: atari_NAME, and episodic_life and fire_reset by their own names."""
+    return AtariSettings(
+        noop_max=config.atari_noop_max,
+        frame_skip=config.atari_frame_skip,
+        screen_size=config.atari_screen_size,
+        grayscale=config.atari_grayscale,
+        frame_stack=config.atari_frame_stack,
+        sticky_actions=config.atari_sticky_actions,
+        episodic_life=config.episodic_life,
+        fire_reset=config.fire_reset,
+        full_action_space=config.atari_full_action_space,
+    )
+
+
+def is_atari(env_id: str) -> bool:
+    """Whether this id, or module:Id, is one of ALE's games in gymnasium's registry. False for an id that nobody registered.
+
+    Imports the module, and ale_py where the id looks like one of its own.
+    """
+    try:
+        return find_spec(env_id).entry_point == "ale_py.env:AtariEnv"
+    except UsageError:
+        return False
+
+
+def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
+    """N games in ALE's own vector environment, a thread each as far as there are cores.
+
+    Observations are (N, frame_stack, H, W) uint8, in colour (N, 3 * frame_stack, H, W); with episodic_life, info tells the end
+    of a game as `EpisodicLife` does. Every returned array is a new one.
+
+    Args:
+        env_id: an id for which `is_atari`; its own frame skip, sticky actions and action space give way to `settings`.
+        env_kwargs: further arguments of ale_py.vector_env.AtariVectorEnv.
+
+    Raises:
+        UsageError: an argument that is not ALE's, or that a flag sets; names it.
+    """
+    from ale_py.vector_env import AtariVectorEnv
+
+    own: dict[str, Any] = {
+        "frameskip": settings.frame_skip,
+        "repeat_action_probability": settings.sticky_actions,
+        "full_action_space": settings.full_action_space,
+        "noop_max": settings.noop_max,
+        "img_height": settings.screen_size,
+        "img_width": settings.screen_size,
+        "grayscale": settings.grayscale,
+        "stack_num": settings.frame_stack,
+        "use_fire_reset": settings.fire_reset,
+        "episodic_life": False,
+        "life_loss_info": False,
+        "reward_clipping": False,
+        "continuous": False,
+    }
+    refuse_own(env_id, env_kwargs, (*own, "game", "num_envs", "batch_size", "autoreset_mode"))
+    try:
+        ale = AtariVectorEnv(num_envs=num_envs, **{**find_spec(env_id).kwargs, **own, **env_kwargs})
+    except TypeError as error:
+        raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
+    except Exception as error:
+        raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
+    actions = [action.name for action in ale.ale.get_action_set()]
+    return tell_lives(ale if settings.grayscale else _channels_first(ale), settings, has_fire=actions[FIRE] == "FIRE")
+
+
+def refuse_own(env_id: str, env_kwargs: Mapping[str, Any], own: tuple[str, ...]) -> None:
+    """Raise UsageError for an argument that is fastppo's to give."""
+    for name in own:
+        if name in env_kwargs:
+            raise UsageError(
+                f"--env-kwargs {name} is not for {env_id}: use --num-envs, --seed or the --atari-... flags instead"
+            )
+
+
+def tell_lives(envs: VectorEnv, settings: AtariSettings, has_fire: bool) -> VectorEnv:
+    """`envs` as it is, or with episodic_life in an `EpisodicLife`; has_fire: whether its action 1 is FIRE."""
+    return EpisodicLife(envs, FIRE if settings.fire_reset and has_fire else NOOP) if settings.episodic_life else envs
+
+
+def _channels_first(envs: VectorEnv) -> VectorEnv:
+    """Stacked colour screens (N, stack, H, W, 3) as (N, 3 * stack, H, W)."""
+    from gymnasium.wrappers.vector import TransformObservation  # here: 0.2 s
+
+    stack, height, width, channels = envs.single_observation_space.shape or ()
+    join = partial(_join_channels, shape=(-1, stack * channels, height, width))
+    return TransformObservation(
+        envs, join, single_observation_space=gym.spaces.Box(0, 255, (stack * channels, height, width), np.uint8)
+    )
+
+
+def _join_channels(obs: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return obs.transpose(0, 1, 4, 2, 3).reshape(shape)
+
+
+class EpisodicLife(VectorWrapper):
+    """A lost life is told as a termination, and the game goes on.
+
+    Around a NEXT_STEP environment of whole games whose info has "lives", (N,). Its info has "game_over" in addition, (N,) bool
+    at every step: which of the ends just told are those of a game, so that its score is complete; the others are lives.
+
+    The row after a lost life is a resetting row like any other: its action is not the agent's but `resume_action`, it is no
+    end, and its reward is 0. What the game pays there is told one row later, so that rewards always add up to the score. A game
+    that ends there has its end told one row later too, as a termination.
+    """
+
+    def __init__(self, envs: VectorEnv, resume_action: int) -> None:
+        super().__init__(envs)
+        self.resume_action = resume_action
+        self._start(np.zeros(envs.num_envs, np.int32))
+
+    def _start(self, lives: NDArray[Any]) -> None:
+        none = np.zeros(self.num_envs, bool)
+        self._lives = lives  # (N,) after the last step
+        self._ended = none  # (N,) the game ended in the last step: this one starts another
+        self._resuming = none  # (N,) an end was told after the last step, and the game goes on
+        self._late = none  # (N,) the game ended in a resetting row, and nobody has been told
+        self._held = np.zeros(self.num_envs)  # (N,) paid in a resetting row, not yet told
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """New games, all of them; as the environment's own."""
+        obs, info = self.env.reset(seed=seed, options=options)
+        self._start(info["lives"])
+        return obs, info
+
+    def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """actions (N,) whole numbers -> obs as they come, reward (N,) float64, terminated, truncated (N,) bool, info."""
+        resuming, late = self._resuming, self._late
+        actions = np.where(resuming, self.resume_action, actions)
+        obs, reward, terminated, truncated, info = self.env.step(actions)
+        lives, ended = info["lives"], terminated | truncated
+        # some games stand at 0 lives for a few frames before they end: that is no life to go on with (baselines)
+        lost = (lives < self._lives) & (lives > 0) & ~ended & ~self._ended & ~resuming
+        reward = reward + self._held
+        self._held = np.where(resuming, reward, 0.0)
+        self._lives, self._ended, self._resuming, self._late = lives, ended, lost | late, ended & resuming
+        return (
+            obs,
+            np.where(resuming, 0.0, reward),
+            (terminated & ~resuming) | lost | late,
+            truncated & ~resuming,
+            {**info, "game_over": (ended & ~resuming) | late},
+        )

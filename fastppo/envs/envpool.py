@@ -1,0 +1,155 @@
+"""EnvPool's environments, stepped by its threads in C++, as a gymnasium vector environment. Costs no torch.
+
+Knows nothing of learning; of Atari only which settings of ours are which of EnvPool's.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, tell_lives
+from fastppo.envs.make import first_line
+from fastppo.errors import UsageError, brief, nearest
+
+SEEDS = 2**31  # EnvPool's are below it
+
+
+class EnvPoolVectorEnv(VectorEnv):
+    """N environments of one EnvPool task: NEXT_STEP autoreset, arrays in and out.
+
+    EnvPool is seeded when a pool is made and at no other time, so a reset with a seed makes a new pool. Every returned array is
+    a new one. An episode that reaches its time limit is told as truncated and not terminated, even if it would have terminated
+    in that very step: EnvPool does not tell the two apart.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012 (gymnasium's own convention)
+
+    def __init__(self, task: str, num_envs: int, **kwargs: Any) -> None:
+        """Starts no thread yet: the first reset does.
+
+        Args:
+            task: one of envpool.list_all_envs().
+            kwargs: what envpool.make takes.
+
+        Raises:
+            TypeError: arguments that are not the task's.
+        """
+        import envpool
+
+        spec = envpool.make_spec(task, num_envs=num_envs, **kwargs)
+        self.config = spec.config
+        self.num_envs = num_envs
+        self.single_observation_space = spec.gymnasium_observation_space
+        self.single_action_space = spec.gymnasium_action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._make_pool = partial(envpool.make, task, env_type="gymnasium", num_envs=num_envs, **kwargs)
+        self._pool: Any = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start all environments anew.
+
+        Args:
+            seed: of all random numbers from here on; None: they go on where they are, from the system's entropy at first.
+            options: none.
+
+        Returns:
+            obs (N, *obs_shape), info.
+        """
+        super().reset(seed=seed)
+        if seed is None and self._pool is None:
+            seed = int(self.np_random.integers(SEEDS))
+        if seed is not None:
+            self.close_extras()
+            self._pool = self._make_pool(seed=seed % SEEDS)
+        obs, info = self._pool.reset()
+        return obs, info
+
+    def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step all environments; those that ended in the last step reset instead.
+
+        Args:
+            actions: (N, *action_shape), any dtype: EnvPool gets its own.
+
+        Returns:
+            obs (N, *obs_shape), reward (N,) float32, terminated (N,) bool, truncated (N,) bool, info.
+        """
+        obs, reward, terminated, truncated, info = self._pool.step(actions)
+        return obs, reward, terminated, truncated, info
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Release the threads."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
+    """N environments of EnvPool's task with this id; Atari with `settings`, as `make_ale` has it.
+
+    Args:
+        env_id: EnvPool's name of a task, or ALE's of a game: ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are Breakout-v5.
+        env_kwargs: further arguments of envpool.make.
+
+    Raises:
+        UsageError: EnvPool is not installed, has no such task, or does not take an argument; names it.
+    """
+    if importlib.util.find_spec("envpool") is None:
+        raise UsageError("--backend envpool needs a package that is not installed: pip install 'fastppo[envpool]'")
+    task = task_of(env_id)
+    refuse_own(env_id, env_kwargs, ("num_envs", "batch_size", "seed", "env_seed", "env_type"))
+    try:
+        envs = EnvPoolVectorEnv(task, num_envs, **env_kwargs)
+        is_atari = hasattr(envs.config, "repeat_action_probability")
+        if is_atari:
+            own = envpool_arguments(settings)
+            refuse_own(env_id, env_kwargs, tuple(own))
+            envs = EnvPoolVectorEnv(task, num_envs, max_episode_steps=MAX_FRAMES // settings.frame_skip, **own, **env_kwargs)
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"--env-kwargs do not fit {task} of EnvPool: {first_line(error)}") from None
+    except Exception as error:
+        raise UsageError(f"--env-id {env_id} cannot be made by EnvPool: {brief(error)}") from None
+    if envs.config.max_num_players != 1:
+        raise UsageError(
+            f"--env-id {env_id}: EnvPool's {task} is a game of {envs.config.max_num_players} players; one is wanted"
+        )
+    if is_atari:
+        return tell_lives(envs, settings, has_fire=settings.full_action_space or envs.config.task not in NO_FIRE)
+    return envs
+
+
+def task_of(env_id: str) -> str:
+    """EnvPool's name for an id of gymnasium's, a module before it left out; raises UsageError with the nearest that exist."""
+    import envpool
+
+    tasks = envpool.list_all_envs()
+    name = env_id.rpartition(":")[2]
+    game = name.removeprefix("ALE/").replace("TicTacToe3D", "TicTacToe3d").replace("NoFrameskip-v4", "-v5")
+    task = next((known for known in (name, game) if known in tasks), None)
+    if task is None:
+        raise UsageError(f"--env-id {env_id!r}: EnvPool has no {game}{nearest(game, tasks)}")
+    return task
+
+
+def envpool_arguments(settings: AtariSettings) -> dict[str, Any]:
+    """Our Atari settings by EnvPool's names."""
+    return {
+        "noop_max": max(settings.noop_max, 1),  # it draws from 1 to noop_max, FIRE counted in, and crashes at 0
+        "frame_skip": settings.frame_skip,
+        "img_height": settings.screen_size,
+        "img_width": settings.screen_size,
+        "gray_scale": settings.grayscale,
+        "stack_num": settings.frame_stack,
+        "repeat_action_probability": settings.sticky_actions,
+        "use_fire_reset": settings.fire_reset,
+        "full_action_space": settings.full_action_space,
+        "episodic_life": False,
+        "reward_clip": False,
+    }
