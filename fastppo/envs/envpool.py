@@ -4,6 +4,7 @@ Knows nothing of learning; of Atari only which settings of ours are which of Env
 """
 
 import importlib.util
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -41,11 +42,13 @@ class EnvPoolVectorEnv(VectorEnv):
         """
         import envpool
 
-        spec = envpool.make_spec(task, num_envs=num_envs, **kwargs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # gymnasium's, on bounds that EnvPool gives as float64
+            spec = envpool.make_spec(task, num_envs=num_envs, **kwargs)
+            self.single_observation_space = spec.gymnasium_observation_space
+            self.single_action_space = spec.gymnasium_action_space
         self.config = spec.config
         self.num_envs = num_envs
-        self.single_observation_space = spec.gymnasium_observation_space
-        self.single_action_space = spec.gymnasium_action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._make_pool = partial(envpool.make, task, env_type="gymnasium", num_envs=num_envs, **kwargs)
@@ -67,7 +70,9 @@ class EnvPoolVectorEnv(VectorEnv):
         if seed is not None:
             self.close_extras()
             self._pool = self._make_pool(seed=seed % SEEDS)
-        obs, info = self._pool.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the same again: the pool makes its spaces at the first look
+            obs, info = self._pool.reset()
         return obs, info
 
     def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
