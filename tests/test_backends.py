@@ -20,6 +20,7 @@ from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.envpool import task_of
 from fastppo.envs.probe import choose_vectorization
+from fastppo.train import console
 
 N = 3
 WHOLE_GAMES = AtariSettings(noop_max=0, episodic_life=False, fire_reset=False)
@@ -574,6 +575,18 @@ def test_what_is_not_installed(monkeypatch, env_id, backend, missing, extra):
         monkeypatch.delitem(gym.registry, env_id, raising=False)
     with pytest.raises(UsageError, match=rf"not installed: pip install 'fastppo\[{extra}\]'"):
         make_envs(env_id, N, backend, "sync" if missing == "gymnasium" else "auto", {}, "cpu", AtariSettings())
+
+
+def test_the_command_line_asks_who_runs_it(tmp_path, capsys):
+    """A wrong id is looked for in EnvPool's list, not in gymnasium's, before anything is written; a right one trains."""
+    pytest.importorskip("envpool")
+    common = ["--backend", "envpool", "--run-dir", str(tmp_path / "run"), "--env-id"]
+    assert console([*common, "Braekout-v5"]) == 2
+    assert "EnvPool has no Braekout-v5; nearest: Breakout-v5" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    few = ["--num-iterations", "1", "--num-steps", "8", "--eval-episodes", "0", "--compile", "off"]
+    assert console([*common, "CartPole-v1", *few]) == 0
+    assert ": 8 environments, envpool (as --backend envpool asks)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])

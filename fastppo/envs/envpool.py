@@ -102,10 +102,8 @@ def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], sett
         env_kwargs: further arguments of envpool.make.
 
     Raises:
-        UsageError: EnvPool is not installed, has no such task, or does not take an argument; names it.
+        UsageError: as `task_of`, or an argument that is not the task's or that a flag sets; names it.
     """
-    if importlib.util.find_spec("envpool") is None:
-        raise UsageError("--backend envpool needs a package that is not installed: pip install 'fastppo[envpool]'")
     task = task_of(env_id)
     refuse_own(env_id, env_kwargs, ("num_envs", "batch_size", "seed", "env_seed", "env_type"))
     try:
@@ -131,7 +129,13 @@ def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], sett
 
 
 def task_of(env_id: str) -> str:
-    """EnvPool's name for an id of gymnasium's, a module before it left out; raises UsageError with the nearest that exist."""
+    """EnvPool's name for an id of gymnasium's, a module before it left out.
+
+    Raises:
+        UsageError: EnvPool is not installed, or has no such task; names the nearest that it has.
+    """
+    if importlib.util.find_spec("envpool") is None:
+        raise UsageError("--backend envpool needs a package that is not installed: pip install 'fastppo[envpool]'")
     import envpool
 
     tasks = envpool.list_all_envs()
