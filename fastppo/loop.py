@@ -61,7 +61,7 @@ from fastppo.tiers import Job, Tiers
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
 ROWS_PER_PASS = 1024
-MIN_WORKER_ROWS = 64  # of a minibatch, for each worker of a compiled `learn`
+MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
 MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
@@ -132,6 +132,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     obs = obs_spec(obs_space, info_mask_size(envs), action)
     network = make_network(obs, action, config, policy, seeds["parameters"])
     state = init_state(config, network, obs, device, seeds)
+    has_images = any(leaf.kind == "image" for leaf in obs)
     keep = partial(checkpoint_of, network, obs_space, obs, action)
 
     if config.resume:
@@ -149,7 +150,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     if chosen is not None:
         display.note(chosen)
     display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
-    workers = choose_workers(config)
+    workers = 1 if has_images else choose_workers(config)  # large convolutions share themselves out better
     torch.set_num_threads(choose_threads(config, network))
     display.note(
         f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
@@ -167,7 +168,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     act_noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     normalization = normalization_of(state)
     learn = partial(programs.learn, policy=network, **learn_settings(config))
-    if any(leaf.kind == "image" for leaf in obs):  # what a CNN leaves behind for its gradient is 100 kB a row
+    if has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
         learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
     fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS, num_workers=workers) if device.type == "cpu" else learn
     learn_example = (state.params, state.adam, rollout_tensors, permutation, schedule_at(0.0, config, device), normalization)
