@@ -37,11 +37,13 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
     """Seconds of Stable-Baselines3's PPO for all iterations but the first.
 
     make_vec_env's default, DummyVecEnv, and the CPU are what its documentation advises for PPO with an MLP. MlpPolicy's own
-    defaults are the rest of the setting: 64 64 tanh for actor and critic each, orthogonal weights, Adam's epsilon 1e-5.
+    defaults are the rest of the setting: 64 64 tanh for actor and critic each, orthogonal weights, Adam's epsilon 1e-5. Atari
+    is played as its RL Zoo does: make_atari_env, four frames stacked, CnnPolicy.
     """
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
     starts: list[float] = []  # of each rollout: the second one starts as the first iteration's update has ended
 
@@ -52,11 +54,20 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
         def _on_step(self) -> bool:
             return True
 
-    envs = make_vec_env(workload.env_id, n_envs=workload.num_envs, seed=seed)
+    atari = workload.env_id.startswith("ALE/")
+    if atari:
+        import ale_py
+
+        gym.register_envs(ale_py)
+        game = workload.env_id.removeprefix("ALE/").partition("-")[0] + "NoFrameskip-v4"
+        envs = VecFrameStack(make_atari_env(game, n_envs=workload.num_envs, seed=seed), n_stack=4)
+    else:
+        envs = make_vec_env(workload.env_id, n_envs=workload.num_envs, seed=seed)
+        envs = VecNormalize(envs) if workload.normalized else envs
     model = PPO(
-        "MlpPolicy",
+        "CnnPolicy" if atari else "MlpPolicy",
         envs,
-        learning_rate=lambda remaining: remaining * LEARNING_RATE,
+        learning_rate=lambda remaining: remaining * (2.5e-4 if atari else LEARNING_RATE),
         n_steps=workload.num_steps,
         batch_size=workload.minibatch_size,
         n_epochs=workload.update_epochs,
@@ -205,8 +216,8 @@ class PeersConfig:
     """Transitions of each run of sb3 and torchrl, rounded down to whole iterations, at least two; the first is not timed."""
     rounds: int = 3
     """Runs of each, of which the median is reported."""
-    num_threads: int = 1
-    """torch's threads, for sb3 and torchrl."""
+    num_threads: int | None = None
+    """torch's threads, for sb3 and torchrl; default: 1, their best at these sizes, and all for the CNN."""
     jax_python: Path | None = None
     """Python of the environment that the first lines of jax_peers.py set up."""
     purejaxrl: Path | None = None
@@ -215,13 +226,16 @@ class PeersConfig:
 
 def main(config: PeersConfig) -> int:
     """Measure, print the table and the JSON line; returns the exit code."""
-    if min(config.total_timesteps, config.rounds, config.num_threads) < 1:
+    if min(config.total_timesteps, config.rounds, config.num_threads or 1) < 1:
         print("--total-timesteps, --rounds and --num-threads must be at least 1", file=sys.stderr)
         return 2
-    on_device = WORKLOADS[config.workload].backend == "torch"
-    names = list(config.peers or (JAX_PEERS if on_device else PEERS))
+    workload = WORKLOADS[config.workload]
+    on_device = workload.backend == "torch"
+    only_sb3 = workload.normalized or workload.env_id.startswith("ALE/")
+    names = list(config.peers or (JAX_PEERS if on_device else ("sb3",) if only_sb3 else PEERS))
+    num_threads = config.num_threads or (torch.get_num_threads() if workload.env_id.startswith("ALE/") else 1)
     for name in names:
-        if (name in JAX_PEERS) != on_device:
+        if (name in JAX_PEERS) != on_device or (only_sb3 and name != "sb3"):
             print(f"--peers {name}: not for --workload {config.workload}", file=sys.stderr)
             return 2
         if name in PEERS and importlib.util.find_spec(PEERS[name][0]) is None:
@@ -237,11 +251,11 @@ def main(config: PeersConfig) -> int:
             if name in JAX_PEERS:
                 measured[name].append(run_jax_peer(name, config.workload, config))
             else:
-                measured[name].append(run_peer(name, config.workload, config.total_timesteps, config.num_threads))
+                measured[name].append(run_peer(name, config.workload, config.total_timesteps, num_threads))
         measured["fastppo"].append(run_fastppo(WORKLOADS[config.workload])["sps"])
 
     runtime = f"Python {sys.version.split()[0]}, torch {torch.__version__}, gymnasium {version('gymnasium')}"
-    table = Table(title=f"{config.workload}, {config.rounds} rounds, --num-threads {config.num_threads}", caption=runtime)
+    table = Table(title=f"{config.workload}, {config.rounds} rounds, --num-threads {num_threads}", caption=runtime)
     for column in ("", "steps/s (median)", "min", "max", "fastppo is faster by"):
         table.add_column(column, justify="left" if not column else "right")
     results: dict[str, dict[str, Any]] = {}

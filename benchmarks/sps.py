@@ -26,7 +26,8 @@ WARMUP_ITERATIONS = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """One benchmark: the same settings for fastppo and the yardstick (two hidden layers of 64 tanh, actor and critic apart)."""
+    """One benchmark: the same settings for fastppo, the yardstick and the peers (two hidden layers of 64 tanh, actor and critic
+    apart; a Nature CNN for Atari)."""
 
     env_id: str
     num_envs: int
@@ -35,7 +36,8 @@ class Workload:
     update_epochs: int
     total_timesteps: int
     yardstick_timesteps: int
-    backend: str = "gymnasium"  # fastppo's; the yardstick steps gymnasium's vector environment
+    backend: str = "gymnasium"  # fastppo's; yardstick and peers step gymnasium's environments
+    normalized: bool = False  # observations and rewards by running statistics, not in the yardstick
 
     @property
     def batch_size(self) -> int:
@@ -48,13 +50,20 @@ class Workload:
         return self.batch_size // self.num_minibatches
 
 
-WorkloadName = Literal["cartpole8", "cartpole1024", "pendulum8", "device8", "device1024"]
+WorkloadName = Literal[
+    *("cartpole8", "cartpole1024", "pendulum8", "device8", "device1024"),
+    *("halfcheetah8", "halfcheetah8-envpool", "breakout8", "breakout8-envpool"),
+]
 WORKLOADS: Mapping[str, Workload] = {
     "cartpole8": Workload("CartPole-v1", 8, 128, 4, 4, 200_000, 50_000),
     "cartpole1024": Workload("CartPole-v1", 1024, 64, 8, 4, 3_000_000, 1_000_000),
     "pendulum8": Workload("Pendulum-v1", 8, 256, 32, 10, 100_000, 20_000),
     "device8": Workload("CartPole-v1", 8, 128, 4, 4, 1_000_000, 50_000, "torch"),
     "device1024": Workload("CartPole-v1", 1024, 64, 8, 4, 4_000_000, 1_000_000, "torch"),
+    "halfcheetah8": Workload("HalfCheetah-v5", 8, 256, 32, 10, 100_000, 20_000, normalized=True),
+    "halfcheetah8-envpool": Workload("HalfCheetah-v5", 8, 256, 32, 10, 200_000, 20_000, "envpool", normalized=True),
+    "breakout8": Workload("ALE/Breakout-v5", 8, 128, 4, 4, 12_000, 0),
+    "breakout8-envpool": Workload("ALE/Breakout-v5", 8, 128, 4, 4, 12_000, 0, "envpool"),
 }
 
 
@@ -96,6 +105,8 @@ def run_fastppo(
             "--run-dir": run_dir,
         } | ({} if num_threads is None else {"--num-threads": num_threads})
         words = [str(word) for pair in flags.items() for word in pair]
+        words += ["--norm-obs", "--norm-reward"] * workload.normalized
+        words += ["--clip-reward", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"] * workload.env_id.startswith("ALE/")
         subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run_dir / "summary.json").read_text())
         with (run_dir / "metrics.csv").open(newline="") as file:
@@ -144,6 +155,8 @@ def compare(
 def main(config: SpsConfig) -> None:
     """Run, print a table and the JSON line."""
     workload = WORKLOADS[config.workload]
+    if config.compare and not workload.yardstick_timesteps:
+        sys.exit("--compare: the yardstick has no convolutions; peers.py compares with Stable-Baselines3")
     if config.compile == "on":
         run_fastppo(workload, "on", config.num_threads)  # compiles where the cache has nothing: not what is measured
     theirs: list[dict[str, Any]] = []

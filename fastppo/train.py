@@ -27,10 +27,10 @@ def console(args: Sequence[str] | None = None) -> int:
 class _CallableModule(ModuleType):
     """`from fastppo import train` gives this module once it has been imported, the function before: both can be called."""
 
-    def __call__(self, config: TrainConfig) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from fastppo.loop import train
 
-        return train(config)
+        return train(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _CallableModule
