@@ -69,8 +69,8 @@ ARTICLE = {  # the settings of the article that fastppo grew from: those of the 
     "seed": 0,
     "eval_episodes": 5,
 }
-PENDULUM = {
-    **NORMALIZED,
+PENDULUM = {  # observations are bounded already; normalised too, two of five seeds stay at -230 to -480
+    "norm_reward": True,
     "total_timesteps": 200_000,
     "num_envs": 8,
     "num_steps": 256,
