@@ -105,7 +105,7 @@ def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, acti
         first, mask = envs.reset_and_mask(seed)
         if isinstance(envs.envs, TorchVectorEnv):
             return DeviceCollector(envs.envs, rollout, action)
-        of_tensors = isinstance(obs.leaves[0].find(first), Tensor)
+        of_tensors = isinstance(obs.observed[0].find(first), Tensor)
         collector = (TensorCollector if of_tensors else HostCollector)(envs, rollout, obs, action)
         collector.begin(first, mask)
     return collector
@@ -244,13 +244,13 @@ class HostCollector:
             acted = time.perf_counter()
             try:
                 step = self.envs.step(env_action)
+                self._write(t + 1, step.obs, step.action_mask)
+                reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
+                if step.final_obs is not None:
+                    for leaf in self.obs.observed:
+                        arrays[f"final_{leaf.key}"][t] = leaf.find(step.final_obs)
             except Exception as error:
                 raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
-            self._write(t + 1, step.obs, step.action_mask)
-            reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
-            if step.final_obs is not None:
-                for leaf in self.obs.observed:
-                    arrays[f"final_{leaf.key}"][t] = leaf.find(step.final_obs)
             if step.game_over is not None:
                 if self.game_over is None:
                     self.game_over = np.zeros_like(terminated[:-1])

@@ -72,27 +72,32 @@ class AutoresetEnvs:
     def step(self, action: Batch) -> Step:
         """Step all environments; see the module's docstring for what `final_obs` is."""
         obs, reward, terminated, truncated, info = self.envs.step(action)
+        mask, game_over = self._mask(info), info.get("game_over")
         if self.mode is AutoresetMode.NEXT_STEP:
-            return Step(obs, reward, terminated, truncated, None, self._mask(info), info.get("game_over"))
+            return Step(obs, reward, terminated, truncated, None, mask, game_over)
         done = np_or_torch(terminated).logical_or(terminated, truncated)
         if self.mode is AutoresetMode.SAME_STEP:
             final_obs = _final_obs(obs, done, info)
         elif done.any():  # sync: the caller resets
             # copies, since an environment may keep what it returned and write to it when it resets
             final_obs, reward, terminated, truncated = map(_copy, (obs, reward, terminated, truncated))
+            game_over = None if game_over is None else _copy(game_over)
             obs, info = self.envs.reset(options={"reset_mask": done})
+            mask = _mask_after_reset(done, mask, self._mask(info))
         else:
             final_obs = obs
-        return Step(obs, reward, terminated, truncated, final_obs, self._mask(info), info.get("game_over"))
+        return Step(obs, reward, terminated, truncated, final_obs, mask, game_over)
 
     def _mask(self, info: Mapping[str, Any]) -> Batch | None:
         """(N, A) of what the environments say is legal; all of an environment that says nothing."""
         mask = info.get("action_mask")
-        if mask is None or is_tensor(mask):
-            return mask
+        if mask is None:
+            return None
+        if is_tensor(mask):
+            return (mask != 0).reshape(self.num_envs, -1)
         told = np.asarray(info.get("_action_mask", np.ones(self.num_envs, bool)))
         if mask.dtype == object:  # a tuple of arrays, one for each component of the action
-            parts = [np.concatenate([np.ravel(part) for part in row]) if told[i] else None for i, row in enumerate(mask)]
+            parts = [_flat(row) if told[i] else None for i, row in enumerate(mask)]
             width = next(len(part) for part in parts if part is not None)
             mask = np.stack([np.ones(width, bool) if part is None else part for part in parts])
         mask = np.asarray(mask).reshape(self.num_envs, -1) != 0
@@ -114,11 +119,26 @@ def np_or_torch(batch: Batch) -> ModuleType:
     return sys.modules["torch"] if is_tensor(batch) else np
 
 
+def _flat(mask: Any) -> np.ndarray[Any, Any]:
+    """The arrays of a tuple, or tuple of tuples, as one."""
+    return np.concatenate([_flat(part) for part in mask]) if isinstance(mask, tuple | list) else np.ravel(mask)
+
+
+def _mask_after_reset(done: Batch, step: Batch | None, reset: Batch | None) -> Batch | None:
+    """What is legal in environments of which some have just been reset: the others' masks came with their step."""
+    told = reset if step is None else step
+    if told is None:
+        return None
+    library = np_or_torch(told)
+    step, reset = (library.ones_like(told) if mask is None else mask for mask in (step, reset))
+    return library.where(done[:, None], reset, step)
+
+
 def _final_obs(obs: Structure, done: Batch, info: Mapping[str, Any]) -> Structure:
     """What each environment's step led to, under SAME_STEP."""
     final: Any = info.get("final_obs")
-    if is_tensor(final):  # of all environments, so that nobody has to ask which have ended
-        return sys.modules["torch"].where(done.reshape(-1, *[1] * (obs.ndim - 1)), final, obs)
+    if is_tensor(final) or isinstance(final, Mapping) or (isinstance(final, tuple) and isinstance(obs, tuple)):
+        return _where(done, final, obs)  # of all environments, so that nobody has to ask which have ended
     rows = done.nonzero()
     indices = (rows if is_tensor(rows) else rows[0]).flatten().tolist()  # sync: objects lie on the host
     final_obs = _copy(obs) if indices else obs
@@ -127,6 +147,15 @@ def _final_obs(obs: Structure, done: Batch, info: Mapping[str, Any]) -> Structur
     for index in indices:
         _put(final_obs, index, final[index])
     return final_obs
+
+
+def _where(done: Batch, final: Structure, obs: Structure) -> Structure:
+    """Rows of `final` where an episode ended, else of `obs`."""
+    if isinstance(obs, Mapping):
+        return {name: _where(done, final[name], part) for name, part in obs.items()}
+    if isinstance(obs, tuple):
+        return tuple(_where(done, one, other) for one, other in zip(final, obs, strict=True))
+    return np_or_torch(obs).where(done.reshape(-1, *[1] * (obs.ndim - 1)), final, obs)
 
 
 def _copy(obs: Structure) -> Structure:
