@@ -105,6 +105,10 @@ def obs_spec(space: gym.Space[Any], info_mask_size: int | None = None, action: "
     leaves = list(_leaves(space, "obs", ()))
     if info_mask_size is not None:
         leaves.append(ObsLeaf(ACTION_MASK, (), (info_mask_size,), torch.bool, "mask"))
+    keys = [leaf.key for leaf in leaves]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--env-id: two parts of the observation are called {twice}: a dot in a name is one too many")
     masks = [leaf for leaf in leaves if leaf.kind == "mask"]
     if len(masks) > 1:
         raise UsageError("--env-id: the environment tells its action_mask twice, in the observation and in the info")
@@ -124,7 +128,11 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
         parts: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
         for name, part in parts:
             if name == ACTION_MASK and not path:
-                yield ObsLeaf(ACTION_MASK, (name,), (gym.spaces.flatdim(part),), torch.bool, "mask")
+                if not isinstance(part, Box | MultiBinary | MultiDiscrete):
+                    raise UsageError(
+                        f"--env-id: {ACTION_MASK} is {part}; supported: MultiBinary, or Box or MultiDiscrete of 0 and 1"
+                    )
+                yield ObsLeaf(ACTION_MASK, (name,), (math.prod(part.shape),), torch.bool, "mask")
             else:
                 yield from _leaves(part, f"{key}.{name}", (*path, name))
     elif isinstance(space, Discrete):
@@ -167,7 +175,7 @@ class ActionSpec:
     shape: tuple[int, ...]  # as stored: (), (K,) components, or (A,)
     dtype: torch.dtype  # as stored
     env_dtype: torch.dtype
-    low: Tensor  # (A,), for Box; (K,), the first value of each component, for MultiDiscrete
+    low: Tensor  # (A,) of env_dtype, for Box; (K,), the first value of each component, for MultiDiscrete
     high: Tensor
     squash: bool
 
@@ -180,10 +188,11 @@ class ActionSpec:
             return action + int(self.space.start) if self.space.start else action
         if isinstance(self.distribution, MultiCategorical):
             action = action + self.low
-        elif self.squash:
-            action = self.low + (action.tanh() + 1.0) * (0.5 * (self.high - self.low))
         else:
-            action = torch.minimum(torch.maximum(action, self.low), self.high)
+            if self.squash:
+                action = self.low + (action.tanh() + 1.0) * (0.5 * (self.high - self.low))
+            # in the environment's own type: rounded to float32 a bound may lie outside
+            action = torch.minimum(torch.maximum(action.to(self.env_dtype), self.low), self.high)
         return action.to(self.env_dtype).reshape(*action.shape[:-1], *(self.space.shape or ()))
 
     def to(self, device: torch.device) -> "ActionSpec":
@@ -213,12 +222,10 @@ def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
         return ActionSpec(space, family, sum(numbers), (len(numbers),), torch.int64, env_dtype, start, none, False)
     if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
         size = math.prod(space.shape)
-        low = torch.from_numpy(space.low).float().flatten()
-        high = torch.from_numpy(space.high).float().flatten()
+        low, high = torch.from_numpy(space.low).flatten(), torch.from_numpy(space.high).flatten()
         if squash and not (low.isfinite().all() and high.isfinite().all()):
             raise UsageError("--squash-actions needs finite action bounds; this environment has none: leave it off")
-        env_dtype = torch.float64 if space.dtype == np.float64 else torch.float32
-        return ActionSpec(space, DIAGONAL_NORMAL, size, (size,), torch.float32, env_dtype, low, high, squash)
+        return ActionSpec(space, DIAGONAL_NORMAL, size, (size,), torch.float32, low.dtype, low, high, squash)
     raise UsageError(
         f"--env-id: action space {space} is not supported; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats"
     )
