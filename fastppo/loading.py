@@ -25,7 +25,7 @@ def load_policy(
         policy: the factory of a network of your own, as `train` was given it.
 
     Raises:
-        UsageError: no run directory, no such checkpoint, or a damaged one.
+        UsageError: no run directory, no such checkpoint, a damaged one, or another network than that of the run.
     """
     directory = RunDirectory(Path(run_dir))
     config = TrainConfig.from_json(directory.config)

@@ -39,7 +39,7 @@ from fastppo.errors import TrainingFault, UsageError
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
-from fastppo.policy.agent import Agent, make_network, moments_from_state, policy_state
+from fastppo.policy.agent import Agent, make_network, moments_from_state, policy_state, weights_from_state
 from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.policy.normalization import (
     RunningMoments,
@@ -499,7 +499,7 @@ def load_state(state: TrainState, network: Network, checkpoint: Mapping[str, Any
     """Put `checkpoint_of`'s result back. The environments are not in it: they start new episodes."""
     try:
         policy, device = checkpoint["policy"], state.params.device
-        state.params.copy_(network.flatten(policy["weights"]))
+        state.params.copy_(weights_from_state(policy, network))
         state.adam = AdamState(**{key: value.to(device) for key, value in checkpoint["adam"].items()})
         state.obs_moments = moments_from_state(policy["obs_moments"], device)
         if checkpoint["return_moments"] is not None:

@@ -373,6 +373,8 @@ def _describe(value: Any) -> Any:
         return [(key, _describe(value[key])) for key in sorted(value)]
     if callable(value) and hasattr(value, "__qualname__"):
         return (value.__module__, value.__qualname__)
+    if isinstance(value, torch.nn.Module):  # its graph is told beside it, and its weights are no part of the program
+        return type(value).__qualname__
     if "__repr__" not in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:  # the default one: an address
         return (type(value).__qualname__, _describe(vars(value)))
     return repr(value)

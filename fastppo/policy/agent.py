@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastppo.core.programs import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
 from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network, features_size
 from fastppo.policy.normalization import RunningMoments, make_normalization
-from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsSpec, action_spec, obs_spec, space_from_data, space_to_data
+from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec, space_from_data, space_to_data
 
 
 class NetworkConfig(Protocol):
@@ -85,13 +87,14 @@ class Agent:
         Args:
             obs: as the environment gives it, with or without a leading batch axis: array, tensor, or dict or tuple of these.
             deterministic: the likeliest action; otherwise one sampled from the policy.
-            action_mask: which actions are legal, where the environment tells it in its info; None: all.
+            action_mask: which actions are legal, where the environment tells it in its info; None: all. A tuple of arrays is
+                taken for one observation.
 
         Returns:
             Arrays for arrays; for tensors, tensors on their device.
 
         Raises:
-            ValueError: an observation of another shape.
+            ValueError: an observation or a mask of another shape.
         """
         batch, kind = self._batch(obs, action_mask)
         dist = self.network.actor(self.weights, normalize_obs(batch, self.normalization))
@@ -122,26 +125,42 @@ class Agent:
     def _batch(self, obs: Any, action_mask: Any) -> tuple[Obs, "_Kind"]:
         """Observations with a leading axis, as the networks take them, and how they were given."""
         leaves: dict[str, Tensor] = {}
-        kind: _Kind | None = None
-        for leaf in self.obs:
-            given = action_mask if leaf is self.obs.info_mask else leaf.find(obs)
-            if given is None:
-                continue
+        lead: tuple[int, ...] | None = None  # () or (N,)
+        kind = _Kind(True, None)
+        for leaf in self.obs.observed:
+            name = "observation" if leaf.key == "obs" else leaf.key
+            given = _found(leaf, obs)
             x = torch.as_tensor(given, device=self.params.device).to(leaf.dtype)
-            if leaf.kind == "mask":
-                x = x.reshape(-1, *leaf.shape)
-            elif x.ndim not in (len(leaf.shape), len(leaf.shape) + 1) or x.shape[x.ndim - len(leaf.shape) :] != leaf.shape:
-                name = "observation" if leaf.key == "obs" else leaf.key
+            own = tuple(x.shape[: max(x.ndim - len(leaf.shape), 0)])
+            if len(own) > 1 or x.shape != (*own, *leaf.shape):
                 raise ValueError(f"{name} of shape {tuple(x.shape)}; this policy takes {leaf.shape} or a batch")
-            elif kind is None:
-                kind = _Kind(x.ndim == len(leaf.shape), given.device if isinstance(given, Tensor) else None)
+            if lead is None:
+                lead, kind = own, _Kind(not own, given.device if isinstance(given, Tensor) else None)
+            if own != lead:
+                raise ValueError(f"{name} of shape {tuple(x.shape)}; another part of the observation has {lead} before its own")
             leaves[leaf.key] = x.reshape(-1, *leaf.shape)
-        assert kind is not None
-        mask = self.obs.info_mask
-        if mask is not None and mask.key not in leaves:
-            rows = len(next(iter(leaves.values())))
-            leaves[ACTION_MASK] = torch.ones((rows, *mask.shape), dtype=torch.bool, device=self.params.device)
+        rows = len(next(iter(leaves.values())))
+        for leaf in self.obs:
+            if leaf.kind == "mask":
+                given = _found(leaf, obs) if leaf.path else action_mask
+                if given is None:
+                    given = torch.ones(rows, *leaf.shape)
+                elif isinstance(given, tuple):
+                    given = np.concatenate([np.ravel(part) for part in tree_leaves(given)])
+                mask = torch.as_tensor(given, device=self.params.device) != 0
+                if mask.numel() != rows * leaf.size:
+                    raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes {leaf.shape} an observation")
+                leaves[leaf.key] = mask.reshape(rows, *leaf.shape)
         return self.obs.join(leaves), kind
+
+
+def _found(leaf: ObsLeaf, obs: Any) -> Any:
+    """The leaf's part of an observation as somebody gave it."""
+    try:
+        return leaf.find(obs)
+    except (KeyError, IndexError, TypeError):
+        where = ".".join(map(str, leaf.path))
+        raise ValueError(f"the observation has no {where}; this policy takes what the environment gives") from None
 
 
 class _Kind(NamedTuple):
@@ -167,8 +186,9 @@ def policy_state(
     """All of a policy but its network settings, as plain data on the CPU that torch.load(weights_only=True) reads."""
     moments = None if obs_moments is None else {key: [x.cpu().clone() for x in kept] for key, kept in obs_moments.items()}
     return {
-        "module": type(network.module).__qualname__ if isinstance(network, ModulePolicy) else None,
-        "weights": {name: weight.detach().cpu().clone() for name, weight in network.weights(params).items()},
+        "module": _module_name(network),
+        "fixed": _copies(network.fixed) if isinstance(network, ModulePolicy) else {},
+        "weights": _copies(network.weights(params)),
         "obs_space": space_to_data(obs_space),
         "info_mask_size": None if obs.info_mask is None else obs.info_mask.size,
         "action_space": space_to_data(action_space),
@@ -177,6 +197,33 @@ def policy_state(
         "return_mean": normalization.return_mean.cpu().clone(),
         "return_std": normalization.return_std.cpu().clone(),
     }
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _module_name(network: Network) -> str | None:
+    """The class of a network of somebody's own; None for one of ours."""
+    return type(network.module).__qualname__ if isinstance(network, ModulePolicy) else None
+
+
+def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
+    """`policy_state`'s weights as a flat buffer (P,); what a network of your own keeps beside them is put into it.
+
+    Raises UsageError for weights of another kind of network, KeyError, ValueError or RuntimeError where names or shapes differ.
+    """
+    kept, given = state["module"], _module_name(network)
+    if kept != given:
+        wanted = (
+            "ours: leave policy= out" if kept is None else f"a {kept} of your own: give what made it as policy=... in Python"
+        )
+        made = "" if given is None else f", and policy= makes a {given}"
+        raise UsageError(f"this run's network is {wanted}, as train and load_policy take it{made}")
+    if isinstance(network, ModulePolicy):
+        for name, tensor in network.fixed.items():
+            tensor.copy_(state["fixed"][name])
+    return network.flatten(state["weights"])
 
 
 def moments_from_state(state: Mapping[str, Any] | None, device: torch.device | str) -> dict[str, RunningMoments] | None:
@@ -189,9 +236,7 @@ def moments_from_state(state: Mapping[str, Any] | None, device: torch.device | s
 def agent_from_state(
     state: Mapping[str, Any], config: NetworkConfig, device: torch.device | str = "cpu", policy: ModuleFactory | None = None
 ) -> Agent:
-    """The inverse of `policy_state`; raises KeyError, ValueError or RuntimeError when the two do not fit."""
-    if state["module"] is not None and policy is None:
-        raise UsageError(f"this policy is a {state['module']} of your own: pass what made it, load_policy(run_dir, policy=...)")
+    """The inverse of `policy_state`; raises UsageError, KeyError, ValueError or RuntimeError when the two do not fit."""
     obs_space = space_from_data(state["obs_space"])
     action = action_spec(space_from_data(state["action_space"]), config.squash_actions)
     obs = obs_spec(obs_space, state["info_mask_size"], action)
@@ -200,5 +245,5 @@ def agent_from_state(
     return_mean, return_std = state["return_mean"].to(device), state["return_std"].to(device)
     moments = moments_from_state(state["obs_moments"], device)
     normalization = make_normalization(moments, reward_scale, return_mean, return_std)
-    params = network.flatten(state["weights"]).to(device)
+    params = weights_from_state(state, network).to(device)
     return Agent(obs_space, obs, action, network, params, normalization)

@@ -131,9 +131,16 @@ class MultiCategorical:
         return torch.stack([torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=filling) for part in parts], -2)
 
 
-def mask_logits(logits: Tensor, legal: Tensor) -> Tensor:
+def mask_logits(logits: Tensor, legal: Tensor, numbers: tuple[int, ...]) -> Tensor:
     """Logits with those of illegal actions out of reach: their probability is 0 and so is their gradient.
 
-    Huang and Ontanon, 2022, arXiv 2006.14171. logits, legal: (..., A); where nothing is legal, everything is.
+    Huang and Ontanon, 2022, arXiv 2006.14171. logits, legal: (..., A). numbers: how many of the A each choice has, see
+    `MultiCategorical`; a choice of which nothing is legal stays as it is.
     """
+    legal = torch.cat([part | ~part.any(-1, keepdim=True) for part in legal.split(numbers, -1)], -1)
     return torch.where(legal, logits, ILLEGAL)
+
+
+def choices(distribution: Distribution | MultiCategorical, size: int) -> tuple[int, ...]:
+    """How many of `size` logits each choice has: one choice has all of them."""
+    return distribution.numbers if isinstance(distribution, MultiCategorical) else (size,)
