@@ -3,11 +3,12 @@
 Their ids work as `environments:Id-v0` wherever the tests directory is on the path (pytest puts it there).
 """
 
+import copy
 import os
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete, Graph, Text, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 
@@ -140,6 +141,110 @@ class Spaces(Recorder):
             {"text-obs": Text(3), "nested-obs": Dict(position=number, inner=Tuple([Graph(number, None)]))}.get(which, number),
             {"action": Tuple([Discrete(2), Discrete(3)]), "integer-action": Box(0, 5, (1,), np.int64)}.get(which, Discrete(2)),
         )
+
+
+VECTOR = Box(-10.0, 10.0, (3,), np.float32)
+OBSERVATIONS = {
+    "float32": VECTOR,
+    "float64": Box(-np.inf, np.inf, (3,), np.float64),
+    "float16": Box(-1.0, 1.0, (2,), np.float16),
+    "int32": Box(-70_000, 70_000, (3,), np.int32),
+    "uint16": Box(0, 65_535, (3,), np.uint16),
+    "bool": Box(0, 1, (5,), np.bool_),
+    "bytes": Box(0, 255, (6,), np.uint8),
+    "matrix": Box(-1.0, 1.0, (3, 4), np.float32),
+    "scalar": Box(-1.0, 1.0, (), np.float32),
+    "discrete": Discrete(5, start=-2),
+    "multi-discrete": MultiDiscrete([2, 4, 3], start=[1, -1, 0]),
+    "multi-discrete 2-D": MultiDiscrete([[2, 3], [4, 2]]),
+    "multi-binary": MultiBinary(4),
+    "multi-binary 2-D": MultiBinary((2, 3)),
+    "image (C, H, W)": Box(0, 255, (2, 40, 44), np.uint8),
+    "image (H, W, C)": Box(0, 255, (40, 44, 3), np.uint8),
+    "image (H, W)": Box(0, 255, (36, 40), np.uint8),
+    "nested": Dict(
+        {
+            "z": VECTOR,
+            "a": Tuple([Discrete(3), Dict({"obs": MultiBinary(2), "7": Box(0, 255, (2,), np.uint8)})]),
+            "obs": Box(-5, 5, (2, 2), np.int64),
+            "with.dot": Discrete(2, start=1),
+        }
+    ),
+    "tuple": Tuple([Box(0, 255, (36, 36), np.uint8), Tuple([MultiDiscrete([3, 2]), VECTOR])]),
+    "masked": Dict({"position": VECTOR, "action_mask": Box(0, 1, (5,), np.int8), "also": Discrete(4)}),
+}
+ACTIONS = {
+    "discrete": Discrete(3),
+    "discrete from -2": Discrete(3, start=-2),
+    "multi-discrete": MultiDiscrete([2, 3]),
+    "multi-discrete 2-D": MultiDiscrete([[2, 3, 1], [4, 2, 2]], start=[[0, 5, -1], [0, -3, 1]]),
+    "multi-discrete int32": MultiDiscrete(np.array([3, 3], np.int32), dtype=np.int32),
+    "multi-binary": MultiBinary(3),
+    "multi-binary 2-D": MultiBinary((2, 2)),
+    "box": Box(-0.1, 0.3, (2,), np.float32),
+    "box half-open": Box(np.array([0.0, -np.inf], np.float32), np.array([np.inf, 1.0], np.float32)),
+    "box scalar": Box(-1.0, 1.0, (), np.float32),
+    "box matrix": Box(-1.0, 2.0, (2, 2), np.float32),
+    "box float64": Box(-0.1, 0.7, (2,), np.float64),
+    "box float16": Box(-0.1, 0.7, (2,), np.float16),
+}
+
+
+class AnySpaces(gym.Env):
+    """Observations drawn from a space of OBSERVATIONS, episodes of 1 to 7 steps that end in both ways, all as the seed has it.
+
+    It raises for an action that is not in its space of ACTIONS or of another type, and for one that is illegal where it tells
+    a mask. mask: "info", "tuple" (of an array for each component), or "sometimes", not in every step; with an observation
+    space that has one, it is told there. `observed` and `masks` keep what it told.
+    """
+
+    def __init__(self, observation="float32", action="discrete", mask=None):
+        self.observation_space, self.action_space = copy.deepcopy((OBSERVATIONS[observation], ACTIONS[action]))
+        space = self.action_space
+        self.numbers = [int(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))]
+        self.mask = mask
+        self.observed, self.masks, self.received = [], [], []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        self.length, self.truncates = int(self.np_random.integers(1, 8)), bool(self.np_random.integers(2))
+        self.elapsed = 0
+        return self._told()
+
+    def step(self, action):
+        given, space = np.asarray(action), self.action_space
+        assert given.shape == space.shape, given
+        assert given.dtype == space.dtype, given.dtype
+        assert space.contains(given[()] if isinstance(space, Discrete) else given), given
+        chosen = np.ravel(given - getattr(space, "start", 0)) if self.numbers else np.ravel(given)
+        self.received.append(given)
+        if self.legal is not None:
+            assert all(part[k] for part, k in zip(self.legal, chosen, strict=True)), f"{given} is illegal: {self.legal}"
+        self.elapsed += 1
+        ended = self.elapsed == self.length
+        return self._told(float(chosen.sum()), ended and not self.truncates, ended and self.truncates)
+
+    def _told(self, *result):
+        obs, info, self.legal = self.observation_space.sample(), {}, None
+        in_obs = isinstance(obs, dict) and "action_mask" in obs
+        silent = self.mask == "sometimes" and (self.elapsed + self.length) % 3 == 0
+        if in_obs or (self.mask and not silent):
+            self.legal = [self._legal(number) for number in self.numbers]
+            flat = np.concatenate(self.legal)
+            if in_obs:
+                obs["action_mask"] = flat.astype(np.int8)
+            else:
+                info["action_mask"] = tuple(self.legal) if self.mask == "tuple" else flat.astype(np.int8)
+        self.observed.append(obs)
+        self.masks.append(None if self.legal is None else np.concatenate(self.legal))
+        return (obs, *result, info)
+
+    def _legal(self, number):
+        """A random mask; every other time only one is legal."""
+        legal = self.np_random.integers(2, size=number).astype(bool) & bool(self.np_random.integers(2))
+        legal[self.np_random.integers(number)] = True
+        return legal
 
 
 class OneStep(gym.Env):
@@ -284,6 +389,7 @@ for _id, _class in {
     "Lengths-v0": Lengths,
     "Recorder-v0": Recorder,
     "Spaces-v0": Spaces,
+    "AnySpaces-v0": AnySpaces,
     "ProbeConstantReward-v0": ConstantReward,
     "ProbeRewardIsObservation-v0": RewardIsObservation,
     "ProbeRewardAtTheEnd-v0": RewardAtTheEnd,
