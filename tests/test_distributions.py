@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, Normal
 
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, gumbel_noise, normal_noise
+from fastppo.policy.distributions import (
+    CATEGORICAL,
+    DIAGONAL_NORMAL,
+    MultiCategorical,
+    choices,
+    gumbel_noise,
+    mask_logits,
+    normal_noise,
+)
 
 
 def generator(seed=0):
@@ -148,3 +156,96 @@ def test_noise_is_standard_and_comes_from_its_generator(noise, mean, variance):
     assert x.isfinite().all()
     assert x.mean().item() == pytest.approx(mean, abs=5 * (variance / 200_000) ** 0.5)
     assert x.var().item() == pytest.approx(variance, rel=0.03)
+
+
+NUMBERS = [(2, 5, 3, 1), (4, 4)]  # components of different sizes are padded, those of one size are not
+
+
+def components(numbers, rows, seed):
+    """Logits (rows, A) that need a gradient, their parts, and an action for each row."""
+    logits = (2.0 * torch.randn(rows, sum(numbers), generator=generator(seed), dtype=torch.float64)).requires_grad_()
+    action = torch.stack([torch.randint(number, (rows,), generator=generator(seed + 1)) for number in numbers], -1)
+    return logits, logits.split(numbers, -1), action
+
+
+def assert_same_gradients(pairs, logits):
+    row_weight = torch.arange(1.0, len(logits) + 1.0, dtype=logits.dtype)  # rows must not be mixed up either
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        (grad,) = torch.autograd.grad((row_weight * ours).sum(), logits, retain_graph=True)
+        (expected,) = torch.autograd.grad((row_weight * theirs).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(grad, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_several_choices_equal_torch_one_by_one(numbers):
+    """log_prob and entropy are sums over the components, and so are their gradients; the mode is each component's."""
+    logits, parts, action = components(numbers, 9, 3)
+    family, oracles = MultiCategorical(numbers), [Categorical(logits=part) for part in parts]
+    log_prob = sum(oracle.log_prob(action[:, k]) for k, oracle in enumerate(oracles))
+    entropy = sum(oracle.entropy() for oracle in oracles)
+    assert_same_gradients([(family.log_prob(logits, action), log_prob), (family.entropy(logits), entropy)], logits)
+    assert torch.equal(family.mode(logits), torch.stack([part.argmax(-1) for part in parts], -1))
+    lead = logits.detach().expand(4, 9, -1)  # (T, N, A)
+    assert family.log_prob(lead, action.expand(4, 9, -1)).shape == (4, 9)
+    assert family.sample(lead, family.noise((4, 9, sum(numbers)), generator())).shape == (4, 9, len(numbers))
+
+
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_several_choices_equal_stable_baselines(numbers):
+    """Oracle: MultiCategoricalDistribution, the library's own splitting of the logits."""
+    distributions = pytest.importorskip("stable_baselines3.common.distributions")
+    logits, _, action = components(numbers, 9, 5)
+    family, oracle = MultiCategorical(numbers), distributions.MultiCategoricalDistribution(list(numbers))
+    oracle.proba_distribution(logits)
+    pairs = [(family.log_prob(logits, action), oracle.log_prob(action)), (family.entropy(logits), oracle.entropy())]
+    assert_same_gradients(pairs, logits)
+    assert torch.equal(family.mode(logits), oracle.mode())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_of_several_choices_have_their_probabilities(masked):
+    """100 000 draws: each component's frequencies within five standard errors, components independent; illegal values never."""
+    numbers, draws = (2, 5, 3), 100_000
+    logits = torch.randn(10, generator=generator(6))
+    legal = torch.tensor([True, True, True, False, True, False, False, False, True, True]) if masked else torch.ones(10).bool()
+    family = MultiCategorical(numbers)
+    action = family.sample(mask_logits(logits, legal, numbers).expand(draws, 10), family.noise((draws, 10), generator(7)))
+    assert action.dtype == torch.int64
+    for column, part, allowed in zip(action.T, logits.split(numbers), legal.split(numbers), strict=True):
+        probability = part.masked_fill(~allowed, -math.inf).softmax(-1)
+        frequency = column.bincount(minlength=len(part)) / draws
+        assert ((frequency - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
+    assert abs(torch.corrcoef(action.T.double())[0, 1]) < 5 / draws**0.5
+
+
+def test_masked_logits_are_a_distribution_over_the_legal_actions_alone():
+    """Oracle: Categorical over a shorter vector. log_prob, entropy, gradients; those of illegal logits are exactly 0."""
+    logits = (2.0 * torch.randn(64, 6, generator=generator(8), dtype=torch.float64)).requires_grad_()
+    legal = torch.rand(64, 6, generator=generator(9)) < 0.4
+    legal[torch.arange(64), torch.randint(6, (64,), generator=generator(10))] = True
+    masked = mask_logits(logits, legal, (6,))
+    for row in range(64):
+        rest = legal[row].nonzero().flatten()
+        oracle = Categorical(logits=logits[row, rest])
+        for k, action in enumerate(rest):
+            pairs = [(CATEGORICAL.log_prob(masked[row], action), oracle.log_prob(torch.tensor(k)))]
+            pairs += [(CATEGORICAL.entropy(masked[row]), oracle.entropy())]
+            for ours, theirs in pairs:
+                torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+                (grad,) = torch.autograd.grad(ours, logits, retain_graph=True)
+                (expected,) = torch.autograd.grad(theirs, logits, retain_graph=True)
+                torch.testing.assert_close(grad[row, rest], expected[row, rest], rtol=1e-8, atol=1e-10)
+                assert (grad[row, ~legal[row]] == 0.0).all()
+        assert CATEGORICAL.mode(masked)[row] in rest
+
+
+def test_a_choice_of_which_nothing_is_legal_stays_as_it_is():
+    """Of one component, not of the others: an all-zero mask is a resetting row or a fault of the environment, not a nan."""
+    numbers = (2, 3)
+    logits = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    legal = torch.tensor([[False, False, True, False, True]])
+    assert mask_logits(logits, legal, numbers).tolist() == [[1.0, 2.0, 3.0, -1e8, 5.0]]
+    assert mask_logits(logits, torch.zeros(1, 5).bool(), (5,)).tolist() == logits.tolist()
+    assert choices(CATEGORICAL, 5) == (5,)
+    assert choices(MultiCategorical(numbers), 5) == numbers

@@ -2,11 +2,16 @@
 
 import math
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from environments import OBSERVATIONS
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.networks import ACTIVATIONS, MLPActorCritic
+from fastppo.policy.networks import ACTIVATIONS, ActorCritic, MLPActorCritic, encode, features_size
+from fastppo.policy.spaces import obs_spec
 
 NN_ACTIVATION = {
     "tanh": torch.nn.Tanh,
@@ -143,3 +148,138 @@ def test_fresh_policy_is_nearly_uniform():
     policy = MLPActorCritic(4, 3, CATEGORICAL)
     logits = policy.actor(policy.weights(fresh(policy)[0]), torch.randn(100, 4, generator=torch.Generator().manual_seed(7)))
     assert (policy.entropy(logits) - math.log(3)).abs().max() < 1e-3
+
+
+# --- observations of any kind
+
+
+def stored(space, rows=16):
+    """Samples as the rollout has them, by leaf: (rows, *shape)."""
+    space.seed(0)
+    samples = [space.sample() for _ in range(rows)]
+    return {
+        leaf.key: torch.stack([torch.as_tensor(np.asarray(leaf.find(obs))).to(leaf.dtype) for obs in samples])
+        for leaf in obs_spec(space)
+    }, samples
+
+
+FLAT = ["float32", "float64", "int32", "bool", "matrix", "scalar", "discrete", "multi-binary", "multi-binary 2-D"]
+
+
+@pytest.mark.parametrize("name", [*FLAT, "multi-discrete", "multi-discrete 2-D"])
+def test_what_networks_see_equals_gymnasiums_flatten(name):
+    """One-hot from the space's first value on, component after component; all else flat."""
+    space = OBSERVATIONS[name]
+    (leaf,) = obs_spec(space)
+    leaves, samples = stored(space)
+    x = encode(leaf, leaves["obs"])
+    assert x.dtype is torch.float32
+    assert x.shape == (16, leaf.size)
+    if isinstance(space, MultiDiscrete):
+        oracle, samples = MultiDiscrete(space.nvec), [sample - space.start for sample in samples]
+    else:
+        oracle = space
+    expected = np.stack([gym.spaces.utils.flatten(oracle, sample) for sample in samples])
+    np.testing.assert_array_equal(x.numpy(), expected.astype(np.float32))
+    assert torch.equal(encode(leaf, leaves["obs"].unflatten(0, (4, 4))), x.unflatten(0, (4, 4)))  # (T, N, ...)
+
+
+@pytest.mark.parametrize("name", ["discrete", "multi-discrete", "multi-binary", "image (C, H, W)", "bytes"])
+def test_what_networks_see_equals_stable_baselines(name):
+    """Oracle: preprocess_obs, for spaces that start at 0: one-hot, bits, and pixels divided by 255."""
+    preprocessing = pytest.importorskip("stable_baselines3.common.preprocessing")
+    space = {"discrete": Discrete(5), "multi-discrete": MultiDiscrete([2, 4, 3])}.get(name, OBSERVATIONS[name])
+    (leaf,) = obs_spec(space)
+    leaves, _ = stored(space)
+    expected = preprocessing.preprocess_obs(leaves["obs"].clone(), space)
+    if name == "bytes":  # it divides those of images only, and is told whether to
+        expected = expected / 255.0
+    torch.testing.assert_close(encode(leaf, leaves["obs"]), expected)
+
+
+def test_channels_last_are_channels_first_moved():
+    """Pixel (row, column) of channel c, whichever way the environment has it."""
+    last, first = Box(0, 255, (40, 44, 3), np.uint8), Box(0, 255, (3, 40, 44), np.uint8)
+    pixels = torch.randint(256, (2, 40, 44, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    (of_last,), (of_first,) = obs_spec(last), obs_spec(first)
+    x = encode(of_last, pixels)
+    assert x.shape == (2, 3, 40, 44)
+    assert x[1, 2, 30, 7].item() == pytest.approx(pixels[1, 30, 7, 2].item() / 255.0)
+    assert torch.equal(x, encode(of_first, pixels.movedim(-1, 1)))
+
+
+def nature_cnn(policy, weights, leaf, space):
+    """Stable-Baselines3's NatureCNN with our weights copied into it; our Linear is (in, out)."""
+    layers = pytest.importorskip("stable_baselines3.common.torch_layers")
+    network = layers.NatureCNN(space, features_dim=policy.cnn_size)
+    modules = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    for index, module in enumerate(modules):
+        weight = weights[f"cnn.{leaf.key}.{index}.weight"]
+        module.weight.data = (weight if weight.ndim == 4 else weight.mT).detach().clone()
+        module.bias.data = weights[f"cnn.{leaf.key}.{index}.bias"].detach().clone()
+    return network
+
+
+def test_the_cnn_equals_stable_baselines():
+    """84 x 84 x 4 as Atari has it, channels last: policy logits and values through NatureCNN with the same weights."""
+    (leaf,) = spec = obs_spec(Box(0, 255, (84, 84, 4), np.uint8))
+    policy = ActorCritic(spec.leaves, MLPActorCritic(32, 3, CATEGORICAL, ()), cnn_size=32)
+    _, params = fresh(policy)
+    weights = policy.weights(params)
+    network = nature_cnn(policy, weights, leaf, Box(0, 255, (4, 84, 84), np.uint8))
+    obs = torch.randint(256, (2, 3, 84, 84, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)  # (T, N, H, W, C)
+    features = network(obs.flatten(0, 1).movedim(-1, 1).float() / 255.0).unflatten(0, (2, 3))
+    logits, value = policy.actor_critic(weights, obs)
+    expected = features @ weights["actor.head.weight"] + weights["actor.head.bias"]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    expected = features @ weights["critic.head.weight"] + weights["critic.head.bias"]
+    torch.testing.assert_close(value, expected.squeeze(-1), rtol=1e-4, atol=1e-4)
+    # Mnih et al., 2015: 20 x 20, 9 x 9, 7 x 7 pixels of 32, 64, 64 filters
+    assert policy.shapes["cnn.obs.3.weight"] == (7 * 7 * 64, 32)
+
+
+def test_gradients_of_a_structure_equal_modules():
+    """An image, categories and numbers at once: the flat gradient is autograd's through torch.nn layers, each in its place."""
+    space = Dict(camera=Box(0, 255, (40, 36, 3), np.uint8), gear=Discrete(4, start=1), state=Box(-1.0, 1.0, (2, 2)))
+    spec = obs_spec(space)
+    leaves, _ = stored(space)
+    policy = ActorCritic(spec.leaves, MLPActorCritic(features_size(spec.leaves, 8), 3, CATEGORICAL, (16,)), cnn_size=8)
+    _, params = fresh(policy)
+    params = params.requires_grad_()
+    dist, value = policy.actor_critic(policy.weights(params), leaves)
+    (grad,) = torch.autograd.grad((dist * torch.arange(3.0)).sum() + value.square().sum(), params)
+    ours = policy.weights(grad)
+
+    weights = policy.weights(params.detach())
+    camera = next(leaf for leaf in spec if leaf.kind == "image")
+    cnn = nature_cnn(policy, weights, camera, Box(0, 255, (3, 40, 36), np.uint8))
+    actor, critic = (nn_network(weights, trunk, trunk, 1, "tanh") for trunk in ("actor", "critic"))
+    pixels = cnn(leaves["obs.camera"].movedim(-1, 1).float() / 255.0)
+    gear = torch.nn.functional.one_hot(leaves["obs.gear"] - 1, 4).float()
+    features = torch.cat((pixels, gear, leaves["obs.state"].flatten(1)), -1)
+    ((actor(features) * torch.arange(3.0)).sum() + critic(features).square().sum()).backward()
+    layers = [module for module in cnn.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
+    expected = {f"cnn.obs.camera.{index}": module for index, module in enumerate(layers)}
+    expected |= {"actor.0": actor[0], "actor.head": actor[2], "critic.0": critic[0], "critic.head": critic[2]}
+    assert {f"{name}.{part}" for name in expected for part in ("weight", "bias")} == set(ours)
+    for name, module in expected.items():
+        weight = module.weight.grad if module.weight.ndim == 4 else module.weight.grad.mT
+        torch.testing.assert_close(ours[f"{name}.weight"], weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(ours[f"{name}.bias"], module.bias.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_initial_weights_of_a_cnn_are_orthogonal():
+    """Filters as rows of a matrix: W W^T = 2 I, or W^T W where that is the smaller; biases 0; the MLP behind it as ever."""
+    spec = obs_spec(Dict(image=Box(0, 255, (40, 40, 1), np.uint8), bits=MultiBinary(3)))
+    policy = ActorCritic(spec.leaves, MLPActorCritic(features_size(spec.leaves, 16), 2, CATEGORICAL, (8,)), cnn_size=16)
+    weights = policy.weights(fresh(policy)[0])
+    for name in policy.shapes:
+        weight = weights[name]
+        if name.endswith(".bias"):
+            assert not weight.any()
+            continue
+        matrix = weight.flatten(1)
+        product = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+        torch.testing.assert_close(product, 2.0 * torch.eye(len(product)), rtol=0, atol=2e-5)
+    torch.testing.assert_close(weights["critic.head.weight"].square().sum(), torch.tensor(1.0))
+    assert torch.equal(policy.flatten(weights), fresh(policy)[0])

@@ -263,7 +263,7 @@ def tensors_of(obs):
 
 
 class TensorTwin(VectorEnv):
-    """AnySpaces in tensors: it returns its own buffers, which every call writes to. dense: final observations of all, as one."""
+    """AnySpaces in tensors: it returns its own buffers, written to by every call. dense: final observations of all at once."""
 
     def __init__(self, num_envs, mode, dense, **kwargs):
         self.inner, self.dense = made(num_envs, mode, **kwargs), dense
