@@ -179,6 +179,7 @@ ACTIONS = {
     "multi-discrete": MultiDiscrete([2, 3]),
     "multi-discrete 2-D": MultiDiscrete([[2, 3, 1], [4, 2, 2]], start=[[0, 5, -1], [0, -3, 1]]),
     "multi-discrete int32": MultiDiscrete(np.array([3, 3], np.int32), dtype=np.int32),
+    "three bits": MultiDiscrete([2, 2, 2]),
     "multi-binary": MultiBinary(3),
     "multi-binary 2-D": MultiBinary((2, 2)),
     "box": Box(-0.1, 0.3, (2,), np.float32),

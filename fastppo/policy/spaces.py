@@ -105,7 +105,7 @@ def obs_spec(space: gym.Space[Any], info_mask_size: int | None = None, action: "
     leaves = list(_leaves(space, "obs", ()))
     if info_mask_size is not None:
         leaves.append(ObsLeaf(ACTION_MASK, (), (info_mask_size,), torch.bool, "mask"))
-    keys = [leaf.key for leaf in leaves]
+    keys = [leaf.key for leaf in leaves if leaf.kind != "mask"]
     twice = next((key for key in keys if keys.count(key) > 1), None)
     if twice is not None:
         raise UsageError(f"--env-id: two parts of the observation are called {twice}: a dot in a name is one too many")
