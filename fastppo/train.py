@@ -7,13 +7,12 @@ from typing import Any
 
 from fastppo.cli import parse_train, run
 from fastppo.config import TrainConfig
-from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 
 
 def _main(args: Sequence[str]) -> None:
     config = parse_train(args)
-    task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
+    find_spec(config.env_id)
     from fastppo.loop import train  # imports torch: --help and wrong flags do not wait for it
 
     train(config)
@@ -27,10 +26,10 @@ def console(args: Sequence[str] | None = None) -> int:
 class _CallableModule(ModuleType):
     """`from fastppo import train` gives this module once it has been imported, the function before: both can be called."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, config: TrainConfig, policy: Any = None) -> Any:
         from fastppo.loop import train
 
-        return train(*args, **kwargs)
+        return train(config, policy)
 
 
 sys.modules[__name__].__class__ = _CallableModule

@@ -357,6 +357,18 @@ class IdentityDiscrete(gym.Env):
         return np.eye(4, dtype=np.float32)[self.number]
 
 
+class MaskedIdentity(IdentityDiscrete):
+    """The same, as one of -1 to 2 in a Dict, where a mask rules out two wrong answers."""
+
+    observation_space = Dict(lit=Discrete(4, start=-1), action_mask=MultiBinary(4))
+
+    def _obs(self):
+        super()._obs()
+        mask = np.zeros(4, np.int8)
+        mask[[self.number, (self.number + 1 + self.elapsed % 3) % 4]] = 1
+        return {"lit": self.number - 1, "action_mask": mask}
+
+
 class IdentityBox(gym.Env):
     """Say the two numbers that are shown, 16 times: minus the squared error."""
 
@@ -378,6 +390,11 @@ class IdentityBox(gym.Env):
         return self.number.astype(np.float32)
 
 
+def any_spaces(num_envs, mode="NextStep", **kwargs):
+    """AnySpaces in a chosen autoreset mode."""
+    return SyncVectorEnv([lambda: AnySpaces(**kwargs)] * num_envs, autoreset_mode=AutoresetMode(mode))
+
+
 def _register(env_id, **spec):
     if env_id not in gym.registry:
         gym.register(env_id, disable_env_checker=True, **spec)
@@ -390,7 +407,6 @@ for _id, _class in {
     "Lengths-v0": Lengths,
     "Recorder-v0": Recorder,
     "Spaces-v0": Spaces,
-    "AnySpaces-v0": AnySpaces,
     "ProbeConstantReward-v0": ConstantReward,
     "ProbeRewardIsObservation-v0": RewardIsObservation,
     "ProbeRewardAtTheEnd-v0": RewardAtTheEnd,
@@ -399,8 +415,10 @@ for _id, _class in {
     "ProbeActionMeetsObservation-v0": ActionMeetsObservation,
     "IdentityDiscrete-v0": IdentityDiscrete,
     "IdentityBox-v0": IdentityBox,
+    "MaskedIdentity-v0": MaskedIdentity,
 }.items():
     _register(_id, entry_point=_class)
+_register("AnySpacesVector-v0", vector_entry_point=any_spaces)
 _register("ProbeTimeLimit-v0", entry_point=Forever, max_episode_steps=4)
 _register("WalkVector-v0", vector_entry_point=WalkVector)
 _register("FaultyVector-v0", vector_entry_point=FaultyVector)

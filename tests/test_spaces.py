@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from environments import ACTIONS, OBSERVATIONS, AnySpaces
+from environments import any_spaces as made
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import SyncVectorEnv, VectorEnv
 from test_run import rows_of
 
 from fastppo import TrainConfig, UsageError, load_policy, train
@@ -21,10 +22,6 @@ from fastppo.rollout import HostCollector, TensorCollector, allocate_rollout, st
 CPU = torch.device("cpu")
 MODES = ("NextStep", "SameStep", "Disabled")
 STRUCTURES = ("nested", "tuple", "masked")
-
-
-def made(num_envs, mode="NextStep", **kwargs):
-    return SyncVectorEnv([lambda: AnySpaces(**kwargs)] * num_envs, autoreset_mode=AutoresetMode(mode))
 
 
 def started(vector, num_steps, info_mask_size=None, seed=3):
@@ -368,11 +365,11 @@ def test_a_run_trains_and_its_policy_acts(tmp_path, observation, action):
         np.testing.assert_allclose(policy.value(env.observed[0]), values[index], rtol=1e-4, atol=1e-5)
 
 
-def trained(tmp_path, observation, action, **settings):
+def trained(tmp_path, observation, action, policy=None, mode="NextStep", **settings):
     """A tiny run of AnySpaces."""
     config = TrainConfig(
-        env_id="environments:AnySpaces-v0",
-        env_kwargs={"observation": observation, "action": action},
+        env_id="environments:AnySpacesVector-v0",
+        env_kwargs={"observation": observation, "action": action, "mode": mode},
         num_envs=2,
         num_steps=8,
         num_minibatches=2,
@@ -386,7 +383,7 @@ def trained(tmp_path, observation, action, **settings):
         run_dir=str(tmp_path / "run"),
         **settings,
     )
-    return train(config)
+    return train(config, policy)
 
 
 @pytest.mark.parametrize(("observation", "action"), [("nested", "box float64"), ("image (H, W, C)", "multi-discrete 2-D")])
