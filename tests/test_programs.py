@@ -560,6 +560,22 @@ def test_gradient_by_hand():
         assert not params.requires_grad
 
 
+@pytest.mark.parametrize("estimator", ["gae", "monte-carlo"])
+def test_clipped_rewards_are_learned_as_their_signs(estimator):
+    """Rewards of 12, -0.3 and 0 give the update that 1, -1 and 0 give; what is in the rollout stays as it is."""
+    params, rollout, permutation = make_params(DISCRETE), make_rollout(DISCRETE, 8, 2), make_permutation(2, 16)
+    rollout["reward"] = torch.tensor([12.0, -0.3, 0.0]).repeat(6).reshape(9, 2)
+    signs = {**rollout, "reward": torch.tensor([1.0, -1.0, 0.0]).repeat(6).reshape(9, 2)}
+    before = rollout["reward"].clone()
+    clipped, expected, raw = (
+        update(DISCRETE, params, rows, permutation, advantage_estimator=estimator, clip_reward=clip)
+        for rows, clip in ((rollout, True), (signs, False), (rollout, False))
+    )
+    assert torch.equal(clipped.params, expected.params)
+    assert not torch.equal(clipped.params, raw.params)
+    assert torch.equal(rollout["reward"], before)
+
+
 def to_meta(tree):
     """The same tensors without any data."""
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), tree)

@@ -280,6 +280,12 @@ def test_returns_logged_are_true_returns(tmp_path):
     assert [float(row["episodic_length_mean"]) for row in rows_of(result.run_dir)] == [2.0, 2.0, 2.0]
 
 
+def test_returns_logged_are_true_returns_of_clipped_rewards(tmp_path):
+    """A pendulum's 200 steps cost up to 16 each: a sum of signs could not be below -200."""
+    result = train(tiny(tmp_path / "run", env_id="Pendulum-v1", clip_reward=True, num_steps=210, num_iterations=1, gamma=0.9))
+    assert float(rows_of(result.run_dir)[-1]["episodic_return_mean"]) < -400.0
+
+
 def test_log_interval(tmp_path):
     """Every K-th iteration has a row, and the last one always."""
     result = train(tiny(tmp_path / "run", num_iterations=5, log_interval=2))

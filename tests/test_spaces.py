@@ -367,6 +367,7 @@ def test_a_run_trains_and_its_policy_acts(tmp_path, observation, action):
 
 def trained(tmp_path, observation, action, policy=None, mode="NextStep", **settings):
     """A tiny run of AnySpaces."""
+    settings = {"compile": "off", **settings}
     config = TrainConfig(
         env_id="environments:AnySpacesVector-v0",
         env_kwargs={"observation": observation, "action": action, "mode": mode},
@@ -378,7 +379,6 @@ def trained(tmp_path, observation, action, policy=None, mode="NextStep", **setti
         hidden_sizes=(8,),
         cnn_size=8,
         eval_episodes=2,
-        compile="off",
         plain=True,
         run_dir=str(tmp_path / "run"),
         **settings,

@@ -1,0 +1,143 @@
+"""Compiled programs for observations of any kind, masks, and own networks: equal to eager, each with a cache key of its own.
+
+A file of its own: what it imports, tests/test_compilation.py shows a second process not to need.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import pytest
+import torch
+from environments import ACTIONS, OBSERVATIONS
+from test_compilation import N, T, assert_same, job
+from test_spaces import trained
+from torch import nn
+
+from fastppo import TrainConfig
+from fastppo.core import compilation
+from fastppo.core.adam import init_adam
+from fastppo.core.compilation import cache_key, compile_program
+from fastppo.core.programs import learn
+from fastppo.policy.agent import make_network
+from fastppo.policy.distributions import CATEGORICAL
+from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.spaces import action_spec, obs_spec
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """A program is compiled for a number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Small(nn.Module):
+    """One hidden layer for both heads, with a constant tensor of its own."""
+
+    activation = staticmethod(torch.tanh)
+
+    def __init__(self, inputs, num_outputs, shift=0.0):
+        super().__init__()
+        self.body = nn.Linear(*inputs, 16)
+        self.actor, self.critic = nn.Linear(16, num_outputs), nn.Linear(16, 1)
+        self.register_buffer("shift", torch.full((16,), shift))
+
+    def forward(self, obs):
+        x = self.activation(self.body(obs)) + self.shift
+        return self.actor(x), self.critic(x)
+
+
+class Relu(Small):
+    """The same shapes and names, another function."""
+
+    activation = staticmethod(torch.relu)
+
+
+def structured_job(observation, action_space, policy=None, seed=0, network_seed=0, **settings):
+    """`job` for a space of tests/environments.py: (learn, arguments)."""
+    action = action_spec(action_space, False)
+    space = OBSERVATIONS[observation]
+    spec = obs_spec(space, None, action)
+    network = make_network(spec, action, TrainConfig(hidden_sizes=(16,), cnn_size=16), policy, network_seed)
+    learn_eagerly, (_, _, rollout, *rest) = job(MLPActorCritic(1, action.size, CATEGORICAL), seed, **settings)
+    space.seed(seed)
+    rows = [space.sample() for _ in range((T + 1) * N)]
+    del rollout["obs"]
+    for leaf in spec:
+        stacked = torch.stack([torch.as_tensor(leaf.find(row)).to(leaf.dtype) for row in rows])
+        rollout[leaf.key] = stacked.unflatten(0, (T + 1, N))
+    generator = torch.Generator().manual_seed(seed)
+    params = network.init(generator)
+    obs = {leaf.key: rollout[leaf.key] for leaf in spec}
+    dist = network.actor(network.weights(params), obs if len(obs) > 1 else rollout["obs"])
+    noise = action.distribution.noise(action.noise_shape(T + 1, N), generator)
+    rollout["action"] = network.sample(dist, noise)
+    program = functools.partial(learn, **{**learn_eagerly.keywords, "policy": network})
+    return program, (params, init_adam(params), rollout, *rest)
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "policy"),
+    [("image (H, W, C)", gym.spaces.Discrete(3), None), ("float64", ACTIONS["box"], Small)],
+    ids=["image", "own network"],
+)
+def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
+    """Pixels as bytes through the convolutions; somebody's module with a log standard deviation and a constant of its own."""
+    tmp_path.chmod(0o700)
+    learn_eagerly, arguments = structured_job(observation, action, policy, rows_per_pass=8)
+    compiled = compile_program(learn_eagerly, arguments, tmp_path)
+    for seed in (0, 1):
+        _, arguments = structured_job(observation, action, policy, seed)
+        assert_same(compiled(*arguments), learn_eagerly(*arguments))
+
+
+def test_a_compiled_run_with_masks_equals_an_eager_one(tmp_path, monkeypatch):
+    """A Dict observation with a mask, several choices: `act` between the environment's steps and `learn`, two iterations.
+
+    The environment raises for an illegal action.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    runs = [trained(tmp_path / mode, "masked", "multi-discrete", compile=mode, norm_obs=True) for mode in ("off", "on")]
+    assert [run.summary["tier"] for run in runs] == ["eager", "compiled"]
+    torch.testing.assert_close(runs[0].policy.params, runs[1].policy.params, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("observation", ["nested", "masked", "tuple"])
+def test_traced_program_of_a_structure_equals_eager(observation):
+    """As the compiler is given it: leaves of all kinds, in an order that both sides agree on."""
+    learn_eagerly, arguments = structured_job(observation, ACTIONS["multi-discrete"])
+    graph, _ = compilation._trace(learn_eagerly, arguments)
+    params, *rest = graph(*compilation._tensors(arguments))
+    expected = learn_eagerly(*arguments)
+    torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
+    torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-5)
+
+
+def test_two_networks_of_the_same_shapes_share_no_program(tmp_path):
+    """Another activation or constant is another program, whatever the class is called; other first weights are not."""
+    renamed = type("Small", (Relu,), {"__qualname__": Small.__qualname__, "__module__": Small.__module__})
+
+    def key(policy, **settings):
+        return cache_key(*structured_job("float32", gym.spaces.Discrete(3), policy, **settings))
+
+    assert key(Small) == key(Small) == key(Small, network_seed=5)
+    keys = [key(Small), key(Relu), key(renamed), key(lambda inputs, n: Small(inputs, n, shift=0.5)), key(None)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_network_of_ones_own_has_its_program_in_another_process():
+    """No address, no order of a set in its key."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
+        "from test_compiled_spaces import *\n"
+        "print(cache_key(*structured_job('float32', gym.spaces.Discrete(3), Small)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.path.dirname(__file__)], check=True, timeout=120, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == cache_key(*structured_job("float32", gym.spaces.Discrete(3), Small))
