@@ -7,12 +7,13 @@ from typing import Any
 
 from fastppo.cli import parse_train, run
 from fastppo.config import TrainConfig
+from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 
 
 def _main(args: Sequence[str]) -> None:
     config = parse_train(args)
-    find_spec(config.env_id)
+    task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
     from fastppo.loop import train  # imports torch: --help and wrong flags do not wait for it
 
     train(config)

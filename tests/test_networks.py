@@ -209,13 +209,15 @@ def test_channels_last_are_channels_first_moved():
 
 
 def nature_cnn(policy, weights, leaf, space):
-    """Stable-Baselines3's NatureCNN with our weights copied into it; our Linear is (in, out)."""
+    """Stable-Baselines3's NatureCNN with our weights copied into it; our Linear is (in, out) and counts channels fastest."""
     layers = pytest.importorskip("stable_baselines3.common.torch_layers")
     network = layers.NatureCNN(space, features_dim=policy.cnn_size)
     modules = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
     for index, module in enumerate(modules):
         weight = weights[f"cnn.{leaf.key}.{index}.weight"]
-        module.weight.data = (weight if weight.ndim == 4 else weight.mT).detach().clone()
+        if weight.ndim == 2:
+            weight = weight.unflatten(0, (-1, 64)).transpose(0, 1).flatten(0, 1).mT
+        module.weight.data = weight.detach().clone()
         module.bias.data = weights[f"cnn.{leaf.key}.{index}.bias"].detach().clone()
     return network
 
@@ -263,7 +265,7 @@ def test_gradients_of_a_structure_equal_modules():
     expected |= {"actor.0": actor[0], "actor.head": actor[2], "critic.0": critic[0], "critic.head": critic[2]}
     assert {f"{name}.{part}" for name in expected for part in ("weight", "bias")} == set(ours)
     for name, module in expected.items():
-        weight = module.weight.grad if module.weight.ndim == 4 else module.weight.grad.mT
+        weight = module.weight.grad if module.weight.ndim == 4 else module.weight.grad.mT  # (1 x 1 pixels are left: one order)
         torch.testing.assert_close(ours[f"{name}.weight"], weight, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(ours[f"{name}.bias"], module.bias.grad, rtol=1e-3, atol=1e-5)
 

@@ -249,7 +249,7 @@ def test_a_run_and_its_continuation(tmp_path, capsys):
     assert console([*TINY, "--env-id", "Pendulum-v1", "--gamma", "0.8", "--run-dir", str(run_dir)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preset ")]
     assert len(lines) == 1
-    assert lines[0].startswith("preset Pendulum (Pendulum-v1; fastppo's own): norm_obs, norm_reward")
+    assert lines[0].startswith("preset Pendulum (Pendulum-v1; fastppo's own): norm_reward")
     assert "gamma 0.8" in lines[0]
     before = TrainConfig.from_json(run_dir / "config.json")
     assert (before.preset, before.gamma, before.learning_rate) == ("Pendulum", 0.8, 1e-3)
