@@ -53,8 +53,8 @@ class TrainConfig:
     """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
     env_kwargs: EnvKwargs = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
-    vectorization: Literal["auto", "entry-point", "sync", "async"] = "auto"
-    """How N environments become one: their own vector class, one process, or one each. auto: the first, else by a trial."""
+    vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
+    """How N environments become one: their own vector class, in one process, one a core, or one each. auto: by trial."""
     backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
     """Who runs the environments: gymnasium, EnvPool, or torch, on the device with the policy. auto: as registered."""
 
@@ -153,7 +153,7 @@ class TrainConfig:
     device: str = "auto"
     """auto (the GPU when there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
-    """Most CPU threads of the programs; default: all, as far as an update has rows enough to share out."""
+    """Most CPU threads of the programs, and processes of --vectorization grouped; default: all, as far as there is work."""
     compile: Literal["off", "auto", "on"] = "auto"
     """Compiled programs: never, when the whole run ends sooner with them, or always."""
 
@@ -291,7 +291,7 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "log_std_init": (math.isfinite, "a number"),
 }
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "vectorization": ("auto", "entry-point", "sync", "async"),
+    "vectorization": ("auto", "entry-point", "sync", "grouped", "async"),
     "backend": ("auto", "gymnasium", "torch", "envpool"),
     "advantage": ("gae", "monte-carlo"),
     **dict.fromkeys(("activation", "cnn_activation"), ("tanh", "relu", "elu", "silu", "gelu")),

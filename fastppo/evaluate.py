@@ -87,7 +87,16 @@ def evaluate_config(
     from fastppo.envs.backends import make_envs  # here, so that --help and wrong flags do not wait for torch
 
     num_envs, atari = min(episodes, 8), atari_settings(config)
-    made = make_envs(config.env_id, num_envs, config.backend, config.vectorization, config.env_kwargs, "cpu", atari)
+    made = make_envs(
+        config.env_id,
+        num_envs,
+        config.backend,
+        config.vectorization,
+        config.env_kwargs,
+        "cpu",
+        atari,
+        config.num_threads,
+    )
     envs = AutoresetEnvs(made)
     try:
         returns = evaluate(agent, envs, episodes, seed, deterministic)

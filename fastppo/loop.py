@@ -119,9 +119,20 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     seeds = derive_seeds(config.seed)
     vectorization, why = "auto", f"as --backend {config.backend} asks"
     if config.backend in ("auto", "gymnasium"):
-        vectorization, why = choose_vectorization(config.env_id, config.num_envs, config.vectorization, config.env_kwargs)
+        vectorization, why = choose_vectorization(
+            config.env_id, config.num_envs, config.vectorization, config.env_kwargs, config.num_threads
+        )
     atari = atari_settings(config)
-    made = make_envs(config.env_id, config.num_envs, config.backend, vectorization, config.env_kwargs, device, atari)
+    made = make_envs(
+        config.env_id,
+        config.num_envs,
+        config.backend,
+        vectorization,
+        config.env_kwargs,
+        device,
+        atari,
+        config.num_threads,
+    )
     cleanup.callback(made.close)
     backend = engine_name(made, config.env_id, config.backend, vectorization)
     envs = AutoresetEnvs(made)

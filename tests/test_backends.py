@@ -29,6 +29,7 @@ WHOLE_GAMES = AtariSettings(noop_max=0, episodic_life=False, fire_reset=False)
 ENGINES = {
     "entry-point": ("CartPole-v1", "auto", "entry-point", {}),
     "sync": ("CartPole-v1", "auto", "sync", {"max_episode_steps": 12}),
+    "grouped": ("CartPole-v1", "auto", "grouped", {"max_episode_steps": 12}),
     "async": ("CartPole-v1", "auto", "async", {}),
     "torch": ("CartPole-v1", "torch", "auto", {"max_episode_steps": 12}),
     "sync-pendulum": ("Pendulum-v1", "auto", "sync", {"max_episode_steps": 7}),
@@ -47,7 +48,7 @@ def make(engine, **settings):
     for package in ("envpool", "ale"):
         if engine.startswith(package):
             pytest.importorskip({"ale": "ale_py"}.get(package, package))
-    return make_envs(env_id, N, backend, vectorization, env_kwargs, "cpu", AtariSettings(**settings))
+    return make_envs(env_id, N, backend, vectorization, env_kwargs, "cpu", AtariSettings(**settings), num_threads=2)
 
 
 def numpy_of(batch):
@@ -111,7 +112,7 @@ def test_the_contract(engine):
     copy.close()
 
 
-@pytest.mark.parametrize("engine", ["entry-point", "sync", "async", "torch", "envpool-cartpole"])
+@pytest.mark.parametrize("engine", ["entry-point", "sync", "grouped", "async", "torch", "envpool-cartpole"])
 def test_cartpole_returns_its_lengths(engine):
     """Each step of an episode pays 1, the first and the last too, and an episode begins near the upright."""
     envs = make(engine)
@@ -523,6 +524,7 @@ def test_envpools_names(env_id, task):
         ("ALE/Pong-v5", "auto", "auto", {"gravity": 3}, "--env-kwargs do not fit ALE/Pong-v5: .*gravity"),
         ("ALE/Pong-v5", "auto", "sync", {}, "--vectorization sync is not for ALE/Pong-v5.*leave it at auto"),
         ("ALE/Pong-v5", "gymnasium", "async", {}, "--vectorization async is not for ALE/Pong-v5.*leave it at auto"),
+        ("ALE/Pong-v5", "gymnasium", "grouped", {}, "--vectorization grouped is not for ALE/Pong-v5.*leave it at auto"),
         ("Go9x9-v1", "envpool", "auto", {}, "--env-id Go9x9-v1: EnvPool's Go9x9-v1 is a game of 2 players"),
     ],
 )

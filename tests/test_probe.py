@@ -1,5 +1,7 @@
 """How the vectorisation is chosen where the user leaves it open."""
 
+import multiprocessing
+import os
 import time
 from types import SimpleNamespace
 
@@ -7,7 +9,7 @@ import gymnasium as gym
 import pytest
 from environments import Walk  # noqa: F401 (registers the environments)
 
-from fastppo.envs.probe import ASYNC_OVERHEAD, PROBE_SECONDS, PROBE_STEPS, choose_vectorization, step_seconds
+from fastppo.envs.probe import ASYNC_FROM, GROUPED_FROM, PROBE_SECONDS, PROBE_STEPS, choose_vectorization, step_seconds
 from fastppo.errors import UsageError
 
 
@@ -37,57 +39,77 @@ def test_a_vector_class_of_its_own_comes_first():
     assert choose_vectorization("CartPole-v1", 8, "auto", {})[0] == "entry-point"
 
 
-@pytest.mark.parametrize("wanted", ["sync", "async"])
+@pytest.mark.parametrize("wanted", ["sync", "grouped", "async"])
 def test_a_choice_is_obeyed(wanted):
     """--vectorization decides, without a trial."""
     assert choose_vectorization("Slow-v0", 4, wanted, {}) == (wanted, "as --vectorization asks")
 
 
-def test_fast_environments_stay_in_one_process():
+def test_fast_environments_stay_in_one_process(monkeypatch):
     """A step shorter than the cost of handing it over starts no process at all."""
-    choice, why = choose_vectorization("Pendulum-v1", 2, "auto", {})
+    monkeypatch.setattr(multiprocessing.Process, "start", None)
+    choice, why = choose_vectorization("Pendulum-v1", 2, "auto", {}, num_threads=2)
     assert choice == "sync"
     assert "ms" in why
 
 
 def test_slow_environments_get_processes():
-    """Eight sleeps at once are shorter than eight in a row."""
-    assert ASYNC_OVERHEAD < 8 * 0.003
-    assert choose_vectorization("Slow-v0", 8, "auto", {})[0] == "async"
+    """Eight sleeps at once are shorter than four, and four than eight; each trial takes its processes with it."""
+    assert ASYNC_FROM < 8 * 0.003
+    assert choose_vectorization("Slow-v0", 8, "auto", {}, num_threads=2)[0] == "async"
+    assert 4 * 0.0005 < ASYNC_FROM
+    choice, why = choose_vectorization("Slow-v0", 4, "auto", {"seconds": 0.0005}, num_threads=2)
+    assert (choice, why.count("ms")) == ("grouped", 2)
     assert choose_vectorization("Slow-v0", 1, "auto", {})[0] == "sync"
+    assert not multiprocessing.active_children()
+    assert gym.spec("Slow-v0").kwargs == {}
 
 
 FAILS, REFUSED = float("inf"), None
+NEVER = 1.0
 
 
 @pytest.mark.parametrize(
-    ("sync", "parallel", "choice", "reason", "tried"),
+    ("sync", "grouped", "parallel", "choice", "reason"),
     [
-        (0.99 * ASYNC_OVERHEAD, 0.0, "sync", "a step takes 0.99 ms, too little to share out", ["sync"]),
-        (ASYNC_OVERHEAD, 0.0, "async", "a step takes 1.0 ms in one process, 0.0 ms in 4", ["sync", "async"]),
-        (0.010, 0.0089, "async", "a step takes 10.0 ms in one process, 8.9 ms in 4", ["sync", "async"]),
-        (0.010, 0.0091, "sync", "a step takes 10.0 ms in one process, 9.1 ms in 4", ["sync", "async"]),
-        (0.010, 0.0200, "sync", "a step takes 10.0 ms in one process, 20.0 ms in 4", ["sync", "async"]),
-        (FAILS, 0.0, "sync", "a trial step failed", ["sync"]),
-        (0.010, FAILS, "sync", "a trial in 4 processes failed", ["sync", "async"]),
-        (0.010, REFUSED, "sync", "a trial in 4 processes failed", ["sync", "async"]),
+        (0.99 * GROUPED_FROM, NEVER, NEVER, "sync", "a step takes 0.15 ms, too little to share out"),
+        (GROUPED_FROM, 0.0, NEVER, "grouped", "a step takes 0.15 ms in one process, 0.00 ms in 2"),
+        (0.001, 0.00089, NEVER, "grouped", "a step takes 1.00 ms in one process, 0.89 ms in 2"),
+        (0.001, 0.00091, NEVER, "sync", "a step takes 1.00 ms in one process, 0.91 ms in 2"),
+        (0.001, FAILS, NEVER, "sync", "a step takes 1.00 ms in one process, a trial in 2 failed"),
+        (0.001, REFUSED, NEVER, "sync", "a step takes 1.00 ms in one process, a trial in 2 failed"),
+        (0.99 * ASYNC_FROM, 0.003, NEVER, "grouped", "a step takes 4.95 ms in one process, 3.00 ms in 2"),
+        (ASYNC_FROM, 0.003, 0.002, "async", "a step takes 5.00 ms in one process, 3.00 ms in 2, 2.00 ms in 4"),
+        (0.010, 0.005, 0.006, "grouped", "a step takes 10.00 ms in one process, 5.00 ms in 2, 6.00 ms in 4"),
+        (0.010, FAILS, 0.0089, "async", "a step takes 10.00 ms in one process, a trial in 2 failed, 8.90 ms in 4"),
+        (0.010, 0.02, 0.0091, "sync", "a step takes 10.00 ms in one process, 20.00 ms in 2, 9.10 ms in 4"),
+        (0.010, 0.005, REFUSED, "grouped", "a step takes 10.00 ms in one process, 5.00 ms in 2, a trial in 4 failed"),
+        (FAILS, NEVER, NEVER, "sync", "a trial step failed"),
     ],
 )
-def test_what_is_chosen_from_two_times(monkeypatch, sync, parallel, choice, reason, tried):
-    """Processes where they save a tenth and more; none is started for a step too short, or one that fails."""
+def test_what_is_chosen_from_times(monkeypatch, sync, grouped, parallel, choice, reason):
+    """The fastest, where it saves a tenth and more; nothing is started for a step too short for it, or one that fails."""
     made = []
 
-    def make(env_id, num_envs, vectorization, env_kwargs):
+    def make(env_id, num_envs, vectorization, env_kwargs, num_threads=None):
         made.append(vectorization)
-        seconds = {"sync": sync, "async": parallel}[vectorization]
+        seconds = {"sync": sync, "grouped": grouped, "async": parallel}[vectorization]
         if seconds is REFUSED:
             raise UsageError("no processes")
         return seconds, vectorization
 
     monkeypatch.setattr("fastppo.envs.probe.make_vec", make)
     monkeypatch.setattr("fastppo.envs.probe.step_seconds", lambda envs: envs)
-    assert choose_vectorization("Slow-v0", 4, "auto", {}) == (choice, reason)
-    assert made == tried
+    assert choose_vectorization("Slow-v0", 4, "auto", {}, num_threads=2) == (choice, reason)
+    assert made == [kind for kind, seconds in (("sync", sync), ("grouped", grouped), ("async", parallel)) if seconds != NEVER]
+
+
+def test_no_trial_on_one_core(monkeypatch):
+    """Nothing to share out to, and nothing is made to find out."""
+    monkeypatch.setattr("fastppo.envs.probe.make_vec", None)
+    assert choose_vectorization("Slow-v0", 8, "auto", {}, num_threads=1) == ("sync", "one core")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
+    assert choose_vectorization("Slow-v0", 8, "auto", {}) == ("sync", "one core")
 
 
 @pytest.mark.parametrize(("env_id", "num_envs", "choice"), [("CartPole-v1", 4, "entry-point"), ("Slow-v0", 1, "sync")])

@@ -22,6 +22,7 @@ def make_envs(
     env_kwargs: Mapping[str, Any],
     device: torch.device | str,
     atari: AtariSettings,
+    num_threads: int | None = None,
 ) -> VectorEnv:
     """N environments as one.
 
@@ -31,6 +32,7 @@ def make_envs(
         vectorization: as `make_vec` takes it; for gymnasium's only. ALE's games have but their own vector class.
         device: where a `TorchVectorEnv` lives.
         atari: for ALE's games, whoever runs them.
+        num_threads: as `make_vec` takes it.
 
     Raises:
         UsageError: as `make_vec`, `make_ale`, `make_envpool` and `make_device_vec`.
@@ -45,7 +47,7 @@ def make_envs(
                 f"--vectorization {vectorization} is not for {env_id}: ALE steps all games in its own threads; leave it at auto"
             )
         return make_ale(env_id, num_envs, env_kwargs, atari)
-    made, _ = make_vec(env_id, num_envs, vectorization, env_kwargs)
+    made, _ = make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads)
     if not isinstance(made.unwrapped, TorchVectorEnv):
         return made
     if backend == "gymnasium":

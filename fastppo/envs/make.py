@@ -1,23 +1,29 @@
 """From an environment id to a gymnasium vector environment, or to one clear line why not. Costs no torch."""
 
 import importlib
+import os
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.errors import UsageError, brief, nearest
 
 
-def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping[str, Any]) -> tuple[VectorEnv, str]:
+def make_vec(
+    env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping[str, Any], num_threads: int | None = None
+) -> tuple[VectorEnv, str]:
     """N environments as one.
 
     Args:
         env_id: a registered id, or module:Id to import the module that registers it.
-        vectorization: "entry-point" (the environment's own vector class), "sync" (one process), "async" (a process each), or
-            "auto": as `default_vectorization` says.
+        vectorization: "entry-point" (the environment's own vector class), "sync" (one process), "grouped" (as many as
+            `num_processes` says), "async" (a process each), or "auto": as `default_vectorization` says.
+        num_threads: --num-threads, for "grouped".
 
     Returns:
         The vector environment and the vectorization chosen.
@@ -29,7 +35,9 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     if vectorization == "auto":
         vectorization = default_vectorization(env_id)
     if vectorization == "entry-point" and spec.vector_entry_point is None:
-        raise UsageError(f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, async or auto")
+        raise UsageError(
+            f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, grouped or auto"
+        )
     if vectorization != "entry-point" and spec.entry_point is None:
         raise UsageError(
             f"--vectorization {vectorization}: {env_id} is registered with a vector entry point only; use entry-point or auto"
@@ -38,8 +46,11 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # gymnasium's advice on newer versions: the user chose this one
+            if vectorization == "grouped":
+                env_fns = [partial(gym.make, env_id, **env_kwargs)] * num_envs
+                return GroupedVectorEnv(env_fns, num_processes(num_envs, num_threads)), vectorization
             envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode=mode, **env_kwargs)
-    except UsageError as error:  # an adapter of ours, inside the entry point
+    except UsageError as error:  # ours: of an adapter inside the entry point, or of spaces that cannot be grouped
         raise UsageError(f"--env-id {env_id}: {error}") from None
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_remedy(spec, error)}") from None
@@ -48,6 +59,12 @@ def make_vec(env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping
     except Exception as error:
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     return envs, vectorization
+
+
+def num_processes(num_envs: int, num_threads: int | None) -> int:
+    """K, groups of environments for "grouped": --num-threads, or as many as this process has cores; no more than there are."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_envs, num_threads or cores)
 
 
 def default_vectorization(env_id: str) -> str:

@@ -1,4 +1,7 @@
-"""Sync or async, for environments without a vector entry point of their own: decided by a short trial. Costs no torch."""
+"""In one process or several, for environments without a vector entry point of their own: decided by short trials.
+
+Costs no torch.
+"""
 
 import time
 from collections.abc import Mapping
@@ -7,21 +10,25 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.atari import is_atari
-from fastppo.envs.make import default_vectorization, make_vec
+from fastppo.envs.make import default_vectorization, make_vec, num_processes
 from fastppo.errors import UsageError
 
 PROBE_STEPS = 50
 PROBE_SECONDS = 0.5
-# Handing a step to processes and back takes about this long whatever they do (616 us for eight CartPoles, two cores): below
-# it there is nothing to win, and no process is started to find out.
-ASYNC_OVERHEAD = 1e-3
+# Steps shorter than this have nothing to win in other processes, and no process is started to find out. Handing over to groups
+# and back takes 30 us (benchmarks/LOG.md), which half of such a step has to make good; to a process for each environment it
+# takes 616 us for eight CartPoles on two cores, and only waiting, as for another program, is shared out better so.
+GROUPED_FROM = 150e-6
+ASYNC_FROM = 5e-3
 
 
-def choose_vectorization(env_id: str, num_envs: int, wanted: str, env_kwargs: Mapping[str, Any]) -> tuple[str, str]:
+def choose_vectorization(
+    env_id: str, num_envs: int, wanted: str, env_kwargs: Mapping[str, Any], num_threads: int | None = None
+) -> tuple[str, str]:
     """What "auto" means for this environment on this machine.
 
     Returns:
-        "entry-point", "sync" or "async" (`wanted` itself unless that is "auto"), and the reason in a few words.
+        "entry-point", "sync", "grouped" or "async" (`wanted` itself unless that is "auto"), and the reason in a few words.
 
     Raises:
         UsageError: as `make_vec`.
@@ -34,19 +41,26 @@ def choose_vectorization(env_id: str, num_envs: int, wanted: str, env_kwargs: Ma
         return "entry-point", "the environment's own vector class"
     if num_envs == 1:
         return "sync", "one environment"
+    num_groups = num_processes(num_envs, num_threads)
+    if num_groups == 1:
+        return "sync", "one core"
     sync = step_seconds(make_vec(env_id, num_envs, "sync", env_kwargs)[0])
     if sync == float("inf"):
         return "sync", "a trial step failed"
-    if sync < ASYNC_OVERHEAD:
+    if sync < GROUPED_FROM:
         return "sync", f"a step takes {sync * 1e3:.2f} ms, too little to share out"
-    try:
-        parallel = step_seconds(make_vec(env_id, num_envs, "async", env_kwargs)[0])
-    except UsageError:  # no processes to be had, in a daemonic one for instance
-        parallel = float("inf")
-    if parallel == float("inf"):
-        return "sync", f"a trial in {num_envs} processes failed"
-    choice = "async" if parallel < 0.9 * sync else "sync"
-    return choice, f"a step takes {sync * 1e3:.1f} ms in one process, {parallel * 1e3:.1f} ms in {num_envs}"
+    processes = {"grouped": num_groups} | ({"async": num_envs} if sync >= ASYNC_FROM else {})
+    seconds = {"sync": sync}
+    told = [f"a step takes {sync * 1e3:.2f} ms in one process"]
+    for vectorization, count in processes.items():
+        try:
+            taken = step_seconds(make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads)[0])
+        except UsageError:  # no processes to be had, in a daemonic one for instance
+            taken = float("inf")
+        told.append(f"{taken * 1e3:.2f} ms in {count}" if taken < float("inf") else f"a trial in {count} failed")
+        seconds[vectorization] = taken
+    fastest = min(seconds, key=seconds.__getitem__)
+    return fastest if seconds[fastest] < 0.9 * sync else "sync", ", ".join(told)
 
 
 def step_seconds(envs: VectorEnv) -> float:
