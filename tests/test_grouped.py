@@ -294,6 +294,15 @@ def test_close_does_not_wait_for_a_step_that_hangs():
     envs.close()
 
 
+def test_an_environment_that_fails_to_close():
+    """Its error arrives, and the processes are gone all the same."""
+    envs = GroupedVectorEnv([Walk] * 3, 2)
+    envs._group.envs[0].env.close = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        envs.close()
+    assert not multiprocessing.active_children()
+
+
 def test_closed_at_once():
     """Processes that wait for a command end by themselves, without being asked twice."""
     envs = GroupedVectorEnv([Walk] * 8, 3)
@@ -326,19 +335,24 @@ def test_processes_end_with_their_parent(doing):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     parent = subprocess.Popen([sys.executable, "-c", PARENT, doing], stdout=subprocess.PIPE, text=True, env=environment)
     pids = [int(pid) for pid in parent.stdout.readline().split()]
-    assert len(pids) == 2
-    time.sleep(0.5)
-    for pid in pids:
-        os.kill(pid, signal.SIGINT)  # control-C is the parent's: they go on
-    time.sleep(0.2)
-    assert all(map(is_running, pids))
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    deadline = time.monotonic() + 10
-    while any(map(is_running, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_running, pids))
+    try:
+        assert len(pids) == 2
+        time.sleep(0.5)
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)  # control-C is the parent's: they go on
+        time.sleep(0.2)
+        assert all(map(is_running, pids))
+        parent.kill()
+        deadline = time.monotonic() + 10
+        while any(map(is_running, pids)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not any(map(is_running, pids))
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_running(pid):
@@ -372,7 +386,7 @@ envs.close()
 def test_environments_that_use_torch():
     """A model of the world in torch does not hang: after a fork OpenMP has no threads, and would wait for them forever."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", USES_TORCH], check=True, timeout=60, env=environment)
+    subprocess.run([sys.executable, "-c", USES_TORCH], check=True, timeout=30, env=environment)
 
 
 TINY = {"num_envs": 4, "num_steps": 32, "num_iterations": 3, "eval_episodes": 3, "compile": "off", "plain": True}

@@ -57,9 +57,8 @@ def test_slow_environments_get_processes():
     """Eight sleeps at once are shorter than four, and four than eight; each trial takes its processes with it."""
     assert ASYNC_FROM < 8 * 0.003
     assert choose_vectorization("Slow-v0", 8, "auto", {}, num_threads=2)[0] == "async"
-    assert 4 * 0.0005 < ASYNC_FROM
-    choice, why = choose_vectorization("Slow-v0", 4, "auto", {"seconds": 0.0005}, num_threads=2)
-    assert (choice, why.count("ms")) == ("grouped", 2)
+    assert ASYNC_FROM > 4 * 0.0005
+    assert choose_vectorization("Slow-v0", 4, "auto", {"seconds": 0.0005}, num_threads=2)[0] == "grouped"
     assert choose_vectorization("Slow-v0", 1, "auto", {})[0] == "sync"
     assert not multiprocessing.active_children()
     assert gym.spec("Slow-v0").kwargs == {}

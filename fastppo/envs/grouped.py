@@ -1,10 +1,10 @@
 """Environments shared out among as many processes as there are cores: `--vectorization grouped`.
 
 For environments that are slow in Python. A process each, as gymnasium's AsyncVectorEnv has it, costs more than it gives where
-there are fewer cores than environments: eight HalfCheetahs on two cores step in 1800 us so, and in 800 in one process. Here K
-groups of environments run on K cores, each a loop over its own. The first group is this process's, which would only wait
-otherwise; what they exchange lies in shared memory, and a byte in a pipe says go and done (8 us for both; a socket 13, and
-spinning before blocking keeps a core busy for 4).
+there are fewer cores than environments: eight HalfCheetahs on two cores step in 1165 us so, and in 585 in one process. Here K
+groups of environments run on K cores, each a loop over its own: 348 us (benchmarks/LOG.md). The first group is this process's,
+which would only wait otherwise; what they exchange lies in shared memory, and a byte in a pipe says go and done (8 us for both;
+through a socket 13, and spinning before blocking keeps a core busy to save 4).
 
 Same seed, same bits as gymnasium's SyncVectorEnv, however many groups there are. Knows nothing of policies, costs no torch.
 """
@@ -35,7 +35,7 @@ from fastppo.errors import UsageError, brief
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
 
-# The infos that are read (envs/autoreset.py). Others stay where they are: gathering HalfCheetah's takes a tenth of its step.
+# The infos that are read (envs/autoreset.py). Others stay where they are: gathering HalfCheetah's takes a seventh of a step.
 INFO_KEYS = ("action_mask", "game_over")
 # gymnasium's choice too: a forked process shares the imports of this one, which take seconds, and knows every environment that
 # was registered here. Elsewhere than on Linux system libraries do not survive a fork, and Python's own default is taken.
@@ -140,12 +140,15 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close all environments. A process that does not end in CLOSE_SECONDS is ended, one that hangs in a step too."""
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.ask_to_close()
-        self._group.close()
-        deadline = time.monotonic() + CLOSE_SECONDS
-        for worker in self._workers:
-            worker.end(deadline)
+        try:
+            self._group.close()
+        finally:
+            deadline = time.monotonic() + CLOSE_SECONDS
+            for worker in workers:
+                worker.end(deadline)
 
 
 class _Worker:

@@ -15,9 +15,9 @@ from fastppo.errors import UsageError
 
 PROBE_STEPS = 50
 PROBE_SECONDS = 0.5
-# Steps shorter than this have nothing to win in other processes, and no process is started to find out. Handing over to groups
-# and back takes 30 us (benchmarks/LOG.md), which half of such a step has to make good; to a process for each environment it
-# takes 616 us for eight CartPoles on two cores, and only waiting, as for another program, is shared out better so.
+# Steps shorter than this have nothing to win in other processes, and no process is started to find out. Handing over to two
+# groups and back takes 55 to 75 us (benchmarks/LOG.md), and half of such a step saves as much; to a process each it takes 570
+# us for eight CartPoles on two cores, and is better only for environments that wait, for another program say.
 GROUPED_FROM = 150e-6
 ASYNC_FROM = 5e-3
 
