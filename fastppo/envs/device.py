@@ -289,7 +289,7 @@ def _obs_dtype(space: gym.Space[Any]) -> torch.dtype:
 def _any_action(space: gym.Space[Any], num_envs: int, device: torch.device) -> Tensor:
     """The same legal action for each of N environments."""
     action: Any = np.zeros(space.shape or ())
-    if isinstance(space, gym.spaces.Discrete):
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         action = space.start
     elif isinstance(space, gym.spaces.Box):
         action = np.clip(action, space.low, space.high)
