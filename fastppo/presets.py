@@ -147,7 +147,7 @@ BIPEDAL_WALKER_HARDCORE = {
     "ent_coef": 0.001,
 }
 
-MUJOCO = {
+MUJOCO = {  # Walker2d has no entry of its own: the zoo's settings reached 1240 in a million steps here, these 2948 (seed 1)
     **NORMALIZED,
     "total_timesteps": 1_000_000,
     "num_envs": 8,
@@ -187,18 +187,6 @@ HOPPER = {
     "ent_coef": 0.00229519,
     "vf_coef": 0.835671,
     "max_grad_norm": 0.7,
-}
-WALKER2D = {
-    **MUJOCO_ZOO,
-    "num_steps": 64,
-    "num_minibatches": 16,  # of 32 rows
-    "update_epochs": 20,
-    "learning_rate": 5.05041e-05,
-    "gae_lambda": 0.95,
-    "clip_coef": 0.1,
-    "ent_coef": 0.000585045,
-    "vf_coef": 0.871923,
-    "max_grad_norm": 1.0,
 }
 REACHER = {
     **MUJOCO_ZOO,
@@ -281,7 +269,6 @@ PRESETS: Mapping[str, Preset] = {
         Preset("BipedalWalkerHardcore", "BipedalWalkerHardcore-v3", ZOO, BIPEDAL_WALKER_HARDCORE),
         Preset("HalfCheetah", "HalfCheetah-v5", ZOO, HALF_CHEETAH),
         Preset("Hopper", "Hopper-v5", ZOO, HOPPER),
-        Preset("Walker2d", "Walker2d-v5", ZOO, WALKER2D),
         Preset("Swimmer", "Swimmer-v5", ZOO, SWIMMER),
         Preset("Reacher", "Reacher-v5", ZOO, REACHER),
         Preset("Humanoid", "Humanoid-v5", ZOO, HUMANOID),

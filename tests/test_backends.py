@@ -336,6 +336,7 @@ def test_other_settings_arrive():
         envs.close()
 
 
+@pytest.mark.slow
 def test_which_games_have_fire():
     """Oracle: the action sets of ALE. EnvPool does not tell its own."""
     ale_py = pytest.importorskip("ale_py")
