@@ -1,5 +1,6 @@
 """The command line of training: `python -m fastppo.train --num-envs 8`. The loop itself is in loop.py."""
 
+import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -7,6 +8,7 @@ from typing import Any
 
 from fastppo.cli import parse_train, run
 from fastppo.config import TrainConfig
+from fastppo.envs.atari import is_atari
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 
@@ -14,6 +16,10 @@ from fastppo.envs.make import find_spec
 def _main(args: Sequence[str]) -> None:
     config = parse_train(args)
     task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
+    if config.backend == "envpool" or is_atari(config.env_id):
+        # OpenMP's threads would keep a core busy for a millisecond after each operation, and these environments have threads of
+        # their own that want it: Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from fastppo.loop import train  # imports torch: --help and wrong flags do not wait for it
 
     train(config)
