@@ -54,8 +54,7 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
         def _on_step(self) -> bool:
             return True
 
-    atari = workload.env_id.startswith("ALE/")
-    if atari:
+    if workload.is_atari:
         import ale_py
 
         gym.register_envs(ale_py)
@@ -65,9 +64,9 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
         envs = make_vec_env(workload.env_id, n_envs=workload.num_envs, seed=seed)
         envs = VecNormalize(envs) if workload.normalized else envs
     model = PPO(
-        "CnnPolicy" if atari else "MlpPolicy",
+        "CnnPolicy" if workload.is_atari else "MlpPolicy",
         envs,
-        learning_rate=lambda remaining: remaining * (2.5e-4 if atari else LEARNING_RATE),
+        learning_rate=lambda remaining: remaining * (2.5e-4 if workload.is_atari else LEARNING_RATE),
         n_steps=workload.num_steps,
         batch_size=workload.minibatch_size,
         n_epochs=workload.update_epochs,
@@ -231,9 +230,9 @@ def main(config: PeersConfig) -> int:
         return 2
     workload = WORKLOADS[config.workload]
     on_device = workload.backend == "torch"
-    only_sb3 = workload.normalized or workload.env_id.startswith("ALE/")
+    only_sb3 = workload.normalized or workload.is_atari
     names = list(config.peers or (JAX_PEERS if on_device else ("sb3",) if only_sb3 else PEERS))
-    num_threads = config.num_threads or (torch.get_num_threads() if workload.env_id.startswith("ALE/") else 1)
+    num_threads = config.num_threads or (torch.get_num_threads() if workload.is_atari else 1)
     for name in names:
         if (name in JAX_PEERS) != on_device or (only_sb3 and name != "sb3"):
             print(f"--peers {name}: not for --workload {config.workload}", file=sys.stderr)

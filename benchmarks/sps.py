@@ -45,6 +45,11 @@ class Workload:
         return self.num_envs * self.num_steps
 
     @property
+    def is_atari(self) -> bool:
+        """A game of ALE's, learned by a Nature CNN."""
+        return self.env_id.startswith("ALE/")
+
+    @property
     def minibatch_size(self) -> int:
         """M."""
         return self.batch_size // self.num_minibatches
@@ -106,7 +111,7 @@ def run_fastppo(
         } | ({} if num_threads is None else {"--num-threads": num_threads})
         words = [str(word) for pair in flags.items() for word in pair]
         words += ["--norm-obs", "--norm-reward"] * workload.normalized
-        words += ["--clip-reward", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"] * workload.env_id.startswith("ALE/")
+        words += ["--clip-reward", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"] * workload.is_atari
         subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run_dir / "summary.json").read_text())
         with (run_dir / "metrics.csv").open(newline="") as file:

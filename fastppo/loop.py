@@ -143,7 +143,6 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     obs = obs_spec(obs_space, info_mask_size(envs), action)
     network = make_network(obs, action, config, policy, seeds["parameters"])
     state = init_state(config, network, obs, device, seeds)
-    has_images = any(leaf.kind == "image" for leaf in obs)
     keep = partial(checkpoint_of, network, obs_space, obs, action)
 
     if config.resume:
@@ -161,7 +160,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     if chosen is not None:
         display.note(chosen)
     display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
-    workers = 1 if has_images else choose_workers(config)  # large convolutions share themselves out better
+    workers = 1 if obs.has_images else choose_workers(config)  # large convolutions share themselves out better
     torch.set_num_threads(choose_threads(config, network))
     display.note(
         f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
@@ -179,7 +178,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     act_noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     normalization = normalization_of(state)
     learn = partial(programs.learn, policy=network, **learn_settings(config))
-    if has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
+    if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
         learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
     fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS, num_workers=workers) if device.type == "cpu" else learn
     learn_example = (state.params, state.adam, rollout_tensors, permutation, schedule_at(0.0, config, device), normalization)
@@ -412,7 +411,7 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
     if isinstance(envs.envs, TorchVectorEnv):
         return None
     with contextlib.suppress(Exception):  # one that fails here fails when training starts, where it is reported
-        _, mask = envs.reset_and_mask(0)
+        _, mask = envs.reset_and_mask(None)  # a seed would have EnvPool make all its environments anew
         return None if mask is None else math.prod(mask.shape[1:])
     return None
 

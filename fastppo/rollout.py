@@ -199,7 +199,7 @@ class HostCollector:
         # on the CPU the rollout itself is written; for a GPU a pinned twin is, so that its copies overlap with stepping
         self.host = rollout if self.on_host else rollout.to("cpu").pin_memory()
         self.arrays = {key: self.host[key].numpy() for key in self.host.keys()}  # noqa: SIM118 (a TensorDict iterates over rows)
-        self.obs = obs
+        self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
         # views made once: indexing a TensorDict per step costs 15 us
         self.rows = {leaf.key: rollout[leaf.key].unbind(0) for leaf in obs}
         self.host_rows = {leaf.key: self.host[leaf.key].unbind(0) for leaf in obs}
@@ -218,8 +218,8 @@ class HostCollector:
         self.arrays["valid"][-1] = True
 
     def _write(self, row: int, obs: Any, action_mask: NDArray[Any] | None) -> None:
-        for leaf in self.obs.leaves:
-            if leaf is not self.obs.info_mask:
+        for leaf in self.obs:
+            if leaf is not self.info_mask:
                 self.arrays[leaf.key][row] = _as_stored(leaf, leaf.find(obs))
             else:
                 self.arrays[leaf.key][row] = True if action_mask is None else action_mask
@@ -247,7 +247,7 @@ class HostCollector:
                 self._write(t + 1, step.obs, step.action_mask)
                 reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
                 if step.final_obs is not None:
-                    for leaf in self.obs.observed:
+                    for leaf in self.observed:
                         arrays[f"final_{leaf.key}"][t] = leaf.find(step.final_obs)
             except Exception as error:
                 raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
@@ -287,7 +287,7 @@ class TensorCollector:
     def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec) -> None:
         self.envs = envs
         self.tensors: dict[str, Tensor] = dict(rollout.items())
-        self.obs = obs
+        self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
         self.action = action.to(self.tensors["reward"].device)
         self.env_device = self.tensors["reward"].device  # until the first observation tells
         self.rows = {key: rows.unbind(0) for key, rows in self.tensors.items()}  # views made once
@@ -300,13 +300,13 @@ class TensorCollector:
 
     def begin(self, obs: Any, action_mask: Any = None) -> None:
         """Put first observations (N, ...) where `collect` takes them from; actions will go to the device they came from."""
-        self.env_device = self.obs.observed[0].find(obs).device
+        self.env_device = self.observed[0].find(obs).device
         self._write(-1, obs, action_mask)
         self.rows["valid"][-1].fill_(True)
 
     def _write(self, row: int, obs: Any, action_mask: Any) -> None:
-        for leaf in self.obs.leaves:
-            if leaf is not self.obs.info_mask:
+        for leaf in self.obs:
+            if leaf is not self.info_mask:
                 self.rows[leaf.key][row].copy_(_as_stored(leaf, leaf.find(obs)))
             elif action_mask is None:
                 self.rows[leaf.key][row].fill_(True)
@@ -331,7 +331,7 @@ class TensorCollector:
                 rows["terminated"][t].copy_(step.terminated)
                 rows["truncated"][t].copy_(step.truncated)
                 if step.final_obs is not None:
-                    for leaf in self.obs.observed:
+                    for leaf in self.observed:
                         rows[f"final_{leaf.key}"][t].copy_(leaf.find(step.final_obs))
             except Exception as error:
                 raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error

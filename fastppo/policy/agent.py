@@ -43,7 +43,7 @@ def make_network(
         return ModulePolicy(policy, obs, action, config.log_std_init, seed)
     sizes = config.hidden_sizes
     if sizes is None:
-        sizes = () if any(leaf.kind == "image" for leaf in obs) else (64, 64)
+        sizes = () if obs.has_images else (64, 64)
     mlp = MLPActorCritic(
         features_size(obs.leaves, config.cnn_size),
         action.size,

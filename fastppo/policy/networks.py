@@ -50,8 +50,26 @@ class Network(Policy, Protocol):
         ...
 
 
+class _Acts:
+    """What every network does with its distribution; a part of `core.programs.Policy`."""
+
+    distribution: Family
+
+    def sample(self, dist: Any, noise: Tensor) -> Tensor:
+        """An action from the distribution and its noise."""
+        return self.distribution.sample(dist, noise)
+
+    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
+        """Log-density of the action, (...)."""
+        return self.distribution.log_prob(dist, action)
+
+    def entropy(self, dist: Any) -> Tensor:
+        """Entropy in nats, (...)."""
+        return self.distribution.entropy(dist)
+
+
 @dataclass(frozen=True)
-class MLPActorCritic:
+class MLPActorCritic(_Acts):
     """Multi-layer perceptrons for actor and critic, apart or on a shared backbone; a `core.programs.Policy`.
 
     obs_size: D, observations are (..., D). action_size: A, the number of logits or of action components.
@@ -138,18 +156,6 @@ class MLPActorCritic:
         features = self._features(weights, obs, self._trunks)
         return self._actor_head(weights, features[0], obs.shape[:-1]), self._critic_head(weights, features[-1], obs.shape[:-1])
 
-    def sample(self, dist: Any, noise: Tensor) -> Tensor:
-        """An action from the distribution and its noise."""
-        return self.distribution.sample(dist, noise)
-
-    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
-        """Log-density of the action, (...)."""
-        return self.distribution.log_prob(dist, action)
-
-    def entropy(self, dist: Any) -> Tensor:
-        """Entropy in nats, (...)."""
-        return self.distribution.entropy(dist)
-
     @property
     def _trunks(self) -> tuple[str, ...]:
         return ("backbone",) if self.share_backbone else ("actor", "critic")
@@ -186,7 +192,7 @@ class MLPActorCritic:
 
 
 @dataclass(frozen=True)
-class ActorCritic:
+class ActorCritic(_Acts):
     """Any observation: its leaves become numbers, images through a Nature CNN each (Mnih et al., 2015), all are joined, and an
     `MLPActorCritic` follows. Actor and critic share the CNN. Logits of illegal actions are masked.
 
@@ -198,6 +204,7 @@ class ActorCritic:
     mlp: MLPActorCritic
     cnn_size: int = 512
     cnn_activation: str = "relu"
+    distribution: Family = field(init=False, repr=False, compare=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -210,6 +217,7 @@ class ActorCritic:
                 channels, height, width = filters, (height - kernel) // stride + 1, (width - kernel) // stride + 1
             shapes[f"cnn.{leaf.key}.{len(NATURE_CNN)}.weight"] = (channels * height * width, self.cnn_size)
             shapes[f"cnn.{leaf.key}.{len(NATURE_CNN)}.bias"] = (self.cnn_size,)
+        object.__setattr__(self, "distribution", self.mlp.distribution)
         object.__setattr__(self, "shapes", shapes)
 
     @property
@@ -263,18 +271,6 @@ class ActorCritic:
         dist, value = self.mlp.actor_critic(weights, self._features(weights, obs))
         return self._masked(dist, obs), value
 
-    def sample(self, dist: Any, noise: Tensor) -> Tensor:
-        """An action from the distribution and its noise."""
-        return self.mlp.sample(dist, noise)
-
-    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
-        """Log-density of the action, (...)."""
-        return self.mlp.log_prob(dist, action)
-
-    def entropy(self, dist: Any) -> Tensor:
-        """Entropy in nats, (...)."""
-        return self.mlp.entropy(dist)
-
     @property
     def _images(self) -> tuple[ObsLeaf, ...]:
         return tuple(leaf for leaf in self.leaves if leaf.kind == "image")
@@ -282,7 +278,7 @@ class ActorCritic:
     def _masked(self, dist: Any, obs: Obs) -> Any:
         if isinstance(obs, Tensor) or ACTION_MASK not in obs:
             return dist
-        return mask_logits(dist, obs[ACTION_MASK], choices(self.mlp.distribution, self.mlp.action_size))
+        return mask_logits(dist, obs[ACTION_MASK], choices(self.distribution, self.mlp.action_size))
 
     def _features(self, weights: Weights, obs: Obs) -> Tensor:
         """Everything that is observed as one vector: (..., *shape) by key -> (..., mlp.obs_size)."""
@@ -344,7 +340,7 @@ def features_size(leaves: tuple[ObsLeaf, ...], cnn_size: int) -> int:
 ModuleFactory = Callable[[Any, int], nn.Module]
 
 
-class ModulePolicy:
+class ModulePolicy(_Acts):
     """Somebody's own module as a `Network`: compiled, captured and kept as ours are.
 
     The module is made by `factory(inputs, num_outputs)`: `inputs` is the shape (*shape) of what it will be given without the
@@ -447,18 +443,6 @@ class ModulePolicy:
         if self.distribution is DIAGONAL_NORMAL:
             return (out, weights[LOG_STD].expand_as(out)), value
         return (mask_logits(out, given[ACTION_MASK], self.choices) if ACTION_MASK in given else out), value
-
-    def sample(self, dist: Any, noise: Tensor) -> Tensor:
-        """An action from the distribution and its noise."""
-        return self.distribution.sample(dist, noise)
-
-    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
-        """Log-density of the action, (...)."""
-        return self.distribution.log_prob(dist, action)
-
-    def entropy(self, dist: Any) -> Tensor:
-        """Entropy in nats, (...)."""
-        return self.distribution.entropy(dist)
 
 
 LOG_STD = "fastppo.log_std"  # no module of somebody's has a weight of this name

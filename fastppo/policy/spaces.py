@@ -69,6 +69,11 @@ class ObsSpec:
         return tuple(leaf for leaf in self.leaves if leaf.kind != "mask")
 
     @property
+    def has_images(self) -> bool:
+        """Whether a convolutional network is needed."""
+        return any(leaf.kind == "image" for leaf in self.leaves)
+
+    @property
     def normalized(self) -> tuple[ObsLeaf, ...]:
         """What --norm-obs is for: numbers whose scale nobody knows."""
         numbers = (leaf for leaf in self.leaves if leaf.kind == "vector" and leaf.dtype is not torch.bool)
