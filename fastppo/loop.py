@@ -9,16 +9,14 @@ import os
 import platform
 import resource
 import signal
-import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,6 @@ from torch.utils._pytree import tree_map
 
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
-from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule, obs_of
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -39,23 +36,20 @@ from fastppo.errors import TrainingFault, UsageError
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
-from fastppo.policy.agent import Agent, make_network, moments_from_state, policy_state, weights_from_state
+from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.policy.normalization import (
-    RunningMoments,
     discounted_return,
-    init_moments,
-    inverse_std,
-    make_normalization,
     update_moments,
 )
-from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.presets import describe
 from fastppo.rollout import allocate_rollout, env_step_of, pack, start_collector
 from fastppo.run.directory import RunDirectory, load_checkpoint
 from fastppo.run.display import make_display
-from fastppo.run.episodes import EpisodeStatistics
 from fastppo.run.loggers import Loggers
+from fastppo.run.signals import StopSignals
+from fastppo.state import TrainState, checkpoint_of, init_state, load_state, normalization_of, snapshot
 from fastppo.tiers import Job, Tiers
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
@@ -74,25 +68,6 @@ class TrainResult:
     run_dir: Path
     summary: Mapping[str, Any]
     policy: Agent
-
-
-@dataclass
-class TrainState:
-    """Everything that training moves and a checkpoint keeps."""
-
-    params: Tensor  # (P,), written in place: the weights that act are views of it
-    adam: AdamState
-    obs_moments: dict[str, RunningMoments] | None  # by leaf of the observation
-    return_moments: RunningMoments | None
-    return_carry: Tensor  # (N,), each environment's discounted reward so far
-    return_mean: Tensor  # () units of the critic, see Normalization
-    return_std: Tensor
-    generators: dict[str, torch.Generator]
-    episodes: EpisodeStatistics
-    iteration: int = 0
-    global_step: int = 0
-    seconds: float = 0.0
-    best_return: float = -math.inf
 
 
 def train(config: TrainConfig, policy: ModuleFactory | None = None) -> TrainResult:
@@ -416,24 +391,6 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
     return None
 
 
-def init_state(
-    config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device, seeds: Mapping[str, int]
-) -> TrainState:
-    """Fresh parameters and statistics."""
-    params = network.init(torch.Generator().manual_seed(seeds["parameters"])).to(device)
-    return TrainState(
-        params=params,
-        adam=init_adam(params),
-        obs_moments=None if not config.norm_obs else {leaf.key: init_moments(leaf.shape, device) for leaf in obs.normalized},
-        return_moments=init_moments((), device) if config.norm_reward else None,
-        return_carry=torch.zeros(config.num_envs, device=device),
-        return_mean=torch.zeros((), device=device),
-        return_std=torch.ones((), device=device),
-        generators={name: torch.Generator(device).manual_seed(seeds[name]) for name in ("actions", "minibatches")},
-        episodes=EpisodeStatistics(config.num_envs),
-    )
-
-
 def progress_of(state: TrainState, config: TrainConfig) -> float:
     """Share of the run that is done: iterations where --num-iterations was given, else steps."""
     if config.num_iterations is not None:
@@ -447,12 +404,6 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
     learning_rate = config.learning_rate * (rest if config.anneal_lr else 1.0)
     clip_coef = config.clip_coef * (rest if config.anneal_clip else 1.0)
     return Schedule(*(torch.tensor(value, device=device) for value in (learning_rate, clip_coef, config.ent_coef)))
-
-
-def normalization_of(state: TrainState) -> programs.Normalization:
-    """The statistics as they stand, frozen for one iteration."""
-    reward_scale = None if state.return_moments is None else inverse_std(state.return_moments)
-    return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std)
 
 
 def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: Learned, config: TrainConfig) -> None:
@@ -482,48 +433,6 @@ def read_metrics(learned: Learned) -> dict[str, float]:
     return {**{key: summary[key] for key in keys}, "updates": int(summary["updates"])}
 
 
-def snapshot(state: TrainState) -> TrainState:
-    """The state as it stands, for a checkpoint to be made of it later: 30 us where `checkpoint_of` takes 250."""
-    generators = {name: generator.clone_state() for name, generator in state.generators.items()}
-    return replace(state, params=state.params.clone(), generators=generators, episodes=state.episodes.copy())
-
-
-def checkpoint_of(network: Network, obs_space: Any, obs: ObsSpec, action: ActionSpec, state: TrainState) -> dict[str, Any]:
-    """The state as plain data: tensors, numbers, lists and dicts."""
-    normalization = normalization_of(state)
-    return {
-        "format": 1,
-        "policy": policy_state(network, state.params, obs_space, obs, action.space, state.obs_moments, normalization),
-        "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
-        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
-        "generators": {name: generator.get_state() for name, generator in state.generators.items()},
-        "episodes": state.episodes.state_dict(),
-        "iteration": state.iteration,
-        "global_step": state.global_step,
-        "seconds": state.seconds,
-        "best_return": state.best_return,
-    }
-
-
-def load_state(state: TrainState, network: Network, checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Put `checkpoint_of`'s result back. The environments are not in it: they start new episodes."""
-    try:
-        policy, device = checkpoint["policy"], state.params.device
-        state.params.copy_(weights_from_state(policy, network))
-        state.adam = AdamState(**{key: value.to(device) for key, value in checkpoint["adam"].items()})
-        state.obs_moments = moments_from_state(policy["obs_moments"], device)
-        if checkpoint["return_moments"] is not None:
-            state.return_moments = RunningMoments(*(moment.to(device) for moment in checkpoint["return_moments"]))
-        state.return_mean, state.return_std = policy["return_mean"].to(device), policy["return_std"].to(device)
-        for name, generator in state.generators.items():
-            generator.set_state(checkpoint["generators"][name])
-        state.episodes.load_state_dict(checkpoint["episodes"])
-        state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
-        state.seconds, state.best_return = checkpoint["seconds"], checkpoint["best_return"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--resume: {path} does not fit the run's config.json ({error})") from None
-
-
 def write_checkpoints(
     directory: RunDirectory, state: TrainState, keep: Callable[[TrainState], dict[str, Any]], best: TrainState | None
 ) -> None:
@@ -531,31 +440,3 @@ def write_checkpoints(
     if best is not None:
         directory.save_checkpoint(directory.best, keep(best))
     directory.save_checkpoint(directory.last, keep(state))
-
-
-class StopSignals:
-    """SIGINT and SIGTERM ask the loop to stop after this iteration; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.restore()
-        self.received = number
-
-    def restore(self) -> None:
-        """Put the handlers from before back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @property
-    def name(self) -> str:
-        """Of the signal received."""
-        return signal.Signals(self.received or 0).name
-
-    def exception(self) -> BaseException:
-        """What ends the process with 128 + the signal's number."""
-        return KeyboardInterrupt() if self.received == signal.SIGINT else SystemExit(128 + (self.received or 0))

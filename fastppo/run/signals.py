@@ -1,0 +1,34 @@
+"""Signals that ask a run to stop. Knows nothing of what is stopped."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopSignals:
+    """SIGINT and SIGTERM ask the loop to stop after this iteration; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.restore()
+        self.received = number
+
+    def restore(self) -> None:
+        """Put the handlers from before back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def name(self) -> str:
+        """Of the signal received."""
+        return signal.Signals(self.received or 0).name
+
+    def exception(self) -> BaseException:
+        """What ends the process with 128 + the signal's number."""
+        return KeyboardInterrupt() if self.received == signal.SIGINT else SystemExit(128 + (self.received or 0))
