@@ -56,8 +56,8 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         return replace(config, preset=start.preset)
 
     run_dir = Path(resume)
-    if not (run_dir / "checkpoints" / "last.pt").exists():
-        raise UsageError(f"--resume {resume}: there is no checkpoints/last.pt to go on from")
+    if not any((run_dir / "checkpoints").glob("*.pt")):
+        raise UsageError(f"--resume {resume}: there is no checkpoint in it to go on from")
     before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
     config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     check_resumable(before, config)

@@ -165,6 +165,12 @@ class TrainConfig:
     """Episodes of the evaluation of the best model at the end; 0: none."""
     checkpoint_seconds: float = 30.0
     """Longest time between checkpoints; 0: after every iteration."""
+    checkpoint_iterations: int | None = None
+    """Iterations between checkpoints instead of checkpoint_seconds (50 with --exact-resume)."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept: the newest is last.pt too, those before it are for the case that it is damaged."""
+    exact_resume: bool = False
+    """Restart the environments at every checkpoint from a seed of its own, so that a resumed run equals one not interrupted."""
     log_interval: int = 1
     """Iterations between rows of metrics.csv and TensorBoard."""
     plain: bool = False
@@ -229,6 +235,11 @@ class TrainConfig:
         """M."""
         return self.batch_size // self.minibatches_per_epoch
 
+    @property
+    def iterations_per_checkpoint(self) -> int | None:
+        """None: checkpoints are written by the clock."""
+        return self.checkpoint_iterations or (EXACT_CHECKPOINT_ITERATIONS if self.exact_resume else None)
+
     def to_json(self) -> str:
         """The settings as JSON text, for config.json."""
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -251,15 +262,17 @@ class TrainConfig:
 
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
-    "num_threads", "compile", "resume", "run_dir"
+    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints"
 }  # fmt: skip
+EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 
 
 def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
     """Raise UsageError naming the first setting that cannot change when a run goes on."""
     for spec in fields(TrainConfig):
         old, new = getattr(before, spec.name), getattr(after, spec.name)
-        if old != new and spec.name not in RESUMABLE:
+        resumable = spec.name in RESUMABLE and not (spec.name == "checkpoint_iterations" and before.exact_resume)
+        if old != new and not resumable:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):
         raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run goes on in {after.resume}")
@@ -282,6 +295,7 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
     **dict.fromkeys(("update_epochs", "log_interval", "num_threads", "cnn_size"), _at_least(1)),
+    **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints"), _at_least(1)),
     **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),

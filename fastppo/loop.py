@@ -6,16 +6,13 @@
 import contextlib
 import math
 import os
-import platform
 import resource
 import signal
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule, obs_of
@@ -44,12 +42,13 @@ from fastppo.policy.normalization import (
 )
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.presets import describe
-from fastppo.rollout import allocate_rollout, env_step_of, pack, start_collector
-from fastppo.run.directory import RunDirectory, load_checkpoint
+from fastppo.reproducibility import differences, guarantees, made_with, versions
+from fastppo.rollout import Collector, allocate_rollout, env_step_of, pack, start_collector
+from fastppo.run.directory import RunDirectory
 from fastppo.run.display import make_display
 from fastppo.run.loggers import Loggers
 from fastppo.run.signals import StopSignals
-from fastppo.state import TrainState, checkpoint_of, init_state, load_state, normalization_of, snapshot
+from fastppo.state import TrainState, checkpoint_of, frozen, init_state, load_state, normalization_of, snapshot
 from fastppo.tiers import Job, Tiers
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
@@ -118,32 +117,30 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     obs = obs_spec(obs_space, info_mask_size(envs), action)
     network = make_network(obs, action, config, policy, seeds["parameters"])
     state = init_state(config, network, obs, device, seeds)
-    keep = partial(checkpoint_of, network, obs_space, obs, action)
-
-    if config.resume:
-        directory = RunDirectory(Path(config.resume))
-        check_resumable(TrainConfig.from_json(directory.config), config)
-        load_state(state, network, load_checkpoint(directory.last), directory.last)
-    else:
-        directory = RunDirectory.create(config.run_dir, config.env_id, config.seed)
-    directory.write_text(directory.config, config.to_json())
-    loggers = Loggers(directory.metrics, state.iteration if config.resume else None)
-    loggers.log_config(config.to_json())
-    display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
-    display.note(f"run directory {directory.path}")
-    chosen = None if config.resume else describe(config)
-    if chosen is not None:
-        display.note(chosen)
-    display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
     workers = 1 if obs.has_images else choose_workers(config)  # large convolutions share themselves out better
     torch.set_num_threads(choose_threads(config, network))
+    provenance = made_with(device, torch.get_num_threads(), workers)
+    data_of = partial(checkpoint_of, network, obs_space, obs, action, {**provenance, **versions()})
+    # environments on the device are kept in checkpoints as they stand; others can only be restarted at them
+    restarts = config.exact_resume and not isinstance(made, TorchVectorEnv)
+
+    if config.resume:
+        directory, notes = reopen(config, restarts, state, network, data_of(state), cleanup)
+    else:
+        directory, notes = make_directory(config, data_of(state)), [describe(config)]
+        cleanup.callback(directory.unlock)
+    display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
+    display.note(f"run directory {directory.path}")
+    for line in notes:
+        if line is not None:
+            display.note(line)
+    display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
     display.note(
         f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
     )
-    if config.resume:
-        display.note(
-            f"going on from iteration {state.iteration}, step {state.global_step}; the environments start new episodes"
-        )
+    loggers = Loggers(directory.metrics, display.note, state.iteration if config.resume else None)
+    loggers.log_config(config.to_json())
+    checkpoints = Checkpoints(directory, config, restarts, data_of, state.iteration, display.note)
 
     # --- the programs, and the buffers that they live in
     rollout = allocate_rollout(config.num_steps, config.num_envs, obs, action, envs.keeps_final_obs, device)
@@ -171,29 +168,38 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         act_example = (state.params, normalization, tree_map(lambda x: x[0], obs_of(rollout_tensors)), noise_example[0])
         jobs["act"] = Job(act, partial(programs.act_from_params, policy=network), act_example)
     tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note)
+    exact = restarts or isinstance(made, TorchVectorEnv)
+    promises = guarantees(device, tiers.may_change, exact)
+    for line in promises:
+        display.note(line)
 
-    best: TrainState | None = None  # the best policy since the last checkpoint, not yet on disk
     recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
-    first_second, first_step = state.seconds, state.global_step
+    first_second, first_step, first_iteration = state.seconds, state.global_step, state.iteration
     start_seconds = first_update_seconds = math.nan
-    last_checkpoint = time.monotonic()
-    stop = StopSignals()
+    stop, resting = StopSignals(), state  # resting: the state before the iteration under way
+    collector: Collector | None = None
     try:
         collector = start_collector(envs, rollout, obs, action, seed)
+        if state.environments is not None:
+            collector.load_state_dict(state.environments)
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
         while progress < 1.0 and not stop.received:
+            resting = frozen(state, collector.state_dict())
             normalization, schedule = normalization_of(state), schedule_at(progress, config, device)
+            restart = checkpoints.restarts_at(state.iteration + 1)
             for epoch in epochs:
                 torch.randperm(config.batch_size, generator=state.generators["minibatches"], out=epoch)
 
             # collect: T steps of N environments under frozen parameters and statistics
             noise = action.distribution.noise(act_noise_shape, state.generators["actions"])
             with torch.inference_mode():
-                if config.reset_each_rollout and state.iteration > 0:
+                if state.iteration > first_iteration and checkpoints.restarts_at(state.iteration):
+                    collector.reset(environment_seed(config.seed, state.iteration))
+                elif config.reset_each_rollout and state.iteration > 0 and not checkpoints.restarts_at(state.iteration):
                     collector.reset(None)
-                phases = collector.collect(tiers.act(normalization), noise, cut=config.reset_each_rollout)
+                phases = collector.collect(tiers.act(normalization), noise, cut=config.reset_each_rollout or restart)
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
@@ -206,9 +212,13 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
             learn_seconds = time.perf_counter() - learn_started
 
             # account
-            reward, terminated, truncated, valid, episode_end = collector.outcomes()
+            reward, terminated, truncated, valid, episode_end, cut = collector.outcomes()
+            if restart and not config.reset_each_rollout:
+                episode_end[-1] &= ~cut  # half an episode is none
             finished = state.episodes.update(reward, episode_end, valid)
             state.iteration += 1
+            if restart:
+                state.episodes.forget_running()
             state.global_step += int(valid.sum())
             # from account to account: what logging and checkpoints take is in the next iteration's time, nothing is left out
             now = time.perf_counter()
@@ -225,7 +235,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
             if new_best:
                 state.best_return = return_mean
                 # kept are the parameters after this update, one past those that played
-                best = snapshot(state)
+                checkpoints.best = snapshot(state)
 
             row: dict[str, int | float] = {
                 "iteration": state.iteration,
@@ -246,23 +256,19 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
             }
             if state.iteration % config.log_interval == 0 or progress >= 1.0:
                 loggers.log(row)
-            eta = (state.seconds - first_second) * (1.0 - progress) / max(progress - first_progress, 1e-9)
-            display.update({**row, "new_best": improved}, progress, eta)
+            eta = (state.seconds - first_second) * max(1.0 - progress, 0.0) / max(progress - first_progress, 1e-9)
+            display.update({**row, "new_best": improved}, min(progress, 1.0), eta)
             if display.reader_gone:  # `| head -3`: the end is that of a signal
                 stop.received = signal.SIGPIPE
             tiers.update(len(recent) - 1, eta)
-            if time.monotonic() - last_checkpoint >= config.checkpoint_seconds:
-                write_checkpoints(directory, state, keep, best)
-                best = None
-                last_checkpoint = time.monotonic()
-        write_checkpoints(directory, state, keep, best)
+            checkpoints.update(state, collector.state_dict)
+        state.environments = collector.state_dict()
+        resting = state
     except TrainingFault as fault:
-        write_checkpoints(directory, state, keep, best)
-        directory.write_text(directory.fault, traceback.format_exc())
-        raise TrainingFault(
-            f"iteration {state.iteration + 1}: {fault}\n"
-            f"iterations up to {state.iteration} are kept, details in {directory.fault}; go on with: --resume {directory.path}"
-        ) from fault
+        raise checkpoints.report(fault, resting, {} if collector is None else collector.kept()) from fault
+    except KeyboardInterrupt:
+        display.note(f"stopped at once; iterations up to {checkpoints.iteration} are kept, {checkpoints.go_on}")
+        raise
     finally:
         display.close()
         loggers.close()
@@ -271,9 +277,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         stop.restore()
 
     # --- what came out
-    if not directory.best.exists():  # no episode ended: the last policy is the only one there is
-        directory.save_checkpoint(directory.best, keep(state))
-    agent = load_policy(directory.path, policy=policy)
+    checkpoints.finish(state)
     summary: dict[str, Any] = {
         "env_id": config.env_id,
         "seed": config.seed,
@@ -292,24 +296,98 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         "eval_return_mean": math.nan,
         "eval_return_std": math.nan,
         "eval_episodes": 0,
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("fastppo", "torch", "gymnasium", "numpy", "tensordict")},
+        "stopped_by": stop.name,
+        "reproducibility": promises,
+        "made_with": provenance,
+        "versions": versions(),
     }
-    plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
-    if config.eval_episodes and not stop.received:
-        result = evaluate_config(agent, config, config.eval_episodes, seeds["evaluation"])
-        summary |= {f"eval_{key}": value for key, value in result.items()}
-        display.note(
-            f"best model: return {result['return_mean']:.1f} +- {result['return_std']:.1f} in {result['episodes']} episodes"
-        )
-    directory.write_json(directory.summary, summary)
+    try:
+        if not directory.best.exists():  # no episode ended: the last policy is the only one there is
+            directory.save(directory.best, data_of(state))
+        directory.write_json(directory.summary, summary)  # before evaluation, which may take long, or fail
+        plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
+        agent = load_policy(directory.path, policy=policy)
+        if config.eval_episodes and not stop.received:
+            result = evaluate_config(agent, config, config.eval_episodes, seeds["evaluation"])
+            summary |= {f"eval_{key}": value for key, value in result.items()}
+            directory.write_json(directory.summary, summary)
+            display.note(
+                f"best model: return {result['return_mean']:.1f} +- {result['return_std']:.1f} in {result['episodes']} episodes"
+            )
+    except OSError as error:
+        raise TrainingFault(
+            f"training is over and kept, but its results could not be written ({error.strerror}); once they can be, "
+            f"{checkpoints.go_on}"
+        ) from None
     display.note(
         f"{state.global_step:,} steps in {state.seconds:.1f} s, {summary['sps']:,.0f} steps/s; results in {directory.path}"
     )
     if stop.received:
-        display.note(f"stopped by {stop.name}; go on with: python -m fastppo.train --resume {directory.path}")
+        display.note(f"stopped by {stop.name}; {checkpoints.go_on}")
         raise stop.exception()
     return TrainResult(directory.path, summary, agent)
+
+
+def make_directory(config: TrainConfig, start: Mapping[str, Any]) -> RunDirectory:
+    """The directory of a new run, locked, with its settings and `start`, the checkpoint of iteration 0; raises UsageError."""
+
+    def fill(directory: RunDirectory) -> None:
+        directory.write_text(directory.config, config.to_json())
+        directory.keep(0, start, config.keep_checkpoints)
+
+    return RunDirectory.create(config.run_dir, config.env_id, config.seed, fill)
+
+
+def reopen(
+    config: TrainConfig,
+    restarts: bool,
+    state: TrainState,
+    network: Network,
+    fresh: Mapping[str, Any],
+    cleanup: contextlib.ExitStack,
+) -> tuple[RunDirectory, list[str | None]]:
+    """Put the state of the run that --resume names back into `state`.
+
+    Args:
+        restarts: its environments restart at checkpoints, see Checkpoints.
+        fresh: the checkpoint of `state` as it is now.
+        cleanup: gets the directory's unlocking.
+
+    Returns:
+        The directory, locked, and lines on how it goes on.
+
+    Raises:
+        UsageError: the run cannot go on, or not with these settings.
+    """
+    directory = RunDirectory(Path(config.resume or ""))
+    before = TrainConfig.from_json(directory.config)
+    check_resumable(before, config)
+    try:
+        directory.lock()
+        cleanup.callback(directory.unlock)
+        path, checkpoint, damage = directory.newest(kept_only=restarts)
+        lost = load_state(state, network, checkpoint, fresh, path)
+        directory.write_text(directory.config, config.to_json())
+    except OSError as error:
+        raise UsageError(f"--resume {directory.path} cannot be written: {error.strerror}") from None
+    if restarts:
+        environments = "the environments restart as they did there: what comes is what came, or would have come, after it"
+    elif state.environments is not None:
+        environments = "the environments go on where they were"
+    else:
+        environments = "the environments start new episodes"
+    changed = differences(checkpoint["made_with"], fresh["made_with"])
+    length = (config.total_timesteps, config.num_iterations)
+    annealed = [name for name, on in (("learning rate", config.anneal_lr), ("clip range", config.anneal_clip)) if on]
+    return directory, [
+        damage,
+        f"going on from iteration {state.iteration}, step {state.global_step}; {environments}",
+        *lost,
+        f"not as before, so last bits may differ: {changed}" if changed else None,
+        f"another length: {' and '.join(annealed)} annealed to it from here on, not from the start"
+        if annealed and length != (before.total_timesteps, before.num_iterations)
+        else None,
+    ]
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -431,12 +509,3 @@ def read_metrics(learned: Learned) -> dict[str, float]:
         raise TrainingFault(f"{name} is not finite in minibatch {index} of the update, which was not applied")
     keys = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
     return {**{key: summary[key] for key in keys}, "updates": int(summary["updates"])}
-
-
-def write_checkpoints(
-    directory: RunDirectory, state: TrainState, keep: Callable[[TrainState], dict[str, Any]], best: TrainState | None
-) -> None:
-    """best.pt where there is a new one, then last.pt."""
-    if best is not None:
-        directory.save_checkpoint(directory.best, keep(best))
-    directory.save_checkpoint(directory.last, keep(state))

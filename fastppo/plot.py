@@ -1,7 +1,8 @@
 """Learning curves of a run, drawn from its metrics.csv alone."""
 
-import csv
 from pathlib import Path
+
+from fastppo.run.metrics import read_rows
 
 PANELS = (
     ("episodic_return_mean", "return (last 100 episodes)"),
@@ -22,8 +23,7 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
-    with metrics_path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(metrics_path)
     steps = [int(row["global_step"]) for row in rows]
     figure = Figure(figsize=(13, 9))
     FigureCanvasAgg(figure)

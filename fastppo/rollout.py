@@ -69,6 +69,7 @@ class Outcomes(NamedTuple):
     truncated: NDArray[Any]
     valid: NDArray[Any]
     episode_end: NDArray[Any]  # bool: of a whole game, where an episode is one life of it
+    cut: NDArray[Any]  # (N,) bool: in row T-1 the caller's cut ended the episode, see Collector.collect
 
 
 class Collector(Protocol):
@@ -93,6 +94,18 @@ class Collector(Protocol):
 
     def outcomes(self) -> Outcomes:
         """Of the last rollout; views where the rollout is on the CPU."""
+        ...
+
+    def kept(self) -> dict[str, Tensor]:
+        """The rollout as far as it has come, on the CPU: for the report of a fault."""
+        ...
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """The environments as they stand between two rollouts, as tensors in lists and dicts; None where they cannot tell."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up `state_dict`'s result. Raises ValueError where it is of other environments."""
         ...
 
 
@@ -161,6 +174,7 @@ class DeviceCollector:
         self.env_step = env_step_of(envs, action)
         self.rows = {key: self.tensors[key][:-1] for key in Collected._fields if key in self.tensors}  # views made once
         self.last_obs, self.last_valid = self.tensors["obs"][-1], self.tensors["valid"][-1]
+        self.cut: Tensor | None = None
 
     def reset(self, seed: int | None) -> None:
         """See Collector."""
@@ -177,15 +191,33 @@ class DeviceCollector:
             rows.copy_(getattr(collected, key))
         self.last_obs.copy_(running.obs)
         torch.logical_not(running.done, out=self.last_valid)
-        if cut:
-            _cut(tensors)
+        self.cut = _cut(tensors) if cut else None
         if not collected.finite:  # sync: once per rollout
             _check_tensors(tensors)
         return Phases(env=time.perf_counter() - started)
 
     def outcomes(self) -> Outcomes:
         """See Collector."""
-        return _outcomes(self.tensors)
+        return _outcomes(self.tensors, self.cut)
+
+    def kept(self) -> dict[str, Tensor]:
+        """See Collector."""
+        return _on_cpu(self.tensors)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """See Collector. On the CPU nothing is copied: a step makes new tensors. A captured graph writes to the same ones."""
+        running = [x.clone() if x.is_cuda else x for x in pack(self.envs.running)]
+        return {"running": running, "generator": self.envs.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Collector."""
+        now, running = pack(self.envs.running), state["running"]
+        if [(x.shape, x.dtype) for x in now] != [(x.shape, x.dtype) for x in running]:
+            raise ValueError("the environments' state is that of other environments")
+        self.envs.running = self.env_step.unpack(tuple(x.to(self.envs.device, copy=True) for x in running))
+        self.envs.generator.set_state(state["generator"])
+        self.last_obs.copy_(self.envs.running.obs)
+        torch.logical_not(self.envs.running.done, out=self.last_valid)
 
 
 class HostCollector:
@@ -206,6 +238,7 @@ class HostCollector:
         self.act_rows = _rows_to_act_on(self.rows, obs)
         self.actions = rollout["action"][:-1]
         self.game_over: NDArray[Any] | None = None  # (T, N), where the environments tell
+        self.cut: NDArray[Any] | None = None
 
     def reset(self, seed: int | None) -> None:
         """See Collector."""
@@ -265,8 +298,7 @@ class HostCollector:
             valid[1:] = True
         else:
             valid[1:] = ~(terminated[:-1] | truncated[:-1])
-        if cut:
-            _cut(arrays)
+        self.cut = _cut(arrays) if cut else None
         check_finite(self.arrays)
         if not self.on_host:
             self.rollout.update_(self.host)
@@ -274,7 +306,19 @@ class HostCollector:
 
     def outcomes(self) -> Outcomes:
         """See Collector."""
-        return _outcomes(self.arrays, self.game_over)
+        return _outcomes(self.arrays, self.cut, self.game_over)
+
+    def kept(self) -> dict[str, Tensor]:
+        """See Collector."""
+        return dict(self.host.items())
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """See Collector: gymnasium's environments cannot tell."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Collector."""
+        raise ValueError("these environments' state cannot be put back")
 
 
 class TensorCollector:
@@ -292,6 +336,7 @@ class TensorCollector:
         self.env_device = self.tensors["reward"].device  # until the first observation tells
         self.rows = {key: rows.unbind(0) for key, rows in self.tensors.items()}  # views made once
         self.act_rows = _rows_to_act_on(self.rows, obs)
+        self.cut: Tensor | None = None
 
     def reset(self, seed: int | None) -> None:
         """See Collector."""
@@ -343,8 +388,7 @@ class TensorCollector:
             valid[1:].fill_(True)
         else:
             torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
-        if cut:
-            _cut(self.tensors)
+        self.cut = _cut(self.tensors) if cut else None
         finite = [tensor.isfinite().all() for key, tensor in self.tensors.items() if _comes_from_envs(key, tensor.dtype)]
         if not torch.stack(finite).all():  # sync: once per rollout
             _check_tensors(self.tensors)
@@ -352,7 +396,23 @@ class TensorCollector:
 
     def outcomes(self) -> Outcomes:
         """See Collector."""
-        return _outcomes(self.tensors)
+        return _outcomes(self.tensors, self.cut)
+
+    def kept(self) -> dict[str, Tensor]:
+        """See Collector."""
+        return _on_cpu(self.tensors)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """See Collector: nobody asks them."""
+        return None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See Collector."""
+        raise ValueError("these environments' state cannot be put back")
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.cpu() for key, tensor in tensors.items()}
 
 
 def _rows_to_act_on(rows: Mapping[str, tuple[Tensor, ...]], obs: ObsSpec) -> list[Any]:
@@ -365,13 +425,17 @@ def _as_stored(leaf: ObsLeaf, batch: Any) -> Any:
     return (batch != 0).reshape(len(batch), -1) if leaf.kind == "mask" else batch
 
 
-def _outcomes(rows: Mapping[str, Any], game_over: NDArray[Any] | None = None) -> Outcomes:
-    """rows: arrays or tensors by key of the rollout; game_over: (T, N), where an episode is one life of a game."""
+def _outcomes(rows: Mapping[str, Any], cut: Any, game_over: NDArray[Any] | None = None) -> Outcomes:
+    """rows: arrays or tensors by key of the rollout; cut: `_cut`'s result, or None; game_over: (T, N), where an episode is one
+
+    life of a game.
+    """
     keys = ("reward", "terminated", "truncated", "valid")
     parts = (rows[key][:-1] for key in keys)
     reward, terminated, truncated, valid = (x.cpu().numpy() if isinstance(x, Tensor) else x for x in parts)  # sync: once
     over = terminated if game_over is None else terminated & game_over
-    return Outcomes(reward, terminated, truncated, valid, over | truncated)
+    cut_rows = np.zeros_like(valid[-1]) if cut is None else np.asarray(cut.cpu() if isinstance(cut, Tensor) else cut)
+    return Outcomes(reward, terminated, truncated, valid, over | truncated, cut_rows)
 
 
 def _comes_from_envs(key: str, dtype: Any) -> bool:
@@ -401,9 +465,14 @@ def _check_tensors(tensors: Mapping[str, Tensor]) -> None:
     check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
 
 
-def _cut(rows: Mapping[str, Any]) -> None:
-    """Truncate the episodes under way after row T-1; rows: arrays or tensors by key of the rollout, (T+1, N, ...)."""
-    rows["truncated"][-2] |= rows["valid"][-2] & ~rows["terminated"][-2]
+def _cut(rows: Mapping[str, Any]) -> Any:
+    """Truncate the episodes under way after row T-1, and say which those are, (N,) bool.
+
+    rows: arrays or tensors by key of the rollout, (T+1, N, ...).
+    """
+    under_way = rows["valid"][-2] & ~rows["terminated"][-2] & ~rows["truncated"][-2]
+    rows["truncated"][-2] |= under_way
+    return under_way
 
 
 @contextlib.contextmanager

@@ -83,6 +83,11 @@ class Tiers:
             note(f"programs: {self.name}, ready after {self.compile_seconds:.2f} s")
 
     @property
+    def may_change(self) -> bool:
+        """Whether `update` may still take up another form of a program."""
+        return bool(self._waiting or self._building)
+
+    @property
     def learn(self) -> Callable[..., Learned]:
         """programs.learn with its settings."""
         return self._compiled.get("learn") or self._jobs["learn"].eager

@@ -57,11 +57,27 @@ def test_by_hand():
 
 
 def test_state_goes_through_a_checkpoint():
-    """Finished episodes are kept, as plain data."""
+    """Finished episodes and what those under way have so far, as plain data; an episode goes on where it was."""
     before, after = EpisodeStatistics(1), EpisodeStatistics(1)
-    before.update(np.array([[1.0], [2.0]]), np.array([[True], [True]]), np.array([[True], [True]]))
+    before.update(np.array([[1.0], [2.0], [4.0]]), np.array([[True], [True], [False]]), np.ones((3, 1), bool))
     after.load_state_dict(before.state_dict())
-    assert after.state_dict() == before.state_dict() == {"returns": [1.0, 2.0], "lengths": [1, 1], "episodes": 2}
+    kept = {"returns": [1.0, 2.0], "lengths": [1, 1], "episodes": 2, "running_return": [4.0], "running_length": [1]}
+    assert after.state_dict() == before.state_dict() == kept
+    assert after.update(np.array([[8.0]]), np.array([[True]]), np.array([[True]])) == 1
+    assert list(after.returns) == [1.0, 2.0, 12.0]
+    assert list(before.returns) == [1.0, 2.0]  # it is no view
+    with pytest.raises(ValueError, match="episodes of 1 environments, not 2"):
+        EpisodeStatistics(2).load_state_dict(kept)
+
+
+def test_episodes_under_way_can_be_forgotten():
+    """Where environments are restarted, half an episode is none, and the next one starts from nothing."""
+    episodes = EpisodeStatistics(1)
+    episodes.update(np.array([[5.0]]), np.array([[False]]), np.array([[True]]))
+    episodes.forget_running()
+    episodes.update(np.array([[2.0]]), np.array([[True]]), np.array([[True]]))
+    assert list(episodes.returns) == [2.0]
+    assert list(episodes.lengths) == [1]
 
 
 def trained(tmp_path, **settings):

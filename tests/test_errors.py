@@ -5,6 +5,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +145,21 @@ def finished(tmp_path_factory):
     return run_dir
 
 
+def checkpoints_of(run_dir):
+    """All that a run could go on from."""
+    return [run_dir / "checkpoints" / "last.pt", *(run_dir / "checkpoints").glob("iteration-*.pt")]
+
+
+def each_checkpoint(damage):
+    """Damage that leaves no other checkpoint to go on from."""
+
+    def of_all(run_dir):
+        for path in checkpoints_of(run_dir):
+            damage(path)
+
+    return of_all
+
+
 def contents(directory):
     return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
@@ -177,12 +193,12 @@ def test_resume_refuses_what_changes_the_run(flags, named, finished, capsys):
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda run: (run / "checkpoints" / "last.pt").unlink(), "last.pt"),
-        (lambda run: (run / "checkpoints" / "last.pt").write_bytes(b""), "last.pt"),
-        (lambda run: (run / "checkpoints" / "last.pt").write_bytes(b"no checkpoint"), "last.pt"),
-        (lambda run: os.truncate(run / "checkpoints" / "last.pt", 2000), "last.pt"),
-        (lambda run: torch.save([1, 2], run / "checkpoints" / "last.pt"), "last.pt"),
-        (lambda run: torch.save({"format": 1}, run / "checkpoints" / "last.pt"), "last.pt"),
+        (each_checkpoint(Path.unlink), "last.pt"),
+        (each_checkpoint(lambda path: path.write_bytes(b"")), "last.pt"),
+        (each_checkpoint(lambda path: path.write_bytes(b"no checkpoint")), "last.pt"),
+        (each_checkpoint(lambda path: os.truncate(path, 2000)), "last.pt"),
+        (each_checkpoint(lambda path: torch.save([1, 2], path)), "last.pt"),
+        (each_checkpoint(lambda path: torch.save({"format": 2}, path)), "last.pt"),
         (lambda run: (run / "config.json").unlink(), "config.json"),
         (lambda run: (run / "config.json").write_text("{"), "config.json"),
         (lambda run: (run / "config.json").write_text("[1]"), "config.json"),
@@ -223,8 +239,8 @@ def test_nothing_in_a_checkpoint_is_executed(finished, tmp_path, monkeypatch, ca
     """A run directory from somebody else is data: what would run on unpickling is refused, by resuming and by evaluating."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "run")
-    for name in ("last", "best"):
-        torch.save({"format": 1, "policy": _Foreign()}, f"run/checkpoints/{name}.pt")
+    for path in Path("run/checkpoints").iterdir():
+        torch.save({"format": 2, "policy": _Foreign()}, path)
     assert console(["--resume", "run"]) == 2
     assert "last.pt" in lines_of(capsys)
     assert evaluate_console(["run"]) == 2

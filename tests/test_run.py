@@ -118,6 +118,10 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
+def nothing(directory):
+    """What a run directory holds from its start."""
+
+
 def next_second():
     """Wait for it: TensorBoard reads a run's files in the order of their names, which begin with the second."""
     time.sleep(1.0 - time.time() % 1.0)
@@ -147,6 +151,8 @@ def test_every_file_of_the_contract(finished):
         "summary.json",
         "checkpoints/last.pt",
         "checkpoints/best.pt",
+        "checkpoints/iteration-0.pt",  # what a run that is killed early goes on from
+        f"checkpoints/iteration-{result.summary['iterations']}.pt",
     }
 
 
@@ -245,7 +251,7 @@ def test_ten_events_a_second(tmp_path, monkeypatch, interval, written):
     """metrics.csv has every row; TensorBoard the first, the last, and between them at most one per EVENT_SECONDS."""
     clock = SimpleNamespace(monotonic=lambda: iteration * interval)
     monkeypatch.setattr("fastppo.run.loggers.time", clock)
-    log = Loggers(tmp_path / "metrics.csv")
+    log = Loggers(tmp_path / "metrics.csv", print)
     for iteration in range(written[-1] + 1):
         log.log({"iteration": iteration + 1, "global_step": 10 * iteration, "loss": iteration / 2})
     log.close()
@@ -319,7 +325,7 @@ def test_a_run_without_one_finished_episode(tmp_path):
 def test_default_directory_name(tmp_path, monkeypatch):
     """runs/<env>__<seed>__<time>, and a second run within the second gets another."""
     monkeypatch.chdir(tmp_path)
-    first, second = (RunDirectory.create(None, "module:Some/Env-v0", 7) for _ in range(2))
+    first, second = (RunDirectory.create(None, "module:Some/Env-v0", 7, nothing) for _ in range(2))
     assert re.fullmatch(r"runs/module-Some-Env-v0__7__\d{8}-\d{6}", first.path.as_posix())
     assert first.path != second.path
     assert second.last.parent.is_dir()
@@ -338,22 +344,22 @@ class _Unpicklable:
 
 def test_a_failed_write_leaves_the_checkpoint_before(tmp_path):
     """A checkpoint is written under another name and renamed: when writing fails, the previous one is still whole."""
-    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1)
-    directory.save_checkpoint(directory.last, {"iteration": 1, "weights": torch.ones(3)})
+    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, nothing)
+    directory.save(directory.last, {"iteration": 1, "weights": torch.ones(3)})
     with pytest.raises(OSError, match="disk full"):
-        directory.save_checkpoint(directory.last, {"weights": torch.ones(1000), "bad": _Unpicklable()})
+        directory.save(directory.last, {"weights": torch.ones(1000), "bad": _Unpicklable()})
     assert load_checkpoint(directory.last)["iteration"] == 1
 
 
 def test_a_checkpoint_is_never_seen_half_written(tmp_path):
     """Someone who reads the directory all the while finds a whole checkpoint at every moment, old or new."""
-    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1)
+    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, nothing)
     inodes = set()
     for iteration in range(3):
-        directory.save_checkpoint(directory.last, {"iteration": iteration})
+        directory.save(directory.last, {"iteration": iteration})
         inodes.add(directory.last.stat().st_ino)
         with directory.last.open("rb") as held:  # a reader that opened it before the next write still reads this one
-            directory.save_checkpoint(directory.last, {"iteration": iteration + 100})
+            directory.save(directory.last, {"iteration": iteration + 100})
             assert torch.load(io.BytesIO(held.read()), weights_only=True)["iteration"] == iteration
         assert not list(directory.path.rglob("*.tmp"))
 
@@ -475,7 +481,7 @@ def test_rows_after_the_checkpoint_are_made_again(tmp_path):
 def test_every_row_may_be_made_again(tmp_path):
     """The checkpoint is older than the first row: nothing is kept of what was logged after it, in TensorBoard neither."""
     for loss in (1.0, 2.0):
-        log = Loggers(tmp_path / "metrics.csv", resume_at=1)
+        log = Loggers(tmp_path / "metrics.csv", print, resume_at=1)
         for iteration in (2, 3):
             log.log({"iteration": iteration, "global_step": 10 * iteration, "loss": loss})
         log.close()

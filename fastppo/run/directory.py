@@ -1,19 +1,31 @@
 """The run directory: where everything a run writes lies, and how it is written. Knows nothing of what is in the files.
 
-config.json   metrics.csv   events.out.tfevents.*   curves.png   summary.json   checkpoints/last.pt   checkpoints/best.pt
+config.json   metrics.csv   events.out.tfevents.*   curves.png   summary.json
+checkpoints/iteration-N.pt, the last few   checkpoints/last.pt, the newest of them   checkpoints/best.pt
+fault.txt and fault.pt, after one: what happened, and the rollout in which it did
 """
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import re
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastppo.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one directory are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunDirectory:
@@ -26,58 +38,143 @@ class RunDirectory:
         self.curves = path / "curves.png"
         self.summary = path / "summary.json"
         self.fault = path / "fault.txt"
-        self.last = path / "checkpoints" / "last.pt"
-        self.best = path / "checkpoints" / "best.pt"
+        self.fault_data = path / "fault.pt"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.pt"
+        self.best = self.checkpoints / "best.pt"
+        self._lock: int | None = None
 
     @classmethod
-    def create(cls, path: str | None, env_id: str, seed: int) -> "RunDirectory":
-        """Make the directory of a new run, runs/<env>__<seed>__<time> unless named.
+    def create(cls, path: str | None, env_id: str, seed: int, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
+        """Make the directory of a new run, runs/<env>__<seed>__<time> unless named, and lock it.
 
-        Raises UsageError when it holds anything already or cannot be written.
+        Args:
+            fill: writes what the run can be resumed from. The directory appears with that in it, or not at all; one that is
+                there already, and empty, is seen being filled.
+
+        Raises:
+            UsageError: it holds anything already, is another run's, or cannot be written.
         """
-        if path is None:
-            name = re.sub(r"[^\w.-]+", "-", env_id)
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            directory = Path("runs") / f"{name}__{seed}__{stamp}"
-            attempt = 1
-            while directory.exists():  # two runs started within a second
-                attempt += 1
-                directory = Path("runs") / f"{name}__{seed}__{stamp}-{attempt}"
-        else:
-            directory = Path(path)
-        run_directory = cls(directory)
+        if path is not None:
+            return cls._make(Path(path), fill)
+        name = re.sub(r"[^\w.-]+", "-", env_id)
+        start = Path("runs") / f"{name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        for attempt in itertools.count(1):  # several runs started within a second
+            directory = start if attempt == 1 else start.with_name(f"{start.name}-{attempt}")
+            if not directory.exists():
+                with contextlib.suppress(FileExistsError):
+                    return cls._make(directory, fill)
+        raise AssertionError
+
+    @classmethod
+    def _make(cls, path: Path, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
+        taken = UsageError(f"--run-dir {path} exists and is not empty; choose another, or --resume {path} to go on with it")
+        made: RunDirectory | None = None
         try:
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise UsageError(
-                    f"--run-dir {directory} exists and is not empty; choose another, or --resume {directory} to go on with it"
-                )
-            run_directory.last.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise taken
+            made = cls(path if path.exists() else path.with_name(f".{path.name}.{os.getpid()}"))
+            made.checkpoints.mkdir(parents=True)
+            made.lock()
+            fill(made)
+            if made.path != path:
+                made.path.rename(path)
         except OSError as error:
-            raise UsageError(f"--run-dir {directory} cannot be written: {error.strerror}; choose another") from None
-        return run_directory
+            if made is not None:
+                made.unlock()
+                shutil.rmtree(made.path if made.path != path else made.checkpoints, ignore_errors=True)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody was faster
+                raise FileExistsError(path) if made is not None and made.path != path else taken from None
+            raise UsageError(f"--run-dir {path} cannot be written: {error.strerror}; choose another") from None
+        lock, made._lock = made._lock, None
+        made = cls(path)
+        made._lock = lock
+        return made
+
+    def lock(self) -> None:
+        """Keep other runs out as long as this process lives, or until `unlock`. Raises UsageError where one keeps us out."""
+        if fcntl is None:
+            return
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UsageError(
+                f"--run-dir {self.path}: another run is writing to it; stop that one first, or choose another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+        else:
+            self._lock = descriptor
+
+    def unlock(self) -> None:
+        """Let other runs in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace `path` by `text` in one step."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _replace(path, text.encode())
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Replace `path` by `data` as JSON; numbers that are not finite become null, which JSON has."""
         clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in data.items()}
         self.write_text(path, json.dumps(clean, indent=2) + "\n")
 
-    def save_checkpoint(self, path: Path, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint `path`: a crash or a full disk while writing leaves the previous one."""
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+    def save(self, path: Path, data: Mapping[str, Any]) -> None:
+        """Replace `path` by tensors and plain data, as `load_checkpoint` reads it.
+
+        Raises OSError where the disk is full, for instance; what was there before then still is.
+        """
+        buffer = BytesIO()  # torch.save to a file tells of a full disk in words of its own
+        torch.save(dict(data), buffer)
+        _replace(path, buffer.getbuffer())
+
+    def keep(self, iteration: int, checkpoint: Mapping[str, Any], number: int) -> None:
+        """Write a checkpoint, which is also last.pt from then on, and drop all but `number` of those up to it.
+
+        Those of later iterations are dropped too: they are of a future that the run did not take. Raises OSError as `save`.
+        """
+        path = self.checkpoints / f"iteration-{iteration}.pt"
+        self.save(path, checkpoint)
+        temporary = self.last.with_name("last.pt.tmp")
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, temporary)
+        temporary.replace(self.last)
+        kept = self.kept()
+        old = [before for before in kept if before <= iteration][number:]
+        for dropped in (*old, *(after for after in kept if after > iteration)):
+            kept[dropped].unlink(missing_ok=True)
+
+    def kept(self) -> dict[int, Path]:
+        """What `keep` has left, by iteration, the latest first."""
+        found = {}
+        for path in self.checkpoints.glob("iteration-*.pt"):
+            if match := re.fullmatch(r"iteration-(\d+)\.pt", path.name):
+                found[int(match[1])] = path
+        return dict(sorted(found.items(), reverse=True))
+
+    def newest(self, kept_only: bool) -> tuple[Path, dict[str, Any], str | None]:
+        """The newest checkpoint that can be read, and a line on those that cannot.
+
+        Args:
+            kept_only: of those that `keep` wrote; last.pt may be another, of a run's end.
+
+        Raises:
+            UsageError: none can be read.
+        """
+        failed: UsageError | None = None
+        for path in (*(() if kept_only else (self.last,)), *self.kept().values()):
+            try:
+                return path, load_checkpoint(path), None if failed is None else f"{failed}; going on from {path} instead"
+            except UsageError as error:
+                failed = failed or error
+        raise failed or UsageError(f"{self.path} holds no checkpoint to go on from: is this a run directory of fastppo?")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -91,3 +188,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UsageError(f"{path} is no checkpoint of fastppo")
     return state
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    """A kill, a crash or a full disk at any moment leaves the file as it was before, or as it is to be."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

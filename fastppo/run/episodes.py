@@ -57,18 +57,33 @@ class EpisodeStatistics:
         """Mean length of the last 100 episodes, in steps; nan before the first has ended."""
         return sum(self.lengths) / len(self.lengths) if self.lengths else math.nan
 
+    def forget_running(self) -> None:
+        """Episodes under way end here without counting: the environments start new ones."""
+        self._running_return[:], self._running_length[:] = 0.0, 0
+
     def copy(self) -> "EpisodeStatistics":
-        """Of what `state_dict` keeps."""
+        """As it stands."""
         copy = EpisodeStatistics(len(self._running_return))
         copy.load_state_dict(self.state_dict())
         return copy
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: finished episodes. Those under way end with the process that ran them."""
-        return {"returns": list(self.returns), "lengths": list(self.lengths), "episodes": self.episodes}
+        """As plain data: finished episodes, and what those under way have so far."""
+        return {
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+            "episodes": self.episodes,
+            "running_return": self._running_return.tolist(),
+            "running_length": self._running_length.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result."""
-        self.returns.extend(state["returns"])
-        self.lengths.extend(state["lengths"])
-        self.episodes = state["episodes"]
+        """Take up `state_dict`'s result. Raises ValueError, TypeError or KeyError for something else."""
+        returns, lengths = map(float, state["returns"]), map(int, state["lengths"])
+        self.returns, self.lengths = deque(returns, maxlen=WINDOW), deque(lengths, maxlen=WINDOW)
+        self.episodes = int(state["episodes"])
+        running_return = np.array(state["running_return"], self._running_return.dtype)
+        running_length = np.array(state["running_length"], self._running_length.dtype)
+        if running_return.shape != self._running_return.shape or running_length.shape != running_return.shape:
+            raise ValueError(f"episodes of {len(running_return)} environments, not {len(self._running_return)}")
+        self._running_return, self._running_length = running_return, running_length

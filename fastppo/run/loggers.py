@@ -1,14 +1,20 @@
-"""Metrics to metrics.csv and TensorBoard. Knows nothing of what the metrics mean."""
+"""Metrics to metrics.csv and TensorBoard. Knows nothing of what the metrics mean.
 
-import csv
+Neither stops a run: what fails is told once, and training goes on.
+"""
+
 import math
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
+
+from fastppo.errors import brief
+from fastppo.run.metrics import MetricsFile
 
 EVENT_SECONDS = 0.1  # between two events: one costs 350 us, most of them in a thread that holds Python's lock
 
@@ -16,31 +22,56 @@ EVENT_SECONDS = 0.1  # between two events: one costs 350 us, most of them in a t
 class Loggers:
     """Rows of metrics: all to metrics.csv, at most ten a second to TensorBoard. The columns are those of the first row."""
 
-    def __init__(self, metrics_path: Path, resume_at: int | None = None) -> None:
-        """resume_at: the iteration the run goes on from; later rows, which will be made again, are dropped."""
-        kept: list[dict[str, str]] = []
-        if resume_at is not None and metrics_path.exists():
-            with metrics_path.open(newline="") as file:
-                kept = [row for row in csv.DictReader(file) if (row["iteration"] or "x").isdigit()]
-            kept = [row for row in kept if int(row["iteration"]) <= resume_at]
-        self._file = metrics_path.open("w", newline="", buffering=1)
-        self._csv: csv.DictWriter[Any] | None = None
-        for row in kept:
-            self._write_csv(row)
+    def __init__(self, metrics_path: Path, note: Callable[[str], None], resume_at: int | None = None) -> None:
+        """Open both.
+
+        Args:
+            note: where a line goes that says what has failed.
+            resume_at: the iteration the run goes on from; later rows, which will be made again, are dropped.
+        """
+        self._note = note
+        self._metrics = MetricsFile(metrics_path, resume_at)
+        self._metrics_fail = False
         purge = None  # the step from which on events of before are dropped
         if resume_at is not None:
-            purge = int(kept[-1]["global_step"]) + 1 if kept else 1
-        self._tensorboard = SummaryWriter(str(metrics_path.parent), purge_step=purge, flush_secs=10)
-        self._events: Any = self._tensorboard.file_writer
+            last = self._metrics.last_kept
+            purge = 1 if last is None else int(last["global_step"]) + 1
+        self._tensorboard: Any = None
         self._last_event = -math.inf
         self._pending: Mapping[str, int | float] | None = None
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
+        self._guarded(self._open, str(metrics_path.parent), purge)
 
     def log(self, row: Mapping[str, int | float]) -> None:
         """Write one row; `row` has iteration and global_step among its keys, in the columns' order."""
-        self._write_csv(row)
+        try:
+            self._metrics.write(row)
+            if self._metrics_fail:
+                self._note("metrics.csv can be written again: no row is missing")
+            self._metrics_fail = False
+        except OSError as error:
+            self._metrics_failed(error, "its rows wait until it can")
         self._pending = row
         if time.monotonic() - self._last_event >= EVENT_SECONDS:
-            self._write_event()
+            self._guarded(self._write_event)
+
+    def log_config(self, config_json: str) -> None:
+        """The settings as a text panel in TensorBoard."""
+        self._guarded(lambda: self._tensorboard.add_text("config", f"```json\n{config_json}\n```"))
+
+    def close(self) -> None:
+        """Write what is left, flush and close both."""
+        self._guarded(self._write_event)
+        self._guarded(lambda: self._tensorboard.close())
+        try:
+            self._metrics.close()
+        except OSError as error:
+            self._metrics_failed(error, "its last rows are lost")
+        threading.excepthook = self._hook
+
+    def _open(self, directory: str, purge: int | None) -> None:
+        self._tensorboard = SummaryWriter(directory, purge_step=purge, flush_secs=10)
 
     def _write_event(self) -> None:
         row, self._pending, self._last_event = self._pending, None, time.monotonic()
@@ -52,23 +83,27 @@ class Loggers:
             for key, value in row.items()
             if key not in ("iteration", "global_step")
         ]
-        self._events.add_summary(Summary(value=values), int(row["global_step"]))
+        self._tensorboard.file_writer.add_summary(Summary(value=values), int(row["global_step"]))
 
-    def log_config(self, config_json: str) -> None:
-        """The settings as a text panel in TensorBoard."""
-        self._tensorboard.add_text("config", f"```json\n{config_json}\n```")
+    def _guarded(self, job: Callable[..., None], *args: Any) -> None:
+        """Do something with TensorBoard; the first time that it fails is the last."""
+        if self._tensorboard is None and job != self._open:
+            return
+        try:
+            job(*args)
+        except Exception as error:  # whatever somebody's library may raise
+            self._tensorboard = None
+            self._note(f"TensorBoard gets nothing from here on ({brief(error)}); metrics.csv and training go on")
 
-    def close(self) -> None:
-        """Write what is left, flush and close both."""
-        self._write_event()
-        self._file.close()
-        self._tensorboard.close()
+    def _metrics_failed(self, error: OSError, consequence: str) -> None:
+        if not self._metrics_fail:
+            self._note(f"metrics.csv cannot be written ({error.strerror}): {consequence}; training goes on")
+        self._metrics_fail = True
 
-    def _write_csv(self, row: Mapping[str, Any]) -> None:
-        if self._csv is None:
-            self._csv = csv.DictWriter(self._file, list(row))
-            self._csv.writeheader()
-        self._csv.writerow(row)
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread hands its exception over to the next call, which tells of it: no traceback beside that."""
+        if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
+            self._hook(failure)
 
 
 # CleanRL's tags

@@ -7,13 +7,19 @@ from typing import Any
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask the loop to stop after this iteration; a second one stops at once."""
+    """SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) ask the loop to stop after this iteration.
+
+    A second one stops at once.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.restore()
@@ -25,9 +31,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     @property
-    def name(self) -> str:
+    def name(self) -> str | None:
         """Of the signal received."""
-        return signal.Signals(self.received or 0).name
+        return None if self.received is None else signal.Signals(self.received).name
 
     def exception(self) -> BaseException:
         """What ends the process with 128 + the signal's number."""

@@ -1,0 +1,122 @@
+"""When a run's checkpoints are written, what happens when one cannot be, and the report of a fault.
+
+A checkpoint that cannot be written costs a line, not the run: the one before stays, and the next is tried in its turn. With
+`exact` environments restart at every checkpoint, so only those at their fixed iterations are kept to be resumed from.
+"""
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from fastppo.config import TrainConfig
+from fastppo.errors import TrainingFault
+from fastppo.run.directory import RunDirectory
+from fastppo.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, from its start or from where it goes on."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        config: TrainConfig,
+        exact: bool,
+        data_of: Callable[[TrainState], dict[str, Any]],
+        iteration: int,
+        note: Callable[[str], None],
+    ) -> None:
+        """data_of: a state as plain data; iteration: of the checkpoint that is there already; note: takes a line."""
+        self.best: TrainState | None = None  # the best policy since the last checkpoint, not yet on disk
+        self.iteration = iteration  # that a resumed run would go on from
+        self._directory, self._config, self._exact, self._data_of, self._note = directory, config, exact, data_of, note
+        self._last = time.monotonic()
+        self._failing = False
+
+    def restarts_at(self, iteration: int) -> bool:
+        """Whether the environments restart between this iteration, counted from 1, and the next one."""
+        return self._exact and iteration % (self._config.iterations_per_checkpoint or 1) == 0
+
+    def update(self, state: TrainState, environments: Callable[[], dict[str, Any] | None]) -> None:
+        """Between two iterations: write what is due. environments: as they stand, see rollout.Collector."""
+        every = self._config.iterations_per_checkpoint
+        if every is None:
+            due = time.monotonic() - self._last >= self._config.checkpoint_seconds
+        else:
+            due = state.iteration % every == 0
+        if not due:
+            return
+        self._last = time.monotonic()
+        state.environments = environments()
+        try:
+            self._write(state)
+            if self._failing:
+                self._note(f"checkpoints can be written again: {self._directory.last} is of iteration {state.iteration}")
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                self._note(
+                    f"no checkpoint of iteration {state.iteration}: {_reason(error)}; that of iteration {self.iteration} "
+                    "stays, and training goes on"
+                )
+            self._failing = True
+
+    def finish(self, state: TrainState) -> None:
+        """The last checkpoint of this process; state.environments says how they stand.
+
+        Raises TrainingFault where it cannot be written.
+        """
+        try:
+            self._write(state)
+        except OSError as error:
+            raise TrainingFault(
+                f"iteration {state.iteration}, the last one, could not be kept: {_reason(error)}\n"
+                f"that of iteration {self.iteration} is; once it can be written to, {self.go_on}"
+            ) from None
+
+    def report(self, fault: TrainingFault, state: TrainState, rollout: Mapping[str, Tensor]) -> TrainingFault:
+        """Keep what was reached and what went wrong; the fault as the user is told it.
+
+        Args:
+            state: as it was before the iteration of the fault.
+            rollout: that iteration's, as far as it came.
+        """
+        iteration = state.iteration + 1
+        with contextlib.suppress(TrainingFault):  # what is kept is told below
+            self.finish(state)
+        told = ""
+        try:
+            self._directory.write_text(
+                self._directory.fault, f"iteration {iteration}\n{''.join(traceback.format_exception(fault))}"
+            )
+            told = f", details in {self._directory.fault}"
+            self._directory.save(
+                self._directory.fault_data, {"iteration": iteration, "fault": str(fault), "rollout": dict(rollout)}
+            )
+            told += f" and {self._directory.fault_data.name}"
+        except OSError as error:
+            told += f" ({_reason(error)})"
+        return TrainingFault(f"iteration {iteration}: {fault}\niterations up to {self.iteration} are kept{told}; {self.go_on}")
+
+    @property
+    def go_on(self) -> str:
+        """What to type."""
+        return f"go on with: python -m fastppo.train --resume {self._directory.path}"
+
+    def _write(self, state: TrainState) -> None:
+        if self.best is not None:
+            self._directory.save(self._directory.best, self._data_of(self.best))
+            self.best = None
+        if self._exact and not self.restarts_at(state.iteration):
+            self._directory.save(self._directory.last, self._data_of(state))
+        elif state.iteration != self.iteration or not self._directory.last.exists():
+            self._directory.keep(state.iteration, self._data_of(state), self._config.keep_checkpoints)
+            self.iteration = state.iteration
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__

@@ -1,0 +1,67 @@
+"""What makes a run what it is beside its settings, and what follows for making it again: told, and kept in summary.json."""
+
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = ("fastppo", "torch", "gymnasium", "numpy", "tensordict")
+# of environments, by the module that says that one is in use
+ENGINES = {"mujoco": "mujoco", "ale_py": "ale-py", "envpool": "envpool", "Box2D": "box2d", "torchrl": "torchrl"}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that has a part in what is computed."""
+    packages = [*PACKAGES, *(package for module, package in ENGINES.items() if module in sys.modules)]
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a module of that name that was not installed
+            found[package] = "unknown"
+    return found
+
+
+def made_with(device: torch.device, eager_threads: int, compiled_threads: int) -> dict[str, str]:
+    """What can change a bit of the result beside settings, environment and versions."""
+    return {
+        "device": str(device),
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "eager threads": str(eager_threads),
+        "compiled threads": str(compiled_threads),
+    }
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
+    """'torch 2.12 -> 2.13, device cpu -> cuda', or None."""
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in changed) or None
+
+
+def guarantees(device: torch.device, tier_may_change: bool, exact: bool) -> list[str]:
+    """What the same settings give again, a line each.
+
+    Args:
+        tier_may_change: the run may go from eager to compiled programs on its way.
+        exact: a run that was stopped and resumed equals one that was not.
+    """
+    if device.type != "cpu":
+        again = "same seed: the same distribution of results, not the same bits, since sums on a GPU have no fixed order"
+    elif tier_may_change:
+        again = (
+            "same seed: the same bits up to where --compile auto changes to compiled programs, when the clock says so; "
+            "throughout with --compile on or off"
+        )
+    else:
+        again = "same seed: the same bits"
+    needs = (
+        "with the versions, processor and thread numbers in summary.json, if the environment does the same after reset(seed)"
+    )
+    resumed = (
+        "the same as not interrupted"
+        if exact
+        else "new episodes, so other bits than not interrupted (--exact-resume: the same)"
+    )
+    return [f"{again}, {needs}", f"stopped and resumed: {resumed}"]

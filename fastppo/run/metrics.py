@@ -1,0 +1,76 @@
+"""metrics.csv: written so that a full disk costs no row and a kill no more than one, read so that half a row does no harm.
+
+Knows nothing of what the metrics mean.
+"""
+
+import contextlib
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Rows of metrics in a CSV file, on disk as soon as they are written. The columns are those of the first row."""
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        """resume_at: the iteration the run goes on from; later rows, which will be made again, are dropped."""
+        self._path = path
+        self._kept = [] if resume_at is None else [row for row in read_rows(path) if int(row["iteration"]) <= resume_at]
+        self._columns: list[str] | None = None
+        self._temporary = path.with_name(path.name + ".tmp")  # the file of before stays until this one holds as much
+        self._file: io.FileIO | None = None
+        self._unwritten = b""
+
+    @property
+    def last_kept(self) -> Mapping[str, str] | None:
+        """The row that the run goes on after."""
+        return self._kept[-1] if self._kept else None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row. Raises OSError where the disk has no room: the row waits, and is written before the next one."""
+        if self._columns is None:
+            self._columns = list(row)
+            head = io.StringIO()
+            csv.writer(head).writerow(self._columns)
+            self._unwritten = head.getvalue().encode() + b"".join(map(self._line, self._kept))
+        self._unwritten += self._line(row)
+        if self._file is None:
+            self._file = self._temporary.open("wb", buffering=0)
+        self._flush()
+
+    def close(self) -> None:
+        """Write what has waited; raises OSError where there is still no room."""
+        try:
+            self._flush()
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _flush(self) -> None:
+        if self._file is None:
+            return
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        if self._temporary.exists():
+            self._temporary.replace(self._path)
+
+    def _line(self, row: Mapping[str, Any]) -> bytes:
+        line = io.StringIO()
+        csv.writer(line).writerow([row.get(column, "") for column in self._columns or ()])
+        return line.getvalue().encode()
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows that are whole, oldest first: an iteration, a step, a value in every column. [] where there is no such file."""
+    rows = []
+    with contextlib.suppress(OSError, csv.Error), path.open(newline="", errors="replace") as file:
+        for row in csv.DictReader(file):
+            if (
+                all(row.values())
+                and None not in row
+                and all((row.get(key) or "").isdigit() for key in ("iteration", "global_step"))
+            ):
+                rows.append(row)
+    return rows
