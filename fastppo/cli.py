@@ -29,21 +29,34 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
         try:
             verb(args)
         finally:  # --help leaves with SystemExit
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            _flush_stdout()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _ended(f"error: {error}", 2)
     except TrainingFault as error:
-        print(f"fault: {error}", file=sys.stderr)
-        return 3
+        return _ended(f"fault: {error}", 3)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _ended("interrupted", 130)
     except BrokenPipeError:
         silence_stdout()
         return 128 + signal.SIGPIPE
     return 0
+
+
+def _flush_stdout() -> None:
+    """What is still in the buffer; where a full disk has no room for it, it is lost, which makes no run a failed one."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        silence_stdout()
+
+
+def _ended(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):  # the same disk may be behind stderr
+        print(message, file=sys.stderr, flush=True)
+    return code
 
 
 def parse_train(args: Sequence[str]) -> TrainConfig:

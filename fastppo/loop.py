@@ -10,7 +10,7 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.probe import choose_vectorization
-from fastppo.errors import TrainingFault, UsageError
+from fastppo.errors import TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
@@ -302,10 +302,10 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         "versions": versions(),
     }
     try:
-        if not directory.best.exists():  # no episode ended: the last policy is the only one there is
+        if state.best_return == -math.inf or not directory.best.exists():  # too few episodes to judge by: it is the last one
             directory.save(directory.best, data_of(state))
         directory.write_json(directory.summary, summary)  # before evaluation, which may take long, or fail
-        plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
+        draw_curves(directory, config, display.note)
         agent = load_policy(directory.path, policy=policy)
         if config.eval_episodes and not stop.received:
             result = evaluate_config(agent, config, config.eval_episodes, seeds["evaluation"])
@@ -388,6 +388,16 @@ def reopen(
         if annealed and length != (before.total_timesteps, before.num_iterations)
         else None,
     ]
+
+
+def draw_curves(directory: RunDirectory, config: TrainConfig, note: Callable[[str], None]) -> None:
+    """curves.png; a picture that cannot be drawn is no fault of the run. Raises OSError where the disk is full."""
+    try:
+        plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
+    except OSError:
+        raise
+    except Exception as error:  # whatever somebody's matplotlib may raise
+        note(f"curves.png could not be drawn ({brief(error)})")
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -504,8 +514,12 @@ def read_metrics(learned: Learned) -> dict[str, float]:
     summary = dict(zip(SUMMARY, learned.summary.tolist(), strict=True))
     if not summary["finite"]:
         rows = learned.minibatch_metrics.cpu().numpy()  # (E * B / M, K)
-        index, key = np.argwhere(~np.isfinite(rows))[0] if not np.isfinite(rows).all() else (len(rows) - 1, -1)
-        name = MINIBATCH_METRICS[key] if key >= 0 else "parameters"
-        raise TrainingFault(f"{name} is not finite in minibatch {index} of the update, which was not applied")
+        found = np.argwhere(~np.isfinite(rows))
+        if len(found):
+            index, key = found[0]
+            raise TrainingFault(
+                f"{MINIBATCH_METRICS[key]} is not finite in minibatch {index} of the update, which was not applied"
+            )
+        raise TrainingFault("a parameter is not finite after the update, which was not applied")
     keys = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
     return {**{key: summary[key] for key in keys}, "updates": int(summary["updates"])}

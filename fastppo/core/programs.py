@@ -421,17 +421,16 @@ def learn(
     running = torch.ones((), dtype=torch.bool, device=params.device)
     (params, adam, _), (minibatch_metrics,) = scan(step, (params, adam, running), minibatches)
     with torch.no_grad():
-        summary = _summary(minibatch_metrics, variance_explained, params, adam)
+        summary = _summary(minibatch_metrics, variance_explained, params)
     return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std, summary)
 
 
-def _summary(minibatch_metrics: Tensor, variance_explained: Tensor, params: Tensor, adam: AdamState) -> Tensor:
+def _summary(minibatch_metrics: Tensor, variance_explained: Tensor, params: Tensor) -> Tensor:
     """See SUMMARY."""
     applied = minibatch_metrics[:, MINIBATCH_METRICS.index("applied")]
     updates = applied.sum()
     share = torch.where(updates > 0, applied / updates, 1.0 / len(applied))
-    # the squares of a gradient overflow before it does, and Adam stands still from then on
-    finite = minibatch_metrics.isfinite().all() & params.isfinite().all() & adam.exp_avg_sq.isfinite().all()
+    finite = minibatch_metrics.isfinite().all() & params.isfinite().all()
     means = (minibatch_metrics * share.unsqueeze(1)).sum(0)
     return torch.cat((means, torch.stack((variance_explained, updates, finite.to(means.dtype)))))
 

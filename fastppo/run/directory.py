@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from io import BytesIO
@@ -73,9 +74,12 @@ class RunDirectory:
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise taken
-            made = cls(path if path.exists() else path.with_name(f".{path.name}.{os.getpid()}"))
-            made.checkpoints.mkdir(parents=True)
+            made = cls(path if path.exists() else path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}"))
+            made.path.mkdir(parents=True, exist_ok=True)
             made.lock()
+            if any(made.path.iterdir()):
+                raise taken
+            made.checkpoints.mkdir()
             fill(made)
             if made.path != path:
                 made.path.rename(path)

@@ -80,6 +80,8 @@ class PlainDisplay:
         except BrokenPipeError:
             self.reader_gone = True
             silence_stdout()
+        except OSError:  # a full disk behind it: the line waits in Python's buffer for the next one
+            return
 
 
 class LiveDisplay:

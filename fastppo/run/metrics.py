@@ -6,6 +6,7 @@ Knows nothing of what the metrics mean.
 import contextlib
 import csv
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
             if (
                 all(row.values())
                 and None not in row
-                and all((row.get(key) or "").isdigit() for key in ("iteration", "global_step"))
+                and all(re.fullmatch(r"[0-9]{1,18}", row.get(key) or "") for key in ("iteration", "global_step"))
             ):
                 rows.append(row)
     return rows
