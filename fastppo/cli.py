@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -55,8 +56,13 @@ def _flush_stdout() -> None:
 
 def _ended(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # the same disk may be behind stderr
-        print(message, file=sys.stderr, flush=True)
+        print(_printable(message), file=sys.stderr, flush=True)
     return code
+
+
+def _printable(message: str) -> str:
+    """The message without what a terminal would obey: it may quote a file from somebody else."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
 
 
 def parse_train(args: Sequence[str]) -> TrainConfig:
@@ -71,10 +77,22 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     run_dir = Path(resume)
     if not any((run_dir / "checkpoints").glob("*.pt")):
         raise UsageError(f"--resume {resume}: there is no checkpoint in it to go on from")
+    _refuse_ways_out(run_dir)
     before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
     config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     check_resumable(before, config)
     return config
+
+
+def _refuse_ways_out(run_dir: Path) -> None:
+    """Raise UsageError for a link in the directory that leads out of it: what is written would end up there."""
+    inside = os.path.realpath(run_dir)
+    for place, directories, files in os.walk(run_dir):
+        for path in (Path(place) / name for name in directories + files):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise UsageError(
+                    f"--resume {run_dir}: {path} is a link that leads out of it; put what it leads to in its place"
+                )
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:

@@ -5,14 +5,19 @@ Importing this module costs no torch: `--help` and a wrong flag answer at once. 
 
 import json
 import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastppo.errors import UsageError
+from fastppo.errors import UsageError, nearest
+
+MAX_JSON_BYTES = 2**20  # of config.json, which has two thousand
+MAX_BATCH_SIZE = 2**31 - 1
 
 
 def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
@@ -180,16 +185,10 @@ class TrainConfig:
         for spec in fields(self):  # JSON has no tuples; Python callers may pass lists
             if isinstance(getattr(self, spec.name), list):
                 object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
-        for name, (holds, wanted) in _BOUNDS.items():
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not holds(value)):
-                raise UsageError(f"{flag(name)} must be {wanted}, got {value!r}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UsageError(f"{flag(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        sizes = self.hidden_sizes or ()
-        if not all(isinstance(size, int) and size >= 1 for size in sizes):
-            raise UsageError(f"--hidden-sizes must be whole numbers of at least 1, got {' '.join(map(str, sizes))}")
+        for name, kind in _KINDS.items():
+            value, (holds, wanted) = getattr(self, name), _BOUNDS.get(name, (_anything, _described(kind)))
+            if not _is(kind, value) or (value is not None and not holds(value)):
+                raise UsageError(f"{flag(name)} must be {wanted}, got {reprlib.repr(value)}")
         if self.clip_reward and self.norm_reward:
             raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
         if self.norm_returns and self.advantage != "monte-carlo":
@@ -206,10 +205,13 @@ class TrainConfig:
         self._check_minibatches()
 
     def _check_minibatches(self) -> None:
+        if self.batch_size > MAX_BATCH_SIZE:
+            raise UsageError(f"--num-envs {self.num_envs} x --num-steps {self.num_steps} must be at most {MAX_BATCH_SIZE}")
         name = "minibatch_size" if self.minibatch_size else "num_minibatches"
         value = self.minibatch_size or self.num_minibatches
         if self.batch_size % value:
-            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            small = [d for d in range(1, math.isqrt(self.batch_size) + 1) if self.batch_size % d == 0]
+            divisors = small + [self.batch_size // d for d in small]
             below = max(d for d in divisors if d < value) if value > 1 else 1
             above = min((d for d in divisors if d > value), default=self.batch_size)
             legal = " or ".join(str(d) for d in dict.fromkeys((below, above)))
@@ -246,18 +248,35 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> "TrainConfig":
-        """Read config.json; raises UsageError when it is missing, damaged or from another version of fastppo."""
+        """Read config.json as data; a setting that it lacks, as an older version's does, has its default.
+
+        Raises UsageError when it is missing, damaged or from another version of fastppo.
+        """
         try:
-            data = json.loads(path.read_text())
+            if path.exists() and not path.is_file():
+                raise UsageError(f"{path} is no regular file")
+            with path.open("rb") as file:
+                text = file.read(MAX_JSON_BYTES + 1)
         except OSError as error:
             raise UsageError(f"{path} cannot be read ({error.strerror}): is this a run directory of fastppo?") from None
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged: {error}") from None
-        known = {spec.name for spec in fields(cls)}
-        if not isinstance(data, dict) or not set(data) <= known:
-            unknown = sorted(set(data) - known) if isinstance(data, dict) else []
-            raise UsageError(f"{path} does not hold the settings of this version of fastppo (unknown: {', '.join(unknown)})")
-        return cls(**data)
+        if len(text) > MAX_JSON_BYTES:
+            raise UsageError(f"{path} is larger than any config.json of fastppo: {MAX_JSON_BYTES} bytes are read at most")
+        try:
+            data = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
+        if not isinstance(data, dict):
+            raise UsageError(f"{path} does not hold the settings of a run, but {reprlib.repr(data)}")
+        unknown = next((name for name in data if name not in _KINDS), None)
+        if unknown is not None:
+            raise UsageError(
+                f"{path} does not hold the settings of this version of fastppo "
+                f"(unknown: {reprlib.repr(unknown)}{nearest(unknown[:100], _KINDS)})"
+            )
+        try:
+            return cls(**data)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
 
 
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
@@ -283,14 +302,65 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _at_least(bound: float) -> tuple[Callable[[float], bool], str]:
-    return (lambda x: math.isfinite(x) and x >= bound and (x == int(x))), f"a whole number of at least {bound}"
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values under one name each reader would take another."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return data
+
+
+_KINDS = get_type_hints(TrainConfig)  # name -> type of every setting
+
+
+def _is(kind: Any, value: Any) -> bool:
+    """Whether a value is of the type that a setting is annotated with. True is no number, and 8.0 no whole one."""
+    if isinstance(kind, UnionType):
+        return any(_is(part, value) for part in get_args(kind))
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(int, part) and part >= 1 for part in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and _is_json(value)
+    if kind in (int, float):
+        number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return number and (isinstance(value, float) or abs(value) < 2**63)
+    return isinstance(value, kind)
+
+
+def _is_json(value: Any, depth: int = 16) -> bool:
+    """Whether config.json can hold the value and give it back, a tuple as a list."""
+    if isinstance(value, dict):
+        return depth > 0 and all(isinstance(key, str) and _is_json(part, depth - 1) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return depth > 0 and all(_is_json(part, depth - 1) for part in value)
+    return value is None or isinstance(value, str | bool | int | float)
+
+
+def _described(kind: Any) -> str:
+    """What a setting of that type must be, for an error message."""
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(get_args(kind))}"
+    if kind is bool:
+        return "true or false"
+    if get_origin(kind) is dict:
+        return "names with values that JSON has, nested at most 16 deep"
+    return "whole numbers of at least 1" if kind == tuple[int, ...] | None else "a text"
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+def _at_least(bound: int) -> tuple[Callable[[Any], bool], str]:
+    return (lambda x: x >= bound), f"a whole number of at least {bound}"
 
 
 _FINITE_POSITIVE = (lambda x: math.isfinite(x) and x > 0), "a number above 0"
 _FINITE_NOT_NEGATIVE = (lambda x: math.isfinite(x) and x >= 0), "a number of at least 0"
 _UNIT_INTERVAL = (lambda x: 0 <= x <= 1), "between 0 and 1"
-_BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+_BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
@@ -303,11 +373,4 @@ _BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(("gamma", "gae_lambda", "atari_sticky_actions"), _UNIT_INTERVAL),
     "max_grad_norm": ((lambda x: x > 0), "above 0"),
     "log_std_init": (math.isfinite, "a number"),
-}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "vectorization": ("auto", "entry-point", "sync", "grouped", "async"),
-    "backend": ("auto", "gymnasium", "torch", "envpool"),
-    "advantage": ("gae", "monte-carlo"),
-    **dict.fromkeys(("activation", "cnn_activation"), ("tanh", "relu", "elu", "silu", "gelu")),
-    "compile": ("off", "auto", "on"),
 }

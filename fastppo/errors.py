@@ -25,6 +25,6 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """'ValueError: the first line of its message', for an error of somebody else's code inside a message of ours."""
+    """'ValueError: the first line of its message', cut at 200 letters, for an error of somebody else's code in one of ours."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

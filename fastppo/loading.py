@@ -1,4 +1,4 @@
-"""A run directory back to a policy. Reads data only: nothing in the directory is executed."""
+"""A run directory back to a policy. Reads data only: nothing in the directory is executed or imported."""
 
 from pathlib import Path
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from fastppo.config import TrainConfig
-from fastppo.errors import UsageError
+from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import Agent, agent_from_state
 from fastppo.policy.networks import ModuleFactory
-from fastppo.run.directory import RunDirectory, load_checkpoint
+from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.directory import RunDirectory
 
 
 def load_policy(
@@ -20,6 +21,10 @@ def load_policy(
 ) -> Agent:
     """The policy of a finished or running run, normalisation included.
 
+    Safe on a directory from somebody else: config.json and the checkpoint are read as data, checked before use, and refused
+    where they are anything else. The environment is not made, nor the module imported that env_id may name: that is done by
+    those who play with the policy, `python -m fastppo.evaluate` and `--resume`.
+
     Args:
         checkpoint: "best" (highest mean episode return) or "last".
         policy: the factory of a network of your own, as `train` was given it.
@@ -27,6 +32,8 @@ def load_policy(
     Raises:
         UsageError: no run directory, no such checkpoint, a damaged one, or another network than that of the run.
     """
+    if checkpoint not in ("best", "last"):
+        raise UsageError(f'checkpoint must be "best" or "last", got {checkpoint!r}')
     directory = RunDirectory(Path(run_dir))
     config = TrainConfig.from_json(directory.config)
     path = directory.best if checkpoint == "best" else directory.last
@@ -41,7 +48,10 @@ def agent_from_checkpoint(
     policy: ModuleFactory | None = None,
 ) -> Agent:
     """The policy in a loaded checkpoint; raises UsageError when it does not hold what `config` describes."""
+    torch.empty(0, device=device)  # a device that is not there is no fault of the file's
     try:
         return agent_from_state(state["policy"], config, device, policy)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{path} does not hold the policy that its config.json describes ({error})") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {str(error)[:300]}") from None
+    except Exception as error:  # what the checks let pass, gymnasium and torch refuse as they please
+        raise UsageError(f"{path} does not hold the policy that its config.json describes ({brief(error)})") from None

@@ -21,9 +21,8 @@ from fastppo.policy.agent import moments_from_state, policy_state, weights_from_
 from fastppo.policy.networks import Network
 from fastppo.policy.normalization import RunningMoments, init_moments, inverse_std, make_normalization
 from fastppo.policy.spaces import ActionSpec, ObsSpec
+from fastppo.run.checkpoint import FORMAT
 from fastppo.run.episodes import EpisodeStatistics
-
-FORMAT = 2  # of checkpoints
 
 
 @dataclass

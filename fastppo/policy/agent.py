@@ -211,39 +211,85 @@ def _module_name(network: Network) -> str | None:
 def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
     """`policy_state`'s weights as a flat buffer (P,); what a network of your own keeps beside them is put into it.
 
-    Raises UsageError for weights of another kind of network, KeyError, ValueError or RuntimeError where names or shapes differ.
+    Raises UsageError for weights of another kind of network, KeyError or ValueError where names, shapes, types or numbers are
+    not a network's. Takes memory only once the shapes are known to be those of `state`.
     """
     kept, given = state["module"], _module_name(network)
     if kept != given:
         wanted = (
-            "ours: leave policy= out" if kept is None else f"a {kept} of your own: give what made it as policy=... in Python"
+            "ours: leave policy= out"
+            if kept is None
+            else f"a {str(kept)[:100]} of your own: give what made it as policy=... in Python"
         )
         made = "" if given is None else f", and policy= makes a {given}"
         raise UsageError(f"this run's network is {wanted}, as train and load_policy take it{made}")
     if isinstance(network, ModulePolicy):
         for name, tensor in network.fixed.items():
-            tensor.copy_(state["fixed"][name])
-    return network.flatten(state["weights"])
+            kept = state["fixed"][name]
+            if not isinstance(kept, Tensor) or kept.dtype != tensor.dtype or kept.shape != tensor.shape:
+                raise ValueError(f"{name} is not {tensor.dtype} of {tuple(tensor.shape)}")
+            tensor.copy_(kept)
+    if not isinstance(state["weights"], Mapping):
+        raise ValueError("the weights are not named")
+    weights = {name: checked(weight, f"weight {name}", torch.float32) for name, weight in state["weights"].items()}
+    params = network.flatten(weights)
+    if len(params) != sum(weight.numel() for weight in weights.values()):
+        raise ValueError(f"there are more weights than the {len(params)} numbers of the network")
+    return params
+
+
+def checked(x: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
+    """x, a tensor of a checkpoint; raises ValueError for one of another type or, where given, shape, or not finite."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta or x.dtype != dtype:
+        got = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise ValueError(f"{name} is {got}, not a dense tensor of {dtype}")
+    if shape is not None and x.shape != shape:
+        raise ValueError(f"{name} is {tuple(x.shape)}, not {shape}")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    return x
 
 
 def moments_from_state(state: Mapping[str, Any] | None, device: torch.device | str) -> dict[str, RunningMoments] | None:
-    """`policy_state`'s obs_moments, back on a device."""
+    """`policy_state`'s obs_moments, back on a device; raises ValueError for what are no moments."""
     if state is None:
         return None
-    return {key: RunningMoments(*(moment.to(device) for moment in kept)) for key, kept in state.items()}
+    if not isinstance(state, Mapping) or not all(isinstance(kept, list) and len(kept) == 3 for kept in state.values()):
+        raise ValueError("obs_moments are not three of each part of the observation")
+    moments = {}
+    for key, (mean, var, count) in state.items():
+        mean = checked(mean, f"obs_moments of {key}", torch.float64)
+        var = checked(var, f"obs_moments of {key}", torch.float64, mean.shape)
+        count = checked(count, f"obs_moments of {key}", torch.float64, ())
+        if (var < 0).any() or count < 0:
+            raise ValueError(f"obs_moments of {key} are negative")
+        moments[key] = RunningMoments(mean.to(device), var.to(device), count.to(device))
+    return moments
 
 
 def agent_from_state(
     state: Mapping[str, Any], config: NetworkConfig, device: torch.device | str = "cpu", policy: ModuleFactory | None = None
 ) -> Agent:
-    """The inverse of `policy_state`; raises UsageError, KeyError, ValueError or RuntimeError when the two do not fit."""
+    """The inverse of `policy_state`; raises UsageError, KeyError or ValueError when the two do not fit.
+
+    Safe with data from anybody that `load_checkpoint` has read: what is in it is checked before it is used.
+    """
     obs_space = space_from_data(state["obs_space"])
     action = action_spec(space_from_data(state["action_space"]), config.squash_actions)
-    obs = obs_spec(obs_space, state["info_mask_size"], action)
+    mask_size = state["info_mask_size"]
+    if mask_size is not None and type(mask_size) is not int:
+        raise ValueError(f"info_mask_size is a {type(mask_size).__name__}, not a number")
+    obs = obs_spec(obs_space, mask_size, action)
     network = make_network(obs, action, config, policy)
-    reward_scale = None if state["reward_scale"] is None else state["reward_scale"].to(device)
-    return_mean, return_std = state["return_mean"].to(device), state["return_std"].to(device)
+    scales = {name: state[name] for name in ("reward_scale", "return_mean", "return_std")}
+    scales = {
+        name: None if scale is None and name == "reward_scale" else checked(scale, name, torch.float32, ()).to(device)
+        for name, scale in scales.items()
+    }
     moments = moments_from_state(state["obs_moments"], device)
-    normalization = make_normalization(moments, reward_scale, return_mean, return_std)
+    shapes = {leaf.key: leaf.shape for leaf in obs.normalized}
+    if moments is not None and {key: tuple(kept.mean.shape) for key, kept in moments.items()} != shapes:
+        raise ValueError("obs_moments are not those of the observation")
+    normalization = make_normalization(moments, **scales)
     params = weights_from_state(state, network).to(device)
     return Agent(obs_space, obs, action, network, params, normalization)

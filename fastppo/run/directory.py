@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastppo.errors import UsageError
+from fastppo.run.checkpoint import load_checkpoint
 
 try:
     import fcntl
@@ -179,19 +180,6 @@ class RunDirectory:
             except UsageError as error:
                 failed = failed or error
         raise failed or UsageError(f"{self.path} holds no checkpoint to go on from: is this a run directory of fastppo?")
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as data: nothing in it is executed. Raises UsageError when it is missing or damaged."""
-    if not path.exists():
-        raise UsageError(f"{path} does not exist: is this a run directory of fastppo, and has it reached a checkpoint?")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UsageError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise UsageError(f"{path} is no checkpoint of fastppo")
-    return state
 
 
 def _replace(path: Path, content: bytes | memoryview) -> None:
