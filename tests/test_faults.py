@@ -19,7 +19,8 @@ from test_resume import differing, result_of
 
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.run import directory as directory_module
-from fastppo.run.directory import RunDirectory, load_checkpoint
+from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.directory import RunDirectory
 from fastppo.run.loggers import Loggers
 from fastppo.run.metrics import MetricsFile, read_rows
 from fastppo.train import console

@@ -20,7 +20,8 @@ from rich.cells import cell_len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
-from fastppo.run.directory import RunDirectory, load_checkpoint
+from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.directory import RunDirectory
 from fastppo.run.display import LiveDisplay, PlainDisplay, duration, make_display, number, sparkline
 from fastppo.run.loggers import EVENT_SECONDS, Loggers
 from fastppo.train import console
