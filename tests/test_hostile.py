@@ -121,6 +121,14 @@ def test_a_pickle_bomb_does_not_go_off(write, function, run_dir, tmp_path, monke
     assert made.exists()
 
 
+def test_two_locks(run_dir, tmp_path, monkeypatch):
+    """What names code is refused by torch's reader too, were it to come past the check before it."""
+    monkeypatch.setattr("fastppo.run.directory._check_pickle", lambda data: None)
+    saved(run_dir / "checkpoints" / "best.pt", {"format": 1, "policy": Bomb(os.mkdir, str(tmp_path / "executed"))})
+    refused(lambda: load_policy(run_dir), "best.pt", "nothing in it was executed")
+    assert not (tmp_path / "executed").exists()
+
+
 def test_loading_imports_nothing_that_config_json_names(run_dir, tmp_path, monkeypatch, capsys):
     """A module in env_id is imported where the environment is made, by evaluating and resuming, and not by load_policy."""
     (tmp_path / "stranger_module.py").write_text("raise RuntimeError('imported')\n")
@@ -304,6 +312,7 @@ def own(data):
         (lambda path: saved(path, {"format": 1, "x": {1.5: 1}}), ["refused"]),
         (lambda path: saved(path, {"format": 1, "x": {1, 2}}), ["refused"]),
         (lambda path: saved(path, {"format": 1, "x": torch.zeros(1).expand(10**12)}), ["refused", "larger"]),
+        (lambda path: saved(path, {"format": 1, "x": torch.zeros(1).expand(10**4)}), ["refused", "larger"]),
         (lambda path: saved(path, {"format": 1, "x": list(torch.zeros(1000).expand(1000, 1000))}), ["refused", "larger"]),
         (lambda path: saved(path, {"format": 1, "x": torch.zeros(2, requires_grad=True)}), ["refused", "gradient"]),
         (lambda path: saved(path, {"format": 1, "x": torch.nn.Parameter(torch.zeros(2))}), ["refused", "parameter"]),
@@ -321,10 +330,12 @@ def test_a_file_that_is_no_checkpoint(damage, words, run_dir):
     refused(lambda: load_policy(run_dir), str(path), *words)
 
 
-def test_much_out_of_little(run_dir):
+@pytest.mark.parametrize("remembered", [False, True])
+def test_much_out_of_little(remembered, run_dir):
     """A pickle of 300 kB that calls OrderedDict a thousand times on one long list: 10 GB, were it taken."""
     pairs = b"(" + b"".join(b"K\x01" + struct.pack("<cH", b"M", n) + b"\x86" for n in range(40_000)) + b"t"
-    calls = b"".join(b"ccollections\nOrderedDict\nh\x00\x85R" for _ in range(1000))
+    kind, call = b"ccollections\nOrderedDict\n", b"h\x00\x85R"
+    calls = kind + b"q\x05)R" + (b"h\x05" + call) * 1000 if remembered else (kind + call) * 1000
     data = b"\x80\x02]q\x01(" + pairs + b"q\x00" + calls + b"e."
     path = run_dir / "checkpoints" / "best.pt"
     rewritten(path, lambda name, old: data if name.endswith("/data.pkl") else old)
@@ -653,7 +664,7 @@ def equal(a, b):
     return type(a) is type(b) and (a == b or a != a)
 
 
-@hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
 @hypothesis.given(
     flips=st.lists(st.tuples(st.integers(0), st.integers(1, 255)), min_size=1, max_size=4), end=st.none() | st.integers(0)
 )
@@ -679,7 +690,7 @@ JSON = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @hypothesis.given(settings=st.dictionaries(st.sampled_from(list(TrainConfig.__dataclass_fields__)), JSON, max_size=3))
 def test_any_json_as_settings(settings, original):
     """config.json of any values: settings that are written as they were read, or a UsageError."""
@@ -693,7 +704,7 @@ def test_any_json_as_settings(settings, original):
     assert TrainConfig.from_json(path).to_json() == config.to_json()
 
 
-@hypothesis.settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @hypothesis.given(data=st.data())
 def test_any_value_anywhere_in_a_policy(original, data):
     """One place of a policy replaced by any plain value: a UsageError, or a policy that acts."""
