@@ -20,7 +20,7 @@ from rich.cells import cell_len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
-from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.checkpoint import FORMAT, load_checkpoint
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import LiveDisplay, PlainDisplay, duration, make_display, number, sparkline
 from fastppo.run.loggers import EVENT_SECONDS, Loggers
@@ -346,7 +346,7 @@ class _Unpicklable:
 def test_a_failed_write_leaves_the_checkpoint_before(tmp_path):
     """A checkpoint is written under another name and renamed: when writing fails, the previous one is still whole."""
     directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, nothing)
-    directory.save(directory.last, {"iteration": 1, "weights": torch.ones(3)})
+    directory.save(directory.last, {"format": FORMAT, "iteration": 1, "weights": torch.ones(3)})
     with pytest.raises(OSError, match="disk full"):
         directory.save(directory.last, {"weights": torch.ones(1000), "bad": _Unpicklable()})
     assert load_checkpoint(directory.last)["iteration"] == 1
