@@ -43,7 +43,7 @@ from fastppo.policy.normalization import (
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.presets import describe
 from fastppo.reproducibility import differences, guarantees, made_with, versions
-from fastppo.rollout import Collector, allocate_rollout, env_step_of, pack, start_collector
+from fastppo.rollout import Collector, allocate_rollout, env_step_of, pack, start_collector, state_of
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import make_display
 from fastppo.run.loggers import Loggers
@@ -125,6 +125,9 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     restarts = config.exact_resume and not isinstance(made, TorchVectorEnv)
 
     if config.resume:
+        if isinstance(made, TorchVectorEnv):
+            made.reset(seed=0)  # for the form of its state
+            state.environments = state_of(made)
         directory, notes = reopen(config, restarts, state, network, data_of(state), cleanup)
     else:
         directory, notes = make_directory(config, data_of(state)), [describe(config)]

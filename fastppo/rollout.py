@@ -105,7 +105,7 @@ class Collector(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result. Raises ValueError where it is of other environments."""
+        """Take up `state_dict`'s result, of the same environments: form and number of its tensors are the caller's to check."""
         ...
 
 
@@ -163,6 +163,15 @@ def pack(running: Running) -> tuple[Tensor, ...]:
     return (running.obs, running.done, running.elapsed, *tree_leaves(running.state))
 
 
+def state_of(envs: TorchVectorEnv) -> dict[str, Any]:
+    """The environments as they stand, see Collector.state_dict.
+
+    On the CPU nothing is copied: a step makes new tensors. A captured graph writes to the same ones.
+    """
+    running = [x.clone() if x.is_cuda else x for x in pack(envs.running)]
+    return {"running": running, "generator": envs.generator.get_state()}
+
+
 class DeviceCollector:
     """Fills a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
 
@@ -205,16 +214,12 @@ class DeviceCollector:
         return _on_cpu(self.tensors)
 
     def state_dict(self) -> dict[str, Any] | None:
-        """See Collector. On the CPU nothing is copied: a step makes new tensors. A captured graph writes to the same ones."""
-        running = [x.clone() if x.is_cuda else x for x in pack(self.envs.running)]
-        return {"running": running, "generator": self.envs.generator.get_state()}
+        """See Collector."""
+        return state_of(self.envs)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Collector."""
-        now, running = pack(self.envs.running), state["running"]
-        if [(x.shape, x.dtype) for x in now] != [(x.shape, x.dtype) for x in running]:
-            raise ValueError("the environments' state is that of other environments")
-        self.envs.running = self.env_step.unpack(tuple(x.to(self.envs.device, copy=True) for x in running))
+        self.envs.running = self.env_step.unpack(tuple(x.to(self.envs.device, copy=True) for x in state["running"]))
         self.envs.generator.set_state(state["generator"])
         self.last_obs.copy_(self.envs.running.obs)
         torch.logical_not(self.envs.running.done, out=self.last_valid)
@@ -318,7 +323,7 @@ class HostCollector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Collector."""
-        raise ValueError("these environments' state cannot be put back")
+        raise NotImplementedError
 
 
 class TensorCollector:
@@ -408,7 +413,7 @@ class TensorCollector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See Collector."""
-        raise ValueError("these environments' state cannot be put back")
+        raise NotImplementedError
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from fastppo.config import TrainConfig
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import Normalization
 from fastppo.errors import UsageError, brief
-from fastppo.policy.agent import moments_from_state, policy_state, weights_from_state
+from fastppo.policy.agent import checked, moments_from_state, policy_state, weights_from_state
 from fastppo.policy.networks import Network
 from fastppo.policy.normalization import RunningMoments, init_moments, inverse_std, make_normalization
 from fastppo.policy.spaces import ActionSpec, ObsSpec
@@ -130,14 +130,19 @@ def load_state(
     try:
         params = weights_from_state(checkpoint["policy"], network)
         check_alike(expected, checkpoint)
-        policy = checkpoint["policy"]
-        state.params.copy_(params)
-        state.adam = AdamState(**{key: value.to(device) for key, value in checkpoint["adam"].items()})
+        policy, adam = checkpoint["policy"], checkpoint["adam"]
+        counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
+        if min(counts) < 0:
+            raise ValueError("its counters are below 0")
+        state.adam = AdamState(**{key: checked(adam[key], f"adam.{key}", params.dtype).to(device) for key in adam})
         state.obs_moments = moments_from_state(policy["obs_moments"], device)
-        if checkpoint["return_moments"] is not None:
-            state.return_moments = RunningMoments(*(moment.to(device) for moment in checkpoint["return_moments"]))
-        state.return_carry = checkpoint["return_carry"].to(device)
-        state.return_mean, state.return_std = policy["return_mean"].to(device), policy["return_std"].to(device)
+        if state.return_moments is not None:
+            moments = moments_from_state({"reward": checkpoint["return_moments"]}, device) or {}
+            state.return_moments = moments["reward"]
+        for key in ("return_mean", "return_std"):
+            setattr(state, key, checked(policy[key], key, torch.float32, ()).to(device))
+        state.return_carry = checked(checkpoint["return_carry"], "return_carry", torch.float32).to(device)
+        state.params.copy_(params)
         state.episodes.load_state_dict(checkpoint["episodes"])
         state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
         state.seconds, state.best_return = checkpoint["seconds"], checkpoint["best_return"]
@@ -151,14 +156,16 @@ def load_state(
             for generator in state.generators.values():
                 generator.manual_seed(generator.initial_seed() + state.iteration)
             state.environments = None
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # what the checks let pass, torch refuses as it pleases
         raise UsageError(f"--resume: {path} does not fit the run's config.json ({brief(error)})") from None
     return lost
 
 
 def check_alike(expected: Any, given: Any, name: str = "") -> None:
     """Raise ValueError where plain data differs in form: keys, types, shapes and dtypes. Of lists, only those of tensors."""
-    if name in ("environments", "generators"):  # these say themselves what they take
+    if name == "generators" or (name == "environments" and given is None):  # those say themselves what they take
         return
     if type(expected) is not type(given):
         raise ValueError(f"{name or 'it'} is of type {type(given).__name__}, not {type(expected).__name__}")

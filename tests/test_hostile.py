@@ -23,7 +23,7 @@ import torch
 from fastppo import TrainConfig, UsageError, load_policy
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.spaces import space_from_data, space_to_data
-from fastppo.run.directory import load_checkpoint
+from fastppo.run.checkpoint import FORMAT, load_checkpoint
 from fastppo.train import console
 
 TINY = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--num-iterations", "2", "--eval-episodes", "0"]
@@ -35,6 +35,8 @@ def finished(tmp_path_factory):
     """A run with statistics, to copy and damage."""
     run_dir = tmp_path_factory.mktemp("hostile") / "run"
     assert console([*TINY, "--run-dir", str(run_dir)]) == 0
+    for kept in (run_dir / "checkpoints").glob("iteration-*.pt"):  # a damaged last.pt is the only one there is
+        kept.unlink()
     return run_dir
 
 
@@ -106,7 +108,7 @@ def test_a_pickle_bomb_does_not_go_off(write, function, run_dir, tmp_path, monke
         "exec": (exec, f"import os; os.mkdir({str(made)!r})"),
     }[function]
     for name in ("best", "last"):
-        write(run_dir / "checkpoints" / f"{name}.pt", {"format": 1, "policy": Bomb(*call)})
+        write(run_dir / "checkpoints" / f"{name}.pt", {"format": FORMAT, "policy": Bomb(*call)})
     before = digest(run_dir)
     words = ("best.pt", "nothing in it was executed", call[0].__name__) if write is saved else ("best.pt",)
     refused(lambda: load_policy(run_dir), *words)
@@ -123,8 +125,8 @@ def test_a_pickle_bomb_does_not_go_off(write, function, run_dir, tmp_path, monke
 
 def test_two_locks(run_dir, tmp_path, monkeypatch):
     """What names code is refused by torch's reader too, were it to come past the check before it."""
-    monkeypatch.setattr("fastppo.run.directory._check_pickle", lambda data: None)
-    saved(run_dir / "checkpoints" / "best.pt", {"format": 1, "policy": Bomb(os.mkdir, str(tmp_path / "executed"))})
+    monkeypatch.setattr("fastppo.run.checkpoint._check_pickle", lambda data: None)
+    saved(run_dir / "checkpoints" / "best.pt", {"format": FORMAT, "policy": Bomb(os.mkdir, str(tmp_path / "executed"))})
     refused(lambda: load_policy(run_dir), "best.pt", "nothing in it was executed")
     assert not (tmp_path / "executed").exists()
 
@@ -295,30 +297,30 @@ def own(data):
         (replaced(b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_sparse_tensor"), ["_rebuild_sparse_tensor"]),
         (replaced(b"torch._utils\n_rebuild_tensor_v2", b"os\nsystem"), ["os.system", "nothing in it was executed"]),
         (replaced(b"ccollections\nOrderedDict\n", b"ccollections\nCounter\n"), ["collections.Counter"]),
-        (lambda path: saved_as_before_torch_1_6(path, {"format": 1}), ["damaged"]),
-        (lambda path: saved(path, {"format": 1}, protocol=4), ["refused"]),
+        (lambda path: saved_as_before_torch_1_6(path, {"format": FORMAT}), ["damaged"]),
+        (lambda path: saved(path, {"format": FORMAT}, protocol=4), ["refused"]),
         (lambda path: torch.jit.save(torch.jit.script(torch.nn.Identity()), path), ["checkpoint"]),
         (lambda path: saved(path, [1, 2]), ["no checkpoint of fastppo"]),
         (lambda path: saved(path, {"state_dict": {}}), ["no checkpoint of fastppo"]),
-        (lambda path: saved(path, {"format": 2}), ["format 2", "format 1", "another version"]),
+        (lambda path: saved(path, {"format": 99}), ["format 99", f"reads format {FORMAT}", "another version"]),
         (lambda path: saved(path, {"format": True}), ["format True"]),
         (lambda path: saved(path, {"format": "\x1b[2J" * 100}), [r"\x1b"]),
-        (lambda path: saved(path, {"format": 1, "x": nested(50)}), ["refused"]),
-        (lambda path: saved(path, {"format": 1, "x": laughs()}), ["refused"]),
-        (lambda path: saved(path, own({"format": 1})), ["refused"]),
-        (lambda path: saved(path, {"format": 1, "x": 10**30}), ["refused"]),
-        (lambda path: saved(path, {"format": 1, "x": "x" * 100_000}), ["refused"]),
-        (lambda path: saved(path, {"format": 1, "x": [None] * 2**20}), ["refused", "structure"]),
-        (lambda path: saved(path, {"format": 1, "x": {1.5: 1}}), ["refused"]),
-        (lambda path: saved(path, {"format": 1, "x": {1, 2}}), ["refused"]),
-        (lambda path: saved(path, {"format": 1, "x": torch.zeros(1).expand(10**12)}), ["refused", "larger"]),
-        (lambda path: saved(path, {"format": 1, "x": torch.zeros(1).expand(10**4)}), ["refused", "larger"]),
-        (lambda path: saved(path, {"format": 1, "x": list(torch.zeros(1000).expand(1000, 1000))}), ["refused", "larger"]),
-        (lambda path: saved(path, {"format": 1, "x": torch.zeros(2, requires_grad=True)}), ["refused", "gradient"]),
-        (lambda path: saved(path, {"format": 1, "x": torch.nn.Parameter(torch.zeros(2))}), ["refused", "parameter"]),
-        (lambda path: saved(path, {"format": 1, "x": torch.zeros(2, 2).to_sparse()}), ["refused", "sparse"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": nested(50)}), ["refused"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": laughs()}), ["refused"]),
+        (lambda path: saved(path, own({"format": FORMAT})), ["refused"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": 10**30}), ["refused"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": "x" * 100_000}), ["refused"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": [None] * 2**20}), ["refused", "structure"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": {1.5: 1}}), ["refused"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": {1, 2}}), ["refused"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(1).expand(10**12)}), ["refused", "larger"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(1).expand(10**4)}), ["refused", "larger"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": list(torch.zeros(1000).expand(1000, 1000))}), ["refused", "larger"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, requires_grad=True)}), ["refused", "gradient"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": torch.nn.Parameter(torch.zeros(2))}), ["refused", "parameter"]),
+        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, 2).to_sparse()}), ["refused", "sparse"]),
         (
-            lambda path: saved(path, {"format": 1, "x": torch.zeros(2, device="meta")}),
+            lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, device="meta")}),
             ["refused", "_rebuild_meta_tensor_no_storage"],
         ),
     ],
@@ -476,20 +478,47 @@ def test_a_policy_that_is_none(change, word, run_dir):
 def test_a_checkpoint_without_a_policy(policy, run_dir):
     """The same where there is nothing to look into."""
     path = run_dir / "checkpoints" / "best.pt"
-    torch.save({"format": 1, "policy": policy}, path)
+    torch.save({"format": FORMAT, "policy": policy}, path)
     refused(lambda: load_policy(run_dir), str(path))
-    torch.save({"format": 1}, path)
+    torch.save({"format": FORMAT}, path)
     refused(lambda: load_policy(run_dir), str(path), "policy")
 
 
-@pytest.mark.parametrize(
-    "change", [put(torch.zeros(()), *WEIGHT), put(lambda x: x / 0.0, *WEIGHT), put("text", "obs_moments"), put([], "weights")]
-)
-def test_resuming_from_a_policy_that_is_none(change, run_dir, capsys):
-    """--resume checks as load_policy does: exit code 2, a line, nothing written."""
+STATE = {
+    "a scalar for a weight": put(torch.zeros(()), "policy", *WEIGHT),
+    "infinite weights": put(lambda x: x / 0.0, "policy", *WEIGHT),
+    "weights are a list": put([], "policy", "weights"),
+    "moments are text": put("text", "policy", "obs_moments"),
+    "no moments": put(None, "policy", "obs_moments"),
+    "moments of another size": put(lambda x: [x[0][:2], x[1][:2], x[2]], "policy", "obs_moments", "obs"),
+    "mean of returns is text": put("text", "policy", "return_mean"),
+    "moments of returns are text": put("text", "return_moments"),
+    "moments of returns missing": put(None, "return_moments"),
+    "adam is text": put("text", "adam"),
+    "adam is empty": put({}, "adam"),
+    "adam of another size": put(lambda x: {name: torch.zeros(3) for name in x}, "adam"),
+    "adam of text": put(lambda x: dict.fromkeys(x, "text"), "adam"),
+    "generators of text": put(lambda x: dict.fromkeys(x, "text"), "generators"),
+    "generators of another size": put(lambda x: dict.fromkeys(x, torch.zeros(3, dtype=torch.uint8)), "generators"),
+    "no generators": put(None, "generators"),
+    "episodes are text": put("text", "episodes"),
+    "returns are text": put(["text"], "episodes", "returns"),
+    "returns are a number": put(5, "episodes", "returns"),
+    "iteration is text": put("2", "iteration"),
+    "iteration is negative": put(-2, "iteration"),
+    "steps are missing": put(KeyError, "global_step"),
+    "steps are half": put(0.5, "global_step"),
+    "seconds are none": put(None, "seconds"),
+    "best is a list": put([], "best_return"),
+}
+
+
+@pytest.mark.parametrize("change", STATE.values(), ids=STATE)
+def test_resuming_from_what_is_no_state(change, run_dir, capsys):
+    """--resume checks all that it takes up: exit code 2, a line, nothing written."""
     path = run_dir / "checkpoints" / "last.pt"
     state = torch.load(path)
-    change(state["policy"])
+    change(state)
     torch.save(state, path)
     before = digest(run_dir)
     assert console(["--resume", str(run_dir), "--num-iterations", "3"]) == 2
@@ -515,7 +544,7 @@ def test_resuming_from_a_policy_that_is_none(change, run_dir, capsys):
 )
 def test_spaces_that_are_meant(space, tmp_path):
     """The checks let pass what a run writes, through a file and back."""
-    torch.save({"format": 1, "space": space_to_data(space)}, tmp_path / "checkpoint.pt")
+    torch.save({"format": FORMAT, "space": space_to_data(space)}, tmp_path / "checkpoint.pt")
     assert space_from_data(load_checkpoint(tmp_path / "checkpoint.pt")["space"]) == space
 
 
@@ -715,7 +744,7 @@ def test_any_value_anywhere_in_a_policy(original, data):
     value = data.draw(JSON | tensors)
     changed = {key: dict(part) if isinstance(part, dict) else part for key, part in state.items()}
     put(value, *place)(changed)
-    torch.save({"format": 1, "policy": changed}, path)
+    torch.save({"format": FORMAT, "policy": changed}, path)
     config = TrainConfig(hidden_sizes=(8,))
     from fastppo.loading import agent_from_checkpoint
 

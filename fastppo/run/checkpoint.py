@@ -26,7 +26,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint as data: nothing in it is executed, and it takes no more memory than the file is large.
 
     Returns:
-        Dicts, lists, strings, numbers, None and dense tensors on the CPU, as `RunDirectory.RunDirectory.save` took them.
+        Dicts, lists, strings, numbers, None and dense tensors on the CPU, as `RunDirectory.save` took them.
 
     Raises:
         UsageError: missing, damaged, no checkpoint, of another format, or more than data.
@@ -108,9 +108,8 @@ def _check_pickle(data: bytes) -> None:
         if not _OPCODES.fullmatch(opcode.name):
             raise _Refused(f"its pickle holds the instruction {opcode.name}")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
-            raise _Refused(
-                f"it names {reprlib.repr(str(argument).replace(' ', '.'))}, and a checkpoint of fastppo is data only"
-            )
+            name = ascii(argument)[1:-1].replace(" ", ".")[:100]
+            raise _Refused(f"it names {name}, and a checkpoint of fastppo is data only")
         if fresh and opcode.name in ("BINPUT", "LONG_BINPUT"):
             places.add(argument)
             continue
@@ -145,8 +144,7 @@ class _Copier:
         return {self.copy(key): self.copy(part, depth + 1) for key, part in value.items()}
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        self.bytes_left -= size
-        if tensor.requires_grad or size > tensor.untyped_storage().nbytes() or self.bytes_left < 0:
-            raise _Refused("it holds a tensor larger than what is kept of it, or one that requires a gradient")
+        self.bytes_left -= tensor.numel() * tensor.element_size()
+        if tensor.requires_grad or self.bytes_left < 0:
+            raise _Refused("its tensors are larger than the file, or require a gradient")
         return tensor.clone()
