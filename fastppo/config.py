@@ -62,6 +62,8 @@ class TrainConfig:
     """How N environments become one: their own vector class, in one process, one a core, or one each. auto: by trial."""
     backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
     """Who runs the environments: gymnasium, EnvPool, or torch, on the device with the policy. auto: as registered."""
+    check_env: bool = True
+    """Try the environment before training: spaces, types, bounds, seeding; what is wrong is told in a line each."""
 
     atari_noop_max: int = 30
     """Atari: up to this many frames without action at the start of a game."""
@@ -281,7 +283,7 @@ class TrainConfig:
 
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
-    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints"
+    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "check_env"
 }  # fmt: skip
 EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 

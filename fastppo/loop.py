@@ -28,6 +28,7 @@ from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Schedule,
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import engine_name, make_envs
+from fastppo.envs.check import check_envs
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.probe import choose_vectorization
 from fastppo.errors import TrainingFault, UsageError, brief
@@ -115,6 +116,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     obs_space = made.single_observation_space
     action = action_spec(made.single_action_space, config.squash_actions)
     obs = obs_spec(obs_space, info_mask_size(envs), action)
+    findings = check_envs(made, config.env_id, config.env_kwargs, backend) if config.check_env and not config.resume else []
     network = make_network(obs, action, config, policy, seeds["parameters"])
     state = init_state(config, network, obs, device, seeds)
     workers = 1 if obs.has_images else choose_workers(config)  # large convolutions share themselves out better
@@ -138,6 +140,8 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         if line is not None:
             display.note(line)
     display.note(f"{config.env_id}: {config.num_envs} environments, {backend} ({why})")
+    for line in findings:
+        display.note(line)
     display.note(
         f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
     )
