@@ -479,7 +479,10 @@ def _arrays(obs: Any, space: gym.Space[Any]) -> list[NDArray[Any]]:
 def _bounds_of(space: gym.Space[Any]) -> tuple[Any, Any]:
     """The least and the greatest values, inclusive."""
     if isinstance(space, Box):
-        return space.low, space.high
+        if space.dtype.kind != "f":
+            return space.low, space.high
+        # EnvPool means the lowest number there is by C++'s min(), which is the smallest above 0
+        return np.where(space.low == np.finfo(space.dtype).tiny, -np.inf, space.low), space.high
     if isinstance(space, Discrete):
         return space.start, space.start + space.n - 1
     if isinstance(space, MultiDiscrete):
