@@ -15,6 +15,7 @@ from fastppo.evaluate import console as evaluate_console
 from fastppo.train import console
 
 TINY = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "3", "--eval-episodes", "0"]
+UNCHECKED = [*TINY, "--no-check-env"]  # for environments whose fault the check would find before training does
 
 
 def lines_of(capsys):
@@ -285,7 +286,7 @@ def test_a_fault_in_an_environment(kind, named, tmp_path, capsys):
     marker, run_dir = tmp_path / "marker", tmp_path / "run"
     marker.touch()
     kwargs = [f"kind={kind}", "index=2", "at=70", f"marker={marker}"]
-    flags = [*TINY, "--env-id", "environments:FaultyVector-v0", "--run-dir", str(run_dir)]
+    flags = [*UNCHECKED, "--env-id", "environments:FaultyVector-v0", "--run-dir", str(run_dir)]
     assert console([*flags, "--env-kwargs", *kwargs]) == 3
     error = lines_of(capsys)
     for word in named:
@@ -300,7 +301,7 @@ def test_a_fault_of_many_lines(tmp_path, capsys):
     marker, run_dir = tmp_path / "marker", tmp_path / "run"
     marker.touch()
     kwargs = ["kind=raise", "index=0", "at=3", f"marker={marker}", "lines=9"]
-    flags = [*TINY, "--env-id", "environments:FaultyVector-v0", "--run-dir", str(run_dir)]
+    flags = [*UNCHECKED, "--env-id", "environments:FaultyVector-v0", "--run-dir", str(run_dir)]
     assert console([*flags, "--env-kwargs", *kwargs]) == 3
     assert "the wheel came off" in lines_of(capsys)
     assert (run_dir / "fault.txt").read_text().count("and another line") >= 8
@@ -309,7 +310,7 @@ def test_a_fault_of_many_lines(tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # gymnasium's own report of the process that failed
 def test_a_fault_in_another_process(tmp_path, capsys):
     """An environment that raises in a process of its own: the same, and nothing hangs."""
-    flags = [*TINY, "--env-id", "environments:Fragile-v0", "--env-kwargs", "where=step", "--vectorization", "async"]
+    flags = [*UNCHECKED, "--env-id", "environments:Fragile-v0", "--env-kwargs", "where=step", "--vectorization", "async"]
     assert console([*flags, "--run-dir", str(tmp_path / "run")]) == 3
     error = capsys.readouterr().err  # the process that failed prints a traceback of its own, on its own stderr
     assert "the wheel came off" in error
@@ -318,13 +319,15 @@ def test_a_fault_in_another_process(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("where", "named"), [("reset", "the wheel came off"), ("nan", "obs")])
-def test_a_fault_at_the_first_reset(where, named, tmp_path, capsys):
-    """An environment that cannot even start: a line, no traceback, whether the run calls it wrong use or a fault."""
-    flags = [*TINY, "--env-id", "environments:Fragile-v0", "--env-kwargs", f"where={where}"]
-    assert console([*flags, "--run-dir", str(tmp_path / "run")]) in (2, 3)
+@pytest.mark.parametrize(("flags", "code"), [(TINY, 2), (UNCHECKED, 3)], ids=["checked", "not checked"])
+def test_a_fault_at_the_first_reset(flags, code, where, named, tmp_path, capsys):
+    """An environment that cannot even start is wrong use; a fault where nobody looked before. A line, no traceback."""
+    flags = [*flags, "--env-id", "environments:Fragile-v0", "--env-kwargs", f"where={where}"]
+    assert console([*flags, "--run-dir", str(tmp_path / "run")]) == code
     error = lines_of(capsys)
     assert named in error
     assert "step -1" not in error
+    assert (tmp_path / "run").exists() == (code == 3)
 
 
 def test_numbers_that_run_away(tmp_path, capsys):
@@ -344,7 +347,7 @@ def test_numbers_that_run_away(tmp_path, capsys):
     [
         (["--env-id", "CartPol-v1"], 2),
         (["--num-minibatches", "7"], 2),
-        ([*TINY, "--env-id", "environments:Fragile-v0", "--env-kwargs", "where=step"], 3),
+        ([*UNCHECKED, "--env-id", "environments:Fragile-v0", "--env-kwargs", "where=step"], 3),
     ],
     ids=["unknown environment", "batch", "fault"],
 )

@@ -209,20 +209,18 @@ class _Watch:
         array = _numbers(reward)
         if array is None:
             self.error("reward", f"reward is {_told(reward)}, not a number")
-        elif array.shape != self.lead and (self.lead or array.size != 1):
+        elif array.shape != self.lead:
             self.error("reward", f"reward has shape {array.shape}; it has to be {self.lead or 'a number'}")
         elif not np.isfinite(array).all():
             self.error("reward", f"reward is not finite ({_first(array, ~np.isfinite(array))}) {self.when}")
-        elif array.shape != self.lead:
-            self.warn("reward", f"reward has shape {array.shape}; a number is meant")
 
     def _flag(self, name: str, value: Any) -> None:
         array = _numbers(value)
-        if array is None or not np.isin(array, (0, 1)).all():
+        if array is None or not ((array == 0) | (array == 1)).all():
             self.error(name, f"{name} is {_told(value)}, not True or False")
-        elif array.shape != self.lead and (self.lead or array.size != 1):
+        elif array.shape != self.lead:
             self.error(name, f"{name} has shape {array.shape}; it has to be {self.lead or 'a bool'}")
-        elif array.dtype != bool or array.shape != self.lead:
+        elif array.dtype != bool:
             self.warn(name, f"{name} is {_told(value)}; a bool is meant")
 
     def obs(self, obs: Any, space: gym.Space[Any], name: str) -> None:
@@ -256,16 +254,17 @@ class _Watch:
             self._bounds(array, space, name)
 
     def _type(self, array: NDArray[Any], leaf: Any, space: gym.Space[Any], name: str) -> None:
-        is_float, wants_float = array.dtype.kind == "f", np.issubdtype(space.dtype, np.floating)
-        if is_float and not wants_float and (array != np.trunc(array)).any():
+        if array.dtype == space.dtype or not hasattr(leaf, "dtype"):
+            return
+        fits = np.can_cast(array.dtype, np.dtype(space.dtype), "same_kind")
+        # gymnasium's vector environments refuse such a type; one of its own may bring whole numbers as floats
+        if not fits and (not self.lead or (array != array.astype(space.dtype)).any()):
             self.error(
                 f"type {name}",
-                f"{name} is of type {array.dtype} and its space of {space.dtype}: {_first(array, array != np.trunc(array))} "
-                "would be cut to a whole number; declare a space of floats",
+                f"{name} is of type {array.dtype}, which does not fit its space's {space.dtype}: "
+                "convert it, or declare another",
             )
-        elif array.dtype == space.dtype or not hasattr(leaf, "dtype"):
-            return
-        elif is_float != wants_float or (isinstance(space, Box) and not (is_float and is_tensor(leaf))):
+        elif not fits or (isinstance(space, Box) and not (array.dtype.kind == "f" and is_tensor(leaf))):
             self.warn(f"type {name}", f"{name} is of type {array.dtype}; its space says {space.dtype}")
 
     def _bounds(self, array: NDArray[Any], space: gym.Space[Any], name: str) -> None:
