@@ -270,6 +270,7 @@ def test_a_torchrl_environment_trains(tmp_path, action):
         TrainConfig(
             env_id="Counter-v0",
             env_kwargs={"action": action},
+            check_env=False,  # its episodes would be counted too
             num_envs=5,
             num_steps=16,
             num_minibatches=4,
