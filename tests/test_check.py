@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from environments import AnySpaces
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -105,12 +106,14 @@ class Jumpy(Sound):
 
 
 class NothingAllowed(Sound):
-    """A mask without a legal action in the middle of the episode."""
+    """A mask without a legal action at the end, where there is none to choose, and after `never` steps."""
+
+    never = 2
 
     observation_space = Dict(position=Sound.observation_space, action_mask=MultiBinary(3))
 
     def obs(self):
-        mask = np.array([0, 1, 1], np.int8) * (self.elapsed not in (2, 5))
+        mask = np.array([0, 1, 1], np.int8) * (self.elapsed not in (self.never, 5))
         return {"position": super().obs(), "action_mask": mask}
 
 
@@ -177,6 +180,10 @@ ERRORS = {
         observing(lambda x: np.array([0.25, 1.0]), PIXELS),
         "observation is of type float64, which does not fit its space's uint8: convert it, or declare another",
     ),
+    "whole numbers as floats": (
+        observing(lambda x: np.array([3.0, 255.0]), PIXELS),
+        "observation is of type float64, which does not fit its space's uint8: convert it, or declare another",
+    ),
     # the rest of a step
     "no reward": (stepping(lambda obs, reward, *rest: (obs, None, *rest)), "reward is None, not a number"),
     "a reward in brackets": (
@@ -232,7 +239,8 @@ WARNINGS = {
     "an unknown generator": (WithoutSuper, "gymnasium: Expects the random number generator to have been generated "),
     "random steps": (Jumpy, "gymnasium: Deterministic step observations are not equivalent for the same seed and action"),
 }
-BROKEN = {**ERRORS, **WARNINGS}
+BROKEN = {**ERRORS, **WARNINGS, "nothing is legal at the end": (type("AtTheEnd", (NothingAllowed,), {"never": 5}), "")}
+gym.register("CheckedMasks-v0", entry_point=AnySpaces, disable_env_checker=True)
 gym.register("Checked-v0", entry_point=lambda which=None: Sound() if which is None else BROKEN[which][0]())
 
 
@@ -394,24 +402,35 @@ class Tensors(VectorEnv):
         self.buffer = torch.zeros(num_envs, 2)
 
     def reset(self, *, seed=None, options=None):
-        return self.buffer.copy_(torch.from_numpy(self.sounds.reset(seed=seed)[0])), {}
+        seed = None if self.spoil == "seed" else seed
+        return self._obs(self.sounds.reset(seed=seed)[0]), {}
 
     def step(self, actions):
         assert isinstance(actions, torch.Tensor)
         assert actions.dtype is torch.int64
-        _, *rest, info = self.sounds.step(actions.numpy())
+        obs, *rest, info = self.sounds.step(actions.numpy())
         reward, terminated, truncated = map(torch.from_numpy, rest)
-        return self.buffer, (reward[:, None] if self.spoil else reward).half(), terminated, truncated, info
+        return self._obs(obs), (reward[:, None] if self.spoil == "reward" else reward).half(), terminated, truncated, info
+
+    def _obs(self, obs):
+        self.buffer.copy_(torch.from_numpy(obs))
+        return self.buffer.double() if self.spoil == "double" else self.buffer
 
 
 gym.register("CheckedTensors-v0", vector_entry_point=Tensors)
 
 
 def test_tensors():
-    """Looked at as arrays are; a buffer that the environment writes to again is not taken for two equal observations."""
+    """Looked at as arrays are, but of any type of floats; a buffer that the environment writes to again is not compared with
+
+    itself.
+    """
     assert found("CheckedTensors-v0", vectorization="entry-point") == []
-    (finding,) = found("CheckedTensors-v0", vectorization="entry-point", spoil=True)
+    assert found("CheckedTensors-v0", vectorization="entry-point", spoil="double") == []
+    (finding,) = found("CheckedTensors-v0", vectorization="entry-point", spoil="reward")
     assert finding == Finding("reward has shape (3, 1); it has to be (3,)", is_error=True)
+    (finding,) = found("CheckedTensors-v0", vectorization="entry-point", spoil="seed")
+    assert finding == Finding(WARNINGS["another seed"][1], is_error=False)
 
 
 # --- sound environments
@@ -455,6 +474,8 @@ def test_a_sound_vector_class(mode):
 @pytest.mark.parametrize("action", ["discrete", "discrete from -2", "multi-discrete 2-D"])
 def test_masks_are_respected(action, mask):
     """AnySpaces raises for an illegal action; gymnasium's checker, which knows no masks, is kept from it."""
+    if mask is not None:
+        assert found("CheckedMasks-v0", action=action, mask=mask) == []
     assert found("environments:AnySpacesVector-v0", vectorization="entry-point", action=action, mask=mask) == []
 
 
@@ -466,10 +487,17 @@ def test_all_spaces(observation, action):
     assert found("environments:AnySpacesVector-v0", vectorization="entry-point", **kwargs) == []
 
 
-def test_one_environment_and_a_coin():
+def test_a_mask_at_an_end():
+    """Where an episode has ended there need be nothing legal."""
+    assert found("Checked-v0", which="nothing is legal at the end") == []
+
+
+def test_one_environment_and_a_coin(monkeypatch):
     """One environment cannot differ from another, and two that start by the toss of a coin are often alike."""
     assert found("Checked-v0", num_envs=1) == []
-    assert found("environments:ProbeRewardIsObservation-v0") == []
+    for seed in range(8):
+        monkeypatch.setattr(check, "SEED", seed)
+        assert found("environments:ProbeRewardIsObservation-v0") == []
     assert found("environments:ProbeConstantReward-v0") == []
 
 

@@ -371,7 +371,7 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool) -> _Time
                 "the step after an end paid a reward or ended again: with autoreset_mode NEXT_STEP it only resets, and is not "
                 "learned from; declare metadata['autoreset_mode'] SAME_STEP or DISABLED if that is what the class does",
             )
-        done = ended & ~done if envs.mode is AutoresetMode.NEXT_STEP else np.zeros_like(done)
+        done = ended & (envs.mode is AutoresetMode.NEXT_STEP)
         if time.perf_counter() - started > SECONDS:
             break
     return _Times(reset_seconds, step_seconds, masked)
