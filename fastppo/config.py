@@ -60,6 +60,8 @@ class TrainConfig:
     """Keyword arguments for the environment, as KEY=VALUE."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
     """How N environments become one: their own vector class, in one process, one a core, or one each. auto: by trial."""
+    env_timeout: float = 300.0
+    """Seconds that a step or reset of the environments may take before the run stops with a fault; 0: for ever."""
     backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
     """Who runs the environments: gymnasium, EnvPool, or torch, on the device with the policy. auto: as registered."""
     check_env: bool = True
@@ -283,7 +285,7 @@ class TrainConfig:
 
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
-    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "check_env"
+    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "check_env", "env_timeout"
 }  # fmt: skip
 EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 
@@ -371,7 +373,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),
-    **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds"), _FINITE_NOT_NEGATIVE),
+    **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds", "env_timeout"), _FINITE_NOT_NEGATIVE),
     **dict.fromkeys(("gamma", "gae_lambda", "atari_sticky_actions"), _UNIT_INTERVAL),
     "max_grad_norm": ((lambda x: x > 0), "above 0"),
     "log_std_init": (math.isfinite, "a number"),

@@ -1,5 +1,6 @@
 """Play episodes with a trained policy and report their returns: `python -m fastppo.evaluate RUN_DIR --episodes K`."""
 
+import contextlib
 import json
 import math
 import sys
@@ -16,7 +17,8 @@ from fastppo.cli import parse, run
 from fastppo.config import TrainConfig
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
-from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.envs.deadline import Deadline
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, environment_fault
 
 if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
@@ -87,25 +89,27 @@ def evaluate_config(
     from fastppo.envs.backends import make_envs  # here, so that --help and wrong flags do not wait for torch
 
     num_envs, atari = min(episodes, 8), atari_settings(config)
-    made = make_envs(
-        config.env_id,
-        num_envs,
-        config.backend,
-        config.vectorization,
-        config.env_kwargs,
-        "cpu",
-        atari,
-        config.num_threads,
-    )
-    envs = AutoresetEnvs(made)
-    try:
-        returns = evaluate(agent, envs, episodes, seed, deterministic)
-    except (UsageError, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise TrainingFault(f"an environment failed during evaluation: {brief(error)}") from error
-    finally:
-        envs.close()
+    with contextlib.closing(Deadline(config.env_timeout)) as deadline:
+        made = make_envs(
+            config.env_id,
+            num_envs,
+            config.backend,
+            config.vectorization,
+            config.env_kwargs,
+            "cpu",
+            atari,
+            config.num_threads,
+            deadline,
+        )
+        envs = AutoresetEnvs(made, deadline)
+        try:
+            returns = evaluate(agent, envs, episodes, seed, deterministic)
+        except UsageError:
+            raise
+        except ENVIRONMENT_ERRORS as error:
+            raise environment_fault(error, "during evaluation") from error
+        finally:
+            envs.close()
     return {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": len(returns)}
 
 

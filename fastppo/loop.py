@@ -29,9 +29,10 @@ from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.check import check_envs
+from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.probe import choose_vectorization
-from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
@@ -92,10 +93,11 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
+    deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     vectorization, why = "auto", f"as --backend {config.backend} asks"
     if config.backend in ("auto", "gymnasium"):
         vectorization, why = choose_vectorization(
-            config.env_id, config.num_envs, config.vectorization, config.env_kwargs, config.num_threads
+            config.env_id, config.num_envs, config.vectorization, config.env_kwargs, config.num_threads, deadline
         )
     atari = atari_settings(config)
     made = make_envs(
@@ -107,16 +109,19 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         device,
         atari,
         config.num_threads,
+        deadline,
     )
-    cleanup.callback(made.close)
+    envs = AutoresetEnvs(made, deadline)
+    cleanup.callback(envs.close)
     backend = engine_name(made, config.env_id, config.backend, vectorization)
-    envs = AutoresetEnvs(made)
     if made.num_envs != config.num_envs:
         raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")
     obs_space = made.single_observation_space
     action = action_spec(made.single_action_space, config.squash_actions)
     obs = obs_spec(obs_space, info_mask_size(envs), action)
-    findings = check_envs(made, config.env_id, config.env_kwargs, backend) if config.check_env and not config.resume else []
+    findings = []
+    if config.check_env and not config.resume:
+        findings = check_envs(made, config.env_id, config.env_kwargs, backend, deadline)
     network = make_network(obs, action, config, policy, seeds["parameters"])
     state = init_state(config, network, obs, device, seeds)
     workers = 1 if obs.has_images else choose_workers(config)  # large convolutions share themselves out better
@@ -279,7 +284,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     finally:
         display.close()
         loggers.close()
-        made.close()  # evaluation has the machine to itself
+        envs.close()  # evaluation has the machine to itself
         tiers.close()
         stop.restore()
 
@@ -480,7 +485,7 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
     """Numbers in each environment's info["action_mask"]; None where there is none. Resets the environments."""
     if isinstance(envs.envs, TorchVectorEnv):
         return None
-    with contextlib.suppress(Exception):  # one that fails here fails when training starts, where it is reported
+    with contextlib.suppress(*ENVIRONMENT_ERRORS):  # one that fails here fails when training starts, where it is reported
         _, mask = envs.reset_and_mask(None)  # a seed would have EnvPool make all its environments anew
         return None if mask is None else math.prod(mask.shape[1:])
     return None

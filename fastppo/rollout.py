@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure, tree_unfl
 from fastppo.core.programs import Collected
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
-from fastppo.errors import TrainingFault, brief
+from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, environment_fault
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
 
 
@@ -88,7 +88,7 @@ class Collector(Protocol):
             cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
         Raises:
-            TrainingFault: an environment raised, or returned a number that is not finite.
+            TrainingFault: an environment raised, gave no answer, or returned a number that is not finite.
         """
         ...
 
@@ -112,7 +112,7 @@ class Collector(Protocol):
 def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: int | None) -> Collector:
     """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
 
-    Raises TrainingFault where an environment fails to reset.
+    Raises TrainingFault where an environment fails to reset, or takes longer than the deadline of `envs`.
     """
     with _resetting():
         first, mask = envs.reset_and_mask(seed)
@@ -287,8 +287,8 @@ class HostCollector:
                 if step.final_obs is not None:
                     for leaf in self.observed:
                         arrays[f"final_{leaf.key}"][t] = leaf.find(step.final_obs)
-            except Exception as error:
-                raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
+            except ENVIRONMENT_ERRORS as error:
+                raise environment_fault(error, f"in step {t} of the rollout") from error
             if step.game_over is not None:
                 if self.game_over is None:
                     self.game_over = np.zeros_like(terminated[:-1])
@@ -383,8 +383,8 @@ class TensorCollector:
                 if step.final_obs is not None:
                     for leaf in self.observed:
                         rows[f"final_{leaf.key}"][t].copy_(leaf.find(step.final_obs))
-            except Exception as error:
-                raise TrainingFault(f"an environment failed in step {t} of the rollout: {brief(error)}") from error
+            except ENVIRONMENT_ERRORS as error:
+                raise environment_fault(error, f"in step {t} of the rollout") from error
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
@@ -484,5 +484,5 @@ def _cut(rows: Mapping[str, Any]) -> Any:
 def _resetting() -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        raise TrainingFault(f"an environment failed to reset: {brief(error)}") from error
+    except ENVIRONMENT_ERRORS as error:
+        raise environment_fault(error, "to reset") from error

@@ -3,8 +3,13 @@
 Their ids work as `environments:Id-v0` wherever the tests directory is on the path (pytest puts it there).
 """
 
+import contextlib
 import copy
+import itertools
 import os
+import signal
+import sys
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -54,7 +59,7 @@ class WalkVector(SyncVectorEnv):
 class FaultyVector(SyncVectorEnv):
     """Walks of which environment `index` fails in vector step `at`, as long as the file `marker` exists.
 
-    kind: "obs" or "reward" become nan, "raise" raises with a message of `lines` lines.
+    kind: "obs" or "reward" become nan, "raise" raises with a message of `lines` lines, "hang" does not return.
     """
 
     def __init__(self, num_envs, kind, index, at, marker, lines=1):
@@ -67,6 +72,8 @@ class FaultyVector(SyncVectorEnv):
         if self.steps == self.at and os.path.exists(self.marker):
             if self.kind == "raise":
                 raise RuntimeError("\n".join(["the wheel came off", *["and another line"] * (self.lines - 1)]))
+            if self.kind == "hang":
+                time.sleep(600)
             (obs if self.kind == "obs" else reward)[self.index] = np.nan
         self.steps += 1
         return obs, reward, terminated, truncated, info
@@ -93,6 +100,59 @@ class Fragile(gym.Env):
         if self.where == "step" and self.elapsed == 10:
             raise RuntimeError("the wheel came off")
         return np.zeros(2, np.float32), 1.0, False, False, {}
+
+
+class Failing(gym.Env):
+    """Never ends, until the one that was reset with `seed` fails, in its step `at`; in that reset itself where that is -1.
+
+    Where that is -2 all fail in being made.
+
+    how: "raise" two lines, and "raise-twice", in closing too; "hang" in a call that waits, "hang-twice" in closing too,
+    "hang-stubbornly" in one that is tried again whatever it raises, "hang-in-c"; "exit"; "die", of a signal.
+    """
+
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, seed, at, how):
+        self.seed, self.at, self.how = seed, at, how
+        self.failing = at == -2
+        self._fail()
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.failing, self.elapsed = seed == self.seed, 0
+        if self.at == -1:
+            self._fail()
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        if self.elapsed == self.at:
+            self._fail()
+        self.elapsed += 1
+        return np.zeros(2, np.float32), 1.0, False, False, {}
+
+    def close(self):
+        if self.how.endswith("-twice"):
+            self._fail()
+
+    def _fail(self):
+        if not self.failing:
+            return
+        if self.how.startswith("raise"):
+            raise ValueError("the wheel came off\nand another line")
+        if self.how in ("hang", "hang-twice"):
+            time.sleep(600)
+        if self.how == "hang-stubbornly":
+            while True:
+                with contextlib.suppress(Exception):
+                    time.sleep(600)
+        if self.how == "hang-in-c":
+            sum(itertools.repeat(0))
+        if self.how == "exit":
+            sys.exit(7)
+        if self.how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Lengths(gym.Env):
@@ -404,6 +464,7 @@ for _id, _class in {
     "Walk-v0": Walk,
     "Walk-v1": Walk,
     "Fragile-v0": Fragile,
+    "Failing-v0": Failing,
     "Lengths-v0": Lengths,
     "Recorder-v0": Recorder,
     "Spaces-v0": Spaces,

@@ -572,7 +572,7 @@ def test_what_is_not_installed(monkeypatch, env_id, backend, missing, extra):
         raise gym.error.DependencyNotInstalled("something is missing")
 
     if missing == "gymnasium":
-        monkeypatch.setattr(gym, "make_vec", fail)
+        monkeypatch.setattr(gym, "make", fail)
     else:
         monkeypatch.setitem(sys.modules, missing, None)
         monkeypatch.delitem(gym.registry, env_id, raising=False)

@@ -1,5 +1,6 @@
 """Groups of environments in processes of their own. Oracle: gymnasium's SyncVectorEnv, bit for bit."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -19,9 +20,10 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from fastppo import TrainConfig, train
 from fastppo.envs import grouped
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.grouped import EnvironmentFailed, GroupedVectorEnv
+from fastppo.envs.deadline import Deadline
+from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.envs.make import make_vec, num_processes
-from fastppo.errors import UsageError
+from fastppo.errors import EnvironmentFailed, UsageError
 from fastppo.train import console
 
 
@@ -149,13 +151,17 @@ def test_walks_are_those_of_one_process(num_envs, num_groups):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 3])
+@pytest.mark.parametrize("num_groups", [0, 1, 2, 3])
 @pytest.mark.parametrize("env_fn", [Nested, Masked])
 def test_nested_spaces_masks_and_kept_actions(env_fn, num_groups):
-    """Dict and Tuple of every dtype arrive, and options; infos as SyncVectorEnv has them; a kept action is not written to."""
+    """Dict and Tuple of every dtype arrive, and options; infos as SyncVectorEnv has them; a kept action is not written to.
+
+    0 groups: as --vectorization sync has it.
+    """
     options = {"bonus": 0.5} if env_fn is Nested else None
     theirs = played(SyncVectorEnv([env_fn] * 5), 40, options=options)
-    assert_equal(played(GroupedVectorEnv([env_fn] * 5, num_groups), 40, options=options), theirs)
+    ours = GroupedVectorEnv([env_fn] * 5, num_groups) if num_groups else NumberedVectorEnv([env_fn] * 5)
+    assert_equal(played(ours, 40, options=options), theirs)
     if env_fn is Masked:
         told = [frozenset(info) for _, info in theirs]
         assert len(set(told)) > 2  # with and without each of them
@@ -190,6 +196,19 @@ def test_one_batch_that_is_reused():
     envs.close()
 
 
+@pytest.mark.parametrize(("vectorization", "processes"), [("sync", 0), ("grouped", 1), ("async", 4)])
+def test_every_vectorization_is_the_same_engine(vectorization, processes):
+    """Its processes, beside this one; the environments are those of gymnasium's own making, bit for bit, and as they were."""
+    envs, chosen = make_vec("environments:Walk-v1", 5, vectorization, {}, num_threads=2)
+    theirs = gym.make_vec("environments:Walk-v1", 5, vectorization_mode="sync")
+    assert (chosen, len(multiprocessing.active_children())) == (vectorization, processes)
+    for name in ("num_envs", "single_observation_space", "observation_space", "single_action_space", "action_space"):
+        assert getattr(envs, name) == getattr(theirs, name), name
+    assert (envs.metadata, envs.render_mode) == (theirs.metadata, theirs.render_mode)
+    assert_equal(played(envs, 30), played(theirs, 30))
+    assert not multiprocessing.active_children()
+
+
 def test_made_by_its_name():
     """--vectorization grouped: as many processes as --num-threads or cores, and environments."""
     cores = len(os.sched_getaffinity(0))
@@ -202,9 +221,9 @@ def test_made_by_its_name():
 
 @pytest.mark.parametrize("space", ["observation_space", "action_space"])
 def test_spaces_without_arrays_are_refused(space, monkeypatch):
-    """Named, with the flag and what to use; no process stays."""
+    """Named, with the flag and what is supported; no process stays."""
     monkeypatch.setattr(Walk, space, Text(3))
-    with pytest.raises(UsageError, match=r"--vectorization grouped .*Text.*use --vectorization sync"):
+    with pytest.raises(UsageError, match=r"--vectorization grouped and async .*Text.*supported: Box"):
         GroupedVectorEnv([Walk] * 2, 2)
     assert not multiprocessing.active_children()
 
@@ -222,6 +241,21 @@ def test_environments_that_cannot_be_made():
     assert not multiprocessing.active_children()
 
 
+class NeverMade(Walk):
+    def __init__(self):
+        time.sleep(600)
+
+
+def test_environments_that_are_never_made():
+    """Named, in this process and in another one, and all are gone."""
+    with contextlib.closing(Deadline(0.4)) as deadline:
+        for envs in ([Walk, NeverMade, Walk, Walk], [Walk, Walk, Walk, NeverMade]):
+            number = envs.index(NeverMade)
+            with pytest.raises(EnvironmentFailed, match=rf"^environment {number}: no answer for 0.4 s"), deadline:
+                GroupedVectorEnv(envs, 2, deadline)
+            assert not multiprocessing.active_children()
+
+
 def play_on(envs, options):
     """A reset and steps, until something goes wrong."""
     envs.reset(options=options)
@@ -236,8 +270,9 @@ def fails(envs, options):
         play_on(envs, options)
     assert not multiprocessing.active_children()
     assert envs.closed
-    with pytest.raises(gym.error.ClosedEnvironmentError):
+    with pytest.raises(EnvironmentFailed) as again:  # whoever goes on is told the same
         envs.step(np.ones(envs.num_envs, np.int64))
+    assert again.value is error.value
     return error.value, time.monotonic() - started
 
 
@@ -311,6 +346,8 @@ def test_closed_at_once():
     envs.close()
     assert time.monotonic() - started < grouped.CLOSE_SECONDS / 2
     assert not multiprocessing.active_children()
+    with pytest.raises(gym.error.ClosedEnvironmentError):
+        envs.reset()
 
 
 PARENT = """
@@ -401,7 +438,7 @@ def three_cores(monkeypatch):
 def test_a_run_equals_that_of_one_process(tmp_path, three_cores):
     """From Python: the same weights and evaluation, however the environments are shared out; no process stays."""
     weights, means = [], []
-    for vectorization in ("sync", "grouped"):
+    for vectorization in ("sync", "grouped", "async"):
         config = TrainConfig(
             env_id="environments:Walk-v0",
             vectorization=vectorization,
@@ -413,8 +450,9 @@ def test_a_run_equals_that_of_one_process(tmp_path, three_cores):
         weights.append(result.policy.params.numpy())
         means.append(result.summary["eval_return_mean"])
         assert not multiprocessing.active_children()
-    np.testing.assert_array_equal(*weights)
-    assert means[0] == means[1]
+    for others in (1, 2):
+        np.testing.assert_array_equal(weights[0], weights[others])
+    assert means[0] == means[1] == means[2]
 
 
 def test_a_fault_as_the_user_sees_it(tmp_path, capfd, three_cores):

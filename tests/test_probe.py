@@ -1,5 +1,6 @@
 """How the vectorisation is chosen where the user leaves it open."""
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -9,6 +10,7 @@ import gymnasium as gym
 import pytest
 from environments import Walk  # noqa: F401 (registers the environments)
 
+from fastppo.envs.deadline import Deadline
 from fastppo.envs.probe import ASYNC_FROM, GROUPED_FROM, PROBE_SECONDS, PROBE_STEPS, choose_vectorization, step_seconds
 from fastppo.errors import UsageError
 
@@ -90,7 +92,7 @@ def test_what_is_chosen_from_times(monkeypatch, sync, grouped, parallel, choice,
     """The fastest, where it saves a tenth and more; nothing is started for a step too short for it, or one that fails."""
     made = []
 
-    def make(env_id, num_envs, vectorization, env_kwargs, num_threads=None):
+    def make(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline):
         made.append(vectorization)
         seconds = {"sync": sync, "grouped": grouped, "async": parallel}[vectorization]
         if seconds is REFUSED:
@@ -98,7 +100,7 @@ def test_what_is_chosen_from_times(monkeypatch, sync, grouped, parallel, choice,
         return seconds, vectorization
 
     monkeypatch.setattr("fastppo.envs.probe.make_vec", make)
-    monkeypatch.setattr("fastppo.envs.probe.step_seconds", lambda envs: envs)
+    monkeypatch.setattr("fastppo.envs.probe.step_seconds", lambda envs, deadline: envs)
     assert choose_vectorization("Slow-v0", 4, "auto", {}, num_threads=2) == (choice, reason)
     assert made == [kind for kind, seconds in (("sync", sync), ("grouped", grouped), ("async", parallel)) if seconds != NEVER]
 
@@ -158,3 +160,11 @@ def test_a_trial_that_fails(fails):
     trial = Trial(0.0, fails)
     assert step_seconds(trial) == float("inf")
     assert trial.closed
+
+
+def test_a_trial_that_hangs():
+    """It took forever, but does not."""
+    gym.register("Hangs-v0", lambda: Slow(600.0), disable_env_checker=True)
+    with contextlib.closing(Deadline(0.3)) as deadline:
+        choice = choose_vectorization("Hangs-v0", 2, "auto", {}, 2, deadline)
+    assert choice == ("sync", "a trial step failed")

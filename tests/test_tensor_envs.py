@@ -1,7 +1,9 @@
 """Environments of tensors: the same numbers as their twins of arrays, and nothing on the way becomes an array."""
 
+import contextlib
 import subprocess
 import sys
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +20,7 @@ from torchrl.envs import CatTensors, Compose, EnvBase, PendulumEnv, StepCounter,
 
 from fastppo import TrainConfig, TrainingFault, UsageError, train
 from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.deadline import Deadline
 from fastppo.envs.make import make_vec
 from fastppo.envs.torchrl import TorchRLVectorEnv
 from fastppo.policy.spaces import action_spec, obs_spec
@@ -361,6 +364,18 @@ def test_a_step_that_returns_arrays_after_tensors_is_a_fault():
     vector.step = lambda actions: (vector.obs, np.zeros(4), vector.terminated, vector.truncated, {})
     with pytest.raises(TrainingFault, match="step 0 of the rollout: TypeError"):
         collector.collect(act, noise)
+
+
+def test_a_step_that_hangs_is_a_fault():
+    """As with environments of arrays: the step is named."""
+    vector = TensorTwin(4)
+    collector, _, noise = started(vector, 7)
+    step = vector.step
+    vector.step = lambda actions: time.sleep(600) if vector.steps == 3 else step(actions)
+    with contextlib.closing(Deadline(0.3)) as deadline:
+        collector.envs.deadline = deadline
+        with pytest.raises(TrainingFault, match=r"^the environments failed in step 3 of the rollout: no answer for 0.3 s"):
+            collector.collect(act, noise)
 
 
 def test_final_observations_that_are_missing_are_a_fault():

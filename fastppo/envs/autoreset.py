@@ -16,6 +16,7 @@ of the whole game where an episode is one life of it. Knows nothing of rollouts 
 environment brings none.
 """
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -24,7 +25,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from fastppo.errors import UsageError
+from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
 Structure = Any  # a batch, or a dict or tuple of such
@@ -45,15 +47,18 @@ class Step(NamedTuple):
 class AutoresetEnvs:
     """A gymnasium vector environment that is stepped by one rule, whatever its autoreset mode."""
 
-    def __init__(self, envs: VectorEnv) -> None:
-        """Raises UsageError where the environment does not say how it resets."""
+    def __init__(self, envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> None:
+        """`deadline` is for each step and reset. Closes `envs` and raises UsageError where they do not say how they reset."""
         mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
         try:
             self.mode = AutoresetMode(mode)
         except ValueError:
+            envs.close()
             raise UsageError(f"--env-id: the vector environment's autoreset_mode {mode!r} is not one of gymnasium's") from None
         self.envs = envs
         self.num_envs = envs.num_envs
+        self.deadline = deadline
+        self.closed = False
 
     @property
     def keeps_final_obs(self) -> bool:
@@ -66,12 +71,14 @@ class AutoresetEnvs:
 
     def reset_and_mask(self, seed: int | None) -> tuple[Structure, Batch | None]:
         """`reset`, and which actions are legal (see Step)."""
-        obs, info = self.envs.reset(seed=seed)
+        with self.deadline:
+            obs, info = self.envs.reset(seed=seed)
         return obs, self._mask(info)
 
     def step(self, action: Batch) -> Step:
         """Step all environments; see the module's docstring for what `final_obs` is."""
-        obs, reward, terminated, truncated, info = self.envs.step(action)
+        with self.deadline:
+            obs, reward, terminated, truncated, info = self.envs.step(action)
         mask, game_over = self._mask(info), info.get("game_over")
         if self.mode is AutoresetMode.NEXT_STEP:
             return Step(obs, reward, terminated, truncated, None, mask, game_over)
@@ -82,7 +89,8 @@ class AutoresetEnvs:
             # copies, since an environment may keep what it returned and write to it when it resets
             final_obs, reward, terminated, truncated = map(_copy, (obs, reward, terminated, truncated))
             game_over = None if game_over is None else _copy(game_over)
-            obs, info = self.envs.reset(options={"reset_mask": done})
+            with self.deadline:
+                obs, info = self.envs.reset(options={"reset_mask": done})
             mask = _mask_after_reset(done, mask, self._mask(info))
         else:
             final_obs = obs
@@ -104,8 +112,11 @@ class AutoresetEnvs:
         return mask if told.all() else np.where(told[:, None], mask, True)
 
     def close(self) -> None:
-        """Release the environments' processes and windows."""
-        self.envs.close()
+        """Release the environments' processes and windows. One that fails to close, as after a fault, is nothing to report."""
+        if not self.closed:
+            self.closed = True
+            with contextlib.suppress(*ENVIRONMENT_ERRORS), self.deadline:
+                self.envs.close()
 
 
 def is_tensor(value: object) -> bool:

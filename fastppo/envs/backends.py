@@ -7,6 +7,7 @@ import torch
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from fastppo.envs.atari import AtariSettings, is_atari, make_ale
+from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.make import make_vec
@@ -23,6 +24,7 @@ def make_envs(
     device: torch.device | str,
     atari: AtariSettings,
     num_threads: int | None = None,
+    deadline: Deadline = NO_DEADLINE,
 ) -> VectorEnv:
     """N environments as one.
 
@@ -32,7 +34,7 @@ def make_envs(
         vectorization: as `make_vec` takes it; for gymnasium's only. ALE's games have but their own vector class.
         device: where a `TorchVectorEnv` lives.
         atari: for ALE's games, whoever runs them.
-        num_threads: as `make_vec` takes it.
+        num_threads, deadline: as `make_vec` takes them.
 
     Raises:
         UsageError: as `make_vec`, `make_ale`, `make_envpool` and `make_device_vec`.
@@ -47,7 +49,7 @@ def make_envs(
                 f"--vectorization {vectorization} is not for {env_id}: ALE steps all games in its own threads; leave it at auto"
             )
         return make_ale(env_id, num_envs, env_kwargs, atari)
-    made, _ = make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads)
+    made, _ = make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline)
     if not isinstance(made.unwrapped, TorchVectorEnv):
         return made
     if backend == "gymnasium":

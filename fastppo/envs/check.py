@@ -40,7 +40,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
-from fastppo.errors import UsageError, brief
+from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.errors import NoAnswer, UsageError, brief
 
 STEPS = 32  # random ones, at most
 SECONDS = 0.5  # after which no more are begun; gymnasium's checker is left out where it would take longer
@@ -79,11 +80,14 @@ class Finding:
     is_error: bool
 
 
-def check_envs(envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: str) -> list[str]:
+def check_envs(
+    envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: str, deadline: Deadline = NO_DEADLINE
+) -> list[str]:
     """Check the environments of a run before it starts.
 
     Args:
         envs: those that will be trained on, `engine` who runs them: see fastppo.envs.backends.engine_name.
+        deadline: for all of it.
 
     Returns:
         Lines to tell, one a warning.
@@ -91,7 +95,11 @@ def check_envs(envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engi
     Raises:
         UsageError: there are errors, one a line.
     """
-    findings = find(envs, env_id, env_kwargs, engine)
+    try:
+        with deadline:
+            findings = find(envs, env_id, env_kwargs, engine)
+    except NoAnswer as error:
+        raise UsageError(f"--env-id {env_id}: tried before training, it gives {error}") from None
     errors = [f"--env-id {env_id}: {finding.line}" for finding in findings if finding.is_error]
     if errors:
         raise UsageError("\n".join(errors) + " (--no-check-env trains all the same)")

@@ -1,17 +1,20 @@
-"""Environments shared out among as many processes as there are cores: `--vectorization grouped`.
+"""N environments in K groups, each in a process of its own: `--vectorization sync` (K = 1), `grouped` and `async` (K = N).
 
-For environments that are slow in Python. A process each, as gymnasium's AsyncVectorEnv has it, costs more than it gives where
-there are fewer cores than environments: eight HalfCheetahs on two cores step in 1165 us so, and in 585 in one process. Here K
-groups of environments run on K cores, each a loop over its own: 348 us (benchmarks/LOG.md). The first group is this process's,
+For environments that are slow in Python, `grouped` has as many groups as cores. A process each costs more than it gives where
+there are fewer cores than environments: by gymnasium's AsyncVectorEnv eight HalfCheetahs on two cores step in 1165 us, and in
+585 in one process. Two groups, each a loop over its own, take 348 us (benchmarks/LOG.md). The first group is this process's,
 which would only wait otherwise; what they exchange lies in shared memory, and a byte in a pipe says go and done (8 us for both;
 through a socket 13, and spinning before blocking keeps a core busy to save 4).
 
-Same seed, same bits as gymnasium's SyncVectorEnv, however many groups there are. Knows nothing of policies, costs no torch.
+An environment that raises, exits or hangs is named by its number, whichever process it is in; where its process was killed, or
+hangs in C, by the numbers of its group. Same seed, same bits as gymnasium's SyncVectorEnv, however many groups there are. Knows
+nothing of policies, costs no torch.
 """
 
 import contextlib
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -31,7 +34,8 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Sp
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space, create_shared_memory, read_from_shared_memory
 
-from fastppo.errors import UsageError, brief
+from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, UsageError, brief
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
 
@@ -41,13 +45,52 @@ INFO_KEYS = ("action_mask", "game_over")
 # was registered here. Elsewhere than on Linux system libraries do not survive a fork, and Python's own default is taken.
 START_METHOD = "fork" if sys.platform == "linux" else None
 CLOSE_SECONDS = 1.0  # that processes have for closing their environments, or finishing a step, before they are ended
+NAME_SECONDS = 1.0  # that a process has beyond the deadline, its own too, for saying which environment let it pass
 
 STEP, RESET, CLOSE = b"s", b"r", b"c"  # to a worker
 DONE, INFO, FAILED = b"d", b"i", b"f"  # from a worker; the last two are followed by a message
 
 
-class EnvironmentFailed(Exception):
-    """An environment raised, or its process died: "environment 3: ValueError: ...". A note has the traceback from elsewhere."""
+class NumberedVectorEnv(SyncVectorEnv[Any, Any]):
+    """Environments first, first + 1, ... in this process: gymnasium's, but it names the one that fails, and copies less.
+
+    Returned observations are reused between steps: copy what is to be kept. Of infos, only INFO_KEYS are returned.
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn], first: int = 0) -> None:
+        """Make the environments; `first` is the number of env_fns[0]. Raises whatever making one does."""
+        super().__init__([partial(_Numbered.make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False)
+
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
+        return super()._add_info(vector_infos, read, env_num) if read else vector_infos
+
+
+class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment that says its number when it fails."""
+
+    def __init__(self, env: gym.Env[Any, Any], number: int) -> None:
+        super().__init__(env)
+        self.number = number
+
+    @classmethod
+    def make(cls, env_fn: EnvFn, number: int) -> "_Numbered":
+        try:
+            return cls(env_fn(), number)
+        except NoAnswer as error:  # what it raises says by its type which flag is wrong
+            raise EnvironmentFailed(f"environment {number}: {brief(error)}") from error
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            return self.env.reset(**kwargs)
+        except ENVIRONMENT_ERRORS as error:
+            raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            return self.env.step(action)
+        except ENVIRONMENT_ERRORS as error:
+            raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
 
 
 class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
@@ -56,15 +99,17 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
     Returned observations, (N, ...), are one batch for all groups, reused between steps as rewards (N,) float64, terminated and
     truncated (N,) bool are: copy what is to be kept. Resets on the next step, as SyncVectorEnv; of infos, only INFO_KEYS are
     returned. Actions are cast to the dtype of the space. An environment that fails ends all: the processes are gone when the
-    error arrives.
+    error arrives, which arrives again should anybody go on.
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn], num_groups: int) -> None:
+    def __init__(self, env_fns: Sequence[EnvFn], num_groups: int, deadline: Deadline = NO_DEADLINE) -> None:
         """Make the environments, each where it will run; env_fns[0] says which spaces all of them have.
 
         Args:
             env_fns: N functions that make one environment each.
             num_groups: K, at most N.
+            deadline: the one that steps and resets are called under. Other processes have one of as many seconds, and when one
+                of them lets even that pass it is given up.
 
         Raises:
             UsageError: a space that arrays cannot hold.
@@ -74,7 +119,10 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         self.num_envs = len(env_fns)
         edges = [-(-group * self.num_envs // num_groups) for group in range(num_groups + 1)]  # the larger groups first
         self._workers: list[_Worker] = []
-        self._group = _Group(env_fns[: edges[1]], 0)
+        self._failure: BaseException | None = None
+        self._deadline = deadline
+        self._group = NumberedVectorEnv(env_fns[: edges[1]])
+        deadline.lift()  # what follows waits for processes that have their own
         self.metadata = {**self._group.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
         self.render_mode = self._group.render_mode
         self.single_observation_space = self._group.single_observation_space
@@ -88,11 +136,11 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             self._batch: Any = read_from_shared_memory(exchanged, memory, self.num_envs)
             self._rows = _rows(self._batch, slice(0, edges[1]))
             for start, stop in pairwise(edges[1:]):
-                self._workers.append(_Worker(context, env_fns, slice(start, stop), exchanged, memory, self._workers))
+                self._workers.append(_Worker(context, env_fns, slice(start, stop), exchanged, memory, self._workers, deadline))
             for worker in self._workers:
                 worker.result()
         except BaseException:
-            self.close()
+            self._give_up()
             raise
 
     def reset(
@@ -112,17 +160,27 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _run(self, command: bytes, own: Callable[..., dict[str, Any]], message: Any = None) -> dict[str, Any]:
         """One command for all groups at once; `own` is this process's part. Whatever goes wrong, nothing goes on after it."""
+        if self._failure is not None:
+            raise self._failure
         if self.closed:
             raise gym.error.ClosedEnvironmentError("these environments have been closed")
         try:
             for worker in self._workers:
                 worker.send(command, message)
             infos = [own() if message is None else own(message)]
+            self._deadline.lift()
             infos += [worker.result() for worker in self._workers]
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self._failure = error if isinstance(error, ENVIRONMENT_ERRORS) else None
+            self._give_up()
             raise
         return self._join(infos) if any(infos) else {}
+
+    def _give_up(self) -> None:
+        """Close after something went wrong, which is what counts: environments that fail to close as well are not told of."""
+        with contextlib.suppress(*ENVIRONMENT_ERRORS):
+            self.close()
+        self.closed = True
 
     def _join(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The groups' infos as one, as SyncVectorEnv would have it: 0 or None, and False under _key, where nothing was told."""
@@ -146,9 +204,10 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         try:
             self._group.close()
         finally:
-            deadline = time.monotonic() + CLOSE_SECONDS
+            self._deadline.lift()
+            latest = time.monotonic() + CLOSE_SECONDS
             for worker in workers:
-                worker.end(deadline)
+                worker.end(latest)
 
 
 class _Worker:
@@ -162,11 +221,15 @@ class _Worker:
         exchanged: Dict,
         memory: Any,
         earlier: "Sequence[_Worker]",
+        deadline: Deadline,
     ) -> None:
         """Start it on environments `rows`; `result` then says whether they could be made."""
         self.rows, self.num_envs = rows, rows.stop - rows.start
         commands, self._commands = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
+        self._message, self._poll = deadline.message, select.poll()
+        self._patience = min(deadline.seconds + NAME_SECONDS, 2e6) * 1e3 if deadline.seconds else None  # ms, of 31 bits
+        self._poll.register(self._answers, select.POLLIN)
         # A forked process has copies of these ends, and closes them: that its parent is gone it notices by the end of a pipe
         # that nobody else can write to.
         forked = context.get_start_method() == "fork"
@@ -174,7 +237,7 @@ class _Worker:
         wrapped = [CloudpickleWrapper(env_fn) for env_fn in env_fns[rows]]
         self._process = context.Process(  # type: ignore[attr-defined]
             target=_work,
-            args=(commands, answers, parents, wrapped, rows, len(env_fns), exchanged, memory),
+            args=(commands, answers, parents, wrapped, rows, len(env_fns), exchanged, memory, deadline.seconds),
             name=f"fastppo-environments-{rows.start}",
             daemon=True,
         )
@@ -194,6 +257,8 @@ class _Worker:
     def result(self) -> dict[str, Any]:
         """Wait until it has done what it was told; infos of its environments. Raises EnvironmentFailed."""
         try:
+            if not self._poll.poll(self._patience):
+                raise EnvironmentFailed(f"{_name(self.rows)}: {self._message}")
             answer = os.read(self._answers.fileno(), 1)
             if answer == DONE:
                 return {}
@@ -218,9 +283,9 @@ class _Worker:
         with contextlib.suppress(OSError):  # gone already
             os.write(self._commands.fileno(), CLOSE)
 
-    def end(self, deadline: float) -> None:
-        """Wait for it until `deadline`, of time.monotonic, then end it."""
-        self._process.join(max(deadline - time.monotonic(), 0.0))
+    def end(self, latest: float) -> None:
+        """Wait for it until `latest`, of time.monotonic, then end it."""
+        self._process.join(max(latest - time.monotonic(), 0.0))
         if self._process.is_alive():
             self._process.kill()  # an environment may hold on to SIGTERM
             self._process.join()
@@ -238,6 +303,7 @@ def _work(
     num_envs: int,
     exchanged: Dict,
     memory: Any,
+    timeout: float,
 ) -> None:
     """The other process, from its start to its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C goes to all processes of a terminal; the parent answers it
@@ -248,9 +314,11 @@ def _work(
     torch = sys.modules.get("torch")
     if torch is not None:  # there is a core for each process, and after a fork OpenMP waits forever for threads it has not
         torch.set_num_threads(1)
+    deadline = Deadline(timeout)
     group = None
     try:
-        group = _Group(env_fns, rows.start)
+        with deadline:
+            group = NumberedVectorEnv(env_fns, rows.start)
         if (group.single_observation_space, group.single_action_space) != (exchanged["obs"], exchanged["action"]):
             raise EnvironmentFailed(f"{_name(rows)}: other spaces than those of environment 0")
         own = _rows(read_from_shared_memory(exchanged, memory, num_envs), rows)
@@ -261,20 +329,23 @@ def _work(
                 answers.send(info)
             command = os.read(commands.fileno(), 1)
             if command == STEP:
-                info = _step(group, own)
+                with deadline:
+                    info = _step(group, own)
             elif command == RESET:
                 seeds, options = commands.recv()
-                info = _reset(group, own, (seeds[rows], options))
+                with deadline:
+                    info = _reset(group, own, (seeds[rows], options))
             else:  # CLOSE, or nothing: the parent is gone
                 break
     except BaseException as error:
-        named = str(error) if isinstance(error, EnvironmentFailed) else f"{_name(rows)}: {brief(error)}"
+        named = brief(error) if isinstance(error, EnvironmentFailed) else f"{_name(rows)}: {brief(error)}"
         with contextlib.suppress(OSError):  # the parent is gone
             os.write(answers.fileno(), FAILED)
             answers.send((named, traceback.format_exc()))
     finally:
-        if group is not None:
-            group.close()
+        with contextlib.suppress(BaseException):  # which this process would print, and its parent has other things to tell
+            if group is not None:
+                group.close()
 
 
 def _end_with_parent() -> None:
@@ -291,42 +362,7 @@ def _name(rows: slice) -> str:
     return f"environment {last}" if rows.start == last else f"environments {rows.start} to {last}"
 
 
-class _Group(SyncVectorEnv[Any, Any]):
-    """Environments first, first + 1, ... in one process, which name the one that fails and gather the infos that are read."""
-
-    def __init__(self, env_fns: Sequence[EnvFn], first: int) -> None:
-        super().__init__([partial(_Numbered.make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False)
-
-    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
-        read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
-        return super()._add_info(vector_infos, read, env_num) if read else vector_infos
-
-
-class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment that says its number when it fails."""
-
-    def __init__(self, env: gym.Env[Any, Any], number: int) -> None:
-        super().__init__(env)
-        self.number = number
-
-    @classmethod
-    def make(cls, env_fn: EnvFn, number: int) -> "_Numbered":
-        return cls(env_fn(), number)
-
-    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        try:
-            return self.env.reset(**kwargs)
-        except Exception as error:
-            raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        try:
-            return self.env.step(action)
-        except Exception as error:
-            raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
-
-
-def _step(group: _Group, rows: Any) -> dict[str, Any]:
+def _step(group: NumberedVectorEnv, rows: Any) -> dict[str, Any]:
     """Step a group under its rows of the actions and write the rest of them; the infos that are read."""
     # an environment may keep the action it is given, and the next ones are written to where these are
     obs, reward, terminated, truncated, info = group.step(deepcopy(rows["action"]))
@@ -335,7 +371,7 @@ def _step(group: _Group, rows: Any) -> dict[str, Any]:
     return info
 
 
-def _reset(group: _Group, rows: Any, message: tuple[Sequence[int | None], dict[str, Any] | None]) -> dict[str, Any]:
+def _reset(group: NumberedVectorEnv, rows: Any, message: tuple[Sequence[int | None], dict[str, Any] | None]) -> dict[str, Any]:
     """Reset a group with (seeds, options); the infos that are read."""
     seeds, options = message
     obs, info = group.reset(seed=list(seeds[: group.num_envs]), options=options)
@@ -347,7 +383,10 @@ def _exchanged(obs: Space[Any], action: Space[Any]) -> Dict:
     """What one environment exchanges with this process in a step, as a space. Raises UsageError where no array can hold it."""
     for name, space in (("observations", obs), ("actions", action)):
         if not _has_arrays(space):
-            raise UsageError(f"--vectorization grouped has no shared memory for {name} of {space}; use --vectorization sync")
+            raise UsageError(
+                f"--vectorization grouped and async share arrays between processes, and none holds {name} of {space}; "
+                "supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+            )
     numbers = {"reward": Box(-np.inf, np.inf, (), np.float64)}
     flags = {name: Box(0, 1, (), np.bool_) for name in ("terminated", "truncated")}  # type: ignore[arg-type]
     return Dict({"obs": obs, "action": action, **numbers, **flags})

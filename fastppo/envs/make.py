@@ -10,12 +10,18 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
-from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.errors import UsageError, brief, nearest
+from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, nearest
 
 
 def make_vec(
-    env_id: str, num_envs: int, vectorization: str, env_kwargs: Mapping[str, Any], num_threads: int | None = None
+    env_id: str,
+    num_envs: int,
+    vectorization: str,
+    env_kwargs: Mapping[str, Any],
+    num_threads: int | None = None,
+    deadline: Deadline = NO_DEADLINE,
 ) -> tuple[VectorEnv, str]:
     """N environments as one.
 
@@ -24,12 +30,13 @@ def make_vec(
         vectorization: "entry-point" (the environment's own vector class), "sync" (one process), "grouped" (as many as
             `num_processes` says), "async" (a process each), or "auto": as `default_vectorization` says.
         num_threads: --num-threads, for "grouped".
+        deadline: for making them, and for each process that runs some of them by itself.
 
     Returns:
         The vector environment and the vectorization chosen.
 
     Raises:
-        UsageError: unknown id, missing dependency, wrong arguments; names the flag.
+        UsageError: unknown id, missing dependency, wrong arguments, or they take too long to make; names the flag.
     """
     spec = find_spec(env_id)
     if vectorization == "auto":
@@ -42,23 +49,37 @@ def make_vec(
         raise UsageError(
             f"--vectorization {vectorization}: {env_id} is registered with a vector entry point only; use entry-point or auto"
         )
-    mode = {"entry-point": "vector_entry_point"}.get(vectorization, vectorization)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), deadline:
             warnings.simplefilter("ignore")  # gymnasium's advice on newer versions: the user chose this one
-            if vectorization == "grouped":
-                env_fns = [partial(gym.make, env_id, **env_kwargs)] * num_envs
-                return GroupedVectorEnv(env_fns, num_processes(num_envs, num_threads)), vectorization
-            envs = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode=mode, **env_kwargs)
-    except UsageError as error:  # ours: of an adapter inside the entry point, or of spaces that cannot be grouped
+            envs = _make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline)
+    except UsageError as error:  # ours: of an adapter inside the entry point, or of spaces that cannot be shared out
         raise UsageError(f"--env-id {env_id}: {error}") from None
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_remedy(spec, error)}") from None
     except TypeError as error:
         raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
-    except Exception as error:
+    except ENVIRONMENT_ERRORS as error:
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     return envs, vectorization
+
+
+def _make_vec(
+    env_id: str,
+    num_envs: int,
+    vectorization: str,
+    env_kwargs: Mapping[str, Any],
+    num_threads: int | None,
+    deadline: Deadline,
+) -> VectorEnv:
+    """As `make_vec`, with the vectorization chosen; raises whatever the environment does."""
+    if vectorization == "entry-point":
+        return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+    env_fns = [partial(gym.make, env_id, disable_env_checker=True, **env_kwargs)] * num_envs  # envs/check.py is ours
+    if vectorization == "sync":
+        return NumberedVectorEnv(env_fns)
+    num_groups = num_envs if vectorization == "async" else num_processes(num_envs, num_threads)
+    return GroupedVectorEnv(env_fns, num_groups, deadline)
 
 
 def num_processes(num_envs: int, num_threads: int | None) -> int:

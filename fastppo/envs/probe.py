@@ -3,6 +3,7 @@
 Costs no torch.
 """
 
+import contextlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,20 +11,27 @@ from typing import Any
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.atari import is_atari
+from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.make import default_vectorization, make_vec, num_processes
-from fastppo.errors import UsageError
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 
 PROBE_STEPS = 50
 PROBE_SECONDS = 0.5
 # Steps shorter than this have nothing to win in other processes, and no process is started to find out. Handing over to two
-# groups and back takes 55 to 75 us (benchmarks/LOG.md), and half of such a step saves as much; to a process each it takes 570
-# us for eight CartPoles on two cores, and is better only for environments that wait, for another program say.
+# groups and back takes 55 to 75 us (benchmarks/LOG.md), and half of such a step saves as much; to more processes than there are
+# cores it takes longer (gymnasium's AsyncVectorEnv 570 us for eight CartPoles on two), and is better only for environments that
+# wait, for another program say.
 GROUPED_FROM = 150e-6
 ASYNC_FROM = 5e-3
 
 
 def choose_vectorization(
-    env_id: str, num_envs: int, wanted: str, env_kwargs: Mapping[str, Any], num_threads: int | None = None
+    env_id: str,
+    num_envs: int,
+    wanted: str,
+    env_kwargs: Mapping[str, Any],
+    num_threads: int | None = None,
+    deadline: Deadline = NO_DEADLINE,
 ) -> tuple[str, str]:
     """What "auto" means for this environment on this machine.
 
@@ -44,7 +52,7 @@ def choose_vectorization(
     num_groups = num_processes(num_envs, num_threads)
     if num_groups == 1:
         return "sync", "one core"
-    sync = step_seconds(make_vec(env_id, num_envs, "sync", env_kwargs)[0])
+    sync = step_seconds(make_vec(env_id, num_envs, "sync", env_kwargs, num_threads, deadline)[0], deadline)
     if sync == float("inf"):
         return "sync", "a trial step failed"
     if sync < GROUPED_FROM:
@@ -54,7 +62,7 @@ def choose_vectorization(
     told = [f"a step takes {sync * 1e3:.2f} ms in one process"]
     for vectorization, count in processes.items():
         try:
-            taken = step_seconds(make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads)[0])
+            taken = step_seconds(make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline)[0], deadline)
         except UsageError:  # no processes to be had, in a daemonic one for instance
             taken = float("inf")
         told.append(f"{taken * 1e3:.2f} ms in {count}" if taken < float("inf") else f"a trial in {count} failed")
@@ -63,21 +71,24 @@ def choose_vectorization(
     return fastest if seconds[fastest] < 0.9 * sync else "sync", ", ".join(told)
 
 
-def step_seconds(envs: VectorEnv) -> float:
+def step_seconds(envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> float:
     """Seconds of one vector step under random actions, at most PROBE_STEPS of them; closes `envs`. inf where it fails.
 
     An environment that fails here fails in training too, where it is reported.
     """
     try:
         envs.action_space.seed(0)
-        envs.reset(seed=0)
+        with deadline:
+            envs.reset(seed=0)
         started = time.perf_counter()
         steps = 0
         while steps < PROBE_STEPS and time.perf_counter() - started < PROBE_SECONDS:
-            envs.step(envs.action_space.sample())
+            with deadline:
+                envs.step(envs.action_space.sample())
             steps += 1
         return (time.perf_counter() - started) / steps
-    except Exception:
+    except ENVIRONMENT_ERRORS:
         return float("inf")
     finally:
-        envs.close()
+        with contextlib.suppress(*ENVIRONMENT_ERRORS), deadline:
+            envs.close()
