@@ -25,7 +25,14 @@ CASES = {
     "device, fresh rollouts": {"backend": "torch", "reset_each_rollout": True},
     "entry point": {"restart": True},
     "sync": {"restart": True, "env_id": "environments:Walk-v0", "vectorization": "sync", "norm_obs": True, "norm_reward": True},
-    "grouped": {"restart": True, "env_id": "Acrobot-v1", "vectorization": "grouped", "num_threads": 2, "num_steps": 8},
+    "grouped": {
+        "restart": True,
+        "env_id": "Acrobot-v1",
+        "vectorization": "grouped",
+        "num_envs": 2,
+        "num_threads": 2,
+        "num_steps": 8,
+    },
     "async": {"restart": True, "env_id": "environments:Walk-v0", "vectorization": "async", "num_envs": 2},
     "same-step": {
         "restart": True,
@@ -135,6 +142,7 @@ def test_without_exact_resume_it_differs(tmp_path, monkeypatch, capsys):
     assert differing(result_of(tmp_path / "whole")[0], result_of(tmp_path / "parted")[0]) != []
 
 
+@pytest.mark.slow  # half a minute of compiling each
 @pytest.mark.parametrize("case", ["device", "entry point"])
 def test_a_compiled_run_too(case, tmp_path, monkeypatch):
     """The same for compiled programs, whose state may live elsewhere."""
@@ -187,6 +195,7 @@ def test_what_a_fault_leaves_goes_on_exactly(tmp_path):
     marker = tmp_path / "marker"
     kwargs = {"kind": "raise", "index": 2, "at": 70, "marker": str(marker)}
     common = {"env_id": "environments:FaultyVector-v0", "env_kwargs": kwargs, "checkpoint_iterations": 1, "num_iterations": 4}
+    common["check_env"] = False  # which steps them too
     train(settings_of("entry point", tmp_path / "whole", **common))
     marker.touch()
     config = settings_of("entry point", tmp_path / "parted", **common)
