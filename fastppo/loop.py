@@ -140,6 +140,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         directory, notes = make_directory(config, data_of(state)), [describe(config)]
         cleanup.callback(directory.unlock)
     display = make_display(config.plain, f"fastppo · {config.env_id} · seed {config.seed}")
+    cleanup.callback(display.close)  # whatever happens: a terminal gets its cursor back
     display.note(f"run directory {directory.path}")
     for line in notes:
         if line is not None:
@@ -151,6 +152,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
     )
     loggers = Loggers(directory.metrics, display.note, state.iteration if config.resume else None)
+    cleanup.callback(loggers.close)
     loggers.log_config(config.to_json())
     checkpoints = Checkpoints(directory, config, restarts, data_of, state.iteration, display.note)
 

@@ -129,6 +129,10 @@ def load_state(
     lost, device = [], state.params.device
     try:
         params = weights_from_state(checkpoint["policy"], network)
+        made_on = checkpoint["made_with"]["device"]
+        same_device = made_on.partition(":")[0] == device.type
+        if not same_device:
+            checkpoint = {**checkpoint, "environments": None}
         check_alike(expected, checkpoint)
         policy, adam = checkpoint["policy"], checkpoint["adam"]
         counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
@@ -147,15 +151,15 @@ def load_state(
         state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
         state.seconds, state.best_return = checkpoint["seconds"], checkpoint["best_return"]
         state.environments = checkpoint["environments"]
-        made_on = checkpoint["made_with"]["device"]
-        if made_on.partition(":")[0] == device.type:
+        if state.environments is not None:
+            torch.Generator(device).set_state(state.environments["generator"])  # refused here, or not at all
+        if same_device:
             for name, generator in state.generators.items():
                 generator.set_state(checkpoint["generators"][name])
         else:  # another kind of generator; other numbers than those of the start, which have been used
             lost.append(f"random numbers start anew, since those of {made_on} cannot go on on {device}")
             for generator in state.generators.values():
                 generator.manual_seed(generator.initial_seed() + state.iteration)
-            state.environments = None
     except UsageError:
         raise
     except Exception as error:  # what the checks let pass, torch refuses as it pleases

@@ -753,3 +753,35 @@ def test_any_value_anywhere_in_a_policy(original, data):
     except UsageError:
         return
     agent.act(agent.obs_space.sample())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        put("text", "environments"),
+        put({}, "environments"),
+        put([], "environments", "running"),
+        put(lambda x: x[:-1], "environments", "running"),
+        put(lambda x: [part[:1] for part in x], "environments", "running"),
+        put(lambda x: [part.double() for part in x], "environments", "running"),
+        put(lambda x: torch.zeros_like(x) + 255, "environments", "generator"),
+        put(torch.zeros(3, dtype=torch.uint8), "environments", "generator"),
+        put("text", "made_with"),
+        put({"device": 5}, "made_with"),
+    ],
+)
+def test_resuming_environments_that_are_none(change, tmp_path, capsys):
+    """Environments on the device go on where they were, if that is where such environments can be."""
+    run_dir = tmp_path / "run"
+    assert console([*TINY, "--backend", "torch", "--run-dir", str(run_dir), "--checkpoint-iterations", "5"]) == 0
+    path = run_dir / "checkpoints" / "last.pt"
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    before = digest(run_dir)
+    capsys.readouterr()
+    assert console(["--resume", str(run_dir), "--num-iterations", "3"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "does not fit the run's config.json" in error
+    assert digest(run_dir) == before

@@ -34,7 +34,7 @@ class Display(Protocol):
         ...
 
     def close(self) -> None:
-        """The last state stays on the screen."""
+        """The last state stays on the screen. Notes may follow; a second call does nothing."""
         ...
 
 
@@ -111,8 +111,9 @@ class LiveDisplay:
             self._draw()
 
     def close(self) -> None:
-        self._draw()
-        self._live.stop()
+        if self._live.is_started:
+            self._draw()
+            self._live.stop()
 
     def _draw(self) -> None:
         self._last = time.monotonic()

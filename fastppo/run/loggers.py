@@ -32,6 +32,7 @@ class Loggers:
         self._note = note
         self._metrics = MetricsFile(metrics_path, resume_at)
         self._metrics_fail = False
+        self._closed = False
         purge = None  # the step from which on events of before are dropped
         if resume_at is not None:
             last = self._metrics.last_kept
@@ -61,7 +62,10 @@ class Loggers:
         self._guarded(lambda: self._tensorboard.add_text("config", f"```json\n{config_json}\n```"))
 
     def close(self) -> None:
-        """Write what is left, flush and close both."""
+        """Write what is left, flush and close both. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         self._guarded(self._write_event)
         self._guarded(lambda: self._tensorboard.close())
         try:
