@@ -1,0 +1,33 @@
+"""`fastppo VERB ...`, or `python -m fastppo VERB ...`: each verb is a module of its own. Costs no torch."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from fastppo.cli import run
+from fastppo.errors import UsageError, nearest
+
+VERBS = {
+    "train": "train an agent on a Gymnasium environment",
+    "evaluate": "play episodes with a run's policy",
+}
+
+
+def console(args: Sequence[str] | None = None) -> int:
+    """Entry point: the exit code."""
+    verb, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if verb in VERBS:
+        return importlib.import_module(f"fastppo.{verb}").console(rest)
+    return run(_no_verb, [verb])
+
+
+def _no_verb(args: Sequence[str]) -> None:
+    if args[0] not in ("-h", "--help"):
+        raise UsageError(f"{args[0]!r} is no verb of fastppo{nearest(args[0], VERBS)} (all verbs: fastppo --help)")
+    width = max(map(len, VERBS))
+    print("usage: fastppo VERB ..., and fastppo VERB --help for its flags\n")
+    print("\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(console())
