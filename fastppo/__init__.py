@@ -7,6 +7,7 @@ action = load_policy(result.run_dir).act(obs)
 
 from typing import TYPE_CHECKING, Any
 
+from fastppo.callbacks import Callback, View
 from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
 
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from fastppo.loop import TrainResult, train
     from fastppo.presets import preset_for
 
-__all__ = ["TrainConfig", "TrainResult", "TrainingFault", "UsageError", "load_policy", "preset_for", "train"]
+__all__ = [
+    "Callback",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingFault",
+    "UsageError",
+    "View",
+    "load_policy",
+    "preset_for",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -41,15 +41,15 @@ class Checkpoints:
         """Whether the environments restart between this iteration, counted from 1, and the next one."""
         return self._exact and iteration % (self._config.iterations_per_checkpoint or 1) == 0
 
-    def update(self, state: TrainState, environments: Callable[[], dict[str, Any] | None]) -> None:
-        """Between two iterations: write what is due. environments: as they stand, see rollout.Collector."""
+    def update(self, state: TrainState, environments: Callable[[], dict[str, Any] | None]) -> bool:
+        """Between two iterations: write what is due, and say whether it was. environments: as they stand, see Collector."""
         every = self._config.iterations_per_checkpoint
         if every is None:
             due = time.monotonic() - self._last >= self._config.checkpoint_seconds
         else:
             due = state.iteration % every == 0
         if not due:
-            return
+            return False
         self._last = time.monotonic()
         state.environments = environments()
         try:
@@ -57,6 +57,7 @@ class Checkpoints:
             if self._failing:
                 self._note(f"checkpoints can be written again: {self._directory.last} is of iteration {state.iteration}")
             self._failing = False
+            return True
         except OSError as error:
             if not self._failing:
                 self._note(
@@ -64,6 +65,7 @@ class Checkpoints:
                     "stays, and training goes on"
                 )
             self._failing = True
+            return False
 
     def finish(self, state: TrainState) -> None:
         """The last checkpoint of this process; state.environments says how they stand.
@@ -78,29 +80,25 @@ class Checkpoints:
                 f"that of iteration {self.iteration} is; once it can be written to, {self.go_on}"
             ) from None
 
-    def report(self, fault: TrainingFault, state: TrainState, rollout: Mapping[str, Tensor]) -> TrainingFault:
+    def report(self, fault: TrainingFault, stage: str, state: TrainState, rollout: Mapping[str, Tensor]) -> TrainingFault:
         """Keep what was reached and what went wrong; the fault as the user is told it.
 
         Args:
-            state: as it was before the iteration of the fault.
-            rollout: that iteration's, as far as it came.
+            stage: when it happened, as "iteration 3".
+            state: as it was before that.
+            rollout: the last one, as far as it came.
         """
-        iteration = state.iteration + 1
         with contextlib.suppress(TrainingFault):  # what is kept is told below
             self.finish(state)
         told = ""
         try:
-            self._directory.write_text(
-                self._directory.fault, f"iteration {iteration}\n{''.join(traceback.format_exception(fault))}"
-            )
+            self._directory.write_text(self._directory.fault, f"{stage}\n{''.join(traceback.format_exception(fault))}")
             told = f", details in {self._directory.fault}"
-            self._directory.save(
-                self._directory.fault_data, {"iteration": iteration, "fault": str(fault), "rollout": dict(rollout)}
-            )
+            self._directory.save(self._directory.fault_data, {"stage": stage, "fault": str(fault), "rollout": dict(rollout)})
             told += f" and {self._directory.fault_data.name}"
         except OSError as error:
             told += f" ({_reason(error)})"
-        return TrainingFault(f"iteration {iteration}: {fault}\niterations up to {self.iteration} are kept{told}; {self.go_on}")
+        return TrainingFault(f"{stage}: {fault}\niterations up to {self.iteration} are kept{told}; {self.go_on}")
 
     @property
     def go_on(self) -> str:

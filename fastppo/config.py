@@ -96,6 +96,8 @@ class TrainConfig:
     """Stop at the end of the iteration that completes this many transitions (autoreset steps are not counted)."""
     num_iterations: int | None = None
     """Stop after this many iterations instead of by total_timesteps."""
+    stop_at_return: float | None = None
+    """Stop as soon as the last 100 episodes return this much on average."""
 
     learning_rate: float = 2.5e-3
     """Adam's step size."""
@@ -285,7 +287,8 @@ class TrainConfig:
 
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
-    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "check_env", "env_timeout"
+    "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "stop_at_return", "check_env",
+    "env_timeout"
 }  # fmt: skip
 EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 
@@ -376,5 +379,5 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds", "env_timeout"), _FINITE_NOT_NEGATIVE),
     **dict.fromkeys(("gamma", "gae_lambda", "atari_sticky_actions"), _UNIT_INTERVAL),
     "max_grad_norm": ((lambda x: x > 0), "above 0"),
-    "log_std_init": (math.isfinite, "a number"),
+    **dict.fromkeys(("log_std_init", "stop_at_return"), (math.isfinite, "a number")),
 }

@@ -21,6 +21,8 @@ from fastppo.envs.deadline import Deadline
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, environment_fault
 
 if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
     from fastppo.policy.agent import Agent
 
 EPISODE_LIMIT = 100_000
@@ -83,34 +85,42 @@ def _to_host(batch: Any) -> NDArray[Any]:
 
 
 def evaluate_config(
-    agent: "Agent", config: TrainConfig, episodes: int, seed: int, deterministic: bool = True
+    agent: "Agent",
+    config: TrainConfig,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    envs: "VectorEnv[Any, Any, Any] | None" = None,
 ) -> dict[str, Any]:
-    """Evaluate in fresh environments made as training's were: `return_mean return_std episodes`."""
-    from fastppo.envs.backends import make_envs  # here, so that --help and wrong flags do not wait for torch
-
-    num_envs, atari = min(episodes, 8), atari_settings(config)
+    """Evaluate: `return_mean return_std episodes`. envs: left open; None: fresh ones, made as training's were."""
     with contextlib.closing(Deadline(config.env_timeout)) as deadline:
-        made = make_envs(
-            config.env_id,
-            num_envs,
-            config.backend,
-            config.vectorization,
-            config.env_kwargs,
-            "cpu",
-            atari,
-            config.num_threads,
-            deadline,
-        )
-        envs = AutoresetEnvs(made, deadline)
+        playing = AutoresetEnvs(_made_for(config, episodes, deadline) if envs is None else envs, deadline)
         try:
-            returns = evaluate(agent, envs, episodes, seed, deterministic)
+            returns = evaluate(agent, playing, episodes, seed, deterministic)
         except UsageError:
             raise
         except ENVIRONMENT_ERRORS as error:
             raise environment_fault(error, "during evaluation") from error
         finally:
-            envs.close()
+            if envs is None:
+                playing.close()
     return {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": len(returns)}
+
+
+def _made_for(config: TrainConfig, episodes: int, deadline: Deadline) -> "VectorEnv[Any, Any, Any]":
+    from fastppo.envs.backends import make_envs  # here, so that --help and wrong flags do not wait for torch
+
+    return make_envs(
+        config.env_id,
+        min(episodes, 8),
+        config.backend,
+        config.vectorization,
+        config.env_kwargs,
+        "cpu",
+        atari_settings(config),
+        config.num_threads,
+        deadline,
+    )
 
 
 def _main(args: Sequence[str]) -> None:

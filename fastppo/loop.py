@@ -10,17 +10,20 @@ import resource
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastppo.callbacks import Callback, View
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core import programs
@@ -48,6 +51,7 @@ from fastppo.reproducibility import differences, guarantees, made_with, versions
 from fastppo.rollout import Collector, allocate_rollout, env_step_of, pack, start_collector, state_of
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import make_display
+from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers
 from fastppo.run.signals import StopSignals
 from fastppo.state import TrainState, checkpoint_of, frozen, init_state, load_state, normalization_of, snapshot
@@ -71,12 +75,21 @@ class TrainResult:
     policy: Agent
 
 
-def train(config: TrainConfig, policy: ModuleFactory | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    policy: ModuleFactory | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
+    envs: VectorEnv | None = None,
+) -> TrainResult:
     """Train an agent as `config` says and keep everything in its run directory.
 
     Args:
         policy: `policy(inputs, num_outputs) -> torch.nn.Module`, a network of your own instead of ours: see
             fastppo.policy.networks.ModulePolicy for what it is given and returns.
+        callbacks: called in their order between iterations, see fastppo.callbacks.
+        envs: a vector environment of your own instead of one made from env_id, trained and evaluated on, and left open. The run
+            is named after the id it was registered with, or its class, unless env_id is set.
 
     Raises:
         UsageError: a setting that cannot be; nothing has been written.
@@ -86,36 +99,32 @@ def train(config: TrainConfig, policy: ModuleFactory | None = None) -> TrainResu
     """
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-        return _train(config, policy, cleanup)
+        return _train(config, policy, callbacks, envs, cleanup)
 
 
-def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> TrainResult:
+def _train(
+    config: TrainConfig,
+    policy: ModuleFactory | None,
+    callbacks: Sequence[Callback],
+    given: VectorEnv | None,
+    cleanup: contextlib.ExitStack,
+) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
     seeds = derive_seeds(config.seed)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
-    vectorization, why = "auto", f"as --backend {config.backend} asks"
-    if config.backend in ("auto", "gymnasium"):
-        vectorization, why = choose_vectorization(
-            config.env_id, config.num_envs, config.vectorization, config.env_kwargs, config.num_threads, deadline
-        )
-    atari = atari_settings(config)
-    made = make_envs(
-        config.env_id,
-        config.num_envs,
-        config.backend,
-        vectorization,
-        config.env_kwargs,
-        device,
-        atari,
-        config.num_threads,
-        deadline,
-    )
-    envs = AutoresetEnvs(made, deadline)
-    cleanup.callback(envs.close)
-    backend = engine_name(made, config.env_id, config.backend, vectorization)
+    if given is None:
+        made, backend, why = make_own(config, device, deadline)
+        envs = AutoresetEnvs(made, deadline)
+        cleanup.callback(envs.close)
+    else:
+        made, backend, why = given, "given", "a vector environment of your own"
+        envs = AutoresetEnvs(made, deadline)
+        config = named_after(given, config)
     if made.num_envs != config.num_envs:
         raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+    if isinstance(made, TorchVectorEnv) and made.device != device:
+        raise UsageError(f"--device {device}: the environments given are on {made.device}")
     obs_space = made.single_observation_space
     action = action_spec(made.single_action_space, config.squash_actions)
     obs = obs_spec(obs_space, info_mask_size(envs), action)
@@ -154,6 +163,10 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     loggers = Loggers(directory.metrics, display.note, state.iteration if config.resume else None)
     cleanup.callback(loggers.close)
     loggers.log_config(config.to_json())
+
+    def agent_of() -> Agent:
+        return Agent(obs_space, obs, action, network, state.params, normalization_of(state))
+
     checkpoints = Checkpoints(directory, config, restarts, data_of, state.iteration, display.note)
 
     # --- the programs, and the buffers that they live in
@@ -191,6 +204,9 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
     first_second, first_step, first_iteration = state.seconds, state.global_step, state.iteration
     start_seconds = first_update_seconds = math.nan
     stop, resting = StopSignals(), state  # resting: the state before the iteration under way
+    stage = f"iteration {state.iteration + 1}"
+    enough: str | None = None  # why training ends before its time
+    view: View | None = None
     collector: Collector | None = None
     try:
         collector = start_collector(envs, rollout, obs, action, seed)
@@ -199,8 +215,8 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         progress = first_progress = progress_of(state, config)
         start_seconds = process_age()
         mark = time.perf_counter()
-        while progress < 1.0 and not stop.received:
-            resting = frozen(state, collector.state_dict())
+        while progress < 1.0 and not stop.received and not enough:
+            resting, stage = frozen(state, collector.state_dict()), f"iteration {state.iteration + 1}"
             normalization, schedule = normalization_of(state), schedule_at(progress, config, device)
             restart = checkpoints.restarts_at(state.iteration + 1)
             for epoch in epochs:
@@ -268,30 +284,47 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
                 "act_share": phases.act / seconds,
                 "learn_share": learn_seconds / seconds,
             }
-            if state.iteration % config.log_interval == 0 or progress >= 1.0:
+            solved = config.stop_at_return is not None and return_mean >= config.stop_at_return
+            if solved and len(state.episodes.returns) == WINDOW:
+                enough = f"the last {WINDOW} episodes return {return_mean:.4g}, as --stop-at-return asks"
+            logs = state.iteration % config.log_interval == 0 or progress >= 1.0
+            if logs:
+                loggers.log(row)
+            if callbacks:
+                resting, stage = frozen(state, collector.state_dict()), f"after iteration {state.iteration}"
+                seen = MappingProxyType(row)
+                view = View(config, directory.path, state.iteration, state.global_step, min(progress, 1.0), seen, agent_of)
+                enough = enough or tell(callbacks, view)
+            if enough and not logs:
                 loggers.log(row)
             eta = (state.seconds - first_second) * max(1.0 - progress, 0.0) / max(progress - first_progress, 1e-9)
             display.update({**row, "new_best": improved}, min(progress, 1.0), eta)
             if display.reader_gone:  # `| head -3`: the end is that of a signal
                 stop.received = signal.SIGPIPE
             tiers.update(len(recent) - 1, eta)
-            checkpoints.update(state, collector.state_dict)
+            if checkpoints.update(state, collector.state_dict) and view is not None:
+                tell(callbacks, view, "on_checkpoint")
         state.environments = collector.state_dict()
         resting = state
+        if enough:
+            display.note(f"training ends here: {enough}")
     except TrainingFault as fault:
-        raise checkpoints.report(fault, resting, {} if collector is None else collector.kept()) from fault
+        raise checkpoints.report(fault, stage, resting, {} if collector is None else collector.kept()) from fault
     except KeyboardInterrupt:
         display.note(f"stopped at once; iterations up to {checkpoints.iteration} are kept, {checkpoints.go_on}")
         raise
     finally:
         display.close()
         loggers.close()
-        envs.close()  # evaluation has the machine to itself
+        if given is None:
+            envs.close()  # evaluation has the machine to itself
         tiers.close()
         stop.restore()
 
     # --- what came out
     checkpoints.finish(state)
+    if view is not None:
+        tell(callbacks, view, "on_end")
     summary: dict[str, Any] = {
         "env_id": config.env_id,
         "seed": config.seed,
@@ -310,7 +343,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         "eval_return_mean": math.nan,
         "eval_return_std": math.nan,
         "eval_episodes": 0,
-        "stopped_by": stop.name,
+        "stopped_by": stop.name or enough,
         "reproducibility": promises,
         "made_with": provenance,
         "versions": versions(),
@@ -322,7 +355,7 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         draw_curves(directory, config, display.note)
         agent = load_policy(directory.path, policy=policy)
         if config.eval_episodes and not stop.received:
-            result = evaluate_config(agent, config, config.eval_episodes, seeds["evaluation"])
+            result = evaluate_config(agent, config, config.eval_episodes, seeds["evaluation"], envs=given)
             summary |= {f"eval_{key}": value for key, value in result.items()}
             directory.write_json(directory.summary, summary)
             display.note(
@@ -340,6 +373,48 @@ def _train(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextli
         display.note(f"stopped by {stop.name}; {checkpoints.go_on}")
         raise stop.exception()
     return TrainResult(directory.path, summary, agent)
+
+
+def make_own(config: TrainConfig, device: torch.device, deadline: Deadline) -> tuple[VectorEnv, str, str]:
+    """The environments that `config` names, which engine runs them, and why that one; raises UsageError."""
+    vectorization, why = "auto", f"as --backend {config.backend} asks"
+    if config.backend in ("auto", "gymnasium"):
+        vectorization, why = choose_vectorization(
+            config.env_id, config.num_envs, config.vectorization, config.env_kwargs, config.num_threads, deadline
+        )
+    made = make_envs(
+        config.env_id,
+        config.num_envs,
+        config.backend,
+        vectorization,
+        config.env_kwargs,
+        device,
+        atari_settings(config),
+        config.num_threads,
+        deadline,
+    )
+    return made, engine_name(made, config.env_id, config.backend, vectorization), why
+
+
+def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
+    """`config` with the name of environments that were not made from it, unless it says one itself."""
+    if config.env_id != TrainConfig.env_id:
+        return config
+    spec = getattr(envs, "spec", None)
+    return replace(config, env_id=type(envs.unwrapped).__name__ if spec is None else spec.id)
+
+
+def tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration") -> str | None:
+    """Call all of them; what to say where one has seen enough. Raises TrainingFault where one raises."""
+    enough = None
+    for callback in callbacks:
+        name = type(callback).__name__
+        try:
+            if getattr(callback, moment)(view) is True:
+                enough = enough or f"{name} has seen enough"
+        except Exception as error:  # whatever somebody's code may raise
+            raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error
+    return enough
 
 
 def make_directory(config: TrainConfig, start: Mapping[str, Any]) -> RunDirectory:

@@ -7,7 +7,6 @@ from types import ModuleType
 from typing import Any
 
 from fastppo.cli import parse_train, run
-from fastppo.config import TrainConfig
 from fastppo.envs.atari import is_atari
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
@@ -33,10 +32,10 @@ def console(args: Sequence[str] | None = None) -> int:
 class _CallableModule(ModuleType):
     """`from fastppo import train` gives this module once it has been imported, the function before: both can be called."""
 
-    def __call__(self, config: TrainConfig, policy: Any = None) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from fastppo.loop import train
 
-        return train(config, policy)
+        return train(*args, **kwargs)
 
 
 sys.modules[__name__].__class__ = _CallableModule

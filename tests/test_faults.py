@@ -426,7 +426,7 @@ def test_the_rollout_of_a_fault_is_kept(tmp_path):
     ):
         train(config)
     report = torch.load(tmp_path / "run" / "fault.pt", weights_only=True)
-    assert report["iteration"] == 2
+    assert report["stage"] == "iteration 2"
     assert torch.argwhere(report["rollout"]["reward"].isnan()).tolist() == [[4, 1]]
     assert report["rollout"]["obs"].shape == (17, 2, 3)
     assert "reward of environment 1 is not finite" in (tmp_path / "run" / "fault.txt").read_text()
