@@ -5,6 +5,7 @@ Importing this module costs no torch: `--help` and a wrong flag answer at once. 
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -18,6 +19,8 @@ from fastppo.errors import UsageError, nearest
 
 MAX_JSON_BYTES = 2**20  # of config.json, which has two thousand
 MAX_BATCH_SIZE = 2**31 - 1
+MAX_THREADS = 4096
+MAX_WIDTH = 2**16  # of a layer: two such are 16 GiB of weights
 
 
 def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
@@ -31,6 +34,8 @@ def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
             kwargs[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
         except json.JSONDecodeError:
             kwargs[key] = text
+        except RecursionError:
+            raise UsageError(f"--env-kwargs {key}: its value is nested too deep") from None
     return kwargs
 
 
@@ -199,10 +204,6 @@ class TrainConfig:
             raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
         if self.norm_returns and self.advantage != "monte-carlo":
             raise UsageError("--norm-returns is for --advantage monte-carlo: set that too, or use --norm-reward")
-        if self.device not in ("auto", "cpu", "cuda") and not (
-            self.device.startswith("cuda:") and self.device.removeprefix("cuda:").isdigit()
-        ):
-            raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, got {self.device!r}")
         if self.backend in ("torch", "envpool") and self.vectorization != "auto":
             raise UsageError(
                 f"--vectorization {self.vectorization} is for --backend gymnasium; "
@@ -227,6 +228,11 @@ class TrainConfig:
             )
         if self.norm_adv and self.batch_size // self.minibatches_per_epoch < 2:
             raise UsageError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches or set --no-norm-adv")
+        if self.batch_size * self.update_epochs > MAX_BATCH_SIZE:
+            raise UsageError(
+                f"--update-epochs {self.update_epochs} times the batch of {self.batch_size} must be at most {MAX_BATCH_SIZE}; "
+                f"largest --update-epochs: {MAX_BATCH_SIZE // self.batch_size}"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -333,7 +339,12 @@ def _is(kind: Any, value: Any) -> bool:
     if kind in (int, float):
         number = isinstance(value, int | kind) and not isinstance(value, bool)
         return number and (isinstance(value, float) or abs(value) < 2**63)
-    return isinstance(value, kind)
+    return _is_text(value) if kind is str else isinstance(value, kind)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is text that files and terminals take: torch opens no path with half a character in it."""
+    return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
 
 
 def _is_json(value: Any, depth: int = 16) -> bool:
@@ -367,11 +378,11 @@ def _at_least(bound: int) -> tuple[Callable[[Any], bool], str]:
 _FINITE_POSITIVE = (lambda x: math.isfinite(x) and x > 0), "a number above 0"
 _FINITE_NOT_NEGATIVE = (lambda x: math.isfinite(x) and x >= 0), "a number of at least 0"
 _UNIT_INTERVAL = (lambda x: 0 <= x <= 1), "between 0 and 1"
-_BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+_BOUNDS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
-    **dict.fromkeys(("update_epochs", "log_interval", "num_threads", "cnn_size"), _at_least(1)),
+    **dict.fromkeys(("update_epochs", "log_interval"), _at_least(1)),
     **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints"), _at_least(1)),
     **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
@@ -379,5 +390,11 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("ent_coef", "vf_coef", "checkpoint_seconds", "env_timeout"), _FINITE_NOT_NEGATIVE),
     **dict.fromkeys(("gamma", "gae_lambda", "atari_sticky_actions"), _UNIT_INTERVAL),
     "max_grad_norm": ((lambda x: x > 0), "above 0"),
-    **dict.fromkeys(("log_std_init", "stop_at_return"), (math.isfinite, "a number")),
+    "stop_at_return": (math.isfinite, "a number"),
+    "log_std_init": ((lambda x: -20 <= x <= 20), "between -20 and 20"),
+    "num_threads": ((lambda x: 1 <= x <= MAX_THREADS), f"a whole number between 1 and {MAX_THREADS}"),
+    "hidden_sizes": ((lambda sizes: all(size <= MAX_WIDTH for size in sizes)), f"whole numbers between 1 and {MAX_WIDTH}"),
+    "cnn_size": ((lambda x: 1 <= x <= MAX_WIDTH), f"a whole number between 1 and {MAX_WIDTH}"),
+    "device": ((lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x)), "auto, cpu, cuda or cuda:N"),
+    **dict.fromkeys(("run_dir", "resume"), (str.strip, "the name of a directory")),
 }

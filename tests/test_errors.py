@@ -48,6 +48,7 @@ def lines_of(capsys):
         (["--env-id", "Pendulum-v1", "--env-kwargs", "gravity=9"], ["--env-kwargs", "gravity"]),
         (["--env-id", "environments:Fragile-v0"], ["--env-kwargs", "where"]),
         (["--env-kwargs", "gravity"], ["--env-kwargs", "KEY=VALUE"]),
+        (["--env-kwargs", "gravity=" + 5000 * "["], ["--env-kwargs gravity", "nested"]),
         (["--env-id", "environments:Walk-v0", "--vectorization", "entry-point"], ["--vectorization", "sync"]),
         # spaces: the one found, and those supported
         (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=action"], ["Tuple", "MultiDiscrete", "Box"]),
@@ -76,14 +77,24 @@ def lines_of(capsys):
         (["--env-timeout", "inf"], ["--env-timeout", "at least 0"]),
         (["--seed", "-1"], ["--seed"]),
         (["--hidden-sizes", "64", "0"], ["--hidden-sizes"]),
+        (["--hidden-sizes", "64", str(2**40)], ["--hidden-sizes", "65536"]),  # what no memory holds
+        (["--cnn-size", str(2**40)], ["--cnn-size", "65536"]),
+        (["--update-epochs", str(2**40)], ["--update-epochs", "2097151"]),
+        (["--num-threads", str(2**40)], ["--num-threads", "4096"]),
+        (["--log-std-init", "1e308"], ["--log-std-init", "-20 and 20"]),
         (["--advantage", "gea"], ["--advantage", "gae", "monte-carlo"]),
         (["--norm-returns"], ["--norm-returns", "monte-carlo"]),
         (["--activation", "swish"], ["--activation", "silu"]),
         (["--preset", "defalt"], ["--preset", "default", "article", "continuous"]),
         (["--device", "tpu"], ["--device", "cpu"]),
         (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]),
+        (["--device", "cuda:²"], ["--device", "cuda:N"]),  # a digit, says Python
+        (["--device", "cuda:01"], ["--device", "cuda:N"]),
+        (["--device", "cuda:99999999999999999999"], ["--device", "cuda:N"]),
         # directories
         (["--resume", "nowhere"], ["--resume nowhere"]),
+        (["--run-dir", ""], ["--run-dir", "name of a directory"]),  # as a shell's unset variable gives it
+        (["--run-dir", "\udcff"], ["--run-dir", "name of a directory"]),  # bytes that are no UTF-8
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )
