@@ -19,6 +19,7 @@ from fastppo.presets import PRESETS, choose_preset
 from fastppo.run.display import silence_stdout
 
 T = TypeVar("T")
+MAX_LETTERS = 250  # of a value that is quoted in an error
 
 
 def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
@@ -75,7 +76,11 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         return replace(config, preset=start.preset)
 
     run_dir = Path(resume)
-    if not any((run_dir / "checkpoints").glob("*.pt")):
+    try:
+        found = any((run_dir / "checkpoints").glob("*.pt"))
+    except OSError as error:  # a name that is too long, or a loop of links
+        raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
+    if not found:
         raise UsageError(f"--resume {resume}: there is no checkpoint in it to go on from")
     _refuse_ways_out(run_dir)
     before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
@@ -151,6 +156,10 @@ def _fold(box: str) -> str:
             paragraphs[-1].append(text)
     texts = [" ".join(lines) for lines in paragraphs if lines]
     message = texts[0] if texts else box.strip()
+    if message.endswith("options:"):  # an argument without a letter in it
+        message += " ''"
+    if len(message) > MAX_LETTERS:
+        message = message[:MAX_LETTERS] + "..."
     for text in texts[1:]:
         if text.startswith("Perhaps you meant"):
             message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")

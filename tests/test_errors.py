@@ -44,6 +44,7 @@ def lines_of(capsys):
         (["--env-id", "broken_module:Walk-v0"], ["--env-id", "broken_module"]),
         (["--env-id", "unparsable_module:Walk-v0"], ["--env-id", "unparsable_module"]),
         (["--env-id", "crashing_module:Walk-v0"], ["--env-id", "crashing_module"]),
+        (["--env-id", "exiting_module:Walk-v0"], ["--env-id", "exiting_module", "SystemExit"]),
         # arguments of the environment
         (["--env-id", "Pendulum-v1", "--env-kwargs", "gravity=9"], ["--env-kwargs", "gravity"]),
         (["--env-id", "environments:Fragile-v0"], ["--env-kwargs", "where"]),
@@ -67,6 +68,8 @@ def lines_of(capsys):
         (["--num-env", "8"], ["--num-env", "--num-envs"]),
         (["--frobnicate"], ["--frobnicate"]),
         (["--num-envs", "eight"], ["--num-envs", "eight"]),
+        (["--num-envs", 1000 * "8"], ["--num-envs", "888"]),
+        (["--norm-obs", ""], ["options: ''"]),
         (["--num-envs", "0"], ["--num-envs", "at least 1"]),
         (["--num-envs"], ["--num-envs"]),
         (["--gamma", "1.5"], ["--gamma", "between 0 and 1"]),
@@ -93,6 +96,7 @@ def lines_of(capsys):
         (["--device", "cuda:99999999999999999999"], ["--device", "cuda:N"]),
         # directories
         (["--resume", "nowhere"], ["--resume nowhere"]),
+        (["--resume", 300 * "x"], ["--resume xxx", "too long"]),
         (["--run-dir", ""], ["--run-dir", "name of a directory"]),  # as a shell's unset variable gives it
         (["--run-dir", "\udcff"], ["--run-dir", "name of a directory"]),  # bytes that are no UTF-8
     ],
@@ -106,6 +110,7 @@ def test_wrong_use(flags, named, tmp_path, monkeypatch, capsys):
     (modules / "broken_module.py").write_text("import no_such_dependency\n")
     (modules / "unparsable_module.py").write_text("def :\n")
     (modules / "crashing_module.py").write_text("1 / 0\n")
+    (modules / "exiting_module.py").write_text("raise SystemExit(0)\n")
     monkeypatch.syspath_prepend(str(modules))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.chdir(cwd)

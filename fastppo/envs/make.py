@@ -111,7 +111,7 @@ def import_module_of(env_id: str) -> str:
     if module:
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever somebody's module may raise
+        except ENVIRONMENT_ERRORS as error:  # whatever somebody's module may raise; a script exits
             raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {brief(error)}") from None
     return name
 
