@@ -155,7 +155,7 @@ def _fold(box: str) -> str:
         else:
             paragraphs[-1].append(text)
     texts = [" ".join(lines) for lines in paragraphs if lines]
-    message = texts[0] if texts else box.strip()
+    message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", texts[0] if texts else box.strip())  # tyro breaks long words
     if message.endswith("options:"):  # an argument without a letter in it
         message += " ''"
     if len(message) > MAX_LETTERS:

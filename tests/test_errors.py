@@ -39,6 +39,7 @@ def lines_of(capsys):
         (["--env-id", "environments:Wlak-v1"], ["--env-id", "Walk-v1"]),
         (["--env-id", "no/such:thing"], ["--env-id"]),
         (["--env-id", ""], ["--env-id"]),
+        (["--env-id", 1000 * "x"], ["--env-id"]),
         # modules
         (["--env-id", "no_such_module:Walk-v0"], ["--env-id", "no_such_module"]),
         (["--env-id", "broken_module:Walk-v0"], ["--env-id", "broken_module"]),
@@ -88,6 +89,7 @@ def lines_of(capsys):
         (["--advantage", "gea"], ["--advantage", "gae", "monte-carlo"]),
         (["--norm-returns"], ["--norm-returns", "monte-carlo"]),
         (["--activation", "swish"], ["--activation", "silu"]),
+        (["--activation", 1000 * "x"], ["--activation", "silu"]),
         (["--preset", "defalt"], ["--preset", "default", "article", "continuous"]),
         (["--device", "tpu"], ["--device", "cpu"]),
         (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]),

@@ -102,7 +102,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         return gym.spec(name)
     except gym.error.Error as error:
         reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
-        raise UsageError(f"--env-id {name!r} {reason}{nearest(name, _newest_first(name))}") from None
+        raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
 
 
 def import_module_of(env_id: str) -> str:
