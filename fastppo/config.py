@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -189,6 +189,10 @@ class TrainConfig:
     """Restart the environments at every checkpoint from a seed of its own, so that a resumed run equals one not interrupted."""
     log_interval: int = 1
     """Iterations between rows of metrics.csv and TensorBoard."""
+    track: Literal["wandb", "mlflow", "trackio"] | None = None
+    """Send metrics to an experiment tracker too; its own environment variables say where, WANDB_MODE=offline for one."""
+    track_project: str = "fastppo"
+    """The tracker's project, or experiment."""
     plain: bool = False
     """Log lines instead of the live display (always so when the output is no terminal)."""
 
@@ -294,7 +298,7 @@ class TrainConfig:
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
     "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "stop_at_return", "check_env",
-    "env_timeout"
+    "env_timeout", "track", "track_project"
 }  # fmt: skip
 EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 
@@ -328,7 +332,7 @@ _KINDS = get_type_hints(TrainConfig)  # name -> type of every setting
 
 def _is(kind: Any, value: Any) -> bool:
     """Whether a value is of the type that a setting is annotated with. True is no number, and 8.0 no whole one."""
-    if isinstance(kind, UnionType):
+    if get_origin(kind) in (Union, UnionType):  # the first where a Literal is among them
         return any(_is(part, value) for part in get_args(kind))
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
@@ -358,6 +362,8 @@ def _is_json(value: Any, depth: int = 16) -> bool:
 
 def _described(kind: Any) -> str:
     """What a setting of that type must be, for an error message."""
+    if get_origin(kind) is Union:
+        return f"{_described(get_args(kind)[0])}, or nothing"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if kind is bool:

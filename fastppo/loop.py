@@ -11,7 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -54,6 +54,7 @@ from fastppo.run.display import make_display
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers
 from fastppo.run.signals import StopSignals
+from fastppo.run.tracking import Tracker, check_installed
 from fastppo.state import TrainState, checkpoint_of, frozen, init_state, load_state, normalization_of, snapshot
 from fastppo.tiers import Job, Tiers
 
@@ -111,6 +112,8 @@ def _train(
 ) -> TrainResult:
     # --- what is trained, where: everything that can be refused is refused before anything is written
     device = choose_device(config.device)
+    if config.track is not None:
+        check_installed(config.track)
     seeds = derive_seeds(config.seed)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     if given is None:
@@ -160,7 +163,10 @@ def _train(
     display.note(
         f"device {device}, {network.num_params:,} parameters; CPU threads: {torch.get_num_threads()} eager, {workers} compiled"
     )
-    loggers = Loggers(directory.metrics, display.note, state.iteration if config.resume else None)
+    tracker = (
+        None if config.track is None else partial(Tracker, config.track, config.track_project, directory.path, asdict(config))
+    )
+    loggers = Loggers(directory.metrics, display.note, state.iteration if config.resume else None, tracker)
     cleanup.callback(loggers.close)
     loggers.log_config(config.to_json())
 

@@ -1,6 +1,6 @@
-"""Metrics to metrics.csv and TensorBoard. Knows nothing of what the metrics mean.
+"""Metrics to metrics.csv, TensorBoard and an experiment tracker. Knows nothing of what the metrics mean.
 
-Neither stops a run: what fails is told once, and training goes on.
+None of them stops a run: what fails is told once, and training goes on.
 """
 
 import math
@@ -15,19 +15,33 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastppo.errors import brief
 from fastppo.run.metrics import MetricsFile
+from fastppo.run.tracking import Tracker
 
 EVENT_SECONDS = 0.1  # between two events: one costs 350 us, most of them in a thread that holds Python's lock
+TRACK_SECONDS = 1.0  # between two rows for a tracker, which may send each over a network
+
+Row = Mapping[str, int | float]
 
 
 class Loggers:
-    """Rows of metrics: all to metrics.csv, at most ten a second to TensorBoard. The columns are those of the first row."""
+    """Rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, one a second to a tracker.
 
-    def __init__(self, metrics_path: Path, note: Callable[[str], None], resume_at: int | None = None) -> None:
-        """Open both.
+    The columns are those of the first row.
+    """
+
+    def __init__(
+        self,
+        metrics_path: Path,
+        note: Callable[[str], None],
+        resume_at: int | None = None,
+        tracker: Callable[[], Tracker] | None = None,
+    ) -> None:
+        """Open them.
 
         Args:
             note: where a line goes that says what has failed.
             resume_at: the iteration the run goes on from; later rows, which will be made again, are dropped.
+            tracker: opens one, where the user wants one.
         """
         self._note = note
         self._metrics = MetricsFile(metrics_path, resume_at)
@@ -37,14 +51,16 @@ class Loggers:
         if resume_at is not None:
             last = self._metrics.last_kept
             purge = 1 if last is None else int(last["global_step"]) + 1
-        self._tensorboard: Any = None
-        self._last_event = -math.inf
-        self._pending: Mapping[str, int | float] | None = None
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
-        self._guarded(self._open, str(metrics_path.parent), purge)
+        self._tensorboard = _Guarded(
+            "TensorBoard", lambda: SummaryWriter(str(metrics_path.parent), purge_step=purge, flush_secs=10), EVENT_SECONDS, note
+        )
+        self._others = [self._tensorboard]
+        if tracker is not None:
+            self._others.append(_Guarded("the tracker", tracker, TRACK_SECONDS, note))
 
-    def log(self, row: Mapping[str, int | float]) -> None:
+    def log(self, row: Row) -> None:
         """Write one row; `row` has iteration and global_step among its keys, in the columns' order."""
         try:
             self._metrics.write(row)
@@ -53,51 +69,25 @@ class Loggers:
             self._metrics_fail = False
         except OSError as error:
             self._metrics_failed(error, "its rows wait until it can")
-        self._pending = row
-        if time.monotonic() - self._last_event >= EVENT_SECONDS:
-            self._guarded(self._write_event)
+        for other in self._others:
+            other.log(row)
 
     def log_config(self, config_json: str) -> None:
         """The settings as a text panel in TensorBoard."""
-        self._guarded(lambda: self._tensorboard.add_text("config", f"```json\n{config_json}\n```"))
+        self._tensorboard.do(lambda writer: writer.add_text("config", f"```json\n{config_json}\n```"))
 
     def close(self) -> None:
-        """Write what is left, flush and close both. A second call does nothing."""
+        """Write what is left, flush and close them. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._guarded(self._write_event)
-        self._guarded(lambda: self._tensorboard.close())
+        for other in self._others:
+            other.close()
         try:
             self._metrics.close()
         except OSError as error:
             self._metrics_failed(error, "its last rows are lost")
         threading.excepthook = self._hook
-
-    def _open(self, directory: str, purge: int | None) -> None:
-        self._tensorboard = SummaryWriter(directory, purge_step=purge, flush_secs=10)
-
-    def _write_event(self) -> None:
-        row, self._pending, self._last_event = self._pending, None, time.monotonic()
-        if row is None:
-            return
-        # one event for the row: add_scalar for each of 21 figures takes 1340 us, this takes 137
-        values = [
-            Summary.Value(tag=_TAGS.get(key, f"charts/{key}"), simple_value=value)
-            for key, value in row.items()
-            if key not in ("iteration", "global_step")
-        ]
-        self._tensorboard.file_writer.add_summary(Summary(value=values), int(row["global_step"]))
-
-    def _guarded(self, job: Callable[..., None], *args: Any) -> None:
-        """Do something with TensorBoard; the first time that it fails is the last."""
-        if self._tensorboard is None and job != self._open:
-            return
-        try:
-            job(*args)
-        except Exception as error:  # whatever somebody's library may raise
-            self._tensorboard = None
-            self._note(f"TensorBoard gets nothing from here on ({brief(error)}); metrics.csv and training go on")
 
     def _metrics_failed(self, error: OSError, consequence: str) -> None:
         if not self._metrics_fail:
@@ -108,6 +98,60 @@ class Loggers:
         """TensorBoard's thread hands its exception over to the next call, which tells of it: no traceback beside that."""
         if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
             self._hook(failure)
+
+
+class _Guarded:
+    """A logger of somebody else's: it gets a row now and then, and the first time that it fails is the last."""
+
+    def __init__(self, name: str, opening: Callable[[], Any], seconds: float, note: Callable[[str], None]) -> None:
+        self._name, self._seconds, self._note = name, seconds, note
+        self._logger: Any = None
+        self._last = -math.inf
+        self._pending: Row | None = None
+        try:
+            self._logger = opening()
+        except Exception as error:  # whatever somebody's library may raise
+            self._give_up(error)
+
+    def do(self, job: Callable[[Any], object]) -> None:
+        if self._logger is None:
+            return
+        try:
+            job(self._logger)
+        except Exception as error:
+            self._give_up(error)
+
+    def log(self, row: Row) -> None:
+        """The row, or none while the last one is too fresh."""
+        self._pending = row
+        if time.monotonic() - self._last >= self._seconds:
+            self._write()
+
+    def close(self) -> None:
+        """The last row, whenever the one before was."""
+        self._write()
+        self.do(lambda logger: logger.close())
+
+    def _write(self) -> None:
+        row, self._pending, self._last = self._pending, None, time.monotonic()
+        if row is not None:
+            step = int(row["global_step"])
+            tagged = {_TAGS.get(key, f"charts/{key}"): row[key] for key in row if key not in ("iteration", "global_step")}
+            self.do(lambda logger: _hand_over(logger, tagged, step))
+
+    def _give_up(self, error: Exception) -> None:
+        self._logger = None
+        self._note(f"{self._name} gets nothing from here on ({brief(error)}); metrics.csv and training go on")
+
+
+def _hand_over(logger: Any, tagged: Mapping[str, int | float], step: int) -> None:
+    if isinstance(logger, SummaryWriter):
+        # one event for the row: add_scalar for each of 21 figures takes 1340 us, this takes 137
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in tagged.items()]
+        writer: Any = logger.file_writer
+        writer.add_summary(Summary(value=values), step)
+    else:
+        logger.log(tagged, step)
 
 
 # CleanRL's tags

@@ -1,0 +1,144 @@
+"""Experiment trackers get the settings and a row a second; what fails in them is told once and costs nothing else."""
+
+import importlib.util
+import sqlite3
+
+import pytest
+
+from fastppo import TrainConfig, UsageError, train
+from fastppo.run import loggers, tracking
+from fastppo.run.metrics import read_rows
+
+
+@pytest.fixture(autouse=True)
+def _no_picture(monkeypatch):
+    """Half of what a run of a second costs."""
+    monkeypatch.setattr("fastppo.loop.plot_curves", lambda *_: None)
+
+
+def tiny(run_dir, **settings):
+    settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 3, "eval_episodes": 0} | settings
+    return TrainConfig(run_dir=str(run_dir), compile="off", plain=True, **settings)
+
+
+class Fake:
+    """A tracker that keeps what it gets, and fails in `fails`."""
+
+    fails: str | None = None
+
+    def __init__(self, *opened):
+        self.opened, self.rows, self.closed = opened, [], 0
+        Fake.last = self
+        self._may_fail("opening")
+
+    def log(self, metrics, step):
+        self._may_fail("logging")
+        self.rows.append((step, metrics))
+
+    def close(self):
+        self._may_fail("closing")
+        self.closed += 1
+
+    def _may_fail(self, doing):
+        if self.fails == doing:
+            raise ConnectionError(f"nobody answers while {doing}")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """In the place of W&B, installed or not."""
+    monkeypatch.setattr("fastppo.loop.Tracker", Fake)
+    monkeypatch.setattr("fastppo.loop.check_installed", lambda tracker: None)
+    monkeypatch.setattr(Fake, "fails", None)
+    return Fake
+
+
+def test_what_it_gets(fake, tmp_path, monkeypatch):
+    """Its name and project, all settings, rows under TensorBoard's tags with the step, the last one always; closed once."""
+    monkeypatch.setattr(loggers, "TRACK_SECONDS", 0.0)
+    result = train(tiny(tmp_path / "run", track="wandb", track_project="mine"))
+    tracker, project, run_dir, settings = fake.last.opened
+    assert (tracker, project, run_dir) == ("wandb", "mine", result.run_dir)
+    assert settings["env_id"] == "CartPole-v1"
+    rows = read_rows(result.run_dir / "metrics.csv")
+    assert [str(step) for step, _ in fake.last.rows] == [row["global_step"] for row in rows]
+    for (_, metrics), row in zip(fake.last.rows, rows, strict=True):
+        assert str(metrics["losses/policy_loss"]) == row["policy_loss"]
+        assert str(metrics["charts/episodic_return"]) == row["episodic_return_mean"]
+        assert set(metrics) == {
+            loggers._TAGS.get(key, f"charts/{key}") for key in row if key not in ("iteration", "global_step")
+        }
+    assert fake.last.closed == 1
+
+
+def test_a_row_a_second(fake, tmp_path):
+    """A network is not asked to carry more: of a run of a moment, the first row and the last."""
+    result = train(tiny(tmp_path / "run", track="wandb", num_iterations=6))
+    steps = [int(row["global_step"]) for row in read_rows(result.run_dir / "metrics.csv")]
+    assert [step for step, _ in fake.last.rows] == [steps[0], steps[-1]]
+
+
+@pytest.mark.parametrize("doing", ["opening", "logging", "closing"])
+def test_a_tracker_that_fails(doing, fake, tmp_path, monkeypatch, capsys):
+    """One line; training, metrics.csv and TensorBoard go on."""
+    monkeypatch.setattr(Fake, "fails", doing)
+    result = train(tiny(tmp_path / "run", track="wandb"))
+    captured = capsys.readouterr()
+    told = (
+        f"the tracker gets nothing from here on (ConnectionError: nobody answers while {doing}); metrics.csv and training go on"
+    )
+    assert captured.out.count(told) == 1
+    assert captured.err == ""
+    assert len(read_rows(result.run_dir / "metrics.csv")) == 3
+
+
+@pytest.mark.parametrize("tracker", tracking.TRACKERS)
+def test_a_tracker_that_is_not_installed(tracker, tmp_path, monkeypatch):
+    """Refused before anything is written, with what to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=rf"--track {tracker} needs .*pip install 'fastppo\[{tracker}\]'"):
+        train(tiny(tmp_path / "run", track=tracker))
+    assert not (tmp_path / "run").exists()
+
+
+# --- the real ones, offline: half a minute each, most of it their own start and end
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path, monkeypatch):
+    """A run file in the run directory that `wandb sync` would take, with our tags in it."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    result = train(tiny(tmp_path / "run", track="wandb"))
+    (kept,) = result.run_dir.glob("wandb/offline-run-*/*.wandb")
+    assert b"losses/policy_loss" in kept.read_bytes()
+    assert b"CartPole-v1" in kept.read_bytes()
+
+
+@pytest.mark.slow
+def test_mlflow_offline(tmp_path, monkeypatch):
+    """mlflow.db in the run directory: its own client reads settings and metrics back."""
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = train(tiny(tmp_path / "run", track="mlflow"))
+    client = mlflow.MlflowClient(f"sqlite:///{result.run_dir / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("fastppo").experiment_id])
+    assert run.data.params["env_id"] == "CartPole-v1"
+    assert run.info.run_name == "run"
+    assert run.info.status == "FINISHED"
+    last = client.get_metric_history(run.info.run_id, "losses/value_loss")[-1]
+    row = read_rows(result.run_dir / "metrics.csv")[-1]
+    assert (last.step, last.value) == (int(row["global_step"]), float(row["value_loss"]))
+
+
+@pytest.mark.slow
+def test_trackio_offline(tmp_path, monkeypatch):
+    """Its database has the rows."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")
+    train(tiny(tmp_path / "run", track="trackio"))
+    with sqlite3.connect(tmp_path / "trackio" / "fastppo.db") as database:
+        tables = [name for (name,) in database.execute("select name from sqlite_master where type = 'table'")]
+        kept = " ".join(str(row) for table in tables for row in database.execute(f'select * from "{table}"'))
+    assert "losses/value_loss" in kept
+    assert "CartPole-v1" in kept
