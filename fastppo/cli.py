@@ -83,7 +83,10 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     if not found:
         raise UsageError(f"--resume {resume}: there is no checkpoint in it to go on from")
     _refuse_ways_out(run_dir)
-    before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
+    try:
+        before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
+    except UsageError as error:
+        raise UsageError(f"--resume: {error}") from None
     config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     check_resumable(before, config)
     return config
@@ -156,8 +159,7 @@ def _fold(box: str) -> str:
             paragraphs[-1].append(text)
     texts = [" ".join(lines) for lines in paragraphs if lines]
     message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", texts[0] if texts else box.strip())  # tyro breaks long words
-    if message.endswith("options:"):  # an argument without a letter in it
-        message += " ''"
+    message = re.sub(r"options:[ ,]*$", "options: ''", message)  # arguments without a letter in them
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
     for text in texts[1:]:
