@@ -10,6 +10,7 @@ from fastppo.errors import UsageError, nearest
 VERBS = {
     "train": "train an agent on a Gymnasium environment",
     "evaluate": "play episodes with a run's policy",
+    "export": "write a run's policy to one file, for onnxruntime or torch.export",
 }
 
 
