@@ -8,8 +8,8 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -22,15 +22,15 @@ from fastppo.errors import TrainingFault, UsageError, brief
 
 if TYPE_CHECKING:
     import gymnasium as gym
-    from torch import nn
     from torch.export import ExportedProgram
 
     from fastppo.policy.agent import Agent
+    from fastppo.policy.deployment import DeployedPolicy
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
 ROWS = 256  # observations that a file is tried on
-TOLERANCE = 1e-4  # of an action's numbers, or of log-probability lost; other kernels, other roundings
-FAR = 1e3  # a bound of an observation beyond this is none: nobody will see a number of 1e38
+TOLERANCE = 1e-4  # see `_difference`: other kernels round otherwise
+FAR = 1e3  # a bound of an observation beyond this is taken for none: 1e38 is no number that an environment shows
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -39,15 +39,15 @@ Inputs = dict[str, NDArray[Any]]
 class ExportConfig:
     """Write a run's policy to one file: normalisation, mask and action bounds included, for any number of observations at once.
 
-    Its inputs are the parts of an observation as the environment gives them, by name: `obs`, or `obs.NAME` of a Dict or Tuple,
-    and `action_mask` where there is one. Its output is `action` as the environment takes it, the likeliest: the file does not
-    sample. It is tried against the run's policy before it appears.
+    Inputs, by name, are the parts of an observation as the environment gives them: `obs`, or `obs.NAME` of a Dict or Tuple, and
+    `action_mask` where there is one. The output is `action`, the likeliest, as the environment takes it; the file neither
+    samples nor tells values. It has acted as the run's policy does before it appears.
     """
 
     run_dir: Annotated[str, tyro.conf.Positional]
     """Directory of the run."""
     format: Literal["onnx", "torch"] = "onnx"
-    """onnx: for onnxruntime and others; torch: for torch.export.load."""
+    """onnx: for onnxruntime and others, a .onnx file; torch: for torch.export.load, a .pt2 file."""
     output: str | None = None
     """The file; policy.onnx or policy.pt2 in the run directory if left out."""
     checkpoint: Literal["best", "last"] = "best"
@@ -60,51 +60,54 @@ class Exported(NamedTuple):
     path: Path
     inputs: dict[str, str]  # name -> "float32 (batch, 4)"
     output: str
-    difference: float  # the largest, see `_difference`
+    difference: float  # see `_difference`
 
     def __str__(self) -> str:
-        """One line of all there is to know."""
+        """What there is to know, in a line."""
         told = ", ".join(f"{name} {what}" for name, what in self.inputs.items())
-        equal = "equal" if self.difference == 0 else f"largest difference {self.difference:.1e}"
+        same = "the same actions" if self.difference == 0 else f"largest difference {self.difference:.1e}"
         size = self.path.stat().st_size / 1e3
-        return f"{self.path} ({size:,.0f} kB): {told} -> action {self.output}; {equal} on {ROWS} observations"
+        return f"{self.path} ({size:,.0f} kB): {told} -> action {self.output}; {same} on {ROWS} observations"
 
 
 def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exported:
-    """Write the policy's likeliest action as a function of the observation: one file, tried against `agent.act`.
+    """Write the policy's likeliest action as a function of the observation to one file, tried against `agent.act`.
 
     Args:
-        agent: as `fastppo.load_policy` or `fastppo.train` give it, a network of your own among them.
-        path: the file, replaced where there is one. It appears whole or not at all.
-        format: "onnx", or "torch" for torch.export. Both take a dict of arrays or tensors (batch, ...), by name.
+        agent: as `load_policy` or `train` give it; with a network of your own, on the CPU.
+        path: the file, .onnx or .pt2. It appears, or replaces another, whole or not at all.
+        format: "onnx", or "torch" for torch.export. The file takes a dict of arrays or of tensors (batch, ...), by name.
 
     Raises:
-        UsageError: a directory that is not there, a package that is missing, a network that torch.export cannot follow.
-        TrainingFault: the file does not act as the policy does; it is not kept.
+        UsageError: no such directory, a package that is missing, a network that cannot be traced.
+        TrainingFault: what was written does not run, or does not act as the policy does; it is not kept.
     """
     path = Path(path)
     _check(path, format)
+    from fastppo.policy.deployment import DeployedPolicy  # here, so that --help and wrong flags do not wait for torch
+
     inputs, expected = _trial(agent)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_suffix(".tmp" + path.suffix)
     try:
         with _silence():
-            policy = _deployed(agent)
-            content = _written(policy, {name: x[:2] for name, x in inputs.items()}, format)
-            _write(temporary, content)
+            policy = DeployedPolicy(agent)
+            content = _content(policy, {name: x[:2] for name, x in inputs.items()}, format)
+            try:
+                temporary.write_bytes(content)
+            except OSError as error:
+                raise UsageError(f"--output {path} cannot be written: {brief(error)}") from None
             try:
                 play = _player(temporary, format)
                 got, alone = play(inputs), play({name: x[:1] for name, x in inputs.items()})
             except Exception as error:
-                raise TrainingFault(f"the exported policy does not run: {brief(error)}") from error
-            difference = max(
-                _difference(agent, policy, inputs, expected, got),
-                _difference(agent, policy, {name: x[:1] for name, x in inputs.items()}, expected[:1], alone),
-            )
-        allowed = max(TOLERANCE, 2.0 * np.finfo(expected.dtype).eps) if expected.dtype.kind == "f" else TOLERANCE
-        if not difference <= allowed:
+                raise TrainingFault(f"the exported policy does not run, {path} was not written: {brief(error)}") from error
+            difference = _difference(policy, inputs, expected, got)
+            difference = max(difference, _difference(policy, inputs, expected[:1], alone))
+        exact = expected.dtype.kind != "f"
+        if difference > (TOLERANCE if exact else max(TOLERANCE, 2.0 * float(np.finfo(expected.dtype).eps))):
             raise TrainingFault(
-                f"the exported policy does not act as the run's does: largest difference {difference:.1e} on {ROWS} "
-                f"observations; {path} was not written"
+                f"the exported policy does not act as the run's does, {path} was not written: "
+                f"largest difference {difference:.1e} on {ROWS} observations"
             )
         temporary.replace(path)
     finally:
@@ -120,7 +123,10 @@ def _check(path: Path, format: str) -> None:
     if not path.parent.is_dir():
         raise UsageError(f"--output {path}: there is no directory {path.parent}")
     if path.is_dir():
-        raise UsageError(f"--output {path} is a directory: give a file in it, {path / ('policy' + SUFFIXES[format])}")
+        raise UsageError(f"--output {path} is a directory; nearest: --output {path / ('policy' + SUFFIXES[format])}")
+    if path.suffix != SUFFIXES[format]:
+        wanted = path.with_suffix(SUFFIXES[format])
+        raise UsageError(f"--output {path}: --format {format} writes a {SUFFIXES[format]} file; nearest: --output {wanted}")
     if format == "onnx":
         try:
             import onnx  # noqa: F401
@@ -132,67 +138,19 @@ def _check(path: Path, format: str) -> None:
             ) from None
 
 
-def _deployed(agent: "Agent") -> "nn.Module":
-    """`Agent.act`, deterministic and on the CPU, as a module that owns all it computes with."""
-    import torch  # here, so that --help and wrong flags do not wait for it
-    from torch import Tensor, nn
-
-    from fastppo.core.programs import normalize_obs
-
-    class Policy(nn.Module):
-        """A dict of tensors (N, ...) as the environment gives them -> actions (N, ...) as it takes them."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            mean, scale = agent.normalization.obs_mean, agent.normalization.obs_scale
-            self.weights = self._own("weight", agent.weights)
-            self.mean, self.scale = self._own("mean", mean or {}), self._own("scale", scale or {})
-            self.bounds = self._own("action", {"low": agent.action.low, "high": agent.action.high})
-
-        def _own(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-            """Copies as buffers, whose names may have no dots; returns those by the names given."""
-            names = {name: f"{kind}/{name.replace('.', '/')}" for name in tensors}
-            for name, tensor in tensors.items():
-                self.register_buffer(names[name], tensor.detach().cpu().clone())
-            return names
-
-        def _all(self, names: dict[str, str]) -> dict[str, Tensor]:
-            return {name: self.get_buffer(buffer) for name, buffer in names.items()}
-
-        def dist(self, inputs: dict[str, Tensor]) -> Any:
-            """Parameters of the distribution."""
-            leaves = {}
-            for leaf in agent.obs:
-                x = inputs[leaf.key]
-                x = x != 0 if leaf.kind == "mask" else x.to(leaf.dtype)
-                leaves[leaf.key] = x.reshape(-1, *leaf.shape)
-            seen: Any = agent.obs.join(leaves)
-            if self.mean:
-                moments = {"obs_mean": self._all(self.mean), "obs_scale": self._all(self.scale)}
-                seen = normalize_obs(seen, agent.normalization._replace(**moments))
-            return agent.network.actor(self._all(self.weights), seen)
-
-        def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-            mode = agent.action.distribution.mode(self.dist(inputs))
-            return replace(agent.action, **self._all(self.bounds)).to_env(mode)
-
-    with torch.inference_mode(False):
-        return Policy()
-
-
-def _written(policy: "nn.Module", example: Inputs, format: str) -> bytes:
-    """The file's content; raises UsageError where torch.export gives up. example: two observations."""
+def _content(policy: "DeployedPolicy", example: Inputs, format: str) -> bytes:
+    """The file, in memory; raises UsageError where torch cannot trace the network. example: two observations."""
     import torch
 
     tensors = {name: torch.from_numpy(x) for name, x in example.items()}
     batch = torch.export.Dim("batch")
     shapes = ({name: {0: batch} for name in tensors},)
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             program = torch.export.export(policy, (tensors,), dynamic_shapes=shapes)
             return _onnx(program, list(tensors), shapes) if format == "onnx" else _pt2(program)
     except Exception as error:  # whatever somebody's network may do
-        raise UsageError(f"torch cannot export this policy's network: {brief(error)}") from error
+        raise UsageError(f"torch.export cannot take this policy's network: {brief(error)}") from error
 
 
 def _onnx(program: "ExportedProgram", names: list[str], shapes: Any) -> bytes:
@@ -201,9 +159,9 @@ def _onnx(program: "ExportedProgram", names: list[str], shapes: Any) -> bytes:
     result = torch.onnx.export(
         program, (), input_names=names, output_names=["action"], dynamic_shapes=shapes, dynamo=True, verbose=False
     )
-    assert result is not None
+    assert result is not None  # without a file name
     for node in result.model.graph:
-        node.metadata_props.clear()  # where this machine keeps which source file
+        node.metadata_props.clear()  # the paths of this machine's source files
     return result.model_proto.SerializeToString()
 
 
@@ -211,21 +169,14 @@ def _pt2(program: "ExportedProgram") -> bytes:
     import torch
 
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # where this machine keeps which source file
+        node.meta.pop("stack_trace", None)  # the paths of this machine's source files
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise UsageError(f"--output {path.with_suffix('')} cannot be written: {brief(error)}") from None
-
-
 def _player(path: Path, format: str) -> Callable[[Inputs], NDArray[Any]]:
-    """The file, as somebody without fastppo runs it: inputs by name -> actions."""
+    """The file as somebody without fastppo runs it: inputs by name -> actions."""
     if format == "onnx":
         import onnxruntime
 
@@ -238,17 +189,19 @@ def _player(path: Path, format: str) -> Callable[[Inputs], NDArray[Any]]:
 
 
 def _trial(agent: "Agent") -> tuple[Inputs, NDArray[Any]]:
-    """ROWS observations and masks, as inputs by name, and the policy's actions."""
+    """ROWS observations, and masks, as inputs by name; and the policy's actions."""
     rng = np.random.default_rng(0)
     obs = _sample(agent.obs_space, rng)
     info_mask = agent.obs.info_mask
-    mask = None if info_mask is None else rng.integers(2, size=(ROWS, *info_mask.shape), dtype=np.int8)  # as gymnasium's are
-    inputs: Inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in agent.obs}
+    if info_mask is None:
+        return {leaf.key: leaf.find(obs) for leaf in agent.obs}, agent.act(obs)
+    mask = rng.integers(2, size=(ROWS, *info_mask.shape), dtype=np.int8)  # the type of gymnasium's masks
+    inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in agent.obs}
     return inputs, agent.act(obs, action_mask=mask)
 
 
 def _sample(space: "gym.Space[Any]", rng: np.random.Generator) -> Any:
-    """ROWS observations of the space, with a leading axis, of its structure and type."""
+    """ROWS samples of the space, of its structure and types."""
     from gymnasium.spaces import Box, Dict, Tuple
     from gymnasium.vector.utils import batch_space
 
@@ -264,27 +217,31 @@ def _sample(space: "gym.Space[Any]", rng: np.random.Generator) -> Any:
     return batch.sample()
 
 
-def _difference(agent: "Agent", policy: Any, inputs: Inputs, expected: NDArray[Any], got: NDArray[Any]) -> float:
-    """How far the file's actions are from the policy's: 0 where they are equal, infinite where they are of another kind.
+def _difference(policy: "DeployedPolicy", inputs: Inputs, expected: NDArray[Any], got: NDArray[Any]) -> float:
+    """How far the file's actions are from the policy's: 0 where they are equal, infinite where they are no actions.
 
     Of numbers, the largest difference, relative to the largest number where that is above 1. Of choices, the log-probability
-    that the file's lose: two that are as good as each other may be taken for one another.
+    that the file's lose: of two that are equally likely to the last bits, either may be taken.
     """
     import torch
 
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
-    if np.array_equal(got, expected, equal_nan=expected.dtype.kind == "f"):
+    if np.array_equal(got, expected):
         return 0.0
+    action, space = policy.action, policy.action.space
+    if not all(space.contains(np.asarray(one)) for one in got):
+        return float("inf")
     if expected.dtype.kind == "f":
         wide = expected.astype(np.float64)
         return float(np.abs(got - wide).max() / max(1.0, np.abs(wide).max()))
-    first = torch.tensor(getattr(agent.action.space, "start", 0)).numpy()
     with torch.no_grad():
-        dist = policy.dist({name: torch.from_numpy(x) for name, x in inputs.items()})
+        dist = policy.dist({name: torch.from_numpy(x[: len(got)]) for name, x in inputs.items()})
         best, other = (
-            agent.action.distribution.log_prob(dist, torch.from_numpy(action - first).reshape(len(action), *agent.action.shape))
-            for action in (expected, got)
+            action.distribution.log_prob(
+                dist, torch.from_numpy(one - getattr(space, "start", 0)).reshape(len(got), *action.shape)
+            )
+            for one in (expected, got)
         )
     return float((best - other).max())
 
@@ -295,7 +252,7 @@ def _told(x: NDArray[Any]) -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """What the exporters have to say, on stdout, in warnings and in logs, is for their developers."""
+    """The exporters' words, printed, warned and logged, are for those who write them."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -308,14 +265,15 @@ def _silence() -> Iterator[None]:
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(ExportConfig, args, prog="python -m fastppo.export")
-    path = Path(settings.run_dir) / f"policy{SUFFIXES[settings.format]}" if settings.output is None else Path(settings.output)
-    _check(path, settings.format)
+    output = settings.output or str(Path(settings.run_dir) / f"policy{SUFFIXES[settings.format]}")
+    if settings.output is not None:
+        _check(Path(output), settings.format)
     import torch  # here, so that --help and wrong flags do not wait for it
 
     from fastppo.loading import load_policy
 
     torch.set_num_threads(1)
-    print(export_policy(load_policy(settings.run_dir, settings.checkpoint), path, settings.format))
+    print(export_policy(load_policy(settings.run_dir, settings.checkpoint), output, settings.format))
 
 
 def console(args: Sequence[str] | None = None) -> int:

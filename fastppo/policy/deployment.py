@@ -1,0 +1,60 @@
+"""A policy as a torch.nn.Module that owns all it computes with, so that it can be traced. Knows nothing of files."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.core.programs import Obs, normalize_obs
+from fastppo.policy.agent import Agent
+
+
+class DeployedPolicy(nn.Module):
+    """`Agent.act`, deterministic and on the CPU. Weights, statistics and action bounds are buffers.
+
+    Takes the parts of an observation as the environment gives them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
+    `action_mask` where the policy has one. Returns actions (N, ...) as the environment takes them.
+    """
+
+    @torch.inference_mode(False)  # tensors that are made in it cannot be traced
+    def __init__(self, agent: Agent) -> None:
+        super().__init__()
+        self.obs, self.action, self.network = agent.obs, agent.action, agent.network
+        self.normalization = agent.normalization
+        moments: dict[str, Any] = {"mean": agent.normalization.obs_mean, "scale": agent.normalization.obs_scale}
+        self.names = {
+            "weight": self._own("weight", agent.weights),
+            "action": self._own("action", {"low": agent.action.low, "high": agent.action.high}),
+            **{kind: self._own(kind, tensors or {}) for kind, tensors in moments.items()},
+        }
+
+    def _own(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Copies as buffers, whose names may have no dots; returns those by the names given."""
+        names = {name: f"{kind}/{name.replace('.', '/')}" for name in tensors}
+        for name, tensor in tensors.items():
+            self.register_buffer(names[name], tensor.detach().cpu().clone())
+        return names
+
+    def _owned(self, kind: str) -> dict[str, Tensor]:
+        return {name: self.get_buffer(buffer) for name, buffer in self.names[kind].items()}
+
+    def dist(self, inputs: Mapping[str, Tensor]) -> Any:
+        """Parameters of the action distribution: logits (N, A), or (mean, log_std) of (N, A) each."""
+        leaves = {}
+        for leaf in self.obs:
+            x = inputs[leaf.key]
+            x = x != 0 if leaf.kind == "mask" else x.to(leaf.dtype)
+            leaves[leaf.key] = x.reshape(-1, *leaf.shape)
+        seen: Obs = self.obs.join(leaves)
+        if self.names["mean"]:
+            moments: dict[str, Any] = {"obs_mean": self._owned("mean"), "obs_scale": self._owned("scale")}
+            seen = normalize_obs(seen, self.normalization._replace(**moments))
+        return self.network.actor(self._owned("weight"), seen)
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The likeliest actions."""
+        bounds = self._owned("action")
+        action = replace(self.action, low=bounds["low"], high=bounds["high"])
+        return action.to_env(action.distribution.mode(self.dist(inputs)))

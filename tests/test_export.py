@@ -1,0 +1,297 @@
+"""An exported file acts as the policy does, run by onnxruntime and by torch.export; what cannot be exported leaves nothing."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from environments import ACTIONS, OBSERVATIONS
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from gymnasium.vector.utils import batch_space
+from torch import nn
+
+from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
+from fastppo.__main__ import console as fastppo_console
+from fastppo.export import console, export_policy
+from fastppo.policy.agent import Agent, make_network
+from fastppo.policy.deployment import DeployedPolicy
+from fastppo.policy.distributions import choices
+from fastppo.policy.normalization import RunningMoments, make_normalization
+from fastppo.policy.spaces import action_spec, obs_spec
+
+SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
+PENDULUM = Box(np.float32([-1, -1, -8]), np.float32([1, 1, 8]))
+CASES = {  # observation and action space, squash, whether a mask comes in the info
+    "CartPole": (Box(-np.inf, np.inf, (4,), np.float32), Discrete(2), False, False),
+    "Pendulum clipped": (PENDULUM, Box(-0.5, 0.5, (1,), np.float32), False, False),
+    "Pendulum squashed": (PENDULUM, Box(-2.0, 2.0, (1,), np.float32), True, False),
+    "masked choices": (OBSERVATIONS["masked"], ACTIONS["multi-discrete"], False, False),
+    "mask in the info": (OBSERVATIONS["float64"], ACTIONS["discrete from -2"], False, True),
+    "Dict": (Dict({"a.b": Dict(c=MultiBinary((2, 2))), "x": OBSERVATIONS["float32"]}), ACTIONS["box matrix"], False, False),
+    "image": (OBSERVATIONS["image (H, W, C)"], ACTIONS["multi-binary"], False, False),
+    "one-hot": (OBSERVATIONS["discrete"], ACTIONS["multi-discrete int32"], False, False),
+}
+
+
+def format_params():
+    """Both formats; onnx where its packages are."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        return [pytest.param("onnx", marks=pytest.mark.skip(reason=str(error))), "torch"]
+    return ["onnx", "torch"]
+
+
+both = pytest.mark.parametrize("format", format_params())
+
+
+def make_agent(case, normalize=True):
+    """A policy that nobody trained, whose actions vary, with statistics that have moved."""
+    obs_space, action_space, squash, masked = CASES[case]
+    action = action_spec(action_space, squash)
+    obs = obs_spec(obs_space, action.size if masked else None, action)
+    network = make_network(obs, action, TrainConfig(cnn_size=16, hidden_sizes=(8, 8)))
+    generator = torch.Generator().manual_seed(1)
+    params = network.init(generator)
+    params += torch.randn(params.shape, generator=generator) * (0.02 if obs.has_images else 1.0)
+    moments = {}
+    for leaf in obs.normalized if normalize else ():
+        mean, var = torch.rand(2, *leaf.shape, generator=generator, dtype=torch.float64)
+        moments[leaf.key] = RunningMoments(mean, var + 0.1, torch.tensor(9.0, dtype=torch.float64))
+    normalization = make_normalization(moments, None, torch.zeros(()), torch.ones(()))
+    return Agent(obs_space, obs, action, network, params, normalization)
+
+
+def observed(agent, rows):
+    """Observations as the environment gives them, a mask from its info, and both by the names of the file's inputs."""
+    space = batch_space(agent.obs_space, rows)
+    space.seed(3)
+    obs, mask = space.sample(), None
+    if agent.obs.info_mask is not None:
+        mask = np.random.default_rng(3).integers(2, size=(rows, agent.action.size), dtype=np.int8)
+    return obs, mask, {leaf.key: leaf.find(obs) if leaf is not agent.obs.info_mask else mask for leaf in agent.obs}
+
+
+def play(path, inputs):
+    """Actions of the file, as its users run it."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()({name: torch.from_numpy(x) for name, x in inputs.items()}).numpy()
+    import onnxruntime
+
+    (action,) = onnxruntime.InferenceSession(path).run(["action"], inputs)
+    return action
+
+
+def near_ties(agent, inputs):
+    """Where the two best of a choice's logits are within 1e-5, (N, K)."""
+    with torch.no_grad():
+        logits = DeployedPolicy(agent).dist({name: torch.from_numpy(x) for name, x in inputs.items()})
+    best = [part.topk(2).values for part in logits.split(choices(agent.action.distribution, agent.action.size), -1)]
+    return torch.stack([two[:, 0] - two[:, 1] < 1e-5 for two in best], -1).numpy()
+
+
+@both
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_acts_as_the_policy_does(case, format, tmp_path):
+    """The same actions on 1000 observations at once, on 7 and on one: choices exactly, numbers to 1e-5."""
+    agent = make_agent(case)
+    path = tmp_path / f"policy{SUFFIX[format]}"
+    export_policy(agent, path, format)
+    for rows in (1000, 7, 1):
+        obs, mask, inputs = observed(agent, rows)
+        expected, got = agent.act(obs, action_mask=mask), play(path, inputs)
+        assert got.dtype == expected.dtype == agent.action.space.dtype
+        assert got.shape == expected.shape == (rows, *agent.action.space.shape)
+        assert all(agent.action.space.contains(np.asarray(action)) for action in got)
+        if got.dtype.kind == "f":
+            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+        else:
+            different = (got != expected).reshape(rows, -1)
+            assert not different.any() or near_ties(agent, inputs)[different].all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_cases_tell_what_they_are_for(case):
+    """Actions vary, and would be others without the statistics, the mask or the bounds: a file without one is noticed."""
+    agent = make_agent(case)
+    obs, mask, inputs = observed(agent, 1000)
+    action = agent.act(obs, action_mask=mask)
+    assert len(np.unique(action.reshape(1000, -1), axis=0)) > 1
+    if agent.obs.normalized:
+        assert (make_agent(case, normalize=False).act(obs, action_mask=mask) != action).any()
+    if "action_mask" in inputs:
+        everything = np.ones_like(inputs["action_mask"])
+        obs = {**obs, "action_mask": everything} if isinstance(obs, dict) else obs
+        assert (agent.act(obs, action_mask=None if isinstance(obs, dict) else everything) != action).any()
+    if case == "Pendulum clipped":
+        assert {-0.5, 0.5} <= set(action.flatten().tolist())
+
+
+class Own(nn.Module):
+    """A network of somebody's own, with weights, frozen weights and buffers that are no zeros."""
+
+    def __init__(self, inputs, num_outputs):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(*inputs)
+        self.frozen = nn.Linear(*inputs, 5).requires_grad_(False)
+        self.actor, self.critic = nn.Linear(5, num_outputs), nn.Linear(5, 1)
+        self.norm.running_mean.fill_(0.3)
+
+    def forward(self, obs):
+        """obs (R, D) -> outputs (R, A), value (R, 1)."""
+        x = self.frozen(self.norm(obs)).tanh()
+        return self.actor(x), self.critic(x)
+
+
+class Branching(Own):
+    """One that no tracer can follow: what is computed hangs on a number."""
+
+    def forward(self, obs):
+        """As Own's, but for some observations."""
+        return super().forward(obs if obs.sum() > 0 else -obs)
+
+
+def train_run(run_dir, policy=None):
+    """A run of two iterations."""
+    config = TrainConfig(num_envs=4, num_steps=32, num_iterations=2, eval_episodes=0, norm_obs=True, plain=True, compile="off")
+    return train(TrainConfig(**{**vars(config), "run_dir": str(run_dir)}), policy=policy)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run with a network of ours."""
+    return train_run(tmp_path_factory.mktemp("export") / "run").run_dir
+
+
+@both
+def test_a_network_of_ones_own(format, tmp_path):
+    """From Python it is exported as ours is; the command line cannot know it, and says so."""
+    agent = train_run(tmp_path / "run", Own).policy
+    path = tmp_path / f"policy{SUFFIX[format]}"
+    export_policy(agent, path, format)
+    obs, _, inputs = observed(agent, 1000)
+    different = play(path, inputs) != agent.act(obs)
+    assert not different.any() or near_ties(agent, inputs)[different].all()
+
+
+def test_a_network_that_cannot_be_traced(tmp_path, capsys):
+    """A line, from Python; the command line says how a network of one's own is given."""
+    agent = train_run(tmp_path / "run", Branching).policy
+    with pytest.raises(UsageError, match=r"torch\.export cannot take this policy's network: "):
+        export_policy(agent, tmp_path / "policy.pt2", "torch")
+    assert console([str(tmp_path / "run"), "--format", "torch"]) == 2
+    error = capsys.readouterr().err
+    assert "Branching of your own: give what made it as policy=" in error
+    assert not list(tmp_path.rglob("policy*"))
+
+
+@pytest.mark.parametrize("case", ["CartPole", "Pendulum squashed"])
+def test_a_file_that_acts_otherwise_is_not_kept(case, tmp_path):
+    """A fault that says how far off it is; a file that was there before stays."""
+
+    class Other(Agent):
+        def act(self, obs, deterministic=True, action_mask=None):
+            return super().act(-obs, deterministic, action_mask)
+
+    agent, path = make_agent(case), tmp_path / "policy.pt2"
+    path.write_text("before")
+    other = Other(agent.obs_space, agent.obs, agent.action, agent.network, agent.params, agent.normalization)
+    with pytest.raises(TrainingFault, match=r"does not act as the run's does, .*policy\.pt2 was not written.*difference \d"):
+        export_policy(other, path, "torch")
+    assert [file.name for file in tmp_path.iterdir()] == ["policy.pt2"]
+    assert path.read_text() == "before"
+
+
+def test_the_command_prints_one_line(run_dir, tmp_path):
+    """What the file is, takes and returns, on stdout; nothing else anywhere, nor this machine's paths in the file."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "fastppo.export", str(run_dir), "--output", "a.onnx", "--checkpoint", "last"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(
+        r"a\.onnx \(\d+ kB\): obs float32 \(batch, 4\) -> action int64 \(batch\); the same actions on 256 observations\n",
+        done.stdout,
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]
+    assert str(Path(__file__).parent.parent).encode() not in (tmp_path / "a.onnx").read_bytes()
+
+
+def test_the_default_is_in_the_run_directory(run_dir, capfd):
+    """policy.pt2 beside config.json, replaced the second time; as quiet."""
+    for _ in range(2):
+        assert fastppo_console(["export", str(run_dir), "--format", "torch"]) == 0
+        out, error = capfd.readouterr()
+        assert out.startswith(f"{run_dir / 'policy.pt2'} (")
+        assert (len(out.splitlines()), error) == (1, "")
+    assert [file.name for file in run_dir.glob("policy*")] == ["policy.pt2"]
+    assert str(Path(__file__).parent.parent).encode() not in (run_dir / "policy.pt2").read_bytes()
+    assert torch.export.load(run_dir / "policy.pt2").module()({"obs": torch.zeros(3, 4)}).shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["{tmp}/nothing"], ["config.json"]),
+        (["{tmp}/damaged"], ["best.pt"]),
+        (["{run}", "--output", "{tmp}/no/policy.onnx"], ["--output", "there is no directory {tmp}/no"]),
+        (["{run}", "--output", "{tmp}"], ["--output {tmp} is a directory", "{tmp}/policy.onnx"]),
+        (["{run}", "--output", "{tmp}/policy.pt2"], ["--format onnx", "--output {tmp}/policy.onnx"]),
+        (["{run}", "--output", "{tmp}/policy", "--format", "torch"], ["--output {tmp}/policy.pt2"]),
+        (["{run}", "--output", "/proc/policy.pt2", "--format", "torch"], ["--output /proc/policy.pt2 cannot be written"]),
+        (["{run}", "--format", "onxx"], ["onnx", "torch"]),
+        (["{run}", "--checkpoint", "first"], ["best", "last"]),
+        (["{run}", "--ouput", "x"], ["--output"]),
+        ([], ["RUN"]),
+    ],
+)
+def test_wrong_use(flags, named, run_dir, tmp_path, capsys):
+    """Exit code 2, one or two lines that help, and nothing written."""
+    damaged = tmp_path / "damaged"
+    (damaged / "checkpoints").mkdir(parents=True)
+    (damaged / "config.json").write_text((run_dir / "config.json").read_text())
+    (damaged / "checkpoints" / "best.pt").write_bytes((run_dir / "checkpoints" / "best.pt").read_bytes()[:-100])
+    before = sorted(tmp_path.rglob("*"))
+    places = {"run": run_dir, "tmp": tmp_path}
+    assert console([flag.format(**places) for flag in flags]) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert 1 <= len(error.splitlines()) <= 2, error
+    assert all(part.format(**places) in error for part in named), error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package(package, run_dir, tmp_path, monkeypatch, capsys):
+    """The extra that brings it; torch.export needs none."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None if name == package else sys)
+    assert console([str(run_dir), "--output", str(tmp_path / "policy.onnx")]) == 2
+    error = capsys.readouterr().err
+    assert error == f"error: --format onnx needs {package}, which is not installed: pip install 'fastppo[export]'\n"
+
+
+def test_the_readmes_file_runs(tmp_path, monkeypatch):
+    """README's command and its lines of Python as they stand there."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    section = re.search(r"## Your policy elsewhere\n(.*?)\n## ", readme, re.DOTALL).group(1)
+    command = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1), comments=True)
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    assert command[0].endswith("/fastppo")
+    assert len(example.splitlines()) <= 4
+    monkeypatch.chdir(tmp_path)
+    train_run("runs/NAME")
+    assert fastppo_console(command[1:]) == 0
+    names = {"obs": np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)}
+    exec(example, names)
+    np.testing.assert_array_equal(names["action"], load_policy("runs/NAME").act(names["obs"]))
