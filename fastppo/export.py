@@ -6,6 +6,7 @@ Knows nothing of training. What is written is run before it gets its name, and h
 import contextlib
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -120,9 +121,9 @@ def _check(path: Path, format: str) -> None:
     """Raise UsageError for what cannot work, before anything takes time."""
     if format not in SUFFIXES:
         raise UsageError(f'--format must be "onnx" or "torch", got {format!r}')
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):  # Path.is_dir raises for a name that is too long
         raise UsageError(f"--output {path}: there is no directory {path.parent}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UsageError(f"--output {path} is a directory; nearest: --output {path / ('policy' + SUFFIXES[format])}")
     if path.suffix != SUFFIXES[format]:
         wanted = path.with_suffix(SUFFIXES[format])
@@ -220,8 +221,8 @@ def _sample(space: "gym.Space[Any]", rng: np.random.Generator) -> Any:
 def _difference(policy: "DeployedPolicy", inputs: Inputs, expected: NDArray[Any], got: NDArray[Any]) -> float:
     """How far the file's actions are from the policy's: 0 where they are equal, infinite where they are no actions.
 
-    Of numbers, the largest difference, relative to the largest number where that is above 1. Of choices, the log-probability
-    that the file's lose: of two that are equally likely to the last bits, either may be taken.
+    Of numbers, the largest difference, relative to the largest number where that is above 1. Of choices, that of their
+    log-probabilities: of two that are equally likely to the last bits, either may be taken.
     """
     import torch
 
@@ -243,7 +244,7 @@ def _difference(policy: "DeployedPolicy", inputs: Inputs, expected: NDArray[Any]
             )
             for one in (expected, got)
         )
-    return float((best - other).max())
+    return float((best - other).abs().max())
 
 
 def _told(x: NDArray[Any]) -> str:

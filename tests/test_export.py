@@ -34,7 +34,7 @@ CASES = {  # observation and action space, squash, whether a mask comes in the i
     "mask in the info": (OBSERVATIONS["float64"], ACTIONS["discrete from -2"], False, True),
     "Dict": (Dict({"a.b": Dict(c=MultiBinary((2, 2))), "x": OBSERVATIONS["float32"]}), ACTIONS["box matrix"], False, False),
     "image": (OBSERVATIONS["image (H, W, C)"], ACTIONS["multi-binary"], False, False),
-    "one-hot": (OBSERVATIONS["discrete"], ACTIONS["multi-discrete int32"], False, False),
+    "one-hot": (OBSERVATIONS["discrete"], ACTIONS["multi-discrete 2-D"], False, False),
 }
 
 
@@ -246,11 +246,14 @@ def test_the_default_is_in_the_run_directory(run_dir, capfd):
         (["{run}", "--output", "{tmp}"], ["--output {tmp} is a directory", "{tmp}/policy.onnx"]),
         (["{run}", "--output", "{tmp}/policy.pt2"], ["--format onnx", "--output {tmp}/policy.onnx"]),
         (["{run}", "--output", "{tmp}/policy", "--format", "torch"], ["--output {tmp}/policy.pt2"]),
-        (["{run}", "--output", "/proc/policy.pt2", "--format", "torch"], ["--output /proc/policy.pt2 cannot be written"]),
+        (
+            ["{run}", "--output", f"{{tmp}}/{'x' * 255}.pt2", "--format", "torch"],
+            ["--output {tmp}/xxx", "cannot be written: OSError"],
+        ),
         (["{run}", "--format", "onxx"], ["onnx", "torch"]),
         (["{run}", "--checkpoint", "first"], ["best", "last"]),
         (["{run}", "--ouput", "x"], ["--output"]),
-        ([], ["RUN"]),
+        ([], ["Directory of the run"]),
     ],
 )
 def test_wrong_use(flags, named, run_dir, tmp_path, capsys):
