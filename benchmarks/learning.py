@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
-from numpy.typing import ArrayLike, NDArray
 
-RESAMPLES = 10_000  # of the bootstrap
+from fastppo.statistics import bootstrap_interval, interquartile_mean
 
 # Mean returns that others report for PPO, each with its steps. The zoo's: one agent each, evaluated deterministically (Atari:
 # sampled), MuJoCo v3, LunarLander v2: https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md
@@ -110,27 +108,6 @@ def run(env_id: str, seed: int, run_dir: Path, config: LearningConfig, flags: Se
     }
 
 
-def interquartile_mean(values: ArrayLike) -> NDArray[np.float64]:
-    """Mean along the last axis, (..., S) -> (...), without the lowest and highest quarter, each rounded down to whole values.
-
-    Agarwal et al. 2021, https://arxiv.org/abs/2108.13264; as scipy.stats.trim_mean. Of three values or fewer, their mean.
-    """
-    ordered = np.sort(np.asarray(values, np.float64), axis=-1)
-    cut = ordered.shape[-1] // 4
-    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
-
-
-def bootstrap_interval(values: ArrayLike, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % percentile interval of the interquartile mean of S seeds, drawn again with replacement.
-
-    The seeds of one environment are one stratum of Agarwal et al.'s bootstrap. Three seeds give a hint, not 95 %.
-    """
-    values = np.asarray(values, np.float64)
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(interquartile_mean(values[draws]), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def summarize(env_id: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One environment's figures from its finished runs, at least one."""
     evaluations = [result["evaluation"] for result in runs]
@@ -143,7 +120,7 @@ def summarize(env_id: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean": statistics.fmean(evaluations),
         "std": statistics.stdev(evaluations) if len(runs) > 1 else 0.0,  # of the seeds, n - 1
         "iqm": float(interquartile_mean(evaluations)),
-        "interval": bootstrap_interval(evaluations),
+        "interval": tuple(map(float, bootstrap_interval(evaluations))),
         "trainings": [result["training"] for result in runs],
         "training_mean": statistics.fmean(result["training"] for result in runs),
         "seconds": statistics.median(result["seconds"] for result in runs),
