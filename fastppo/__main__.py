@@ -11,6 +11,7 @@ VERBS = {
     "train": "train an agent on a Gymnasium environment",
     "evaluate": "play episodes with a run's policy",
     "export": "write a run's policy to one file, for onnxruntime or torch.export",
+    "plot": "draw learning curves of many runs, by environment and setting",
 }
 
 

@@ -57,11 +57,11 @@ def _flush_stdout() -> None:
 
 def _ended(message: str, code: int) -> int:
     with contextlib.suppress(OSError):  # the same disk may be behind stderr
-        print(_printable(message), file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
     return code
 
 
-def _printable(message: str) -> str:
+def printable(message: str) -> str:
     """The message without what a terminal would obey: it may quote a file from somebody else."""
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
 

@@ -23,6 +23,7 @@ import torch
 
 from fastppo.errors import UsageError
 from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.files import replace_file
 
 try:
     import fcntl
@@ -121,7 +122,7 @@ class RunDirectory:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace `path` by `text` in one step."""
-        _replace(path, text.encode())
+        replace_file(path, text.encode())
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Replace `path` by `data` as JSON; numbers that are not finite become null, which JSON has."""
@@ -135,7 +136,7 @@ class RunDirectory:
         """
         buffer = BytesIO()  # torch.save to a file tells of a full disk in words of its own
         torch.save(dict(data), buffer)
-        _replace(path, buffer.getbuffer())
+        replace_file(path, buffer.getbuffer())
 
     def keep(self, iteration: int, checkpoint: Mapping[str, Any], number: int) -> None:
         """Write a checkpoint, which is also last.pt from then on, and drop all but `number` of those up to it.
@@ -180,18 +181,3 @@ class RunDirectory:
             except UsageError as error:
                 failed = failed or error
         raise failed or UsageError(f"{self.path} holds no checkpoint to go on from: is this a run directory of fastppo?")
-
-
-def _replace(path: Path, content: bytes | memoryview) -> None:
-    """A kill, a crash or a full disk at any moment leaves the file as it was before, or as it is to be."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
