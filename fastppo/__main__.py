@@ -12,6 +12,7 @@ VERBS = {
     "evaluate": "play episodes with a run's policy",
     "export": "write a run's policy to one file, for onnxruntime or torch.export",
     "plot": "draw learning curves of many runs, by environment and setting",
+    "report": "write a run as one HTML page",
 }
 
 

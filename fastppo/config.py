@@ -17,7 +17,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.errors import UsageError, nearest
 
-MAX_JSON_BYTES = 2**20  # of config.json, which has two thousand
+MAX_JSON_BYTES = 2**20  # of config.json and summary.json, which have two thousand
 MAX_BATCH_SIZE = 2**31 - 1
 MAX_THREADS = 4096
 MAX_WIDTH = 2**16  # of a layer: two such are 16 GiB of weights
@@ -268,19 +268,7 @@ class TrainConfig:
 
         Raises UsageError when it is missing, damaged or from another version of fastppo.
         """
-        try:
-            if path.exists() and not path.is_file():
-                raise UsageError(f"{path} is no regular file")
-            with path.open("rb") as file:
-                text = file.read(MAX_JSON_BYTES + 1)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be read ({error.strerror}): is this a run directory of fastppo?") from None
-        if len(text) > MAX_JSON_BYTES:
-            raise UsageError(f"{path} is larger than any config.json of fastppo: {MAX_JSON_BYTES} bytes are read at most")
-        try:
-            data = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
+        data = read_json(path)
         if not isinstance(data, dict):
             raise UsageError(f"{path} does not hold the settings of a run, but {reprlib.repr(data)}")
         unknown = next((name for name in data if name not in _KINDS), None)
@@ -317,6 +305,23 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
 def flag(name: str) -> str:
     """'num_envs' -> '--num-envs'."""
     return "--" + name.replace("_", "-")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a run directory holds, read as data. Raises UsageError when it is missing, damaged or huge."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): is this a run directory of fastppo?") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise UsageError(f"{path} is larger than any {path.name} of fastppo: {MAX_JSON_BYTES} bytes are read at most")
+    try:
+        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

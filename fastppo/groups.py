@@ -151,14 +151,14 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
 
 def _texts(config: TrainConfig) -> tuple[str, ...]:
     """What is learned from, in the order of SETTINGS."""
-    shown = {name: _text(getattr(config, name)) for name in SETTINGS}
+    shown = {name: setting_text(getattr(config, name)) for name in SETTINGS}
     if not config.exact_resume:  # checkpoints are then no part of what is learned
         shown["checkpoint_iterations"] = ""
     return tuple(shown.values())
 
 
-def _text(value: Any) -> str:
-    """A setting as a label has it; equal values have equal texts, 1 and 1.0 too."""
+def setting_text(value: Any) -> str:
+    """A setting as a label or a table has it; equal values have equal texts, 1 and 1.0 too."""
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, tuple):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -45,6 +45,15 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5
 DASHES = ("-", "--", ":", "-.")
 FORMATS = ("png", "svg")
 EPISODIC = (RETURN, "episodic_length_mean")  # without a value until an episode has ended
+
+
+def inked(colour: str) -> dict[Any, str]:
+    """matplotlib's parameters that give all that is no curve this colour."""
+    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+    return dict.fromkeys(parts, colour)
+
+
+BLACK = inked("#000000")
 
 
 @dataclass(frozen=True)
@@ -94,13 +103,15 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     temporary.replace(output)
 
 
-def draw_page(groups: Sequence[Group], panels: Sequence[tuple[str, str]], columns: int, ink: str = "#000000") -> "Figure":
+def draw_page(
+    groups: Sequence[Group], panels: Sequence[tuple[str, str]], columns: int, style: Mapping[Any, str] = BLACK
+) -> "Figure":
     """A figure with a block of panels for each environment, its name above and its settings below.
 
     Args:
-        groups: at least one.
+        groups: at least one; an environment without a name has none above it.
         panels: columns of metrics.csv, (x, y), in reading order; `columns` of them stand side by side.
-        ink: colour of all that is no curve.
+        style: matplotlib's parameters that differ.
     """
     import matplotlib  # here, so that --help and wrong flags do not wait for it
     from matplotlib.figure import Figure
@@ -114,11 +125,12 @@ def draw_page(groups: Sequence[Group], panels: Sequence[tuple[str, str]], column
         for env_id, here in environments.items()
     ]
     several = any(len(group.runs) > 1 for group in groups)
-    with matplotlib.rc_context(_colours(ink)):
+    with matplotlib.rc_context({**style}):
         figure = Figure(figsize=(10, sum(heights) + 0.3 * several), layout="constrained")
         blocks = figure.subfigures(len(environments), 1, height_ratios=heights, squeeze=False)[:, 0]
         for block, (env_id, here) in zip(blocks, environments.items(), strict=True):
-            block.suptitle(printable(env_id)[:100], fontsize=12, weight="bold", parse_math=False)
+            if env_id:
+                block.suptitle(printable(env_id)[:100], fontsize=12, weight="bold", parse_math=False)
             grid = block.subplots(rows, columns, squeeze=False)
             for axes in grid.flat[len(panels) :]:
                 axes.remove()
@@ -126,7 +138,8 @@ def draw_page(groups: Sequence[Group], panels: Sequence[tuple[str, str]], column
                 _draw_panel(axes, here, looks, x, y)
                 if index + columns >= len(panels):
                     axes.set_xlabel(LABELS[x])
-            _add_legend(block, here, looks, legends[env_id])
+            if several or len(here) > 1:
+                _add_legend(block, here, looks, legends[env_id])
         if several:
             figure.supxlabel(
                 "thin: single runs   thick: mean over seeds, of the middle half (IQM) from four on   "
@@ -136,18 +149,14 @@ def draw_page(groups: Sequence[Group], panels: Sequence[tuple[str, str]], column
     return figure
 
 
-def _colours(ink: str) -> dict[str, str]:
-    return dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color"), ink)
-
-
-def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
+def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
     """Label -> colour and dashes: a setting looks the same in every environment."""
     labels = dict.fromkeys(group.label for group in groups)
     count = len(PALETTE)
     return {label: (PALETTE[i % count], DASHES[i // count % len(DASHES)]) for i, label in enumerate(labels)}
 
 
-def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple[str, str]], x: str, y: str) -> None:
+def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], x: str, y: str) -> None:
     from matplotlib.ticker import EngFormatter, LogFormatter
 
     smallest = math.inf
@@ -157,14 +166,15 @@ def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple
         for one in group.runs:
             xs, ys = one.series(x, y)
             smallest = min(smallest, ys.min(initial=math.inf))
-            thin = {"linewidth": 0.7, "alpha": 0.5} if curve is not None else {"linewidth": 1.5}
-            axes.plot(xs, ys, color=colour, linestyle=dashes, marker="." if len(xs) == 1 else "", **thin)
+            width, alpha = (0.7, 0.5) if curve is not None else (1.5, 1.0)
+            marker = "." if len(xs) == 1 else ""
+            axes.plot(xs, ys, color=colour, linestyle=dashes, marker=marker, linewidth=width, alpha=alpha)
         if curve is not None:
             axes.plot(curve.x, curve.center, color=colour, linestyle=dashes, linewidth=2.2)
             if curve.low is not None and curve.high is not None:
                 axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
     axes.set_title(printable(LABELS.get(y, y)), fontsize=10, parse_math=False)
-    axes.grid(alpha=0.25)
+    axes.grid(alpha=0.13)
     axes.spines[["top", "right"]].set_visible(False)
     if smallest == math.inf:
         axes.text(0.5, 0.5, "no finished episode" if y in EPISODIC else "no data", ha="center", transform=axes.transAxes)
@@ -191,7 +201,7 @@ def _legend_text(group: Group) -> str:
     return f"{group.label} ({group.statistic})" if group.label else group.statistic
 
 
-def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str, tuple[str, str]], columns: int) -> None:
+def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], columns: int) -> None:
     """Below the panels, never over a curve."""
     from matplotlib.lines import Line2D
 
@@ -205,12 +215,12 @@ def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str
         text.set_parse_math(False)
 
 
-def render(figure: "Figure", form: str, ink: str = "#000000") -> bytes:
+def render(figure: "Figure", form: str, style: Mapping[Any, str] = BLACK) -> bytes:
     """The figure as png or svg; the same figure gives the same bytes."""
     import matplotlib
 
     buffer = BytesIO()
-    with matplotlib.rc_context({**_colours(ink), "svg.hashsalt": "fastppo"}), warnings.catch_warnings():
+    with matplotlib.rc_context({**style, "svg.hashsalt": "fastppo"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in letters that the font lacks
         figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
     return buffer.getvalue()
