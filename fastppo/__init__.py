@@ -14,7 +14,7 @@ from fastppo.errors import TrainingFault, UsageError
 if TYPE_CHECKING:
     from fastppo.loading import load_policy
     from fastppo.loop import TrainResult, train
-    from fastppo.presets import preset_for
+    from fastppo.presets import load_preset, preset_for
 
 __all__ = [
     "Callback",
@@ -24,6 +24,7 @@ __all__ = [
     "UsageError",
     "View",
     "load_policy",
+    "load_preset",
     "preset_for",
     "train",
 ]
@@ -39,8 +40,8 @@ def __getattr__(name: str) -> Any:
         from fastppo.loading import load_policy
 
         return load_policy
-    if name == "preset_for":
-        from fastppo.presets import preset_for
+    if name in ("load_preset", "preset_for"):
+        from fastppo import presets
 
-        return preset_for
+        return getattr(presets, name)
     raise AttributeError(f"module 'fastppo' has no attribute {name!r}")

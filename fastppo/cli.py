@@ -14,8 +14,8 @@ from typing import TypeVar
 import tyro
 
 from fastppo.config import TrainConfig, check_resumable, flag
-from fastppo.errors import TrainingFault, UsageError, nearest
-from fastppo.presets import PRESETS, choose_preset
+from fastppo.errors import TrainingFault, UsageError
+from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import silence_stdout
 
 T = TypeVar("T")
@@ -104,14 +104,11 @@ def _refuse_ways_out(run_dir: Path) -> None:
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:
-    """The settings of --preset, its own environment among them; raises UsageError for a name that there is not."""
+    """The settings of --preset, its own environment among them; raises UsageError where there is no such preset."""
     name = _value_of("--preset", args) or "auto"
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
-    if name not in PRESETS:
-        known = ("auto", *PRESETS)
-        raise UsageError(f"--preset must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
-    return PRESETS[name].config()
+    return find_preset(name).config()
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:

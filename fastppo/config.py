@@ -17,7 +17,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.errors import UsageError, nearest
 
-MAX_JSON_BYTES = 2**20  # of config.json and summary.json, which have two thousand
+MAX_JSON_BYTES = 2**20  # of a file of settings or results; config.json has two thousand
 MAX_BATCH_SIZE = 2**31 - 1
 MAX_THREADS = 4096
 MAX_WIDTH = 2**16  # of a layer: two such are 16 GiB of weights
@@ -58,7 +58,7 @@ class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
     preset: str = "none"
-    """Settings to start from, which other flags override: auto (chosen by env_id), none or a name; in Python see preset_for."""
+    """Settings to start from, which other flags override: auto (by env_id), none, a name, a .json file; see preset_for."""
     env_id: str = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
     env_kwargs: EnvKwargs = field(default_factory=dict)
@@ -268,9 +268,7 @@ class TrainConfig:
 
         Raises UsageError when it is missing, damaged or from another version of fastppo.
         """
-        data = read_json(path)
-        if not isinstance(data, dict):
-            raise UsageError(f"{path} does not hold the settings of a run, but {reprlib.repr(data)}")
+        data = read_json(path, "the settings of a run", "is this a run directory of fastppo?")
         unknown = next((name for name in data if name not in _KINDS), None)
         if unknown is not None:
             raise UsageError(
@@ -281,6 +279,38 @@ class TrainConfig:
             return cls(**data)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+
+
+def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
+    """An object of JSON from a file that may be anybody's: read as data, MAX_JSON_BYTES at most, no name twice.
+
+    Raises UsageError, which says with `hint` what to do about a file that cannot be opened, and that it does not hold `what`.
+    """
+    text = read_text(path, hint)
+    try:
+        data = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} does not hold {what}, but {reprlib.repr(data)}")
+    return data
+
+
+def read_text(path: Path, hint: str) -> str:
+    """The text of a regular file of at most MAX_JSON_BYTES; raises UsageError as `read_json`."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): {hint}") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise UsageError(f"{path} is larger than any {path.name} of fastppo: {MAX_JSON_BYTES} bytes are read at most")
+    try:
+        return text.decode("utf-8-sig")
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
 
 
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
@@ -305,23 +335,6 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
 def flag(name: str) -> str:
     """'num_envs' -> '--num-envs'."""
     return "--" + name.replace("_", "-")
-
-
-def read_json(path: Path) -> Any:
-    """What a JSON file of a run directory holds, read as data. Raises UsageError when it is missing, damaged or huge."""
-    try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is no regular file")
-        with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): is this a run directory of fastppo?") from None
-    if len(text) > MAX_JSON_BYTES:
-        raise UsageError(f"{path} is larger than any {path.name} of fastppo: {MAX_JSON_BYTES} bytes are read at most")
-    try:
-        return json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Settings to start from, by environment, each with where it comes from. Knows TrainConfig and gymnasium's ids, costs no torch.
+"""Settings to start from, by environment or from a file, each with where it comes from. Knows TrainConfig and gymnasium's ids.
+
+Costs no torch. A file is data: {"settings": {"gamma": 0.98}, "source": "where it comes from", "env_id": "Hopper-v5"}. Only the
+settings have to be there; `fastppo sweep` writes one.
 
 How a source's settings are written here:
 
@@ -10,13 +13,15 @@ How a source's settings are written here:
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from fastppo.config import TrainConfig
+from fastppo.config import TrainConfig, read_json
 from fastppo.envs.make import find_spec
-from fastppo.errors import UsageError
+from fastppo.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -296,14 +301,65 @@ def preset_for(env_id: str) -> TrainConfig:
     return choose_preset(env_id).config(env_id)
 
 
+FILE_KEYS = ("settings", "source", "env_id")
+NOT_IN_FILES = ("preset", "env_id", "run_dir", "resume")  # of TrainConfig: which run it is, not how it learns
+
+
+def load_preset(path: str | Path) -> TrainConfig:
+    """The settings of a preset file, its environment among them; change them with `dataclasses.replace`.
+
+    Raises UsageError for a file that is missing, damaged, or holds what is no setting or no legal value of one.
+    """
+    return read_preset(str(path)).config()
+
+
+def read_preset(path: str) -> Preset:
+    """A preset file, checked as config.json is; its path is the preset's name. Raises UsageError as `load_preset`."""
+    form = '{"settings": {"gamma": 0.98}}'
+    data = read_json(Path(path), f"a preset, {form} for example", "--preset takes a name or a .json file")
+    _known(path, data, FILE_KEYS, "key of a preset file")
+    settings, source, env_id = data.get("settings"), data.get("source", "a file"), data.get("env_id", TrainConfig.env_id)
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: settings must be names with values, as in {form}, got {reprlib.repr(settings)}")
+    if not isinstance(source, str) or not source.isprintable() or len(source) > 500:
+        raise UsageError(f"{path}: source must be a line of text, got {reprlib.repr(source)}")
+    _known(path, settings, [spec.name for spec in fields(TrainConfig) if spec.name not in NOT_IN_FILES], "setting of a preset")
+    preset = Preset(path, env_id, source, settings)
+    try:
+        preset.config()  # for its checks
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return preset
+
+
+def _known(path: str, data: Mapping[str, Any], names: Iterable[str], what: str) -> None:
+    """Raise UsageError for the first name in `data` that is none of `names`."""
+    unknown = next((name for name in data if name not in names), None)
+    if unknown is not None:
+        raise UsageError(f"{path}: {reprlib.repr(unknown)} is no {what}{nearest(unknown[:100], names)}")
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of a name, or in a file, which has a .json or a / in its name. Raises UsageError where there is none."""
+    if name.endswith(".json") or "/" in name:
+        return read_preset(name)
+    if name not in PRESETS:
+        known = ("auto", *PRESETS)
+        raise UsageError(f"--preset must be a .json file or one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    return PRESETS[name]
+
+
 def describe(config: TrainConfig) -> str | None:
     """One line for people: the preset, its source, and those of its settings that are not TrainConfig's defaults.
 
-    None where no preset was chosen.
+    None where no preset was chosen, or its file is gone.
     """
-    if config.preset == "none" or config.preset not in PRESETS:
+    if config.preset == "none":
         return None
-    preset, plain = PRESETS[config.preset], TrainConfig()
+    try:
+        preset, plain = find_preset(config.preset), TrainConfig()
+    except (UsageError, ValueError):  # no path at all
+        return None
     values = {key: getattr(config, key) for key in preset.settings}
     shown = ", ".join(_show(key, value) for key, value in values.items() if value != getattr(plain, key))
     return f"preset {preset.name} ({config.env_id}; {preset.source}): {shown or 'the defaults of every flag'}"

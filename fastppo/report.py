@@ -82,11 +82,11 @@ def _own(path: Path, run_dir: Path) -> bool:
 
 def _summary(run_dir: Path) -> dict[str, Any]:
     """What the run's end left; {} before that, or where it is damaged."""
+    path = run_dir / "summary.json"
     try:
-        data = read_json(run_dir / "summary.json") if _own(run_dir / "summary.json", run_dir) else {}
+        return read_json(path, "the results of a run", "is this a run directory of fastppo?") if _own(path, run_dir) else {}
     except UsageError:
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def _number(value: Any) -> float | None:

@@ -1,5 +1,6 @@
 """Presets: the right one for each environment, nothing lost to it, and a line that says what was chosen."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from fastppo import TrainConfig, UsageError, preset_for, train
 from fastppo.cli import parse_train
 from fastppo.envs.make import find_spec
 from fastppo.loop import TrainResult
-from fastppo.presets import PRESETS, choose_preset, describe
+from fastppo.presets import PRESETS, choose_preset, describe, load_preset
 from fastppo.train import console
 
 TINY = [
@@ -287,3 +288,95 @@ def test_help_and_errors_name_the_presets(capsys):
     for name in ("auto", *PRESETS):
         assert f" {name}" in error
     assert "nearest: Hopper" in error
+
+
+# --- preset files
+
+
+def preset_file(path, text=None, **data):
+    """A preset file of this text, or of these keys."""
+    path.write_text(json.dumps(data) if text is None else text)
+    return path
+
+
+def test_a_preset_file(tmp_path):
+    """Its settings and its environment, under its path as the name; flags win wherever they stand; Python reads the same."""
+    settings = {"gamma": 0.9, "hidden_sizes": [8, 4], "norm_obs": True, "max_grad_norm": float("inf"), "env_kwargs": {"g": 9}}
+    path = preset_file(tmp_path / "mine.json", settings=settings, source="a friend", env_id="Pendulum-v1")
+    config = parse_train(["--preset", str(path)])
+    assert config == load_preset(path) == fastppo.load_preset(str(path))
+    assert config == TrainConfig(
+        preset=str(path), env_id="Pendulum-v1", gamma=0.9, hidden_sizes=(8, 4), norm_obs=True, max_grad_norm=float("inf"),
+        env_kwargs={"g": 9},
+    )  # fmt: skip
+    flags = ["--gamma", "0.5", f"--preset={path}", "--env-id", "X-v0", "--no-norm-obs"]
+    assert parse_train(flags) == replace(config, gamma=0.5, env_id="X-v0", norm_obs=False)
+    assert describe(replace(config, gamma=0.5)) == (
+        f"preset {path} (Pendulum-v1; a friend): "
+        "gamma 0.5, hidden_sizes 8 4, norm_obs, max_grad_norm inf, env_kwargs {'g': 9}"
+    )
+    bare = load_preset(preset_file(tmp_path / "bare.json", settings={}))
+    assert bare == TrainConfig(preset=str(tmp_path / "bare.json"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"settings": {"gama": 0.9}}', "'gama' is no setting of a preset; nearest: gamma"),
+        ('{"settings": {"gamma": "0.9"}}', "--gamma must be between 0 and 1, got '0.9'"),
+        ('{"settings": {"gamma": 2}}', "--gamma must be between 0 and 1, got 2"),
+        ('{"settings": {"num_envs": 8.0}}', "--num-envs must be a whole number of at least 1, got 8.0"),
+        ('{"settings": {"norm_obs": 1}}', "--norm-obs must be true or false, got 1"),
+        ('{"settings": {"num_minibatches": 3}}', "--num-minibatches 3 does not divide"),
+        ('{"settings": {"run_dir": "/"}}', "'run_dir' is no setting of a preset"),
+        ('{"settings": {"resume": "/"}}', "'resume' is no setting of a preset"),
+        ('{"settings": {"env_id": "X-v0"}}', "'env_id' is no setting of a preset"),
+        ('{"settings": {"gamma": 0.9, "gamma": 0.8}}', "a name stands in it twice"),
+        ('{"settings": [1]}', "settings must be names with values"),
+        ('{"gamma": 0.9}', "'gamma' is no key of a preset file"),
+        ('{"setting": {}}', "'setting' is no key of a preset file; nearest: settings"),
+        ("{}", "settings must be names with values"),
+        ('{"settings": {}, "source": "two\\nlines"}', "source must be a line of text"),
+        ('{"settings": {}, "source": 1}', "source must be a line of text"),
+        ('{"settings": {}, "env_id": 1}', "--env-id must be a text, got 1"),
+        ("[]", "does not hold a preset"),
+        ("gamma = 0.9", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        (" " * (2**20 + 1), "is larger than any"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_wrong_preset_file(text, says, tmp_path, capsys):
+    """As strict as config.json: one line that names the file and what is wrong in it; exit code 2, nothing written."""
+    path = preset_file(tmp_path / "mine.json", text)
+    assert console(["--preset", str(path), "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {path}")
+    assert says in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_preset_file_that_is_not_there(tmp_path, capsys):
+    """Named as a file where it looks like one: it ends in .json or has a directory in it."""
+    for name in (str(tmp_path / "mine.json"), "none_such.json", str(tmp_path / "mine"), str(tmp_path)):
+        assert console(["--preset", name]) == 2
+        error = capsys.readouterr().err
+        assert name in error
+        assert "cannot be read" in error or "is no regular file" in error
+
+
+def test_a_run_from_a_file_goes_on_without_it(tmp_path, capsys):
+    """config.json has the path and every setting: the file is told of once, and is not needed afterwards."""
+    path = preset_file(tmp_path / "mine.json", settings={"gamma": 0.9}, source="a friend")
+    run_dir = tmp_path / "run"
+    assert console([*TINY, "--preset", str(path), "--learning-rate", "0.001", "--run-dir", str(run_dir)]) == 0
+    assert f"preset {path} (CartPole-v1; a friend): gamma 0.9\n" in capsys.readouterr().out
+    before = TrainConfig.from_json(run_dir / "config.json")
+    assert (before.preset, before.gamma, before.learning_rate) == (str(path), 0.9, 0.001)
+
+    path.unlink()
+    assert console(["--resume", str(run_dir), "--num-iterations", "2"]) == 0
+    after = TrainConfig.from_json(run_dir / "config.json")
+    assert after == replace(before, num_iterations=2, resume=str(run_dir))
+    assert describe(after) is None
