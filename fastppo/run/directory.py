@@ -23,12 +23,7 @@ import torch
 
 from fastppo.errors import UsageError
 from fastppo.run.checkpoint import load_checkpoint
-from fastppo.run.files import replace_file
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one directory are not noticed
-    fcntl = None  # type: ignore[assignment]
+from fastppo.run.files import lock_directory, replace_file
 
 
 class RunDirectory:
@@ -99,20 +94,10 @@ class RunDirectory:
 
     def lock(self) -> None:
         """Keep other runs out as long as this process lives, or until `unlock`. Raises UsageError where one keeps us out."""
-        if fcntl is None:
-            return
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UsageError(
-                f"--run-dir {self.path}: another run is writing to it; stop that one first, or choose another directory"
-            ) from None
-        except OSError:  # a file system without locks
-            os.close(descriptor)
-        else:
-            self._lock = descriptor
+        self._lock = lock_directory(
+            self.path,
+            f"--run-dir {self.path}: another run is writing to it; stop that one first, or choose another directory",
+        )
 
     def unlock(self) -> None:
         """Let other runs in."""

@@ -1,8 +1,15 @@
-"""How a file is written so that it is whole or not there. Costs no torch, and knows nothing of what is in it."""
+"""Files that appear whole or not at all, and directories that one process writes to. Knows nothing of what is in them."""
 
 import contextlib
 import os
 from pathlib import Path
+
+from fastppo.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two writers to one directory are not noticed
+    fcntl = None  # type: ignore[assignment]
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
@@ -22,3 +29,22 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def lock_directory(path: Path, taken: str) -> int | None:
+    """Keep others out as long as this process lives, or until the descriptor that is returned is closed.
+
+    None where files cannot be locked. Raises UsageError, saying `taken`, where somebody else keeps us out.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UsageError(taken) from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return None
+    return descriptor
