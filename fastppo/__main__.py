@@ -13,6 +13,7 @@ VERBS = {
     "export": "write a run's policy to one file, for onnxruntime or torch.export",
     "plot": "draw learning curves of many runs, by environment and setting",
     "report": "write a run as one HTML page",
+    "sweep": "search for the settings that learn an environment best",
 }
 
 

@@ -200,10 +200,8 @@ class TrainConfig:
         for spec in fields(self):  # JSON has no tuples; Python callers may pass lists
             if isinstance(getattr(self, spec.name), list):
                 object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
-        for name, kind in _KINDS.items():
-            value, (holds, wanted) = getattr(self, name), _BOUNDS.get(name, (_anything, _described(kind)))
-            if not _is(kind, value) or (value is not None and not holds(value)):
-                raise UsageError(f"{flag(name)} must be {wanted}, got {reprlib.repr(value)}")
+        for name in _KINDS:
+            check_setting(name, getattr(self, name))
         if self.clip_reward and self.norm_reward:
             raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
         if self.norm_returns and self.advantage != "monte-carlo":
@@ -330,6 +328,19 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):
         raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run goes on in {after.resume}")
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Raise UsageError unless `value` is of the type and within the bounds of the setting, whatever the others are."""
+    kind = _KINDS[name]
+    holds, wanted = _BOUNDS.get(name, (_anything, _described(kind)))
+    if not _is(kind, value) or (value is not None and not holds(value)):
+        raise UsageError(f"{flag(name)} must be {wanted}, got {reprlib.repr(value)}")
+
+
+def is_whole(name: str) -> bool:
+    """Whether the setting is a whole number."""
+    return int in (_KINDS[name], *get_args(_KINDS[name]))
 
 
 def flag(name: str) -> str:
