@@ -148,10 +148,11 @@ class Process:
             self._process.kill()
             self._process.wait()
 
-    def last_line(self) -> str:
-        """What it said last: a fault or an error in one line."""
+    def complaint(self) -> str:
+        """The line of its output that says what went wrong, or the last one."""
         lines = self.output.read_text(errors="replace").strip().splitlines() if self.output.exists() else []
-        return lines[-1][:300] if lines else ""
+        told = [line for line in lines if line.startswith(("fault: ", "error: "))]
+        return (told or lines or [""])[-1][:300]
 
 
 def _keep(source: IO[bytes], path: Path) -> None:
@@ -230,7 +231,7 @@ def advance(search: Search, attempt: Attempt) -> tuple[str, float | None, str] |
     seed = len(attempt.values) + 1
     curve = read_curve(attempt.path / f"seed-{seed}")
     if code:
-        return "failed", None, process.last_line() or f"exit code {code}"
+        return "failed", None, process.complaint() or f"exit code {code}"
     returns = at_parts(curve, search.steps)
     for part in range(attempt.reported, len(returns)):
         attempt.reported = part + 1
@@ -334,7 +335,7 @@ def _search(study: "optuna.Study", search: Search, config: SweepConfig, stop: St
     with Progress(*columns, console=Console(), disable=not terminal, transient=True) as screen:
         say = _sayer(screen.console if terminal else None)
         left = f"{len(done(study))} of {config.trials} trials are there already; " if done(study) else ""
-        say(f"{left}studying {', '.join(search.space)}: {search.seeds} seeds of {search.steps:,} steps a trial")
+        say(f"{left}studying {', '.join(search.space)}: {search.steps:,} steps a trial, seeds 1 to {search.seeds}")
         deadline = math.inf if config.timeout is None else time.monotonic() + config.timeout
         attempts: list[Attempt] = []
         try:

@@ -198,7 +198,7 @@ def stopped(*_):
     sys.exit(143)
 signal.signal(signal.SIGTERM, stopped)
 if plan == "fault":
-    sys.exit("fault: policy_loss is not finite")
+    sys.exit("fault: policy_loss is not finite\\niterations up to 3 are kept")
 if plan == "die":
     os.kill(os.getpid(), signal.SIGKILL)
 value = -10.0 if plan == "bad" else float("nan") if plan == "silent" else float(number + int(flags["--seed"]))
