@@ -159,6 +159,8 @@ def _texts(config: TrainConfig) -> tuple[str, ...]:
 
 def setting_text(value: Any) -> str:
     """A setting as a label or a table has it; equal values have equal texts, 1 and 1.0 too."""
+    if value is None:
+        return "none"
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, tuple):

@@ -22,7 +22,7 @@ from fastppo.cli import parse, printable, run
 from fastppo.config import TrainConfig, read_json
 from fastppo.errors import UsageError
 from fastppo.groups import LARGEST, Group, Run, read_run, setting_text
-from fastppo.plot import LOSSES, RETURN, draw_page, inked, render
+from fastppo.plot import LOSSES, PALETTE, RETURN, draw_page, inked, render
 from fastppo.run.files import replace_file
 
 MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of a page together
@@ -30,6 +30,7 @@ MAX_FAULT_LETTERS = 2**16
 MAX_LETTERS = 2000  # of a value
 VIDEOS = {".mp4": "video/mp4", ".webm": "video/webm", ".gif": "image/gif"}
 PHASES = (("env_share", "environments", "#0072B2"), ("act_share", "actions", "#E69F00"), ("learn_share", "learning", "#009E73"))
+CURVE = PALETTE[0].lower()  # as matplotlib writes it
 INK = "#010203"  # stands in the drawing for the colour of the page's text, light or dark
 STYLE = {**inked(INK), **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")}
 
@@ -57,7 +58,7 @@ def report(run_dir: Path) -> str:
         env_id=one.config.env_id,
         seed=one.config.seed,
         status=_status(one, summary, fault),
-        run_dir=run_dir.name,
+        run_dir=run_dir.resolve().name,
         results=_results(one, summary),
         fault=fault,
         videos=videos,
@@ -103,10 +104,8 @@ def _last(one: Run, name: str) -> float | None:
 
 def _status(one: Run, summary: Mapping[str, Any], fault: str) -> str:
     """How the run ended, as far as the directory tells."""
-    if fault:
-        return "ended with a fault"
     if (_number(summary.get("global_step")) or 0.0) < (_last(one, "global_step") or 0.0) or not summary:
-        return "not finished: under way, or killed"
+        return "ended with a fault" if fault else "not finished: under way, or killed"
     return f"stopped by {summary['stopped_by']}" if summary.get("stopped_by") else "finished"
 
 
@@ -171,7 +170,7 @@ def _pictures(one: Run) -> list[tuple[str, Any]]:
     pictures = []
     for heading, page in pages:
         svg = render(page, "svg", STYLE).decode()
-        pictures.append((heading, Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))))
+        pictures.append((heading, Markup(svg[svg.index("<svg") :].replace(INK, "currentColor").replace(CURVE, "var(--curve)"))))
     return pictures
 
 
