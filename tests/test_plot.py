@@ -79,6 +79,8 @@ def test_a_series_rises(tmp_path):
     text = (path / "metrics.csv").read_text().replace("5,500,", "5,150,")
     (path / "metrics.csv").write_text(text)
     assert read_run(path).series("global_step", "episodic_return_mean")[0].tolist() == [200, 700]
+    (path / "metrics.csv").write_text(text.replace("7,700,", "7,180,"))  # more than the 150 before it, less than there was
+    assert read_run(path).series("global_step", "episodic_return_mean")[0].tolist() == [200]
     assert read_run(path).series("global_step", "nothing")[0].tolist() == []
 
 
