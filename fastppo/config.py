@@ -187,6 +187,8 @@ class TrainConfig:
     """Checkpoints kept: the newest is last.pt too, those before it are for the case that it is damaged."""
     exact_resume: bool = False
     """Restart the environments at every checkpoint from a seed of its own, so that a resumed run equals one not interrupted."""
+    record_every: int | None = None
+    """Iterations between videos of the policy, at most 1000 steps of one episode each, in the run directory; None: none."""
     log_interval: int = 1
     """Iterations between rows of metrics.csv and TensorBoard."""
     track: Literal["wandb", "mlflow", "trackio"] | None = None
@@ -314,7 +316,7 @@ def read_text(path: Path, hint: str) -> str:
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
     "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "stop_at_return", "check_env",
-    "env_timeout", "track", "track_project"
+    "env_timeout", "track", "track_project", "record_every"
 }  # fmt: skip
 EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 
@@ -418,7 +420,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], object], str]] = {
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
     **dict.fromkeys(("update_epochs", "log_interval"), _at_least(1)),
-    **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints"), _at_least(1)),
+    **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints", "record_every"), _at_least(1)),
     **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),

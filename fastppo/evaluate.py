@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.cli import parse, run
 from fastppo.config import TrainConfig
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
 
 EPISODE_LIMIT = 100_000
+
+VideoFormat = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[mp4|gif]",
+        instance_from_str=lambda given: given[0] if given else "auto",
+        is_instance=lambda instance: instance is None or isinstance(instance, str),
+        str_from_instance=lambda video: ["None" if video is None else video],
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,18 @@ class EvaluateConfig:
     """Take the likeliest action; otherwise sample."""
     seed: int = 0
     """Seed of the environments and of sampling."""
+    render: Literal["human"] | None = None
+    """human: play the episodes one after another in a window, at their natural speed."""
+    video: VideoFormat = None
+    """Keep videos in the run directory, of further episodes; mp4 where there is ffmpeg, else gif."""
+    video_episodes: int = 1
+    """Episodes that --video keeps."""
 
     def __post_init__(self) -> None:
+        if self.video not in (None, "auto", "mp4", "gif"):
+            raise UsageError(f"--video takes mp4, gif or nothing, got {self.video[:100]!r}")
+        if self.video_episodes < 1:
+            raise UsageError(f"--video-episodes must be at least 1, got {self.video_episodes}")
         if self.episodes < 1 or self.seed < 0:
             raise UsageError(f"--episodes must be at least 1 and --seed at least 0, got {self.episodes} and {self.seed}")
 
@@ -104,6 +126,10 @@ def evaluate_config(
         finally:
             if envs is None:
                 playing.close()
+    return _report(returns)
+
+
+def _report(returns: Sequence[float]) -> dict[str, Any]:
     return {"return_mean": float(np.mean(returns)), "return_std": float(np.std(returns)), "episodes": len(returns)}
 
 
@@ -123,21 +149,72 @@ def _made_for(config: TrainConfig, episodes: int, deadline: Deadline) -> "Vector
     )
 
 
+def show_episodes(agent: "Agent", config: TrainConfig, episodes: int, seed: int, deterministic: bool = True) -> dict[str, Any]:
+    """`evaluate_config` in a window, one episode after another. Raises UsageError where there is no display."""
+    from fastppo.envs.drawn import frames_per_second, make_drawn
+    from fastppo.video import check_display, play, window
+
+    check_display()
+    agent.seed(seed)
+    with (
+        contextlib.closing(Deadline(config.env_timeout)) as deadline,
+        contextlib.closing(make_drawn(config.env_id, config.backend, config.env_kwargs, deadline)) as envs,
+        window(config.env_id, frames_per_second(envs)) as show,
+    ):
+        seeds = [seed, *[None] * (episodes - 1)]
+        returns = [play(agent, envs, show, first, deterministic, EPISODE_LIMIT)[0] for first in seeds]
+    return _report(returns)
+
+
+def record_episodes(
+    agent: "Agent", config: TrainConfig, name: Path, suffix: str, episodes: int, seed: int, deterministic: bool = True
+) -> list[Path]:
+    """Videos `name`-episode-0`suffix` and so on, and a printed line on each; raises UsageError for what cannot be drawn."""
+    from fastppo.envs.drawn import make_drawn
+    from fastppo.video import record
+
+    paths = [name.with_name(f"{name.name}-episode-{index}{suffix}") for index in range(episodes)]
+    agent.seed(seed)
+    with (
+        contextlib.closing(Deadline(config.env_timeout)) as deadline,
+        contextlib.closing(make_drawn(config.env_id, config.backend, config.env_kwargs, deadline)) as envs,
+    ):
+        for index, path in enumerate(paths):
+            total, steps = record(agent, envs, path, None if index else seed, deterministic, EPISODE_LIMIT)
+            print(f"{path}: return {total:.4g} in {steps} steps")
+    return paths
+
+
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
-    config = TrainConfig.from_json(Path(settings.run_dir) / "config.json")
+    directory = Path(settings.run_dir)
+    config = TrainConfig.from_json(directory / "config.json")
     import torch  # here, so that --help and wrong flags do not wait for it
 
-    from fastppo.loading import load_policy
+    from fastppo.loading import agent_from_checkpoint
+    from fastppo.run.checkpoint import load_checkpoint
 
     torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
-    agent = load_policy(settings.run_dir, settings.checkpoint)
-    result = evaluate_config(agent, config, settings.episodes, settings.seed, settings.deterministic)
+    path = directory / "checkpoints" / f"{settings.checkpoint}.pt"
+    checkpoint = load_checkpoint(path)
+    agent = agent_from_checkpoint(checkpoint, config, path)
+    how = (settings.seed, settings.deterministic)
+    videos = []
+    if settings.video is not None:
+        from fastppo.video import choose_suffix
+
+        suffix, remark = choose_suffix(settings.video)
+        if remark is not None:
+            print(remark)
+        name = directory / "videos" / f"eval-step-{checkpoint['global_step']}"
+        videos = record_episodes(agent, config, name, suffix, settings.video_episodes, *how)
+    played = evaluate_config if settings.render is None else show_episodes
+    result = played(agent, config, settings.episodes, *how)
     spread = result["return_std"] / math.sqrt(result["episodes"])
     print(
         f"{config.env_id}: return {result['return_mean']:.2f} +- {spread:.2f} (standard error of {result['episodes']} episodes)"
     )
-    print(json.dumps(result))
+    print(json.dumps({**result, "video": str(videos[0])} if videos else result))
 
 
 def console(args: Sequence[str] | None = None) -> int:

@@ -34,6 +34,7 @@ from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.check import check_envs
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.drawn import make_drawn
 from fastppo.envs.probe import choose_vectorization
 from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
@@ -57,6 +58,7 @@ from fastppo.run.signals import StopSignals
 from fastppo.run.tracking import Tracker, check_installed
 from fastppo.state import TrainState, checkpoint_of, frozen, init_state, load_state, normalization_of, snapshot
 from fastppo.tiers import Job, Tiers
+from fastppo.video import Recorder
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
@@ -134,6 +136,10 @@ def _train(
     findings = []
     if config.check_env and not config.resume:
         findings = check_envs(made, config.env_id, config.env_kwargs, backend, deadline)
+    drawn = None
+    if config.record_every is not None:
+        drawn = make_recorded(config, given, deadline)
+        cleanup.callback(drawn.close)
     network = make_network(obs, action, config, policy, seeds["parameters"])
     state = init_state(config, network, obs, device, seeds)
     workers = 1 if obs.has_images else choose_workers(config)  # large convolutions share themselves out better
@@ -169,6 +175,8 @@ def _train(
     loggers = Loggers(directory.metrics, display.note, state.iteration if config.resume else None, tracker)
     cleanup.callback(loggers.close)
     loggers.log_config(config.to_json())
+    if drawn is not None and config.record_every is not None:
+        callbacks = (*callbacks, Recorder(drawn, config.record_every, display.note))
 
     def agent_of() -> Agent:
         return Agent(obs_space, obs, action, network, state.params, normalization_of(state))
@@ -400,6 +408,13 @@ def make_own(config: TrainConfig, device: torch.device, deadline: Deadline) -> t
         deadline,
     )
     return made, engine_name(made, config.env_id, config.backend, vectorization), why
+
+
+def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
+    """The one environment that --record-every draws; raises UsageError where there is none."""
+    if given is not None:
+        raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
+    return make_drawn(config.env_id, config.backend, config.env_kwargs, deadline)
 
 
 def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
