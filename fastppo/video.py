@@ -162,7 +162,7 @@ def check_display() -> None:
     try:
         pygame.display.init()
     except pygame.error as error:
-        raise UsageError(no_window.format(brief(error))) from None
+        raise UsageError(no_window.format(error)) from None
 
 
 @contextlib.contextmanager

@@ -67,8 +67,8 @@ def has_display() -> bool:
 
 
 def _draw_without_a_display() -> None:
-    """Have pygame greet nobody and ask for no sound, and where there is no display have neither it nor MuJoCo look for one."""
-    names = {"PYGAME_HIDE_SUPPORT_PROMPT": "1", "SDL_AUDIODRIVER": "dummy"}
+    """Have pygame ask for no sound, and where there is no display have neither it nor MuJoCo look for one."""
+    names = {"SDL_AUDIODRIVER": "dummy"}
     if not has_display():
         names |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"}
     for name, value in names.items():
