@@ -158,7 +158,9 @@ def show_episodes(agent: "Agent", config: TrainConfig, episodes: int, seed: int,
     agent.seed(seed)
     with (
         contextlib.closing(Deadline(config.env_timeout)) as deadline,
-        contextlib.closing(make_drawn(config.env_id, config.backend, config.env_kwargs, deadline)) as envs,
+        contextlib.closing(
+            make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
+        ) as envs,
         window(config.env_id, frames_per_second(envs)) as show,
     ):
         seeds = [seed, *[None] * (episodes - 1)]
@@ -177,7 +179,9 @@ def record_episodes(
     agent.seed(seed)
     with (
         contextlib.closing(Deadline(config.env_timeout)) as deadline,
-        contextlib.closing(make_drawn(config.env_id, config.backend, config.env_kwargs, deadline)) as envs,
+        contextlib.closing(
+            make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
+        ) as envs,
     ):
         for index, path in enumerate(paths):
             total, steps = record(agent, envs, path, None if index else seed, deterministic, EPISODE_LIMIT)

@@ -414,7 +414,7 @@ def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadli
     """The one environment that --record-every draws; raises UsageError where there is none."""
     if given is not None:
         raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
-    return make_drawn(config.env_id, config.backend, config.env_kwargs, deadline)
+    return make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
 
 
 def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from fastppo import Callback, TrainConfig, UsageError, train
+from fastppo.envs.atari import AtariSettings, make_ale, make_drawn_ale
 from fastppo.evaluate import console
 from fastppo.video import choose_suffix, video_file
 
@@ -176,3 +177,43 @@ def test_a_window_shows_the_episodes_that_are_counted(cartpole):
     report = json.loads(last)
     assert report["episodes"] == 2
     assert report["return_mean"] >= 8.0
+
+
+@pytest.mark.parametrize(
+    "settings", [AtariSettings(noop_max=0), AtariSettings(noop_max=0, episodic_life=False, grayscale=False)]
+)
+def test_the_atari_game_that_is_drawn_is_the_one_trained_on(settings):
+    """Oracle: ALE's vector environment under the same actions, through lives, a game's end and the next one's start."""
+    pytest.importorskip("ale_py")
+    pytest.importorskip("cv2")
+    trained, drawn = make_ale("ALE/Breakout-v5", 1, {}, settings), make_drawn_ale("ALE/Breakout-v5", {}, settings)
+    steps = [(trained.reset(seed=0)[0], 0, 0, 0), (drawn.reset(seed=0)[0], 0, 0, 0)]
+    games, rng = 0, np.random.default_rng(0)
+    while games < 2:
+        assert np.abs(steps[0][0].astype(int) - steps[1][0]).max() <= 1
+        assert steps[0][1:4] == steps[1][1:4]
+        action = rng.integers(0, trained.single_action_space.n, 1)
+        steps = [envs.step(action) for envs in (trained, drawn)]
+        games += int(steps[0][4].get("game_over", steps[0][2])[0])
+    frame = drawn.render()[0]
+    assert frame.shape == (210, 160, 3)
+    assert frame.std() > 10
+    assert drawn.metadata["render_fps"] == 15
+    trained.close()
+    drawn.close()
+
+
+def test_a_video_of_atari(tmp_path, capsys):
+    """From a run in ALE's vector environment: a frame a step."""
+    for package in ("ale_py", "cv2", "imageio_ffmpeg"):
+        pytest.importorskip(package)
+    run_dir = tmp_path / "run"
+    train(
+        TrainConfig(
+            **{**SMALL, "num_iterations": 1, "num_steps": 8}, env_id="ALE/Pong-v5", record_every=1, run_dir=str(run_dir)
+        )
+    )
+    (path,) = (run_dir / "videos").iterdir()
+    steps = int(capsys.readouterr().out.partition(f"{path}: return ")[2].split()[2])
+    assert steps > 100
+    assert len(read_video(path)[0]) == steps + 1

@@ -16,7 +16,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
 from fastppo.envs.make import find_spec, first_line
@@ -121,6 +121,67 @@ def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     actions = [action.name for action in ale.ale.get_action_set()]
     return tell_lives(ale if settings.grayscale else _channels_first(ale), settings, has_fire=actions[FIRE] == "FIRE")
+
+
+def make_drawn_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
+    """One game of `make_ale`'s, through gymnasium's wrappers, whose `render` returns the console's screen, (210, 160, 3).
+
+    ALE's vector environment draws nothing. Observations are its own, give or take 1 of 255 where OpenCV rounds otherwise.
+
+    Args:
+        env_kwargs: max_num_frames_per_episode, or nothing.
+
+    Raises:
+        UsageError: other arguments, or OpenCV is not installed.
+    """
+    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation  # here: 0.2 s
+
+    other = next((name for name in env_kwargs if name != "max_num_frames_per_episode"), None)
+    if other is not None:
+        raise UsageError(f"--env-kwargs {other}: {env_id} cannot be drawn with it, only ALE's vector environment takes it")
+    own = {
+        "frameskip": 1,
+        "repeat_action_probability": settings.sticky_actions,
+        "full_action_space": settings.full_action_space,
+        "render_mode": "rgb_array",
+    }
+    game = gym.make(env_id, disable_env_checker=True, **{**env_kwargs, **own})
+    meanings: list[str] = game.unwrapped.get_action_meanings()  # type: ignore[attr-defined]  # of AtariEnv
+    has_fire = meanings[FIRE] == "FIRE"
+    start = _Start(game, settings.noop_max, fire=settings.fire_reset and has_fire)
+    try:
+        screens = AtariPreprocessing(
+            start,
+            noop_max=0,
+            frame_skip=settings.frame_skip,
+            screen_size=settings.screen_size,
+            grayscale_obs=settings.grayscale,
+        )
+    except gym.error.DependencyNotInstalled:
+        game.close()
+        raise UsageError(f"drawing {env_id} needs OpenCV: pip install 'fastppo[video]'") from None
+    stacked = FrameStackObservation(screens, settings.frame_stack, padding_type="zero")
+    envs: VectorEnv = SyncVectorEnv([lambda: stacked])
+    envs.metadata["render_fps"] = 60 / settings.frame_skip
+    return tell_lives(envs if settings.grayscale else _channels_first(envs), settings, has_fire)
+
+
+class _Start(gym.Wrapper[Any, Any, Any, Any]):
+    """A game starts as ALE's vector environment has it: up to noop_max frames without action, then one of FIRE."""
+
+    def __init__(self, env: gym.Env[Any, Any], noop_max: int, fire: bool) -> None:
+        super().__init__(env)
+        self.noop_max = noop_max
+        self.fire = fire
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(**kwargs)
+        noops = int(self.unwrapped.np_random.integers(self.noop_max + 1))
+        for action in [NOOP] * noops + [FIRE] * self.fire:
+            obs, _, terminated, truncated, info = self.env.step(action)
+            if terminated or truncated:
+                obs, info = self.env.reset()
+        return obs, info
 
 
 def refuse_own(env_id: str, env_kwargs: Mapping[str, Any], own: tuple[str, ...]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
-from fastppo.envs.atari import is_atari
+from fastppo.envs.atari import AtariSettings, is_atari, make_drawn_ale
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.device import TorchVectorEnv
@@ -23,17 +23,19 @@ from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief
 Frame = NDArray[np.uint8]  # (H, W, 3)
 
 
-def make_drawn(env_id: str, backend: str, env_kwargs: Mapping[str, Any], deadline: Deadline = NO_DEADLINE) -> AutoresetEnvs:
+def make_drawn(
+    env_id: str, backend: str, env_kwargs: Mapping[str, Any], atari: AtariSettings, deadline: Deadline = NO_DEADLINE
+) -> AutoresetEnvs:
     """One environment with the render mode "rgb_array", tried: it has been reset and drawn once.
 
     Args:
-        backend: as `make_envs` takes it.
+        backend, atari, deadline: as `make_envs` takes them.
 
     Raises:
         UsageError: it cannot be made, or cannot be drawn; says why, and which render modes it has.
     """
     _draw_without_a_display()
-    envs = AutoresetEnvs(_make(env_id, backend, env_kwargs), deadline)
+    envs = AutoresetEnvs(_make(env_id, backend, env_kwargs, atari), deadline)
     try:
         envs.reset(0)
         draw(envs)
@@ -75,13 +77,14 @@ def _draw_without_a_display() -> None:
         os.environ.setdefault(name, value)
 
 
-def _make(env_id: str, backend: str, env_kwargs: Mapping[str, Any]) -> VectorEnv:
+def _make(env_id: str, backend: str, env_kwargs: Mapping[str, Any], atari: AtariSettings) -> VectorEnv:
     kwargs = {name: value for name, value in env_kwargs.items() if name != "render_mode"}
     if backend == "torch":
         return make_device_vec(env_id, 1, kwargs, "cpu", "rgb_array")
-    if backend == "envpool" or is_atari(env_id):
-        engine = "EnvPool" if backend == "envpool" else "ALE's vector environment"
-        raise UsageError(f"--env-id {env_id} cannot be drawn: {engine} has no render modes")
+    if is_atari(env_id):
+        return make_drawn_ale(env_id, kwargs, atari)
+    if backend == "envpool":
+        raise UsageError(f"--env-id {env_id} cannot be drawn: EnvPool has no render modes")
     vectorization = "entry-point" if find_spec(env_id).entry_point is None else "sync"
     made, _ = make_vec(env_id, 1, vectorization, kwargs)
     on_device, modes = isinstance(made.unwrapped, TorchVectorEnv), made.metadata.get("render_modes") or ()
