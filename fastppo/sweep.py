@@ -67,8 +67,7 @@ class SweepConfig:
     steps: int | None = None
     """Total timesteps of each seed; default: those of the preset."""
     space: str | None = None
-    """What is searched, a .json or .toml file: {"gamma": {"uniform": [0.9, 1]}, "num_steps": {"choice": [64, 128]}}; also log,
-    one_minus_log and power_of_two. Default: a space after the RL Zoo's."""
+    """What is searched, a .json or .toml file: see fastppo/search_space.py. Default: a space after the RL Zoo's."""
     study_dir: str | None = None
     """Directory of the study and its runs; default sweeps/<env>."""
     jobs: int = 1
