@@ -1,7 +1,7 @@
 """Episodes to look at: played one by one, shown in a window or kept as a file.
 
 mp4 through imageio-ffmpeg, a frame at a time: gymnasium's recorder (1.4, moviepy 1.0.3) keeps every frame in memory and, taking
-them by time, showed 168 of 501 CartPole frames in a neighbour's place and wrote 301 of 300. GIF through Pillow where there is
+them by time, showed 168 of 501 synthetic frames in a neighbour's place and wrote 301 of 300. GIF through Pillow where there is
 no ffmpeg. Knows nothing of how an environment is made or drawn (envs/drawn.py).
 """
 
