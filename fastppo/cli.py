@@ -17,6 +17,7 @@ from fastppo.config import TrainConfig, check_resumable, flag
 from fastppo.errors import TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import silence_stdout
+from fastppo.run.files import is_inside
 
 T = TypeVar("T")
 MAX_LETTERS = 250  # of a value that is quoted in an error
@@ -94,10 +95,9 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
 
 def _refuse_ways_out(run_dir: Path) -> None:
     """Raise UsageError for a link in the directory that leads out of it: what is written would end up there."""
-    inside = os.path.realpath(run_dir)
     for place, directories, files in os.walk(run_dir):
         for path in (Path(place) / name for name in directories + files):
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+            if path.is_symlink() and not is_inside(path, run_dir):
                 raise UsageError(
                     f"--resume {run_dir}: {path} is a link that leads out of it; put what it leads to in its place"
                 )

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -149,20 +149,25 @@ def _made_for(config: TrainConfig, episodes: int, deadline: Deadline) -> "Vector
     )
 
 
+@contextlib.contextmanager
+def _drawn(config: TrainConfig) -> Iterator[AutoresetEnvs]:
+    """The run's environment, one that can be looked at. Raises UsageError where there is none."""
+    from fastppo.envs.drawn import make_drawn
+
+    with contextlib.closing(Deadline(config.env_timeout)) as deadline:
+        atari = atari_settings(config)
+        with contextlib.closing(make_drawn(config.env_id, config.backend, config.env_kwargs, atari, deadline)) as envs:
+            yield envs
+
+
 def show_episodes(agent: "Agent", config: TrainConfig, episodes: int, seed: int, deterministic: bool = True) -> dict[str, Any]:
     """`evaluate_config` in a window, one episode after another. Raises UsageError where there is no display."""
-    from fastppo.envs.drawn import frames_per_second, make_drawn
+    from fastppo.envs.drawn import frames_per_second
     from fastppo.video import check_display, play, window
 
     check_display()
     agent.seed(seed)
-    with (
-        contextlib.closing(Deadline(config.env_timeout)) as deadline,
-        contextlib.closing(
-            make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
-        ) as envs,
-        window(config.env_id, frames_per_second(envs)) as show,
-    ):
+    with _drawn(config) as envs, window(config.env_id, frames_per_second(envs)) as show:
         seeds = [seed, *[None] * (episodes - 1)]
         returns = [play(agent, envs, show, first, deterministic, EPISODE_LIMIT)[0] for first in seeds]
     return _report(returns)
@@ -172,17 +177,11 @@ def record_episodes(
     agent: "Agent", config: TrainConfig, name: Path, suffix: str, episodes: int, seed: int, deterministic: bool = True
 ) -> list[Path]:
     """Videos `name`-episode-0`suffix` and so on, and a printed line on each; raises UsageError for what cannot be drawn."""
-    from fastppo.envs.drawn import make_drawn
     from fastppo.video import record
 
     paths = [name.with_name(f"{name.name}-episode-{index}{suffix}") for index in range(episodes)]
     agent.seed(seed)
-    with (
-        contextlib.closing(Deadline(config.env_timeout)) as deadline,
-        contextlib.closing(
-            make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
-        ) as envs,
-    ):
+    with _drawn(config) as envs:
         for index, path in enumerate(paths):
             total, steps = record(agent, envs, path, None if index else seed, deterministic, EPISODE_LIMIT)
             print(f"{path}: return {total:.4g} in {steps} steps")

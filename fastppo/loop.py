@@ -149,9 +149,10 @@ def _train(
     # environments on the device are kept in checkpoints as they stand; others can only be restarted at them
     restarts = config.exact_resume and not isinstance(made, TorchVectorEnv)
 
+    if isinstance(made, TorchVectorEnv):
+        made.reset(seed=0)  # for the form of its state; start_collector resets it again
     if config.resume:
         if isinstance(made, TorchVectorEnv):
-            made.reset(seed=0)  # for the form of its state
             state.environments = state_of(made)
         directory, notes = reopen(config, restarts, state, network, data_of(state), cleanup)
     else:
@@ -199,7 +200,6 @@ def _train(
     noise_example = torch.zeros(act_noise_shape, device=device)
     seed = environment_seed(config.seed, state.iteration)
     if isinstance(made, TorchVectorEnv):
-        made.reset(seed=seed)  # for the form of its state, a part of the program; start_collector resets it again
         collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
         fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
         collect_example = (state.params, normalization, pack(made.running), noise_example, made.draw(config.num_steps))

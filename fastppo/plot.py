@@ -15,7 +15,7 @@ import tyro
 from fastppo.cli import parse, printable, run
 from fastppo.errors import UsageError, nearest
 from fastppo.groups import Group, find_runs, group_runs, read_run
-from fastppo.run.files import replace_file
+from fastppo.run.files import file_name, replace_file
 from fastppo.run.metrics import read_rows
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     for axes in figure.axes[-3:]:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
         axes.set_xlabel("environment steps")
-    temporary = output.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=100)
-    temporary.replace(output)
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=100)
+    replace_file(output, buffer.getbuffer())
 
 
 def draw_page(
@@ -263,7 +263,7 @@ def summary_line(group: Group, metric: str) -> str:
 def _default_output(groups: Sequence[Group], metric: str) -> str:
     environments = list(dict.fromkeys(group.env_id for group in groups))
     what = "-".join(environments) if len(environments) <= 3 else f"{len(environments)}-environments"
-    return re.sub(r"[^\w.-]+", "-", f"{'curves' if metric == RETURN else metric}-{what}")[:150]
+    return file_name(f"{'curves' if metric == RETURN else metric}-{what}")[:150]
 
 
 def _main(args: Sequence[str]) -> None:

@@ -8,7 +8,6 @@ import ast
 import base64
 import inspect
 import itertools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ from fastppo.config import TrainConfig, read_json
 from fastppo.errors import UsageError
 from fastppo.groups import LARGEST, Group, Run, read_run, setting_text
 from fastppo.plot import LOSSES, PALETTE, RETURN, draw_page, inked, render
-from fastppo.run.files import replace_file
+from fastppo.run.files import is_inside, replace_file
 
 MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of a page together
 MAX_FAULT_LETTERS = 2**16
@@ -78,7 +77,7 @@ def _clean(value: Any) -> Any:
 
 def _own(path: Path, run_dir: Path) -> bool:
     """Whether it is a file of the run, and no link to one of the reader's."""
-    return path.is_file() and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(run_dir))
+    return path.is_file() and is_inside(path, run_dir)
 
 
 def _summary(run_dir: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.config import TrainConfig, check_setting, is_whole, read_json, read_text
+from fastppo.config import RESUMABLE, TrainConfig, check_setting, is_whole, read_json, read_text
 from fastppo.envs.atari import is_atari
 from fastppo.errors import UsageError, nearest
 
@@ -27,10 +27,7 @@ if TYPE_CHECKING:
 
 KINDS = ("choice", "uniform", "log", "one_minus_log", "power_of_two")
 # of TrainConfig: what is trained on, how long, where, and how it is shown and kept
-NOT_SEARCHED = {"preset", "env_id", "env_kwargs", "vectorization", "env_timeout", "backend", "check_env", "device"} | {
-    "compile", "total_timesteps", "num_iterations", "seed", "num_threads", "run_dir", "resume", "eval_episodes",
-    "checkpoint_seconds", "checkpoint_iterations", "keep_checkpoints", "exact_resume", "log_interval", "plain",
-}  # fmt: skip
+NOT_SEARCHED = RESUMABLE | {"preset", "env_id", "env_kwargs", "vectorization", "backend", "seed", "exact_resume"}
 # and of these what the sweep itself sets for each seed of a trial
 OF_THE_SWEEP = ("seed", "run_dir", "resume", "total_timesteps", "num_iterations", "plain", "log_interval", "eval_episodes")
 SEARCHED = [spec.name for spec in fields(TrainConfig) if spec.name not in NOT_SEARCHED]

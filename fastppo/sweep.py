@@ -32,7 +32,7 @@ from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
 from fastppo.run.display import duration, number
-from fastppo.run.files import lock_directory, replace_file
+from fastppo.run.files import file_name, lock_directory, replace_file
 from fastppo.run.metrics import read_rows
 from fastppo.run.signals import StopSignals
 from fastppo.search_space import OF_THE_SWEEP, Space, built_in_space, read_space, to_settings
@@ -494,7 +494,7 @@ def _main(args: Sequence[str]) -> None:
     task_of(base.env_id) if base.backend == "envpool" else find_spec(base.env_id)
     steps = config.steps or base.total_timesteps
     space = built_in_space(base, steps, names) if config.space is None else read_space(Path(config.space), names)
-    directory = Path(config.study_dir or Path("sweeps") / re.sub(r"[^\w.-]+", "-", config.env_id))
+    directory = Path(config.study_dir or Path("sweeps") / file_name(config.env_id))
     num_threads = None
     if config.jobs > 1 and "num_threads" not in names:
         num_threads = max((os.cpu_count() or 1) // config.jobs, 1)

@@ -1,6 +1,8 @@
 """For all tests: one CPU thread (two of them on a busy machine wait for each other), and a compile cache of their own."""
 
+import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -13,3 +15,25 @@ torch.set_num_threads(1)
 def _own_cache(tmp_path_factory):
     """Nothing is loaded from, or left in, the user's cache of compiled programs."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def no_picture():
+    """Runs draw no curves.png: half of what a run of a second costs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fastppo.loop.plot_curves", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def benchmark_script(request):
+    """The benchmark that the test file names as SCRIPT, as a module."""
+    path = request.module.SCRIPT
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules[path.stem]

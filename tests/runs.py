@@ -1,4 +1,4 @@
-"""Run directories written by hand: what `fastppo plot` and `fastppo report` read, without training."""
+"""Runs for tests: of a moment, and directories written by hand, which `fastppo plot` and `report` read without training."""
 
 import csv
 import json
@@ -21,6 +21,12 @@ COLUMNS = {
     "act_share": 0.25,
     "learn_share": 0.5,
 }
+
+
+def tiny(run_dir, **settings):
+    """The settings of a run of a moment: eager, four iterations, without evaluation."""
+    settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "eval_episodes": 0} | settings
+    return TrainConfig(run_dir=str(run_dir), compile="off", plain=True, **settings)
 
 
 def write_run(path, returns, summary=None, columns=None, **settings):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from environments import WalkVector
 from gymnasium.vector import SyncVectorEnv
+from runs import tiny
 from test_resume import differing, result_of
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, View, load_policy, train
@@ -15,16 +16,7 @@ from fastppo.envs.make_device import make_device_vec
 from fastppo.run.checkpoint import load_checkpoint
 from fastppo.run.metrics import read_rows
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of what a run of a second costs."""
-    monkeypatch.setattr("fastppo.loop.plot_curves", lambda *_: None)
-
-
-def tiny(run_dir, **settings):
-    settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "eval_episodes": 0} | settings
-    return TrainConfig(run_dir=str(run_dir), compile="off", plain=True, **settings)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 class Recorder(Callback):

@@ -25,11 +25,7 @@ from fastppo.run.loggers import Loggers
 from fastppo.run.metrics import MetricsFile, read_rows
 from fastppo.train import console
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of what a run of a second costs."""
-    monkeypatch.setattr("fastppo.loop.plot_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def tiny(run_dir, **settings):

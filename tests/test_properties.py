@@ -47,12 +47,7 @@ ALWAYS_FINITE = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_picture():
-    """Half of what a run of a second costs."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.loop.plot_curves", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 # --- the settings

@@ -54,10 +54,7 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of what a run of a second costs."""
-    monkeypatch.setattr("fastppo.loop.plot_curves", lambda *_: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def settings_of(case, run_dir, **changed):

@@ -1,6 +1,5 @@
 """benchmarks/soak.py: its verdict by hand-made figures, each kind of growth found, and a run of seconds from end to end."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,16 +13,9 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="re
 
 
 @pytest.fixture(scope="module")
-def soak():
+def soak(benchmark_script):
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("soak", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        del sys.modules["soak"]
+    return benchmark_script
 
 
 def samples_of(soak, count=100, **growth):
@@ -90,11 +82,11 @@ def test_half_a_row_is_none(soak, tmp_path):
 
 def test_children_are_seen(soak):
     """A process with a child that holds a file open: two processes, and their files and memory together."""
-    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], stdin=sys.stdin)"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as parent:
+    child = "print(flush=True); input()"  # the line says that it has started: just after the fork it has hardly any memory
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], stdin=sys.stdin)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
         try:
-            while len(soak.process_tree(parent.pid)) < 2:
-                assert parent.poll() is None
+            parent.stdout.readline()
             both = [soak.usage(pid) for pid in soak.process_tree(parent.pid)]
         finally:
             parent.communicate(b"\n")

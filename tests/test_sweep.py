@@ -80,6 +80,7 @@ def test_every_kind_of_range(tmp_path):
     [
         ({"gama": {"choice": [0.9]}}, "'gama' is no setting; nearest: gamma"),
         ({"seed": {"choice": [1, 2]}}, "'seed' is not for searching"),
+        ({"track": {"choice": ["wandb"]}}, "'track' is not for searching"),  # nor all else that may change on --resume
         ({"env_id": {"choice": ["X-v0"]}}, "'env_id' is not for searching"),
         ({"gamma": {"chioce": [0.9]}}, "gamma: 'chioce' is none of choice, uniform"),
         ({"gamma": {"chioce": [0.9]}}, "nearest: choice"),

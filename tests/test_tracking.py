@@ -4,21 +4,13 @@ import importlib.util
 import sqlite3
 
 import pytest
+from runs import tiny
 
-from fastppo import TrainConfig, UsageError, train
+from fastppo import UsageError, train
 from fastppo.run import loggers, tracking
 from fastppo.run.metrics import read_rows
 
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch):
-    """Half of what a run of a second costs."""
-    monkeypatch.setattr("fastppo.loop.plot_curves", lambda *_: None)
-
-
-def tiny(run_dir, **settings):
-    settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 3, "eval_episodes": 0} | settings
-    return TrainConfig(run_dir=str(run_dir), compile="off", plain=True, **settings)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 class Fake:
@@ -82,7 +74,7 @@ def test_a_row_a_second(fake, tmp_path):
 def test_a_tracker_that_fails(doing, fake, tmp_path, monkeypatch, capsys):
     """One line; training, metrics.csv and TensorBoard go on."""
     monkeypatch.setattr(Fake, "fails", doing)
-    result = train(tiny(tmp_path / "run", track="wandb"))
+    result = train(tiny(tmp_path / "run", track="wandb", num_iterations=3))
     captured = capsys.readouterr()
     told = (
         f"the tracker gets nothing from here on (ConnectionError: nobody answers while {doing}); metrics.csv and training go on"

@@ -46,9 +46,8 @@ from fastppo.errors import NoAnswer, UsageError, brief
 STEPS = 32  # random ones, at most
 SECONDS = 0.5  # after which no more are begun; gymnasium's checker is left out where it would take longer
 SEED = 123
-OTHER_SEEDS = range(
-    1000, 1008
-)  # tried where all environments start alike: two that toss a coin are alike in half of the resets
+# tried where all environments start alike: two that toss a coin are alike in half of the resets
+OTHER_SEEDS = range(1000, 1008)
 GYMNASIUM_RESETS, GYMNASIUM_STEPS = 15, 6  # calls of its checker
 
 ONE_BY_ONE = tuple(f"gymnasium/{vectorization}" for vectorization in ("sync", "grouped", "async"))

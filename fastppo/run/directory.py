@@ -2,7 +2,7 @@
 
 config.json   metrics.csv   events.out.tfevents.*   curves.png   summary.json
 checkpoints/iteration-N.pt, the last few   checkpoints/last.pt, the newest of them   checkpoints/best.pt
-fault.txt and fault.pt, after one: what happened, and the rollout in which it did
+fault.txt and fault.pt, after one: what happened, and the rollout in which it did   videos/, where some were asked for
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import torch
 
 from fastppo.errors import UsageError
 from fastppo.run.checkpoint import load_checkpoint
-from fastppo.run.files import lock_directory, replace_file
+from fastppo.run.files import file_name, lock_directory, replace_file
 
 
 class RunDirectory:
@@ -55,8 +55,7 @@ class RunDirectory:
         """
         if path is not None:
             return cls._make(Path(path), fill)
-        name = re.sub(r"[^\w.-]+", "-", env_id)
-        start = Path("runs") / f"{name}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        start = Path("runs") / f"{file_name(env_id)}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in itertools.count(1):  # several runs started within a second
             directory = start if attempt == 1 else start.with_name(f"{start.name}-{attempt}")
             if not directory.exists():

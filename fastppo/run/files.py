@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from fastppo.errors import UsageError
@@ -29,6 +30,16 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def file_name(text: str) -> str:
+    """`text`, an environment's id for one, as a name that every file system takes."""
+    return re.sub(r"[^\w.-]+", "-", text)
+
+
+def is_inside(path: Path, directory: Path) -> bool:
+    """Whether it lies in the directory, and is no link that leads out of it."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 def lock_directory(path: Path, taken: str) -> int | None:
