@@ -234,6 +234,32 @@ def test_a_disk_that_is_full_for_a_while(disk, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_disk_that_takes_a_row_in_pieces(tmp_path):
+    """What was written of a row before the disk was full is not written again, and nothing of it is lost."""
+
+    class Narrow:
+        def __init__(self, file):
+            self.file, self.calls, self.close = file, 0, file.close
+
+        def write(self, content):
+            self.calls += 1
+            if self.calls % 3 == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(content[:2])
+
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    metrics.write({"iteration": 1, "global_step": 32})
+    metrics._file = Narrow(metrics._file)
+    for iteration in (2, 3):
+        with pytest.raises(OSError, match="No space"):
+            metrics.write({"iteration": iteration, "global_step": 32 * iteration})
+    with pytest.raises(OSError, match="No space"):
+        metrics.write({"iteration": 4, "global_step": 1234567890123456})
+    metrics._file = metrics._file.file
+    metrics.close()
+    assert [row["global_step"] for row in read_rows(tmp_path / "metrics.csv")] == ["32", "64", "96", "1234567890123456"]
+
+
 def test_a_disk_that_stays_full(disk, tmp_path, monkeypatch, capsys):
     """Exit code 3, what is kept and how to go on; once there is room, going on gives what no full disk would have."""
     train(tiny(tmp_path / "whole"))

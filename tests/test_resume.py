@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastppo import TrainConfig, TrainingFault, train
+from fastppo.loop import read_metrics
 from fastppo.run.loggers import Loggers
 from fastppo.train import console
 
@@ -199,6 +200,26 @@ def test_what_a_fault_leaves_goes_on_exactly(tmp_path):
     with pytest.raises(TrainingFault, match=r"iteration 3: .*step 6 .*the wheel came off"):
         train(config)
     marker.unlink()
+    train(replace(config, resume=config.run_dir))
+    assert differing(result_of(tmp_path / "whole"), result_of(tmp_path / "parted")) == []
+
+
+def test_what_a_faulty_update_leaves_goes_on_exactly(tmp_path, monkeypatch):
+    """No checkpoint but the fault's own: it holds iteration 2, not the random numbers and environments of half of the third."""
+    train(settings_of("device", tmp_path / "whole"))
+    config = settings_of("device", tmp_path / "parted")
+    calls = []
+
+    def failing(learned):
+        calls.append(learned)
+        if len(calls) == 3:
+            raise TrainingFault("policy_loss is not finite")
+        return read_metrics(learned)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastppo.loop.read_metrics", failing)
+        with pytest.raises(TrainingFault, match="iterations up to 2 are kept"):
+            train(config)
     train(replace(config, resume=config.run_dir))
     assert differing(result_of(tmp_path / "whole"), result_of(tmp_path / "parted")) == []
 
