@@ -12,8 +12,9 @@ from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
 
 if TYPE_CHECKING:
+    from fastppo.agent_run import TrainResult
     from fastppo.loading import load_policy
-    from fastppo.loop import TrainResult, train
+    from fastppo.loop import train
     from fastppo.presets import load_preset, preset_for
 
 __all__ = [
@@ -32,10 +33,14 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The names that need torch or gymnasium, imported when first asked for."""
-    if name in ("train", "TrainResult"):
-        from fastppo import loop
+    if name == "train":
+        from fastppo.loop import train
 
-        return getattr(loop, name)
+        return train
+    if name == "TrainResult":
+        from fastppo.agent_run import TrainResult
+
+        return TrainResult
     if name == "load_policy":
         from fastppo.loading import load_policy
 

@@ -8,6 +8,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -29,8 +30,17 @@ class Checkpoints:
         data_of: Callable[[TrainState], dict[str, Any]],
         iteration: int,
         note: Callable[[str], None],
+        resumed: Path | None = None,
     ) -> None:
-        """data_of: a state as plain data; iteration: of the checkpoint that is there already; note: takes a line."""
+        """See the arguments' names.
+
+        Args:
+            data_of: a state as plain data.
+            iteration: of the checkpoint that is there already.
+            note: takes a line.
+            resumed: what --resume would be given, if not the directory itself.
+        """
+        self._resumed = resumed or directory.path
         self.best: TrainState | None = None  # the best policy since the last checkpoint, not yet on disk
         self.iteration = iteration  # that a resumed run would go on from
         self._directory, self._config, self._exact, self._data_of, self._note = directory, config, exact, data_of, note
@@ -103,7 +113,7 @@ class Checkpoints:
     @property
     def go_on(self) -> str:
         """What to type."""
-        return f"go on with: python -m fastppo.train --resume {self._directory.path}"
+        return f"go on with: python -m fastppo.train --resume {self._resumed}"
 
     def _write(self, state: TrainState) -> None:
         if self.best is not None:

@@ -78,7 +78,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
 
     run_dir = Path(resume)
     try:
-        found = any((run_dir / "checkpoints").glob("*.pt"))
+        found = any((run_dir / "checkpoints").glob("*.pt")) or any(run_dir.glob("seed-*/checkpoints/*.pt"))
     except OSError as error:  # a name that is too long, or a loop of links
         raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
     if not found:

@@ -21,6 +21,7 @@ MAX_JSON_BYTES = 2**20  # of a file of settings or results; config.json has two 
 MAX_BATCH_SIZE = 2**31 - 1
 MAX_THREADS = 4096
 MAX_WIDTH = 2**16  # of a layer: two such are 16 GiB of weights
+MAX_SEEDS = 1024
 
 
 def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
@@ -166,6 +167,8 @@ class TrainConfig:
 
     seed: int = 1
     """Seed of every random generator: the same seed gives the same bits on the CPU."""
+    num_seeds: int = 1
+    """Agents trained side by side in one process, with seeds from --seed on: each as it would be alone."""
     device: str = "auto"
     """auto (the GPU when there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
@@ -213,7 +216,23 @@ class TrainConfig:
                 f"--vectorization {self.vectorization} is for --backend gymnasium; "
                 f"{self.backend} steps all at once: leave it off"
             )
+        if self.num_seeds > 1:
+            self._check_seeds()
         self._check_minibatches()
+
+    def _check_seeds(self) -> None:
+        if self.track is not None:
+            raise UsageError(f"--track {self.track} tells of one run: with --num-seeds {self.num_seeds} leave it off")
+        if self.exact_resume:
+            raise UsageError(
+                f"--exact-resume is for one seed: with --num-seeds {self.num_seeds} leave it off "
+                "(environments of --backend torch go on exactly by themselves)"
+            )
+        if self.batch_size * self.update_epochs * self.num_seeds > MAX_BATCH_SIZE:
+            raise UsageError(
+                f"--num-seeds {self.num_seeds} times {self.update_epochs} epochs of {self.batch_size} rows must be at most "
+                f"{MAX_BATCH_SIZE}"
+            )
 
     def _check_minibatches(self) -> None:
         if self.batch_size > MAX_BATCH_SIZE:
@@ -279,6 +298,16 @@ class TrainConfig:
             return cls(**data)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+
+
+def read_run_config(run_dir: Path) -> TrainConfig:
+    """The settings of one agent's run; raises UsageError as `from_json`, and for a directory of many seeds' runs."""
+    config = TrainConfig.from_json(run_dir / "config.json")
+    if config.num_seeds > 1:
+        raise UsageError(
+            f"{run_dir} holds the runs of {config.num_seeds} seeds: name one of them, {run_dir / f'seed-{config.seed}'} for one"
+        )
+    return config
 
 
 def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
@@ -428,6 +457,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], object], str]] = {
     **dict.fromkeys(("gamma", "gae_lambda", "atari_sticky_actions"), _UNIT_INTERVAL),
     "max_grad_norm": ((lambda x: x > 0), "above 0"),
     "stop_at_return": (math.isfinite, "a number"),
+    "num_seeds": ((lambda x: 1 <= x <= MAX_SEEDS), f"a whole number between 1 and {MAX_SEEDS}"),
     "log_std_init": ((lambda x: -20 <= x <= 20), "between -20 and 20"),
     "num_threads": ((lambda x: 1 <= x <= MAX_THREADS), f"a whole number between 1 and {MAX_THREADS}"),
     "hidden_sizes": ((lambda sizes: all(size <= MAX_WIDTH for size in sizes)), f"whole numbers between 1 and {MAX_WIDTH}"),

@@ -5,6 +5,7 @@ Reads config.json and metrics.csv, as data, and knows nothing of pictures.
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastppo.cli import printable
-from fastppo.config import RESUMABLE, TrainConfig
+from fastppo.config import RESUMABLE, TrainConfig, read_run_config
 from fastppo.errors import UsageError
 from fastppo.run.metrics import read_rows
 from fastppo.statistics import bootstrap_interval, interquartile_mean
@@ -98,8 +99,10 @@ def find_runs(paths: Iterable[str]) -> list[Path]:
         for place, directories, files in os.walk(path):
             directories.sort()
             if "config.json" in files:
-                directories.clear()  # what a run keeps is no run
-                runs.append(Path(place))
+                seeds = [name for name in directories if re.fullmatch(r"seed-\d+", name)]
+                directories[:] = seeds  # what a run keeps is no run, but for those of many seeds
+                if not seeds:
+                    runs.append(Path(place))
         if not runs:
             raise UsageError(f"{path} holds no run of fastppo: there is no config.json in it or below it")
         for run in runs:
@@ -109,7 +112,7 @@ def find_runs(paths: Iterable[str]) -> list[Path]:
 
 def read_run(path: Path) -> Run:
     """Raises UsageError for settings that cannot be read; metrics that cannot are no rows."""
-    config = TrainConfig.from_json(path / "config.json")
+    config = read_run_config(path)
     metrics = path / "metrics.csv"
     rows = read_rows(metrics) if metrics.is_file() else []
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in (rows[0] if rows else ())}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from fastppo.config import TrainConfig
+from fastppo.config import TrainConfig, read_run_config
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import Agent, agent_from_state
 from fastppo.policy.networks import ModuleFactory
@@ -35,7 +35,7 @@ def load_policy(
     if checkpoint not in ("best", "last"):
         raise UsageError(f'checkpoint must be "best" or "last", got {checkpoint!r}')
     directory = RunDirectory(Path(run_dir))
-    config = TrainConfig.from_json(directory.config)
+    config = read_run_config(directory.path)
     path = directory.best if checkpoint == "best" else directory.last
     return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)
 

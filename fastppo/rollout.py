@@ -1,14 +1,17 @@
 """Allocate the rollout and fill it from environments. Knows nothing of losses, files or the command line.
 
 The rollout is one TensorDict of batch [T+1, N], allocated once and written in place. Row t < T is step t of every
-environment; row T holds the observation after the last step, the bootstrap's, and becomes row 0 of the next rollout.
+environment; row T holds the observation after the last step, the bootstrap's, and becomes row 0 of the next rollout. That of
+S seeds is [S, T+1, N], and collectors see it step by step, as [T+1, S, N]: "N" is then "S, N" in what they say of shapes, and
+their environments are those of envs/seeds.py.
 """
 
 import contextlib
 import inspect
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,14 +23,22 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure, tree_unflatten
 
 from fastppo.core.programs import Collected
-from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.core.seeds import of_seed, stack
+from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
+from fastppo.envs.seeds import SeededTorchVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, environment_fault
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
 
 
 def allocate_rollout(
-    num_steps: int, num_envs: int, obs: ObsSpec, action: ActionSpec, keeps_final_obs: bool, device: torch.device
+    num_steps: int,
+    num_envs: int,
+    obs: ObsSpec,
+    action: ActionSpec,
+    keeps_final_obs: bool,
+    device: torch.device,
+    num_seeds: int | None = None,
 ) -> TensorDict:
     """The one list of keys, shapes and dtypes of a rollout; locked, all zeros.
 
@@ -37,8 +48,10 @@ def allocate_rollout(
     environment; final_obs as obs, only for environments that reset within the step.
     """
 
+    batch = ((num_seeds,) if num_seeds is not None else ()) + (num_steps + 1, num_envs)
+
     def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.zeros((num_steps + 1, num_envs, *shape), dtype=dtype, device=device)
+        return torch.zeros((*batch, *shape), dtype=dtype, device=device)
 
     rollout = {
         **{leaf.key: zeros(leaf.shape, leaf.dtype) for leaf in obs},
@@ -50,7 +63,16 @@ def allocate_rollout(
     }
     if keeps_final_obs:
         rollout |= {f"final_{leaf.key}": zeros(leaf.shape, leaf.dtype) for leaf in obs if leaf.kind != "mask"}
-    return TensorDict(rollout, batch_size=[num_steps + 1, num_envs], device=device).lock_()
+    return TensorDict(rollout, batch_size=batch, device=device).lock_()
+
+
+def by_step(rollout: TensorDict) -> TensorDict:
+    """A rollout as collectors see it: that of many seeds with the steps first, as views."""
+    if rollout.ndim == 2:
+        return rollout
+    steps_first = {key: x.transpose(0, 1) for key, x in rollout.items()}
+    seeds, rows, envs = rollout.shape
+    return TensorDict(steps_first, batch_size=[rows, seeds, envs], device=rollout.device).lock_()
 
 
 @dataclass
@@ -75,7 +97,7 @@ class Outcomes(NamedTuple):
 class Collector(Protocol):
     """Fills a rollout from environments, again and again."""
 
-    def reset(self, seed: int | None) -> None:
+    def reset(self, seed: ResetSeed) -> None:
         """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
 
     def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
@@ -100,20 +122,21 @@ class Collector(Protocol):
         """The rollout as far as it has come, on the CPU: for the report of a fault."""
         ...
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """The environments as they stand between two rollouts, as tensors in lists and dicts; None where they cannot tell."""
+    def state_dicts(self) -> list[dict[str, Any]] | None:
+        """Each seed's environments as they stand between two rollouts: tensors in lists and dicts. None: they cannot tell."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result, of the same environments: form and number of its tensors are the caller's to check."""
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take up `state_dicts`' result, of the same environments: form and number of its tensors are the caller's to check."""
         ...
 
 
-def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: int | None) -> Collector:
+def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: ResetSeed) -> Collector:
     """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
 
     Raises TrainingFault where an environment fails to reset, or takes longer than the deadline of `envs`.
     """
+    rollout = by_step(rollout)
     with _resetting():
         first, mask = envs.reset_and_mask(seed)
         if isinstance(envs.envs, TorchVectorEnv):
@@ -163,13 +186,18 @@ def pack(running: Running) -> tuple[Tensor, ...]:
     return (running.obs, running.done, running.elapsed, *tree_leaves(running.state))
 
 
-def state_of(envs: TorchVectorEnv) -> dict[str, Any]:
-    """The environments as they stand, see Collector.state_dict.
+def states_of(envs: TorchVectorEnv) -> list[dict[str, Any]]:
+    """The environments of each seed as they stand, see Collector.state_dicts.
 
     On the CPU nothing is copied: a step makes new tensors. A captured graph writes to the same ones.
     """
     running = [x.clone() if x.is_cuda else x for x in pack(envs.running)]
-    return {"running": running, "generator": envs.generator.get_state()}
+    if not isinstance(envs, SeededTorchVectorEnv):
+        return [{"running": running, "generator": envs.generator.get_state()}]
+    return [
+        {"running": of_seed(running, seed), "generator": generator.get_state()}
+        for seed, generator in enumerate(envs.generators)
+    ]
 
 
 class DeviceCollector:
@@ -181,14 +209,15 @@ class DeviceCollector:
         self.tensors: dict[str, Tensor] = dict(rollout.items())
         self.num_steps = rollout.shape[0] - 1
         self.env_step = env_step_of(envs, action)
+        self.seeded = isinstance(envs, SeededTorchVectorEnv)
         self.rows = {key: self.tensors[key][:-1] for key in Collected._fields if key in self.tensors}  # views made once
         self.last_obs, self.last_valid = self.tensors["obs"][-1], self.tensors["valid"][-1]
         self.cut: Tensor | None = None
 
-    def reset(self, seed: int | None) -> None:
+    def reset(self, seed: ResetSeed) -> None:
         """See Collector."""
         with _resetting():
-            self.envs.reset(seed=seed)
+            self.envs.reset(seed=seed)  # type: ignore[arg-type]  # a list is for environments of many seeds
 
     def collect(self, act: Callable[..., Collected], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected. Its time is told as `env`."""
@@ -197,11 +226,12 @@ class DeviceCollector:
         running, tensors = self.env_step.unpack(collected.running), self.tensors
         self.envs.running = running
         for key, rows in self.rows.items():
-            rows.copy_(getattr(collected, key))
+            steps = getattr(collected, key)  # (T, N, ...), or (S, T, N, ...)
+            rows.copy_(steps.transpose(0, 1) if self.seeded else steps)
         self.last_obs.copy_(running.obs)
         torch.logical_not(running.done, out=self.last_valid)
         self.cut = _cut(tensors) if cut else None
-        if not collected.finite:  # sync: once per rollout
+        if not collected.finite.all():  # sync: once per rollout
             _check_tensors(tensors)
         return Phases(env=time.perf_counter() - started)
 
@@ -213,14 +243,17 @@ class DeviceCollector:
         """See Collector."""
         return _on_cpu(self.tensors)
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dicts(self) -> list[dict[str, Any]] | None:
         """See Collector."""
-        return state_of(self.envs)
+        return states_of(self.envs)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """See Collector."""
-        self.envs.running = self.env_step.unpack(tuple(x.to(self.envs.device, copy=True) for x in state["running"]))
-        self.envs.generator.set_state(state["generator"])
+        each = [[x.to(self.envs.device, copy=True) for x in state["running"]] for state in states]
+        self.envs.running = self.env_step.unpack(tuple(stack(each) if self.seeded else each[0]))
+        generators = self.envs.generators if isinstance(self.envs, SeededTorchVectorEnv) else [self.envs.generator]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state["generator"])
         self.last_obs.copy_(self.envs.running.obs)
         torch.logical_not(self.envs.running.done, out=self.last_valid)
 
@@ -242,10 +275,12 @@ class HostCollector:
         self.host_rows = {leaf.key: self.host[leaf.key].unbind(0) for leaf in obs}
         self.act_rows = _rows_to_act_on(self.rows, obs)
         self.actions = rollout["action"][:-1]
+        self.seeded = rollout.ndim > 2
+        self.shaped = partial(_by_seed, rollout.shape[1]) if self.seeded else _as_it_is
         self.game_over: NDArray[Any] | None = None  # (T, N), where the environments tell
         self.cut: NDArray[Any] | None = None
 
-    def reset(self, seed: int | None) -> None:
+    def reset(self, seed: ResetSeed) -> None:
         """See Collector."""
         with _resetting():
             self.begin(*self.envs.reset_and_mask(seed))
@@ -258,9 +293,9 @@ class HostCollector:
     def _write(self, row: int, obs: Any, action_mask: NDArray[Any] | None) -> None:
         for leaf in self.obs:
             if leaf is not self.info_mask:
-                self.arrays[leaf.key][row] = _as_stored(leaf, leaf.find(obs))
+                self.arrays[leaf.key][row] = self.shaped(_as_stored(leaf, leaf.find(obs)))
             else:
-                self.arrays[leaf.key][row] = True if action_mask is None else action_mask
+                self.arrays[leaf.key][row] = True if action_mask is None else self.shaped(action_mask)
 
     def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
@@ -278,21 +313,21 @@ class HostCollector:
             chosen = act(self.act_rows[t], step_noise)  # (N, ...)
             actions.append(chosen)
             # on a GPU a sync, once per step: the environments need it
-            env_action = self.action.to_env(chosen).cpu().numpy().copy()
+            env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).cpu().numpy().copy()
             acted = time.perf_counter()
             try:
                 step = self.envs.step(env_action)
                 self._write(t + 1, step.obs, step.action_mask)
-                reward[t], terminated[t], truncated[t] = step.reward, step.terminated, step.truncated
+                reward[t], terminated[t], truncated[t] = map(self.shaped, (step.reward, step.terminated, step.truncated))
                 if step.final_obs is not None:
                     for leaf in self.observed:
-                        arrays[f"final_{leaf.key}"][t] = leaf.find(step.final_obs)
+                        arrays[f"final_{leaf.key}"][t] = self.shaped(leaf.find(step.final_obs))
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
             if step.game_over is not None:
                 if self.game_over is None:
                     self.game_over = np.zeros_like(terminated[:-1])
-                self.game_over[t] = step.game_over
+                self.game_over[t] = self.shaped(step.game_over)
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
@@ -317,11 +352,11 @@ class HostCollector:
         """See Collector."""
         return dict(self.host.items())
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dicts(self) -> list[dict[str, Any]] | None:
         """See Collector: gymnasium's environments cannot tell."""
         return None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """See Collector."""
         raise NotImplementedError
 
@@ -341,9 +376,11 @@ class TensorCollector:
         self.env_device = self.tensors["reward"].device  # until the first observation tells
         self.rows = {key: rows.unbind(0) for key, rows in self.tensors.items()}  # views made once
         self.act_rows = _rows_to_act_on(self.rows, obs)
+        self.seeded = rollout.ndim > 2
+        self.shaped = partial(_by_seed, rollout.shape[1]) if self.seeded else _as_it_is
         self.cut: Tensor | None = None
 
-    def reset(self, seed: int | None) -> None:
+    def reset(self, seed: ResetSeed) -> None:
         """See Collector."""
         with _resetting():
             self.begin(*self.envs.reset_and_mask(seed))
@@ -357,11 +394,11 @@ class TensorCollector:
     def _write(self, row: int, obs: Any, action_mask: Any) -> None:
         for leaf in self.obs:
             if leaf is not self.info_mask:
-                self.rows[leaf.key][row].copy_(_as_stored(leaf, leaf.find(obs)))
+                self.rows[leaf.key][row].copy_(self.shaped(_as_stored(leaf, leaf.find(obs))))
             elif action_mask is None:
                 self.rows[leaf.key][row].fill_(True)
             else:
-                self.rows[leaf.key][row].copy_(torch.as_tensor(action_mask))
+                self.rows[leaf.key][row].copy_(self.shaped(torch.as_tensor(action_mask)))
 
     def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
@@ -372,17 +409,16 @@ class TensorCollector:
             started = time.perf_counter()
             chosen = act(self.act_rows[t], step_noise)  # (N, ...)
             rows["action"][t].copy_(chosen)
-            env_action = self.action.to_env(chosen).to(self.env_device)
+            env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).to(self.env_device)
             acted = time.perf_counter()
             try:
                 step = self.envs.step(env_action)
                 self._write(t + 1, step.obs, step.action_mask)
-                rows["reward"][t].copy_(step.reward)
-                rows["terminated"][t].copy_(step.terminated)
-                rows["truncated"][t].copy_(step.truncated)
+                for key in ("reward", "terminated", "truncated"):
+                    rows[key][t].copy_(self.shaped(getattr(step, key)))
                 if step.final_obs is not None:
                     for leaf in self.observed:
-                        rows[f"final_{leaf.key}"][t].copy_(leaf.find(step.final_obs))
+                        rows[f"final_{leaf.key}"][t].copy_(self.shaped(leaf.find(step.final_obs)))
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
             stepped = time.perf_counter()
@@ -407,13 +443,22 @@ class TensorCollector:
         """See Collector."""
         return _on_cpu(self.tensors)
 
-    def state_dict(self) -> dict[str, Any] | None:
+    def state_dicts(self) -> list[dict[str, Any]] | None:
         """See Collector: nobody asks them."""
         return None
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """See Collector."""
         raise NotImplementedError
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _by_seed(num_seeds: int, batch: Any) -> Any:
+    """What environments returned, (S * N, ...), as (S, N, ...)."""
+    return batch.reshape(num_seeds, -1, *batch.shape[1:])
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -457,12 +502,13 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
     for key, array in arrays.items():
         if not _comes_from_envs(key, array.dtype) or np.isfinite(array).all():
             continue
-        step, env, *_ = np.argwhere(~np.isfinite(array))[0]
+        step, *where = np.argwhere(~np.isfinite(array))[0][: arrays["reward"].ndim]
         made_by = step - 1 if key.startswith("obs") else step  # obs[t] came out of step t-1
-        what = f"{key} of environment {env} is not finite ({array[step, env]})"
+        who = f"environment {where[-1]}" + (f" of seed {where[0] + 1} of {array.shape[1]}" if len(where) > 1 else "")
+        what = f"{key} of {who} is not finite ({array[(step, *where)]})"
         if made_by < 0:
             raise TrainingFault(f"{what} after a reset; the update was not made")
-        action = arrays["action"][made_by, env]
+        action = arrays["action"][(made_by, *where)]
         raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
 
 

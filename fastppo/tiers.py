@@ -26,6 +26,7 @@ from fastppo.core.compilation import (
     load_program,
 )
 from fastppo.core.programs import Learned, Normalization
+from fastppo.core.seeds import Seeds, over_seeds
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
 # Compiled programs are built in the background if the eager run would take so many times as long. Where the environments are
@@ -40,7 +41,8 @@ class Job:
 
     eager: Callable[..., Any]
     program: "partial[Any]"  # for the compiler: the same function with the settings that suit a compiled one
-    example: tuple[Any, ...]  # arguments as `program` will get them
+    example: tuple[Any, ...]  # arguments as it will get them, with a leading axis where there are several seeds
+    seeds: Seeds | None = None
 
 
 class Tiers:
@@ -89,7 +91,7 @@ class Tiers:
 
     @property
     def learn(self) -> Callable[..., Learned]:
-        """programs.learn with its settings."""
+        """programs.learn with its settings, or that over seeds."""
         return self._compiled.get("learn") or self._jobs["learn"].eager
 
     def act(self, normalization: Normalization) -> Callable[..., Any]:
@@ -124,7 +126,7 @@ class Tiers:
                 name = self._waiting.pop(0)
                 job = self._jobs[name]
                 with _threads(self._num_threads):
-                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir()))
+                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir(), job.seeds))
             elif self._building is not None:
                 name, build = self._building
                 with _threads(self._num_threads):
@@ -148,10 +150,10 @@ class Tiers:
         """Take up what the cache has; build or put on the list what it has not."""
         for name, job in self._jobs.items():
             with _threads(self._num_threads):
-                loaded = load_program(job.program, job.example, cache_dir())
+                loaded = load_program(job.program, job.example, cache_dir(), job.seeds)
                 if loaded is None and build:
                     self._note(f"compiling {name} (once: later runs load it from {cache_dir()})")
-                    loaded = compile_program(job.program, job.example, cache_dir())
+                    loaded = compile_program(job.program, job.example, cache_dir(), job.seeds)
             if loaded is None:
                 self._waiting.append(name)
             else:
@@ -159,7 +161,8 @@ class Tiers:
 
     def _capture(self) -> None:
         """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""
-        self._compiled = {name: GraphedProgram(job.program, job.example) for name, job in self._jobs.items()}
+        for name, job in self._jobs.items():
+            self._compiled[name] = GraphedProgram(over_seeds(job.program) if job.seeds else job.program, job.example)
         self.name = "cuda-graph"
 
     def _adopt(self, name: str, program: CompiledProgram) -> None:

@@ -21,7 +21,7 @@ def _own_cache(tmp_path_factory):
 def no_picture():
     """Runs draw no curves.png: half of what a run of a second costs."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.loop.plot_curves", lambda *_: None)
+        patched.setattr("fastppo.agent_run.plot_curves", lambda *_: None)
         yield
 
 

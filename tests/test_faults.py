@@ -376,9 +376,13 @@ def test_runs_started_at_once_get_directories_of_their_own(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     made, together = [], threading.Barrier(12)
 
+    def slow(directory):
+        directory.write_text(directory.config, "{}")
+        time.sleep(0.05)
+
     def make():
         together.wait(timeout=10)
-        made.append(RunDirectory.create(None, "CartPole-v1", 1, lambda directory: time.sleep(0.05)).path)
+        made.append(RunDirectory.create(None, "CartPole-v1", 1, slow).path)
 
     threads = [threading.Thread(target=make) for _ in range(12)]
     for thread in threads:
@@ -414,7 +418,7 @@ def test_a_logger_that_fails(tmp_path, monkeypatch, capsys):
 
 def test_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     """A broken matplotlib costs the picture, not the run."""
-    monkeypatch.setattr("fastppo.loop.plot_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastppo.agent_run.plot_curves", lambda *_: 1 / 0)
     train(tiny(tmp_path / "run"))
     assert "curves.png could not be drawn (ZeroDivisionError: division by zero)" in capsys.readouterr().out
 

@@ -11,9 +11,9 @@ import pytest
 
 import fastppo
 from fastppo import TrainConfig, UsageError, preset_for, train
+from fastppo.agent_run import TrainResult
 from fastppo.cli import parse_train
 from fastppo.envs.make import find_spec
-from fastppo.loop import TrainResult
 from fastppo.presets import PRESETS, choose_preset, describe, load_preset
 from fastppo.train import console
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastppo import TrainConfig, TrainingFault, train
-from fastppo.loop import read_metrics
+from fastppo.agent_run import read_metrics
 from fastppo.run.loggers import Loggers
 from fastppo.train import console
 
@@ -217,7 +217,7 @@ def test_what_a_faulty_update_leaves_goes_on_exactly(tmp_path, monkeypatch):
         return read_metrics(learned)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fastppo.loop.read_metrics", failing)
+        patched.setattr("fastppo.agent_run.read_metrics", failing)
         with pytest.raises(TrainingFault, match="iterations up to 2 are kept"):
             train(config)
     train(replace(config, resume=config.run_dir))

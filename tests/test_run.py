@@ -119,8 +119,9 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-def nothing(directory):
+def settings(directory):
     """What a run directory holds from its start."""
+    directory.write_text(directory.config, "{}")
 
 
 def next_second():
@@ -326,10 +327,10 @@ def test_a_run_without_one_finished_episode(tmp_path):
 def test_default_directory_name(tmp_path, monkeypatch):
     """runs/<env>__<seed>__<time>, and a second run within the second gets another."""
     monkeypatch.chdir(tmp_path)
-    first, second = (RunDirectory.create(None, "module:Some/Env-v0", 7, nothing) for _ in range(2))
+    first, second = (RunDirectory.create(None, "module:Some/Env-v0", 7, settings) for _ in range(2))
     assert re.fullmatch(r"runs/module-Some-Env-v0__7__\d{8}-\d{6}", first.path.as_posix())
     assert first.path != second.path
-    assert second.last.parent.is_dir()
+    assert second.config.read_text() == "{}"
 
 
 def test_an_empty_directory_may_be_named(tmp_path):
@@ -345,7 +346,7 @@ class _Unpicklable:
 
 def test_a_failed_write_leaves_the_checkpoint_before(tmp_path):
     """A checkpoint is written under another name and renamed: when writing fails, the previous one is still whole."""
-    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, nothing)
+    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, settings)
     directory.save(directory.last, {"format": FORMAT, "iteration": 1, "weights": torch.ones(3)})
     with pytest.raises(OSError, match="disk full"):
         directory.save(directory.last, {"weights": torch.ones(1000), "bad": _Unpicklable()})
@@ -354,7 +355,7 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path):
 
 def test_a_checkpoint_is_never_seen_half_written(tmp_path):
     """Someone who reads the directory all the while finds a whole checkpoint at every moment, old or new."""
-    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, nothing)
+    directory = RunDirectory.create(str(tmp_path / "run"), "CartPole-v1", 1, settings)
     inodes = set()
     for iteration in range(3):
         directory.save(directory.last, {"iteration": iteration})

@@ -39,7 +39,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     """In the place of W&B, installed or not."""
-    monkeypatch.setattr("fastppo.loop.Tracker", Fake)
+    monkeypatch.setattr("fastppo.agent_run.Tracker", Fake)
     monkeypatch.setattr("fastppo.loop.check_installed", lambda tracker: None)
     monkeypatch.setattr(Fake, "fails", None)
     return Fake

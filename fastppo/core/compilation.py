@@ -43,6 +43,7 @@ from fastppo.core import native, programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Collected, Learned
+from fastppo.core.seeds import Seeds, of_seed, over_seeds
 from fastppo.core.team import WORKER_FIELDS, Team
 
 Program = functools.partial[Any]
@@ -71,13 +72,14 @@ class CompileError(RuntimeError):
 class CompiledProgram:
     """A loaded library behind the signature of the program it was made from."""
 
-    def __init__(self, library: Path, program: Program, layout: Layout) -> None:
+    def __init__(self, library: Path, program: Program, layout: Layout, seeds: Seeds | None = None) -> None:
         """layout: shapes, strides and dtypes that the library was compiled for. Raises CompileError when it does not load."""
         self._layout = layout
         self._library = library
         self._num_threads = torch.get_num_threads()
         self._function = program.func
-        num_workers = _num_workers(program)
+        self._seeds = seeds
+        num_workers = _num_workers(program) if seeds is None else seeds.num_threads
         self._team: Team | None = None
         try:
             if num_workers > 1:
@@ -90,10 +92,13 @@ class CompiledProgram:
     def __call__(self, *args: Any) -> Any:
         """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
         tensors = _tensors(args)
-        self._check(tensors)
-        if self._team is None:
+        if self._seeds is not None:
+            results = self._of_all_seeds(tensors, self._seeds)
+        elif self._team is None:
+            self._check(tensors)
             results = self._runner.run(tensors)
         else:
+            self._check(tensors)
             results, *others = self._team.run([[*tensors, worker] for worker in self._team.workers])
             if self._function is programs.collect:  # each worker has its own environments; of learn all return the same
                 *parts, finite = zip(results, *others, strict=True)
@@ -106,12 +111,26 @@ class CompiledProgram:
             return Learned(results[0], AdamState(*results[1:4]), *results[4:])
         return results[0]
 
+    def _of_all_seeds(self, tensors: list[Tensor], seeds: Seeds) -> list[Tensor]:
+        """Call the library for C seeds at a time; the last call takes seeds of the one before too where S is no multiple."""
+        number, per_call, _ = seeds
+        starts = [min(start, number - per_call) for start in range(0, number, per_call)]
+        calls = [[x[start] if per_call == 1 else x[start : start + per_call] for x in tensors] for start in starts]
+        self._check(calls[0])
+        results = [self._runner.run(call) for call in calls] if self._team is None else self._team.run(calls)
+        if per_call == 1:
+            return [torch.stack(parts) for parts in zip(*results, strict=True)]
+        fresh = number - (len(starts) - 1) * per_call  # of the last call
+        return [torch.cat((*parts[:-1], parts[-1][per_call - fresh :])) for parts in zip(*results, strict=True)]
+
     def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
         """`program(*fixed, *given)` as a function of `given`, for a program of one result that is called every step.
 
         Checked once, with `rest` as an example: what is given later must have the same shapes, strides and types. Between an
         environment's steps this takes 28 us where the checked call takes 42 (8 environments).
         """
+        if self._seeds is not None and self._seeds.per_call < self._seeds.number:
+            return lambda *given: self(*fixed, *given)
         bound = _tensors(fixed)
         self._check([*bound, *_tensors(rest)])
         run = self._runner.run
@@ -131,17 +150,18 @@ class CompiledProgram:
             raise CompileError(f"the compiled program was made for torch.set_num_threads({self._num_threads})")
 
 
-def load_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram | None:
+def load_program(program: Program, example: Example, cache_dir: Path, seeds: Seeds | None = None) -> CompiledProgram | None:
     """The compiled program from the cache, or None. Imports nothing of the compiler.
 
-    With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py.
+    With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py. With `seeds` all
+    tensors of `example`, and of a call, have a leading axis of S seeds, and so has all that is returned.
 
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
-    return _load(program, example, cache_dir, cache_key(program, example))
+    return _load(program, example, cache_dir, seeds, cache_key(program, example, seeds))
 
 
-def _load(program: Program, example: Example, cache_dir: Path, key: str) -> CompiledProgram | None:
+def _load(program: Program, example: Example, cache_dir: Path, seeds: Seeds | None, key: str) -> CompiledProgram | None:
     check_cache_dir(cache_dir)
     helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, key)
     if helpers is None or library is None:
@@ -150,13 +170,13 @@ def _load(program: Program, example: Example, cache_dir: Path, key: str) -> Comp
         native.load(helpers)
     except OSError as error:
         raise CompileError(f"the compiled helpers do not load: {_first_line(error)}") from error
-    return CompiledProgram(library, program, _layout(_tensors(example)))
+    return CompiledProgram(library, program, _layout(_tensors(_of_one_call(example, seeds))), seeds)
 
 
-def compile_program(program: Program, example: Example, cache_dir: Path) -> CompiledProgram:
+def compile_program(program: Program, example: Example, cache_dir: Path, seeds: Seeds | None = None) -> CompiledProgram:
     """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason."""
-    key = cache_key(program, example)
-    loaded = _load(program, example, cache_dir, key)
+    key = cache_key(program, example, seeds)
+    loaded = _load(program, example, cache_dir, seeds, key)
     if loaded is not None:
         return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
@@ -169,14 +189,14 @@ def compile_program(program: Program, example: Example, cache_dir: Path) -> Comp
                 helpers = Path(build_dir, "native.so")
                 native.build(helpers)
                 _keep(helpers, cache_dir, native_key())
-            _keep(_build(program, example, build_dir), cache_dir, key)
+            _keep(_build(program, example, build_dir, seeds), cache_dir, key)
         except subprocess.CalledProcessError as error:
             raise CompileError(
                 f"{native.SOURCE.name} does not compile: {_first_line(RuntimeError(error.stderr or error))}"
             ) from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
-    loaded = _load(program, example, cache_dir, key)
+    loaded = _load(program, example, cache_dir, seeds, key)
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
     return loaded
@@ -188,7 +208,7 @@ class GraphedProgram:
     Thousands of launches become one. The captured buffers keep their addresses; results are copied out of them.
     """
 
-    def __init__(self, program: Program, example: Example) -> None:
+    def __init__(self, program: Callable[..., Any], example: Example) -> None:
         """Run the program a few times on a side stream, as capturing wants, then capture it. Raises CompileError."""
         try:
             self._arguments = pytree.tree_map_only(Tensor, torch.clone, _plain(example))
@@ -230,14 +250,14 @@ class GraphedProgram:
 class BackgroundCompile:
     """`compile_program` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
 
-    def __init__(self, program: Program, example: Example, cache_dir: Path) -> None:
+    def __init__(self, program: Program, example: Example, cache_dir: Path, seeds: Seeds | None = None) -> None:
         """Start it. Raises CompileError when the directory is not to be trusted, or the program cannot be told to a process."""
         check_cache_dir(cache_dir)
-        self._program, self._example, self._cache_dir = program, example, cache_dir
-        self._key = cache_key(program, example)
+        self._program, self._example, self._cache_dir, self._seeds = program, example, cache_dir, seeds
+        self._key = cache_key(program, example, seeds)
         outline = pytree.tree_map_only(Tensor, _outline, example)
         try:
-            job = pickle.dumps((program, outline, cache_dir, torch.get_num_threads()))
+            job = pickle.dumps((program, outline, cache_dir, torch.get_num_threads(), seeds))
         except Exception as error:  # whatever the pickling of somebody's class may raise
             raise CompileError(_unreachable(error)) from error
         self._process = subprocess.Popen(
@@ -260,7 +280,7 @@ class BackgroundCompile:
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             reason = "" if stdout.closed else stdout.read().decode(errors="replace").strip()
-        loaded = _load(self._program, self._example, self._cache_dir, self._key)
+        loaded = _load(self._program, self._example, self._cache_dir, self._seeds, self._key)
         if loaded is None:
             raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
         return loaded
@@ -278,14 +298,14 @@ def _serve() -> None:
     os.nice(5)  # training comes first
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
     try:
-        program, outline, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
+        program, outline, cache_dir, num_threads, seeds = pickle.loads(sys.stdin.buffer.read())
     except Exception as error:  # a class of a script, or a module that raises when it is imported again
         print(_unreachable(error))
         return
     torch.set_num_threads(num_threads)
     example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
     try:
-        compile_program(program, example, cache_dir)
+        compile_program(program, example, cache_dir, seeds)
     except CompileError as error:
         print(error)
 
@@ -349,10 +369,12 @@ def native_key() -> str:
     return f"native-{_digest(repr(facts).encode())[:25]}"
 
 
-def cache_key(program: Program, example: Example) -> str:
+def cache_key(program: Program, example: Example, seeds: Seeds | None = None) -> str:
     """Digest of all that shapes the program: sources, versions, the processor, threads, settings, layouts of tensors."""
+    example = _of_one_call(example, seeds)
+    mapped = seeds is not None and seeds.per_call > 1
     facts = (
-        _sources(program, example),
+        (_sources(program, of_seed(example, 0) if mapped else example), mapped),
         (torch.__version__, torch.version.git_version, sys.version),
         (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
         sorted(INDUCTOR_OPTIONS.items()),
@@ -460,6 +482,15 @@ def _plain(args: Example) -> list[Any]:
     ]
 
 
+def _of_one_call(example: Example, seeds: Seeds | None) -> Example:
+    """The part of the arguments that one call of the library takes."""
+    if seeds is None:
+        return example
+    if seeds.per_call == 1:
+        return of_seed(example, 0)
+    return pytree.tree_map_only(Tensor, lambda x: x[: seeds.per_call], example)
+
+
 def _num_workers(program: Program) -> int:
     return int(program.keywords.get("num_workers", 1))
 
@@ -468,7 +499,7 @@ def _layout(tensors: list[Tensor]) -> Layout:
     return tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
-def _build(program: Program, example: Example, build_dir: str) -> Path:
+def _build(program: Program, example: Example, build_dir: str, seeds: Seeds | None = None) -> Path:
     """Trace, generate and compile; the library lies in `build_dir`."""
     with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir):  # its default is a directory under /tmp that it trusts blindly
         import torch._inductor.config as inductor_config
@@ -477,7 +508,8 @@ def _build(program: Program, example: Example, build_dir: str) -> Path:
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.virtualized import V
 
-        graph, inputs = _trace(program, example)
+        mapped = seeds is not None and seeds.per_call > 1
+        graph, inputs = _trace(program, _of_one_call(example, seeds), mapped)
         options = {
             **INDUCTOR_OPTIONS,
             "aot_inductor.output_path": str(Path(build_dir, "program.so")),
@@ -496,8 +528,8 @@ def _build(program: Program, example: Example, build_dir: str) -> Path:
     return next(Path(file) for file in files if str(file).endswith(".so"))
 
 
-def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, list[Any]]:
-    """`program` as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
+def _trace(program: Program, example: Example, mapped: bool = False) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """`program`, or that over seeds, as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -510,6 +542,7 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
         )
     if _num_workers(program) > 1:
         example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
+    function = over_seeds(program) if mapped else program
     leaves, spec = pytree.tree_flatten(_plain(example))
     present = [index for index, leaf in enumerate(leaves) if leaf is not None]
 
@@ -517,7 +550,7 @@ def _trace(program: Program, example: Example) -> tuple[torch.fx.GraphModule, li
         filled: list[Tensor | None] = [None] * len(leaves)
         for index, tensor in zip(present, tensors, strict=True):
             filled[index] = tensor
-        return _unaliased(pytree.tree_leaves(program(*pytree.tree_unflatten(filled, spec))), tensors)
+        return _unaliased(pytree.tree_leaves(function(*pytree.tree_unflatten(filled, spec))), tensors)
 
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
     inputs = [fake_mode.from_tensor(leaves[index]) for index in present]
@@ -529,8 +562,35 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     """`core.scan.scan` as PyTorch's scan operator, while tracing.
 
     The operator wants a flat body that closes over no tensor. The body is therefore traced by itself first: what it closes
-    over shows up as constants of its graph, and these become inputs.
+    over shows up as constants of its graph, and these become inputs. Under torch.func.vmap, over seeds, the body is one of
+    whole tensors, seeds first; PyTorch's own rule would put them last, where products do not want them.
     """
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return _scan_operator(body, carry, xs, contextlib.nullcontext)
+    seeds: Any = retrieve_current_functorch_interpreter()
+    leaves, spec = pytree.tree_flatten(carry)
+
+    def whole(x: Tensor) -> Tensor:  # (S, ...), of what the body sees as (...)
+        return torch._C._functorch._remove_batch_dim(x, seeds.level(), seeds.batch_size(), 0).contiguous()
+
+    def mapped(x: Tensor, dim: int = 0) -> Tensor:
+        return torch._C._functorch._add_batch_dim(x, dim, seeds.level())
+
+    def whole_body(carry: list[Tensor], x: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        after, ys = body(pytree.tree_unflatten(map(mapped, carry), spec), tuple(map(mapped, x)))
+        return list(map(whole, pytree.tree_leaves(after))), tuple(map(whole, ys))
+
+    steps_first = tuple(whole(x).movedim(1, 0).contiguous() for x in xs)  # (L, S, ...)
+    last, ys = _scan_operator(whole_body, list(map(whole, leaves)), steps_first, seeds.lower)
+    return pytree.tree_unflatten(map(mapped, last), spec), tuple(mapped(y, 1) for y in ys)
+
+
+def _scan_operator(
+    body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...], below: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """See `_traced_scan`; the operator is called within `below()`."""
     from torch._higher_order_ops.scan import scan_op
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -563,7 +623,8 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     interpret = torch.fx.Interpreter(graph).run
     # a constant of somebody's (the bounds of actions) is real; as the result of an operator it is like all others
     outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
-    results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
+    with below():
+        results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
     return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
 
 

@@ -46,17 +46,19 @@ class Team:
         weakref.finalize(self, _dismiss, self._jobs)
 
     def run(self, inputs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """Run the library once for each worker, at the same time: its inputs in, its outputs out. Raises RuntimeError."""
-        for number, job in enumerate(self._jobs, start=1):
-            job.put((number, inputs[number]))
-        results: list[Any] = [self._run(inputs[0])] + [None] * len(self._jobs)
+        """Call the library with each of the inputs, as many at once as there are workers, the first with the first, and return
+        its outputs in their order. Raises RuntimeError."""
+        num_workers = len(self._jobs) + 1
+        shares = [list(enumerate(inputs))[worker::num_workers] for worker in range(num_workers)]
+        for job, share in zip(self._jobs, shares[1:], strict=True):
+            job.put(share)
+        results = {number: self._run(tensors) for number, tensors in shares[0]}
         for _ in self._jobs:
-            number, result = self._done.get()
-            results[number] = result
-        for result in results:
+            results |= self._done.get()
+        for result in results.values():
             if isinstance(result, BaseException):
                 raise RuntimeError("a worker of the compiled program failed") from result
-        return results
+        return [result for _, result in sorted(results.items()) if not isinstance(result, BaseException)]
 
     def _run(self, tensors: Sequence[Tensor]) -> "list[Tensor] | BaseException":
         try:
@@ -89,12 +91,11 @@ class Team:
 
 def _work(team: "weakref.ref[Team]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
     torch.set_num_threads(1)
-    while (job := jobs.get()) is not None:
-        number, tensors = job
+    while (share := jobs.get()) is not None:
         alive = team()
         if alive is not None:
-            done.put((number, alive._run(tensors)))
-        del alive, tensors, job
+            done.put({number: alive._run(tensors) for number, tensors in share})
+        del alive, share
 
 
 def _dismiss(jobs: "list[queue.SimpleQueue[Any]]") -> None:

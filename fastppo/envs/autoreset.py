@@ -18,7 +18,7 @@ environment brings none.
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
 Structure = Any  # a batch, or a dict or tuple of such
+ResetSeed = int | Sequence[int] | None  # several: one for each of the seeds of envs/seeds.py
 
 
 class Step(NamedTuple):
@@ -65,14 +66,14 @@ class AutoresetEnvs:
         """True when steps carry `final_obs`: every row is then a transition."""
         return self.mode is not AutoresetMode.NEXT_STEP
 
-    def reset(self, seed: int | None) -> Structure:
+    def reset(self, seed: ResetSeed) -> Structure:
         """First observations, (N, ...); None: the environments' random numbers go on where they are."""
         return self.reset_and_mask(seed)[0]
 
-    def reset_and_mask(self, seed: int | None) -> tuple[Structure, Batch | None]:
+    def reset_and_mask(self, seed: ResetSeed) -> tuple[Structure, Batch | None]:
         """`reset`, and which actions are legal (see Step)."""
         with self.deadline:
-            obs, info = self.envs.reset(seed=seed)
+            obs, info = self.envs.reset(seed=seed)  # type: ignore[arg-type]  # a list is for environments of many seeds
         return obs, self._mask(info)
 
     def step(self, action: Batch) -> Step:

@@ -260,8 +260,12 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         if action.shape != expected:
             raise ValueError(f"{self}: actions must have shape {expected}, not {tuple(action.shape)}")
         with torch.no_grad():
-            self.running, result = autoreset_step(self.env, running, action, self.draw())
+            self.running, result = self.advance(running, action)
         return *result, {}
+
+    def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
+        """`autoreset_step` with numbers from `generator`."""
+        return autoreset_step(self.env, running, action, self.draw())
 
     def render(self) -> tuple[NDArray[np.uint8], ...] | None:
         """A frame (H, W, 3) of each environment; None, and a warning, without a render mode.

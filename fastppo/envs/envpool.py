@@ -54,22 +54,25 @@ class EnvPoolVectorEnv(VectorEnv):
         self._make_pool = partial(envpool.make, task, env_type="gymnasium", num_envs=num_envs, **kwargs)
         self._pool: Any = None
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | list[int] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Start all environments anew.
 
         Args:
-            seed: of all random numbers from here on; None: they go on where they are, from the system's entropy at first.
+            seed: of all random numbers from here on, or one for each environment; None: they go on where they are, from the
+                system's entropy at first.
             options: none.
 
         Returns:
             obs (N, *obs_shape), info.
         """
-        super().reset(seed=seed)
+        super().reset(seed=seed if isinstance(seed, int) else None)
         if seed is None and self._pool is None:
             seed = int(self.np_random.integers(SEEDS))
         if seed is not None:
             self.close_extras()
-            self._pool = self._make_pool(seed=seed % SEEDS)
+            self._pool = self._make_pool(seed=seed % SEEDS if isinstance(seed, int) else [one % SEEDS for one in seed])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the same again: the pool makes its spaces at the first look
             obs, info = self._pool.reset()

@@ -43,12 +43,12 @@ class RunDirectory:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, path: str | None, env_id: str, seed: int, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
+    def create(cls, path: str | None, env_id: str, seed: int | str, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
         """Make the directory of a new run, runs/<env>__<seed>__<time> unless named, and lock it.
 
         Args:
-            fill: writes what the run can be resumed from. The directory appears with that in it, or not at all; one that is
-                there already, and empty, is seen being filled.
+            fill: writes what the run can be resumed from, one file at least. The directory appears with that in it, or not at
+                all; one that is there already, and empty, is seen being filled.
 
         Raises:
             UsageError: it holds anything already, is another run's, or cannot be written.
@@ -75,14 +75,15 @@ class RunDirectory:
             made.lock()
             if any(made.path.iterdir()):
                 raise taken
-            made.checkpoints.mkdir()
             fill(made)
             if made.path != path:
                 made.path.rename(path)
         except OSError as error:
             if made is not None:
                 made.unlock()
-                shutil.rmtree(made.path if made.path != path else made.checkpoints, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    for entry in list(made.path.iterdir()) if made.path == path else [made.path]:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody was faster
                 raise FileExistsError(path) if made is not None and made.path != path else taken from None
             raise UsageError(f"--run-dir {path} cannot be written: {error.strerror}; choose another") from None
@@ -120,6 +121,7 @@ class RunDirectory:
         """
         buffer = BytesIO()  # torch.save to a file tells of a full disk in words of its own
         torch.save(dict(data), buffer)
+        path.parent.mkdir(exist_ok=True)
         replace_file(path, buffer.getbuffer())
 
     def keep(self, iteration: int, checkpoint: Mapping[str, Any], number: int) -> None:

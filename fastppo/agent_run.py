@@ -1,0 +1,408 @@
+"""One agent's run: its settings, its state, its directory, and what an iteration of training means for all three.
+
+loop.py drives one of these, or one for each of many seeds, which then share environments and programs and nothing else. Knows
+nothing of how a rollout or an update is made: it is told what they brought.
+"""
+
+import contextlib
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from fastppo.callbacks import Callback, View
+from fastppo.checkpoints import Checkpoints
+from fastppo.config import TrainConfig, check_resumable
+from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
+from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.evaluate import evaluate_config
+from fastppo.loading import load_policy
+from fastppo.plot import plot_curves
+from fastppo.policy.agent import Agent
+from fastppo.policy.networks import ModuleFactory, Network
+from fastppo.policy.normalization import discounted_return, update_moments
+from fastppo.reproducibility import differences
+from fastppo.rollout import Outcomes, Phases
+from fastppo.run.directory import RunDirectory
+from fastppo.run.episodes import WINDOW
+from fastppo.run.loggers import Loggers
+from fastppo.run.tracking import Tracker
+from fastppo.state import TrainState, frozen, load_state, normalization_of, snapshot
+
+SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
+MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns. Of many seeds: the joint summary, the policy evaluated best, and each seed's own result."""
+
+    run_dir: Path
+    summary: Mapping[str, Any]
+    policy: Agent
+    seeds: tuple["TrainResult", ...] = ()
+
+
+class AgentRun:
+    """A run under way. `over` says whether it still takes part."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        state: TrainState,
+        directory: RunDirectory,
+        data_of: Callable[[TrainState], dict[str, Any]],
+        agent_of: Callable[[TrainState], Agent],
+        callbacks: Sequence[Callback],
+        restarts: bool,
+        note: Note,
+        top: RunDirectory | None = None,
+    ) -> None:
+        """Open the logs of a run whose directory has been made, or reopened, and locked.
+
+        Args:
+            data_of, agent_of: a state as plain data for a checkpoint, and as a policy.
+            restarts: its environments restart at checkpoints, see Checkpoints.
+            note: takes a line for people.
+            top: the directory of all seeds, where this is one of several.
+        """
+        self.config, self.state, self.directory, self.callbacks, self.note = config, state, directory, callbacks, note
+        tracker = None
+        if config.track is not None:
+            tracker = partial(Tracker, config.track, config.track_project, directory.path, asdict(config))
+        self.loggers = Loggers(directory.metrics, note, state.iteration if config.resume else None, tracker)
+        self.loggers.log_config(config.to_json())
+        self.checkpoints = Checkpoints(
+            directory, config, restarts, data_of, state.iteration, note, None if top is None else top.path
+        )
+        self.enough: str | None = None  # why training ends before its time
+        self.fault: TrainingFault | None = None  # why it cannot go on
+        self.row: dict[str, int | float] = {}  # of the last iteration
+        self.new_best = False  # whether that was one
+        self._data_of, self._agent_of = data_of, agent_of
+        self._recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
+        self._first_second, self._first_step = state.seconds, state.global_step
+        self._first_progress = self.progress
+        self._resting, self._stage = state, f"iteration {state.iteration + 1}"  # the state before what is under way
+        self._view: View | None = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done: iterations where --num-iterations was given, else steps."""
+        if self.config.num_iterations is not None:
+            return self.state.iteration / self.config.num_iterations
+        return self.state.global_step / self.config.total_timesteps
+
+    @property
+    def over(self) -> bool:
+        """Whether it has all its steps, has seen enough, or cannot go on."""
+        return self.progress >= 1.0 or self.enough is not None or self.fault is not None
+
+    @property
+    def eta(self) -> float:
+        """Seconds to go, at the speed of this process."""
+        done = max(self.progress - self._first_progress, 1e-9)
+        return (self.state.seconds - self._first_second) * max(1.0 - self.progress, 0.0) / done
+
+    def begin(self, environments: dict[str, Any] | None) -> tuple[Normalization, Schedule]:
+        """Before an iteration: what it goes by. environments: as they stand, see Collector.state_dicts."""
+        self._resting, self._stage = frozen(self.state, environments), f"iteration {self.state.iteration + 1}"
+        return normalization_of(self.state), schedule_at(self.progress, self.config, self.state.params.device)
+
+    def learn(self, learned: Learned, rollout: Mapping[str, Tensor]) -> dict[str, float]:
+        """Take up an update and what the rollout adds to the statistics; the iteration's metrics. Raises TrainingFault."""
+        metrics = read_metrics(learned)  # sync: once per iteration, for the log
+        self.state.params.copy_(learned.params)
+        self.state.adam = learned.adam
+        move_statistics(self.state, rollout, learned, self.config)
+        return metrics
+
+    def account(
+        self, outcomes: Outcomes, metrics: Mapping[str, float], schedule: Schedule, phases: Phases, learn: float, seconds: float
+    ) -> None:
+        """Count what the rollout brought; `row` is then the iteration's.
+
+        Args:
+            outcomes: (T, N) each. metrics: as `learn` returned them.
+            phases, learn, seconds: what the iteration took, and in which part of it.
+        """
+        state, config = self.state, self.config
+        reward, terminated, truncated, valid, episode_end, cut = outcomes
+        restart = self.checkpoints.restarts_at(state.iteration + 1)
+        if restart and not config.reset_each_rollout:
+            episode_end[-1] &= ~cut  # half an episode is none
+        finished = state.episodes.update(reward, episode_end, valid)
+        state.iteration += 1
+        if restart:
+            state.episodes.forget_running()
+        state.global_step += int(valid.sum())
+        state.seconds += seconds
+        self._recent.append((state.seconds - self._first_second, state.global_step - self._first_step))
+
+        return_mean = state.episodes.return_mean
+        best = finished > 0 and len(state.episodes.returns) >= MIN_BEST_EPISODES and return_mean >= state.best_return
+        self.new_best = best and return_mean > state.best_return
+        if best:
+            state.best_return = return_mean
+            # kept are the parameters after this update, one past those that played
+            self.checkpoints.best = snapshot(state)
+        (before, steps_before), (now, steps_now) = self._recent[0], self._recent[-1]
+        self.row = {
+            "iteration": state.iteration,
+            "global_step": state.global_step,
+            "seconds": round(state.seconds, 6),
+            "sps": (steps_now - steps_before) / (now - before),
+            "episodic_return_mean": return_mean,
+            "episodic_length_mean": state.episodes.length_mean,
+            "episodes": state.episodes.episodes,
+            "terminations": int((terminated & valid).sum()),
+            "truncations": int((truncated & ~terminated & valid).sum()),
+            "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - config.ent_coef * metrics["entropy"],
+            **metrics,
+            "learning_rate": schedule.learning_rate.item(),
+            "env_share": phases.env / seconds,
+            "act_share": phases.act / seconds,
+            "learn_share": learn / seconds,
+        }
+
+    def tell(self, environments: Callable[[], dict[str, Any] | None]) -> None:
+        """Log the iteration, and ask the callbacks, which may end the run. Raises TrainingFault where one raises.
+
+        environments: as they stand now, for a fault.
+        """
+        config, state = self.config, self.state
+        solved = config.stop_at_return is not None and state.episodes.return_mean >= config.stop_at_return
+        if solved and len(state.episodes.returns) == WINDOW:
+            self.enough = f"the last {WINDOW} episodes return {state.episodes.return_mean:.4g}, as --stop-at-return asks"
+        logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0
+        if logs:
+            self.loggers.log(self.row)
+        if self.callbacks:
+            self._resting, self._stage = frozen(state, environments()), f"after iteration {state.iteration}"
+            seen, progress = MappingProxyType(self.row), min(self.progress, 1.0)
+            policy = partial(self._agent_of, state)
+            self._view = View(config, self.directory.path, state.iteration, state.global_step, progress, seen, policy)
+            self.enough = self.enough or _tell(self.callbacks, self._view)
+        if self.enough and not logs:
+            self.loggers.log(self.row)
+
+    def keep(self, environments: Callable[[], dict[str, Any] | None]) -> None:
+        """Write a checkpoint where one is due. environments: as they stand. Raises TrainingFault where a callback does."""
+        if self.checkpoints.update(self.state, environments) and self._view is not None:
+            _tell(self.callbacks, self._view, "on_checkpoint")
+
+    def report(self, fault: TrainingFault, rollout: Mapping[str, Tensor]) -> TrainingFault:
+        """Keep the state before the fault, and the rollout as far as it came; the fault as the user is told it."""
+        return self.checkpoints.report(fault, self._stage, self._resting, rollout)
+
+    def rest(self, environments: dict[str, Any] | None) -> None:
+        """The state is now one to go on from; environments: as they stand."""
+        self.state.environments = environments
+        self._resting = self.state
+
+    def close(self) -> None:
+        """Write what is left of the logs. A second call does nothing."""
+        self.loggers.close()
+
+    def finish(
+        self,
+        about: Mapping[str, Any],
+        stopped_by: str | None,
+        policy: ModuleFactory | None,
+        envs: VectorEnv | None,
+        evaluates: bool,
+        seed: int,
+    ) -> TrainResult:
+        """The last checkpoint, the summary, the picture, and the evaluation of the best policy.
+
+        Args:
+            about: the part of the summary that is about how it was made.
+            stopped_by: a signal's name.
+            policy, envs: as `train` was given them.
+            evaluates: whether to evaluate, with `seed`.
+
+        Raises:
+            TrainingFault: the results cannot be written.
+        """
+        directory, state, config = self.directory, self.state, self.config
+        self.checkpoints.finish(state)
+        if self._view is not None:
+            _tell(self.callbacks, self._view, "on_end")
+        summary: dict[str, Any] = {
+            "env_id": config.env_id,
+            "seed": config.seed,
+            "global_step": state.global_step,
+            "iterations": state.iteration,
+            "seconds": state.seconds,
+            "sps": (state.global_step - self._first_step) / max(state.seconds - self._first_second, 1e-9),
+            **about,
+            "best_return_mean": state.best_return,
+            "eval_return_mean": math.nan,
+            "eval_return_std": math.nan,
+            "eval_episodes": 0,
+            "stopped_by": stopped_by or self.enough,
+        }
+        try:
+            if (
+                state.best_return == -math.inf or not directory.best.exists()
+            ):  # too few episodes to judge by: it is the last one
+                directory.save(directory.best, self._data_of(state))
+            directory.write_json(directory.summary, summary)  # before evaluation, which may take long, or fail
+            draw_curves(directory, config, self.note)
+            agent = load_policy(directory.path, policy=policy)
+            if config.eval_episodes and evaluates:
+                result = evaluate_config(agent, config, config.eval_episodes, seed, envs=envs)
+                summary |= {f"eval_{key}": value for key, value in result.items()}
+                directory.write_json(directory.summary, summary)
+                mean, std = result["return_mean"], result["return_std"]
+                self.note(f"best model: return {mean:.1f} +- {std:.1f} in {result['episodes']} episodes")
+        except OSError as error:
+            raise TrainingFault(
+                f"training is over and kept, but its results could not be written ({error.strerror}); once they can be, "
+                f"{self.checkpoints.go_on}"
+            ) from None
+        return TrainResult(directory.path, summary, agent)
+
+
+def make_directory(config: TrainConfig, start: Mapping[str, Any]) -> RunDirectory:
+    """The directory of a new run, locked, with its settings and `start`, the checkpoint of iteration 0; raises UsageError."""
+    return RunDirectory.create(config.run_dir, config.env_id, config.seed, partial(fill_directory, config, start))
+
+
+def fill_directory(config: TrainConfig, start: Mapping[str, Any], directory: RunDirectory) -> None:
+    """What a run is resumed from, from its first moment on."""
+    directory.write_text(directory.config, config.to_json())
+    directory.keep(0, start, config.keep_checkpoints)
+
+
+def reopen(
+    config: TrainConfig,
+    restarts: bool,
+    state: TrainState,
+    network: Network,
+    fresh: Mapping[str, Any],
+    cleanup: contextlib.ExitStack,
+) -> tuple[RunDirectory, list[str | None]]:
+    """Put the state of the run that --resume names back into `state`.
+
+    Args:
+        restarts: its environments restart at checkpoints, see Checkpoints.
+        fresh: the checkpoint of `state` as it is now.
+        cleanup: gets the directory's unlocking.
+
+    Returns:
+        The directory, locked, and lines on how it goes on.
+
+    Raises:
+        UsageError: the run cannot go on, or not with these settings.
+    """
+    directory = RunDirectory(Path(config.resume or ""))
+    before = TrainConfig.from_json(directory.config)
+    check_resumable(before, config)
+    try:
+        directory.lock()
+        cleanup.callback(directory.unlock)
+        path, checkpoint, damage = directory.newest(kept_only=restarts)
+        lost = load_state(state, network, checkpoint, fresh, path)
+        directory.write_text(directory.config, config.to_json())
+    except OSError as error:
+        raise UsageError(f"--resume {directory.path} cannot be written: {error.strerror}") from None
+    if restarts:
+        environments = "the environments restart as they did there: what comes is what came, or would have come, after it"
+    elif state.environments is not None:
+        environments = "the environments go on where they were"
+    else:
+        environments = "the environments start new episodes"
+    changed = differences(checkpoint["made_with"], fresh["made_with"])
+    length = (config.total_timesteps, config.num_iterations)
+    annealed = [name for name, on in (("learning rate", config.anneal_lr), ("clip range", config.anneal_clip)) if on]
+    return directory, [
+        damage,
+        f"going on from iteration {state.iteration}, step {state.global_step}; {environments}",
+        *lost,
+        f"not as before, so last bits may differ: {changed}" if changed else None,
+        f"another length: {' and '.join(annealed)} annealed to it from here on, not from the start"
+        if annealed and length != (before.total_timesteps, before.num_iterations)
+        else None,
+    ]
+
+
+def draw_curves(directory: RunDirectory, config: TrainConfig, note: Note) -> None:
+    """curves.png; a picture that cannot be drawn is no fault of the run. Raises OSError where the disk is full."""
+    try:
+        plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
+    except OSError:
+        raise
+    except Exception as error:  # whatever somebody's matplotlib may raise
+        note(f"curves.png could not be drawn ({brief(error)})")
+
+
+def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
+    """`config` with the name of environments that were not made from it, unless it says one itself."""
+    if config.env_id != TrainConfig.env_id:
+        return config
+    spec = getattr(envs, "spec", None)
+    return replace(config, env_id=type(envs.unwrapped).__name__ if spec is None else spec.id)
+
+
+def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> Schedule:
+    """Learning rate and clip range for the iteration that starts at `progress`."""
+    rest = 1.0 - progress
+    learning_rate = config.learning_rate * (rest if config.anneal_lr else 1.0)
+    clip_coef = config.clip_coef * (rest if config.anneal_clip else 1.0)
+    return Schedule(*(torch.tensor(value, device=device) for value in (learning_rate, clip_coef, config.ent_coef)))
+
+
+def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: Learned, config: TrainConfig) -> None:
+    """Take the rollout's valid rows into the statistics of observations and returns."""
+    state.return_mean, state.return_std = learned.return_mean, learned.return_std
+    valid = rollout["valid"][:-1]
+    if state.obs_moments is not None:
+        state.obs_moments = {
+            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid.flatten())
+            for key, moments in state.obs_moments.items()
+        }
+    if state.return_moments is not None:
+        done = rollout["terminated"][:-1] | rollout["truncated"][:-1]
+        running, state.return_carry = discounted_return(rollout["reward"][:-1], done, valid, state.return_carry, config.gamma)
+        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
+
+
+def read_metrics(learned: Learned) -> dict[str, float]:
+    """Means over the minibatches that moved the parameters; raises TrainingFault where one is not finite."""
+    summary = dict(zip(SUMMARY, learned.summary.tolist(), strict=True))
+    if not summary["finite"]:
+        rows = learned.minibatch_metrics.cpu().numpy()  # (E * B / M, K)
+        found = np.argwhere(~np.isfinite(rows))
+        if len(found):
+            index, key = found[0]
+            raise TrainingFault(
+                f"{MINIBATCH_METRICS[key]} is not finite in minibatch {index} of the update, which was not applied"
+            )
+        raise TrainingFault("a parameter is not finite after the update, which was not applied")
+    keys = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
+    return {**{key: summary[key] for key in keys}, "updates": int(summary["updates"])}
+
+
+def _tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration") -> str | None:
+    """Call all of them; what to say where one has seen enough. Raises TrainingFault where one raises."""
+    enough = None
+    for callback in callbacks:
+        name = type(callback).__name__
+        try:
+            if getattr(callback, moment)(view) is True:
+                enough = enough or f"{name} has seen enough"
+        except Exception as error:  # whatever somebody's code may raise
+            raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error
+    return enough

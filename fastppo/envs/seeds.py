@@ -1,0 +1,210 @@
+"""The environments of many seeds as one vector environment: S times N, each seed's as they would be alone.
+
+Environments s * N to (s + 1) * N - 1 are those of the s-th seed; `reset` takes a list of S seeds. Where the environments can be
+seeded one by one (gymnasium's in processes, EnvPool's, ALE's) they are one of S * N; a vector class of an environment's own
+draws for all of its environments from one generator, so there are S of it, and of gymnasium's CartPole one that is given S
+generators: 80 environments step in 105 us, where ten times eight take 740. Knows nothing of policies.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
+from gymnasium.utils import seeding
+from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastppo.envs.autoreset import is_tensor
+from fastppo.envs.device import DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
+from fastppo.envs.envpool import EnvPoolVectorEnv
+from fastppo.envs.grouped import INFO_KEYS, GroupedVectorEnv, NumberedVectorEnv
+
+ResetSeeds = int | Sequence[int] | None  # one for each of S, or the first of them; None: random numbers go on where they are
+
+
+class SeedsVectorEnv(VectorWrapper):
+    """A vector environment of S * N that can be seeded one by one: the seed's i-th environment with seed + i, as alone."""
+
+    def __init__(self, envs: VectorEnv, num_seeds: int) -> None:
+        super().__init__(envs)
+        self.num_seeds = num_seeds
+
+    def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """seed: S of them, or the first."""
+        if seed is None:
+            return self.env.reset(options=options)
+        each: Any = np.add.outer(_each(seed, self.num_seeds), np.arange(self.num_envs // self.num_seeds)).ravel()
+        return self.env.reset(seed=each if _is_ale(self.env) else each.tolist(), options=options)
+
+
+class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
+    """S vector environments of N each, stepped one after another as one of S * N. Of infos, only INFO_KEYS are returned."""
+
+    def __init__(self, envs: Sequence[VectorEnv]) -> None:
+        first = envs[0]
+        self.envs = tuple(envs)
+        self.num_envs = first.num_envs * len(envs)
+        self.metadata = first.metadata
+        self.spec = first.spec
+        self.single_observation_space, self.single_action_space = first.single_observation_space, first.single_action_space
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._obs: list[Any] = [None] * len(envs)  # of each, the last
+
+    def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """seed: S of them. options: a reset_mask (S * N,) is shared out."""
+        seeds = [None] * len(self.envs) if seed is None else _each(seed, len(self.envs))
+        infos: list[dict[str, Any]] = []
+        for index, (envs, one) in enumerate(zip(self.envs, seeds, strict=True)):
+            mask = None if options is None else options.get("reset_mask")
+            own = options if mask is None else {**(options or {}), "reset_mask": mask[self._rows(index)]}
+            infos.append({})
+            if own is None or mask is None or own["reset_mask"].any():
+                self._obs[index], infos[index] = envs.reset(seed=one, options=own)
+        return _joined(self._obs), self._joined_info(infos)
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Each its rows of the actions, (S * N, ...)."""
+        results = [envs.step(_rows_of(actions, self._rows(index))) for index, envs in enumerate(self.envs)]
+        *parts, infos = zip(*results, strict=True)
+        self._obs = list(parts[0])
+        obs, reward, terminated, truncated = map(_joined, parts)
+        return obs, reward, terminated, truncated, self._joined_info(infos)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close all of them."""
+        for envs in self.envs:
+            envs.close(**kwargs)
+
+    def _rows(self, index: int) -> slice:
+        size = self.num_envs // len(self.envs)
+        return slice(index * size, (index + 1) * size)
+
+    def _joined_info(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What is read of the infos (envs/autoreset.py); the mask of environments that tell none allows all."""
+        joined: dict[str, Any] = {}
+        for key in (*INFO_KEYS, "final_obs"):
+            known = next((info[key] for info in infos if info.get(key) is not None), None)
+            if known is not None:
+                joined[key] = _joined([_blank(known) if info.get(key) is None else info[key] for info in infos])
+        if "action_mask" in joined and not is_tensor(joined["action_mask"]):
+            size = self.num_envs // len(self.envs)
+            told = [info.get("_action_mask", np.full(size, info.get("action_mask") is not None)) for info in infos]
+            joined["_action_mask"] = np.concatenate(told)
+        return joined
+
+
+def _each(seed: int | Sequence[int], number: int) -> list[int]:
+    return list(range(seed, seed + number)) if isinstance(seed, int) else [int(one) for one in seed]
+
+
+def _blank(batch: Any) -> Any:
+    """A batch of the same form with nothing in it."""
+    if isinstance(batch, Mapping):
+        return {name: _blank(part) for name, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(map(_blank, batch))
+    return torch.zeros_like(batch) if is_tensor(batch) else np.zeros_like(batch)
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """Batches (N, ...), or structures of them, one behind the other."""
+    first = batches[0]
+    if isinstance(first, Mapping):
+        return {name: _joined([batch[name] for batch in batches]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(_joined(parts) for parts in zip(*batches, strict=True))
+    return torch.cat(list(batches)) if is_tensor(first) else np.concatenate(batches)
+
+
+def _rows_of(batch: Any, rows: slice) -> Any:
+    return tuple(part[rows] for part in batch) if isinstance(batch, tuple) else batch[rows]
+
+
+class SeededCartPole(VectorWrapper):
+    """gymnasium's own CartPoleVectorEnv of S * N environments, whose S parts start episodes as S of N would."""
+
+    def __init__(self, envs: CartPoleVectorEnv, num_seeds: int) -> None:
+        super().__init__(envs)
+        self.cartpole = envs
+        self.num_seeds = num_seeds
+
+    def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """seed: S of them, or the first."""
+        if seed is not None:
+            self.generators = [seeding.np_random(one)[0] for one in _each(seed, self.num_seeds)]
+            self.cartpole._np_random = self  # type: ignore[assignment]
+        return self.cartpole.reset(options=options)
+
+    def uniform(self, low: float, high: float, size: tuple[int, int]) -> NDArray[np.float64]:
+        """What the environment draws, (4, K) for the K that start an episode: each seed's from its own generator."""
+        rows, total = size
+        starting = self.cartpole.prev_done.reshape(self.num_seeds, -1).sum(1)
+        if total == self.num_envs:  # a reset of all, or all have ended
+            starting = np.full(self.num_seeds, self.num_envs // self.num_seeds)
+        draws = [
+            generator.uniform(low, high, (rows, number))
+            for generator, number in zip(self.generators, starting, strict=True)
+            if number
+        ]
+        return np.concatenate(draws, axis=1) if draws else np.empty((rows, 0))
+
+
+class SeededTorchVectorEnv(TorchVectorEnv):
+    """Environments on the device, tensors of `running` (S, N, ...), each seed with a generator of its own."""
+
+    def __init__(self, env: DeviceEnv, num_envs: int, num_seeds: int, device: torch.device | str = "cpu") -> None:
+        """num_envs: N, of each seed."""
+        super().__init__(env, num_seeds * num_envs, device)
+        self.num_seeds = num_seeds
+        self.generators = [torch.Generator(self.device) for _ in range(num_seeds)]
+        for generator in self.generators:
+            generator.seed()
+
+    def draw(self, *leading: int) -> Tensor:
+        """(S, *leading, N, K), each seed's from its own generator."""
+        shape = (*leading, self.num_envs // self.num_seeds, self.env.num_random)
+        return torch.stack([torch.rand(shape, generator=one, device=self.device) for one in self.generators])
+
+    def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
+        """seed: S of them, or the first."""
+        if seed is not None:
+            for generator, one in zip(self.generators, _each(seed, self.num_seeds), strict=True):
+                generator.manual_seed(one)
+        with torch.no_grad():
+            each = [start(self.env, random) for random in self.draw()]
+            self.running = tree_map(lambda *x: torch.stack(x), *each)
+        return self.running.obs.flatten(0, 1), {}
+
+    def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
+        """One step of all as if they were of one seed: environments know nothing of each other."""
+        together = tree_map(lambda x: x.flatten(0, 1), running)
+        after, result = autoreset_step(self.env, together, action, self.draw().flatten(0, 1))
+        return tree_map(lambda x: x.unflatten(0, (self.num_seeds, -1)), after), result
+
+
+def many(make: Callable[[int], VectorEnv], num_envs: int, num_seeds: int) -> VectorEnv:
+    """The environments of S seeds. make(K): K environments as one, of the same kind for each K."""
+    made = make(num_envs)
+    if isinstance(made, TorchVectorEnv):
+        envs = SeededTorchVectorEnv(made.env, num_envs, num_seeds, made.device)
+        envs.spec = made.spec
+        return envs
+    if type(made.unwrapped) in (NumberedVectorEnv, GroupedVectorEnv, EnvPoolVectorEnv) or _is_ale(made):
+        made.close()
+        return SeedsVectorEnv(make(num_envs * num_seeds), num_seeds)
+    if type(made) is CartPoleVectorEnv:
+        made.close()
+        whole = make(num_envs * num_seeds)
+        assert isinstance(whole, CartPoleVectorEnv)
+        return SeededCartPole(whole, num_seeds)
+    return JoinedVectorEnv([made, *(make(num_envs) for _ in range(num_seeds - 1))])
+
+
+def _is_ale(envs: VectorEnv) -> bool:
+    return type(envs.unwrapped).__module__.startswith("ale_py.")

@@ -1,0 +1,177 @@
+"""Many seeds as one run: a directory with a folder for each, which is a run of that seed alone, and what they have in common.
+
+TOP/config.json, summary.json and curves.png are of all; TOP/seed-K is what `--seed K` by itself would have left. Knows nothing
+of how they are trained.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastppo.agent_run import AgentRun, Note, TrainResult, fill_directory, reopen
+from fastppo.config import TrainConfig, check_resumable
+from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.groups import group_runs, read_run
+from fastppo.plot import PANELS, draw_page
+from fastppo.policy.networks import Network
+from fastppo.run.directory import RunDirectory
+from fastppo.run.files import replace_file
+from fastppo.state import TrainState
+from fastppo.statistics import bootstrap_interval, interquartile_mean
+
+RESAMPLES = 10_000  # of the bootstrap behind the joint interval
+
+# of a joint row, what is of all seeds together; all else is the mean over them
+_SUMS = ("global_step", "sps", "episodes", "terminations", "truncations", "updates")
+
+
+def of_each_seed(config: TrainConfig) -> list[TrainConfig]:
+    """The settings of each seed's own run, --seed and those after it; of a single one, `config` itself."""
+    if config.num_seeds == 1:
+        return [config]
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    resume = None if config.resume is None else Path(config.resume)
+    return [
+        replace(config, seed=seed, num_seeds=1, run_dir=None, resume=None if resume is None else str(resume / folder(seed)))
+        for seed in seeds
+    ]
+
+
+def folder(seed: int) -> str:
+    """Where a seed's run lies."""
+    return f"seed-{seed}"
+
+
+def make_directories(
+    config: TrainConfig, configs: Sequence[TrainConfig], starts: Sequence[Mapping[str, Any]], cleanup: contextlib.ExitStack
+) -> tuple[RunDirectory, list[RunDirectory]]:
+    """The directory of all and those of each seed, locked until `cleanup`; raises UsageError as RunDirectory.create."""
+
+    def fill(top: RunDirectory) -> None:
+        top.write_text(top.config, config.to_json())
+        for own, start in zip(configs, starts, strict=True):
+            path = top.path / folder(own.seed)
+            path.mkdir()
+            fill_directory(own, start, RunDirectory(path))
+
+    top = RunDirectory.create(config.run_dir, config.env_id, f"{configs[0].seed}-{configs[-1].seed}", fill)
+    cleanup.callback(top.unlock)
+    directories = [RunDirectory(top.path / folder(own.seed)) for own in configs]
+    for directory in directories:
+        directory.lock()
+        cleanup.callback(directory.unlock)
+    return top, directories
+
+
+def reopen_all(
+    config: TrainConfig,
+    configs: Sequence[TrainConfig],
+    states: Sequence[TrainState],
+    network: Network,
+    fresh: Sequence[Mapping[str, Any]],
+    cleanup: contextlib.ExitStack,
+) -> tuple[RunDirectory, list[RunDirectory], list[str | None]]:
+    """Put the state of every seed that --resume names back; arguments, result and errors as `agent_run.reopen`."""
+    top = RunDirectory(Path(config.resume or ""))
+    check_resumable(TrainConfig.from_json(top.config), config)
+    try:
+        top.lock()
+        cleanup.callback(top.unlock)
+        directories, notes = [], []
+        for own, state, start in zip(configs, states, fresh, strict=True):
+            directory, lines = reopen(own, False, state, network, start, cleanup)
+            directories.append(directory)
+            notes += [line and f"seed {own.seed}: {line}" for line in lines]
+        top.write_text(top.config, config.to_json())
+    except OSError as error:
+        raise UsageError(f"--resume {top.path} cannot be written: {error.strerror}") from None
+    return top, directories, notes
+
+
+def joint_row(runs: Sequence[AgentRun]) -> dict[str, int | float]:
+    """What people see of an iteration: a run's row, or what those of several have in common."""
+    if len(runs) == 1:
+        return {**runs[0].row, "new_best": runs[0].new_best}
+    rows = [run.row for run in runs]
+    joint: dict[str, int | float] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
+    joint |= {key: sum(row[key] for row in rows) for key in _SUMS}
+    return {**joint, "iteration": max(row["iteration"] for row in rows), "new_best": any(run.new_best for run in runs)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def keep_joint(
+    top: RunDirectory, config: TrainConfig, results: Sequence[TrainResult], failed: Sequence[int], note: Note
+) -> TrainResult:
+    """Write summary.json and curves.png of all seeds, and say how they did.
+
+    `eval_return_mean` and `eval_return_std` are mean and standard deviation of the seeds' own means; `eval_return_iqm` their
+    interquartile mean, `eval_return_interval` its 95 % bootstrap interval (Agarwal et al., 2021, arXiv 2108.13264).
+
+    Args:
+        results: of the seeds that have ended well. failed: the other seeds.
+
+    Raises:
+        TrainingFault: they cannot be written.
+    """
+    summaries = [result.summary for result in results]
+    steps, seconds = sum(one["global_step"] for one in summaries), max(one["seconds"] for one in summaries)
+    joint: dict[str, Any] = {
+        **summaries[0],
+        "seed": config.seed,
+        "num_seeds": config.num_seeds,
+        "global_step": steps,
+        "seconds": seconds,
+        "sps": sum(one["sps"] for one in summaries),
+        "best_return_mean": max(one["best_return_mean"] for one in summaries),
+        "failed_seeds": list(failed),
+    }
+    means = np.array([one["eval_return_mean"] for one in summaries])
+    played = np.isfinite(means).all()
+    low, high = bootstrap_interval(means, RESAMPLES) if played and len(means) > 1 else (math.nan, math.nan)
+    joint |= {
+        "eval_return_mean": float(means.mean()),
+        "eval_return_std": float(means.std()),
+        "eval_return_iqm": float(interquartile_mean(means)),
+        "eval_return_interval": [float(low), float(high)] if played else None,
+        "eval_episodes": sum(one["eval_episodes"] for one in summaries),
+        "stopped_by": next((one["stopped_by"] for one in summaries if one["stopped_by"]), None),
+        "seeds": [
+            {key: one[key] for key in ("seed", "global_step", "eval_return_mean", "eval_return_std")} for one in summaries
+        ],
+    }
+    try:
+        top.write_json(top.summary, joint)
+        _draw_joint(top, [result.run_dir for result in results], note)
+    except OSError as error:
+        raise TrainingFault(f"training is over and kept, but {top.path} could not be written ({error.strerror})") from None
+    if played and summaries[0]["eval_episodes"]:
+        note(
+            f"best models of {len(means)} seeds: mean {means.mean():.1f} +- {means.std():.1f}, "
+            f"interquartile mean {joint['eval_return_iqm']:.1f}, 95 % interval {low:.1f} to {high:.1f}"
+        )
+    best = results[int(np.nanargmax(means)) if np.isfinite(means).any() else 0]
+    return TrainResult(top.path, joint, best.policy, tuple(results))
+
+
+def _draw_joint(top: RunDirectory, seeds: Sequence[Path], note: Note) -> None:
+    """curves.png with a band over the seeds; a picture that cannot be drawn is no fault of the run. Raises OSError."""
+    try:
+        groups, _ = group_runs([read_run(path) for path in seeds])
+        buffer = BytesIO()
+        draw_page(groups, [("global_step", column) for column in PANELS], columns=3).savefig(buffer, dpi=100)
+    except OSError:
+        raise
+    except Exception as error:  # whatever somebody's matplotlib may raise
+        note(f"curves.png could not be drawn ({brief(error)})")
+    else:
+        replace_file(top.curves, buffer.getbuffer())
