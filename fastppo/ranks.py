@@ -6,6 +6,7 @@ torch.distributed, gloo on CPUs and NCCL on GPUs, and through here; a rank that 
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -114,7 +115,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:  # torch.distributed's own errors are of this kind too
-            raise TrainingFault(f"rank {self.rank} of {self.size}: another rank has gone ({brief(error)})") from None
+            # without the line of gloo's source before it and the guesses behind it
+            reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
+            raise TrainingFault(f"rank {self.rank} of {self.size}: another rank has gone: {reason[:200]}") from None
 
 
 def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks:
