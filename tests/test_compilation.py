@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import torch
 from fastppo.core import compilation
 from fastppo.core.adam import init_adam
 from fastppo.core.compilation import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
+from fastppo.core.minibatches import draw_permutation
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act_from_params, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
@@ -155,6 +158,90 @@ def test_a_failing_worker_is_an_error_not_a_hang(team):
     spoilt._run = lambda given: run([None] if given is inputs[1] else given)  # no tensor: the second one fails at once
     with pytest.raises(RuntimeError, match="worker"):
         spoilt.run(inputs)
+
+
+class Rendezvous:
+    """The exchange of processes that are threads here: `of(rank)` is what each of them is given."""
+
+    def __init__(self, size):
+        self.barrier, self.places, self.calls = threading.Barrier(size, timeout=60), [None] * size, 0
+
+    def of(self, rank):
+        def all_reduce(x):
+            self.places[rank] = x.clone()
+            self.barrier.wait()
+            total = torch.stack(self.places).sum(0)
+            self.calls += rank == 0
+            self.barrier.wait()
+            return total
+
+        return types.SimpleNamespace(rank=rank, all_reduce=all_reduce)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """(program of one of two processes with two workers each, its example, cache directory, settings of the whole)."""
+    torch.set_num_threads(1)
+    cache_dir = tmp_path_factory.mktemp("cache")
+    cache_dir.chmod(0o700)
+    settings = {"advantage_estimator": "monte-carlo", "norm_returns": True, "target_kl": 0.0016, "normalized": True}
+    program, example = ranks_job(settings, 0, 0)
+    without_others = compile_program(program, example, cache_dir)
+    with pytest.raises(CompileError, match="exchange"):  # half a sum would look like a sum
+        without_others(*example)
+    return program, example, cache_dir, settings
+
+
+def ranks_job(settings, rank, seed):
+    """What one of two processes runs: its environments, and its rows of minibatches that have as many of the other's."""
+    learn_eagerly, (params, adam, rollout, _, *rest) = job(CATEGORICAL_POLICY, seed=seed, **settings)
+    own = {key: x.chunk(2, 1)[rank].contiguous() for key, x in rollout.items()}
+    permutation = torch.empty(E, T * N // 2, dtype=torch.int64)
+    draw_permutation(permutation, torch.Generator().manual_seed(seed), T, N, M, 2, rank, 2)
+    program = functools.partial(learn_eagerly, num_ranks=2, num_workers=2, minibatch_size=M // 2)
+    return program, (params, adam, own, permutation, *rest)
+
+
+@pytest.mark.slow
+def test_compiled_ranks_of_compiled_workers_equal_eager(ranks):
+    """Two processes of two threads each, together the update of one, statistics and KL stop included; same bits for all."""
+    program, example, cache_dir, settings = ranks
+    meeting = Rendezvous(2)
+    compiled = [load_program(program, example, cache_dir, meeting.of(rank)) for rank in range(2)]
+    stopped = 0
+    for seed in range(20):
+        learn_eagerly, (params, adam, rollout, permutation, *rest) = job(CATEGORICAL_POLICY, seed=seed, **settings)
+        draw_permutation(permutation, torch.Generator().manual_seed(seed), T, N, M, 2)
+        expected = learn_eagerly(params, adam, rollout, permutation, *rest)
+        with ThreadPoolExecutor(2) as pool:
+            results = list(pool.map(lambda rank: compiled[rank](*ranks_job(settings, rank, seed)[1]), range(2)))  # noqa: B023
+        for result in results:
+            assert_same(result, expected)
+            assert torch.equal(result.params, results[0].params)
+            assert torch.equal(result.minibatch_metrics, results[0].minibatch_metrics)
+        stopped += int(expected.minibatch_metrics[-1, APPLIED] == 0)
+    assert 0 < stopped < 20
+    assert meeting.calls == 20 * (len(expected.minibatch_metrics) + 7)  # one a minibatch, and the statistics before them
+
+
+@pytest.mark.slow
+def test_a_process_that_is_gone_is_the_error_that_the_exchange_raised(ranks):
+    """At the first sum or in the middle of the loop: what it raised comes out of the program, and its workers end."""
+    program, example, cache_dir, _ = ranks
+
+    for calls in (0, 9):
+        left = [calls]
+
+        def all_reduce(x, left=left):
+            if left[0] == 0:
+                raise ConnectionError("the other one has gone")
+            left[0] -= 1
+            return x
+
+        compiled = load_program(program, example, cache_dir, types.SimpleNamespace(rank=0, all_reduce=all_reduce))
+        with pytest.raises(ConnectionError, match="the other one has gone"):
+            compiled(*example)
+        assert left == [0]
 
 
 def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):

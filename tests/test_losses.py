@@ -18,6 +18,7 @@ from fastppo.core.losses import (
     explained_variance,
     masked_mean,
     mean_and_std,
+    means_and_stds,
     squared_value_loss,
     standardize,
 )
@@ -115,6 +116,31 @@ def test_explained_variance_by_hand():
     # errors 0, 4, 8 have variance 16: 1 - 16/4
     assert explained_variance(-target, target, weight).item() == pytest.approx(-3.0, abs=1e-5)
     assert math.isnan(explained_variance(target, torch.full((3,), 2.0), weight).item())
+
+
+def test_statistics_of_rows_in_several_places_are_those_of_all():
+    """Three places with their rows, one of which has none that counts; `total` answers each question of one with all sums.
+
+    Held against torch.std over the rows that count, whose means differ by place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 40, generator=generator, dtype=torch.float64) + torch.tensor([[[0.0], [100.0], [-7.0]]])
+    weight = (torch.rand(3, 40, generator=generator) < 0.6).double()
+    weight[2] = 0.0
+
+    def sums_of_all(*own):
+        asked.append(len(own))
+        if len(own) == 3:  # rows, and a sum of each variable
+            return (weight.sum(), *((row * weight).sum() for row in x))
+        return tuple(((row - mean) ** 2 * weight).sum() for row, mean in zip(x, means, strict=True))
+
+    counted = [row[weight > 0] for row in x]
+    means, stds = [rows.mean() for rows in counted], [rows.std() for rows in counted]
+    for place in range(3):
+        asked = []
+        found = means_and_stds(x[:, place].unbind(), weight[place], total=sums_of_all)
+        torch.testing.assert_close(found, list(zip(means, stds, strict=True)))
+        assert asked == [3, 2]  # two exchanges, whatever the number of variables
 
 
 def test_masked_mean_by_hand():

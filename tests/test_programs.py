@@ -16,6 +16,7 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
+from fastppo.core.minibatches import draw_permutation
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
@@ -664,7 +665,7 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
 
     barrier, places = threading.Barrier(workers, timeout=60), [None] * workers
 
-    def all_reduce(x, worker):
+    def all_reduce(x, worker, over_ranks):
         places[worker[0].item()] = x
         barrier.wait()
         total = sum(places[1:], start=places[0])
@@ -672,7 +673,7 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
         return total
 
     def work(rank):
-        shared = {"worker": torch.tensor([rank]), "num_workers": workers, "all_reduce": all_reduce}
+        shared = {"worker": torch.tensor([rank, 0]), "num_workers": workers, "all_reduce": all_reduce}
         return update(policy, params, rollout, permutation, **options, **shared)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -682,6 +683,70 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
         torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(result[3:], expected[3:])
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_kl": 0.003},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "rows_per_pass": 2},
+        {"norm_adv": False, "clip_vloss": False, "final_obs": True},
+    ],
+    ids=["gae", "monte-carlo", "final_obs"],
+)
+@POLICIES
+def test_ranks_together_make_the_update_of_one(policy, options, ranks, workers):
+    """Each is given its own environments and rows alone, the last one's without a single transition in them.
+
+    Means and deviations of returns and advantages, counts, gradients, metrics and the KL stop are those of the whole.
+    """
+    options = dict(options)
+    num_steps, num_envs, minibatch_size, epochs = 8, 8, 16, 3
+    rollout = make_rollout(policy, num_steps, num_envs)
+    rollout["valid"][:, -num_envs // ranks :] = False
+    rollout["reward"] += torch.arange(num_envs)  # no two ranks have the same means
+    if options.pop("final_obs", False):
+        rollout["final_obs"] = torch.randn_like(rollout["obs"])
+    params = make_params(policy)
+
+    def permutation(**of_rank):
+        out = torch.empty(epochs, num_steps * num_envs // of_rank.get("num_ranks", 1), dtype=torch.int64)
+        draw_permutation(out, torch.Generator().manual_seed(3), num_steps, num_envs, minibatch_size, ranks, **of_rank)
+        return out
+
+    expected = update(policy, params, rollout, permutation(), minibatch_size=minibatch_size, **options)
+    applied = sum(column(expected, "applied"))
+    assert applied < len(expected.minibatch_metrics) if "target_kl" in options else applied == len(expected.minibatch_metrics)
+
+    both = ranks * workers
+    barrier, places = threading.Barrier(both, timeout=60), [None] * both
+    local = [threading.Barrier(workers, timeout=60) for _ in range(ranks)]
+
+    def all_reduce(x, worker, over_ranks):
+        number, rank = worker.tolist()
+        gate = barrier if over_ranks else local[rank]
+        places[rank * workers + number] = x
+        gate.wait()
+        first, *others = places if over_ranks else places[rank * workers : (rank + 1) * workers]
+        total = sum(others, start=first)
+        gate.wait()
+        return total
+
+    def work(index):
+        rank, number = divmod(index, workers)
+        own = {key: x.chunk(ranks, 1)[rank] for key, x in rollout.items()}
+        shared = {"worker": torch.tensor([number, rank]), "num_workers": workers, "num_ranks": ranks, "all_reduce": all_reduce}
+        rows = permutation(rank=rank, num_ranks=ranks)
+        return update(policy, params, own, rows, minibatch_size=minibatch_size // ranks, **options, **shared)
+
+    with ThreadPoolExecutor(both) as pool:
+        results = list(pool.map(work, range(both)))
+    for result in results:
+        assert_same_bits(result, results[0])
+        torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[3:], expected[3:], rtol=1e-5, atol=1e-5)
 
 
 @POLICIES

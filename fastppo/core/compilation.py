@@ -44,7 +44,7 @@ from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Collected, Learned
 from fastppo.core.seeds import Seeds, of_seed, over_seeds
-from fastppo.core.team import WORKER_FIELDS, Team
+from fastppo.core.team import WORKER_FIELDS, Exchange, Team
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
@@ -72,8 +72,16 @@ class CompileError(RuntimeError):
 class CompiledProgram:
     """A loaded library behind the signature of the program it was made from."""
 
-    def __init__(self, library: Path, program: Program, layout: Layout, seeds: Seeds | None = None) -> None:
-        """layout: shapes, strides and dtypes that the library was compiled for. Raises CompileError when it does not load."""
+    def __init__(
+        self, library: Path, program: Program, layout: Layout, seeds: Seeds | None = None, exchange: Exchange | None = None
+    ) -> None:
+        """Load it. Raises CompileError when it does not load.
+
+        Args:
+            layout: shapes, strides and dtypes that the library was compiled for.
+            seeds: how it takes several seeds.
+            exchange: between the processes of a program with `num_ranks` above 1.
+        """
         self._layout = layout
         self._library = library
         self._num_threads = torch.get_num_threads()
@@ -81,9 +89,11 @@ class CompiledProgram:
         self._seeds = seeds
         num_workers = _num_workers(program) if seeds is None else seeds.num_threads
         self._team: Team | None = None
+        self._exchange = exchange
+        self._num_ranks = _num_ranks(program)
         try:
-            if num_workers > 1:
-                self._team = Team(library, num_workers)
+            if _is_shared(program) or num_workers > 1:
+                self._team = Team(library, num_workers, exchange if self._num_ranks > 1 else None)
             else:
                 self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
         except (OSError, RuntimeError) as error:
@@ -139,6 +149,10 @@ class CompiledProgram:
         return lambda *given: run([*bound, *_tensors(given)])[0]
 
     def _check(self, tensors: list[Tensor]) -> None:
+        if self._num_ranks > 1 and self._exchange is None:
+            raise CompileError(
+                f"the compiled program is one of {self._num_ranks} processes, and has no exchange with the others"
+            )
         # The library trusts its caller: wrong shapes, or more threads than its partial sums have room for, would be read and
         # written out of bounds.
         if len(tensors) != len(self._layout) or any(
@@ -150,18 +164,27 @@ class CompiledProgram:
             raise CompileError(f"the compiled program was made for torch.set_num_threads({self._num_threads})")
 
 
-def load_program(program: Program, example: Example, cache_dir: Path, seeds: Seeds | None = None) -> CompiledProgram | None:
+def load_program(
+    program: Program,
+    example: Example,
+    cache_dir: Path,
+    seeds: Seeds | None = None,
+    exchange: Exchange | None = None,
+) -> CompiledProgram | None:
     """The compiled program from the cache, or None. Imports nothing of the compiler.
 
-    With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py. With `seeds` all
-    tensors of `example`, and of a call, have a leading axis of S seeds, and so has all that is returned.
+    With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py; with `num_ranks`
+    above 1 among processes, of which each calls its own, and `exchange` is between them. With `seeds` all tensors of `example`,
+    and of a call, have a leading axis of S seeds, and so has all that is returned.
 
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
-    return _load(program, example, cache_dir, seeds, cache_key(program, example, seeds))
+    return _load(program, example, cache_dir, cache_key(program, example, seeds), seeds, exchange)
 
 
-def _load(program: Program, example: Example, cache_dir: Path, seeds: Seeds | None, key: str) -> CompiledProgram | None:
+def _load(
+    program: Program, example: Example, cache_dir: Path, key: str, seeds: Seeds | None, exchange: Exchange | None
+) -> CompiledProgram | None:
     check_cache_dir(cache_dir)
     helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, key)
     if helpers is None or library is None:
@@ -170,13 +193,19 @@ def _load(program: Program, example: Example, cache_dir: Path, seeds: Seeds | No
         native.load(helpers)
     except OSError as error:
         raise CompileError(f"the compiled helpers do not load: {_first_line(error)}") from error
-    return CompiledProgram(library, program, _layout(_tensors(_of_one_call(example, seeds))), seeds)
+    return CompiledProgram(library, program, _layout(_tensors(_of_one_call(example, seeds))), seeds, exchange)
 
 
-def compile_program(program: Program, example: Example, cache_dir: Path, seeds: Seeds | None = None) -> CompiledProgram:
+def compile_program(
+    program: Program,
+    example: Example,
+    cache_dir: Path,
+    seeds: Seeds | None = None,
+    exchange: Exchange | None = None,
+) -> CompiledProgram:
     """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason."""
     key = cache_key(program, example, seeds)
-    loaded = _load(program, example, cache_dir, seeds, key)
+    loaded = _load(program, example, cache_dir, key, seeds, exchange)
     if loaded is not None:
         return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
@@ -196,7 +225,7 @@ def compile_program(program: Program, example: Example, cache_dir: Path, seeds: 
             ) from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
-    loaded = _load(program, example, cache_dir, seeds, key)
+    loaded = _load(program, example, cache_dir, key, seeds, exchange)
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
     return loaded
@@ -250,10 +279,18 @@ class GraphedProgram:
 class BackgroundCompile:
     """`compile_program` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
 
-    def __init__(self, program: Program, example: Example, cache_dir: Path, seeds: Seeds | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        example: Example,
+        cache_dir: Path,
+        seeds: Seeds | None = None,
+        exchange: Exchange | None = None,
+    ) -> None:
         """Start it. Raises CompileError when the directory is not to be trusted, or the program cannot be told to a process."""
         check_cache_dir(cache_dir)
         self._program, self._example, self._cache_dir, self._seeds = program, example, cache_dir, seeds
+        self._exchange = exchange
         self._key = cache_key(program, example, seeds)
         outline = pytree.tree_map_only(Tensor, _outline, example)
         try:
@@ -280,7 +317,7 @@ class BackgroundCompile:
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             reason = "" if stdout.closed else stdout.read().decode(errors="replace").strip()
-        loaded = _load(self._program, self._example, self._cache_dir, self._seeds, self._key)
+        loaded = _load(self._program, self._example, self._cache_dir, self._key, self._seeds, self._exchange)
         if loaded is None:
             raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
         return loaded
@@ -495,6 +532,15 @@ def _num_workers(program: Program) -> int:
     return int(program.keywords.get("num_workers", 1))
 
 
+def _num_ranks(program: Program) -> int:
+    return int(program.keywords.get("num_ranks", 1))
+
+
+def _is_shared(program: Program) -> bool:
+    """Whether it takes a `worker`."""
+    return _num_workers(program) * _num_ranks(program) > 1
+
+
 def _layout(tensors: list[Tensor]) -> Layout:
     return tuple((tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in tensors)
 
@@ -540,7 +586,7 @@ def _trace(program: Program, example: Example, mapped: bool = False) -> tuple[to
         program = functools.partial(
             program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux, all_reduce=native.all_reduce
         )
-    if _num_workers(program) > 1:
+    if _is_shared(program):
         example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
     function = over_seeds(program) if mapped else program
     leaves, spec = pytree.tree_flatten(_plain(example))

@@ -2,10 +2,21 @@
 
 Every mean is over the rows whose `weight` is 1. A row of weight 0 is no transition (the step in which an environment
 resets itself): it has no influence on any result, whatever finite numbers it holds.
+
+Rows may be spread over several processes, each with a part of them: what is a sum over all rows then goes through `total`.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+Total = Callable[..., tuple[Tensor, ...]]  # (*sums) -> the same over all processes: one exchange
+
+
+def alone(*sums: Tensor) -> tuple[Tensor, ...]:
+    """The `Total` of one process that has all rows."""
+    return sums
 
 
 def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
@@ -16,28 +27,35 @@ def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
     return (x * weight).sum() / weight.sum().clamp(min=1.0)
 
 
-def standardize(x: Tensor, weight: Tensor, eps: float = 1e-8) -> Tensor:
+def standardize(x: Tensor, weight: Tensor, eps: float = 1e-8, total: Total = alone) -> Tensor:
     """(x - mean) / (std + eps) with the sample standard deviation (n - 1), over rows of weight 1 of the last axis. (..., M)."""
-    mean, std = mean_and_std(x, weight, dim=-1)
+    mean, std = mean_and_std(x, weight, -1, total)
     return (x - mean) / (std + eps)
 
 
-def mean_and_std(x: Tensor, weight: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+def mean_and_std(x: Tensor, weight: Tensor, dim: int | None = None, total: Total = alone) -> tuple[Tensor, Tensor]:
     """Mean and sample standard deviation (n - 1) of `x` over rows of weight 1: both (), or of size 1 along the axis `dim`."""
+    return means_and_stds((x,), weight, dim, total)[0]
+
+
+def means_and_stds(
+    xs: Sequence[Tensor], weight: Tensor, dim: int | None = None, total: Total = alone
+) -> list[tuple[Tensor, Tensor]]:
+    """`mean_and_std` of several variables over the same rows; with several processes two exchanges for all of them."""
     keep = dim is not None
-    rows = weight.sum(dim, keep)
-    mean = (x * weight).sum(dim, keep) / rows.clamp(min=1.0)
-    variance = ((x - mean).square() * weight).sum(dim, keep) / (rows - 1.0).clamp(min=1.0)
-    return mean, variance.sqrt()
+    rows, *sums = total(weight.sum(dim, keep), *((x * weight).sum(dim, keep) for x in xs))
+    means = [x_sum / rows.clamp(min=1.0) for x_sum in sums]
+    # about the mean of all rows, which takes a second exchange: sums of squares would cancel
+    squares = total(*(((x - mean).square() * weight).sum(dim, keep) for x, mean in zip(xs, means, strict=True)))
+    return [(mean, (square / (rows - 1.0).clamp(min=1.0)).sqrt()) for mean, square in zip(means, squares, strict=True)]
 
 
-def explained_variance(value: Tensor, value_target: Tensor, weight: Tensor) -> Tensor:
+def explained_variance(value: Tensor, value_target: Tensor, weight: Tensor, total: Total = alone) -> Tensor:
     """1 - Var[value_target - value] / Var[value_target], over rows of weight 1; nan where the targets do not vary.
 
     1 is a perfect critic, 0 one no better than a constant, negative worse. value, value_target, weight: one shape; returns ().
     """
-    _, error_std = mean_and_std(value_target - value, weight)
-    _, target_std = mean_and_std(value_target, weight)
+    (_, error_std), (_, target_std) = means_and_stds((value_target - value, value_target), weight, None, total)
     return torch.where(target_std > 0, 1.0 - (error_std / target_std).square(), torch.nan)
 
 

@@ -12,30 +12,50 @@
 
 // --- all-reduce -----------------------------------------------------------------------------------------------------------
 //
-// worker: int64 (4,): rank, number of workers, address of the meeting place, calls so far.
-// meeting place: a line of 8 int64 for each worker: calls it has come to, address of its x, calls it has left; and one more line
-// whose first number is not 0 once a worker has failed. Nobody leaves before all have read. Who waits spins some 20 us, then
-// yields.
+// worker: int64 (6,): its number, rank of its process, number of workers, address of the meeting place, calls so far, and address
+// of the function that adds up over processes, 0 where there is one.
+// meeting place: a line of 8 int64 for each worker: calls it has come to, address of its x, calls it has left; of the first one
+// also calls whose sum over processes is there, and its address; and one more line whose first number is not 0 once a worker has
+// failed. Nobody leaves before all have read. Who waits spins some 20 us, then yields.
 
 namespace {
 
 constexpr int64_t kLine = 8;
 constexpr int kSpins = 10000;
 
-bool arrive_and_wait(int64_t* place, int64_t rank, int64_t workers, int64_t field, int64_t call) {
-  __atomic_store_n(place + kLine * rank + field, call, __ATOMIC_RELEASE);
-  for (int64_t other = 0; other < workers; ++other) {
-    for (int64_t spins = 0; __atomic_load_n(place + kLine * other + field, __ATOMIC_ACQUIRE) < call; ++spins) {
-      if (__atomic_load_n(place + kLine * workers, __ATOMIC_RELAXED)) return false;
-      if (spins > kSpins) std::this_thread::yield();
-    }
+using Exchange = int32_t(float* data, int64_t size);  // data becomes its sum over processes; not 0: it has failed
+
+bool wait_for(const int64_t* place, int64_t number, int64_t workers, int64_t field, int64_t call) {
+  for (int64_t spins = 0; __atomic_load_n(place + kLine * number + field, __ATOMIC_ACQUIRE) < call; ++spins) {
+    if (__atomic_load_n(place + kLine * workers, __ATOMIC_RELAXED)) return false;
+    if (spins > kSpins) std::this_thread::yield();
   }
   return true;
 }
 
+bool arrive_and_wait(int64_t* place, int64_t number, int64_t workers, int64_t field, int64_t call) {
+  __atomic_store_n(place + kLine * number + field, call, __ATOMIC_RELEASE);
+  for (int64_t other = 0; other < workers; ++other) {
+    if (!wait_for(place, other, workers, field, call)) return false;
+  }
+  return true;
+}
+
+void add_up(const int64_t* place, int64_t workers, float* sum, int64_t size) {
+  for (int64_t other = 0; other < workers; ++other) {  // in the order of their numbers: all get the same bits
+    const auto* theirs = reinterpret_cast<const float*>(__atomic_load_n(place + kLine * other + 1, __ATOMIC_RELAXED));
+    if (other == 0) {
+      std::memcpy(sum, theirs, size * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < size; ++i) sum[i] += theirs[i];
+    }
+  }
+}
+
 }  // namespace
 
-extern "C" AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle x, AtenTensorHandle worker, AtenTensorHandle* result) {
+extern "C" AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle x, AtenTensorHandle worker, int32_t over_ranks,
+                                                  AtenTensorHandle* result) {
   void *mine, *self_data, *sum_data;
   int64_t size;
   if (aoti_torch_clone(x, result) || aoti_torch_get_numel(x, &size) || aoti_torch_get_data_ptr(x, &mine) ||
@@ -44,19 +64,23 @@ extern "C" AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle x, AtenTens
   }
   auto* self = static_cast<int64_t*>(self_data);
   auto* sum = static_cast<float*>(sum_data);
-  const int64_t rank = self[0], workers = self[1], call = ++self[3];
-  auto* place = reinterpret_cast<int64_t*>(self[2]);
-  __atomic_store_n(place + kLine * rank + 1, reinterpret_cast<int64_t>(mine), __ATOMIC_RELAXED);
-  if (!arrive_and_wait(place, rank, workers, 0, call)) return AOTI_TORCH_FAILURE;
-  for (int64_t other = 0; other < workers; ++other) {  // in the order of ranks: all get the same bits
-    const auto* theirs = reinterpret_cast<const float*>(__atomic_load_n(place + kLine * other + 1, __ATOMIC_RELAXED));
-    if (other == 0) {
-      std::memcpy(sum, theirs, size * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < size; ++i) sum[i] += theirs[i];
-    }
+  const int64_t number = self[0], workers = self[2], call = ++self[4];
+  auto* place = reinterpret_cast<int64_t*>(self[3]);
+  auto* exchange = over_ranks ? reinterpret_cast<Exchange*>(self[5]) : nullptr;
+  __atomic_store_n(place + kLine * number + 1, reinterpret_cast<int64_t>(mine), __ATOMIC_RELAXED);
+  if (!arrive_and_wait(place, number, workers, 0, call)) return AOTI_TORCH_FAILURE;
+  if (exchange == nullptr) {
+    add_up(place, workers, sum, size);
+  } else if (number == 0) {  // one of them speaks with the other processes
+    add_up(place, workers, sum, size);
+    if (exchange(sum, size) != 0) return AOTI_TORCH_FAILURE;
+    __atomic_store_n(place + 4, reinterpret_cast<int64_t>(sum), __ATOMIC_RELAXED);
+    __atomic_store_n(place + 3, call, __ATOMIC_RELEASE);
+  } else {
+    if (!wait_for(place, 0, workers, 3, call)) return AOTI_TORCH_FAILURE;
+    std::memcpy(sum, reinterpret_cast<const float*>(__atomic_load_n(place + 4, __ATOMIC_RELAXED)), size * sizeof(float));
   }
-  return arrive_and_wait(place, rank, workers, 2, call) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+  return arrive_and_wait(place, number, workers, 2, call) ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
 }
 
 // --- memory ---------------------------------------------------------------------------------------------------------------

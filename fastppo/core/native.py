@@ -1,6 +1,6 @@
 """native.cpp, built once a machine and loaded: what compiled programs need and PyTorch has not got.
 
-- `fastppo::all_reduce`, the sum over worker threads that run one program each (core/team.py);
+- `fastppo::all_reduce`, the sum over worker threads that run one program each, and over processes of such (core/team.py);
 - memory of CPU tensors that is kept for the next of that size instead of going back to the system: with it 16 minibatches of
   128 rows take 3.3 ms instead of 3.7, and 128 steps of eight CartPoles 1.5 instead of 1.9 (benchmarks/LOG.md).
 """
@@ -15,17 +15,19 @@ import torch
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("native.cpp")
-ALL_REDUCE_DECLARATION = "AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*)"
+ALL_REDUCE_DECLARATION = (
+    "AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle, AtenTensorHandle, int32_t, AtenTensorHandle*)"
+)
 
 
 @torch.library.custom_op("fastppo::all_reduce", mutates_args=())
-def all_reduce(x: Tensor, worker: Tensor) -> Tensor:
-    """The sum of all workers' float32 `x`, in the order of their ranks; waits for them. In compiled programs only."""
+def all_reduce(x: Tensor, worker: Tensor, over_ranks: bool) -> Tensor:
+    """core.programs.AllReduce of float32 `x`: waits for the others. In compiled programs only."""
     raise RuntimeError("fastppo::all_reduce runs in compiled programs only")
 
 
 @all_reduce.register_fake
-def _(x: Tensor, worker: Tensor) -> Tensor:
+def _(x: Tensor, worker: Tensor, over_ranks: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 

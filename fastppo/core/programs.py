@@ -33,6 +33,10 @@ Weights = Mapping[str, Tensor]
 Obs = Tensor | Mapping[str, Tensor]  # one tensor, or the leaves of a structured observation by their key in the rollout
 
 
+# (x, worker, over_ranks) -> the sum of x over the workers of this process or, with over_ranks, of all: the same bits for each
+AllReduce = Callable[[Tensor, Tensor, bool], Tensor]
+
+
 class Policy(Protocol):
     """What the programs need to know of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
 
@@ -222,7 +226,7 @@ def collect(
 
 def _share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:
     """This worker's part of the axis `dim`; all of it for one who works alone."""
-    if worker is None:
+    if worker is None or num_workers == 1:
         return x
     return x.unflatten(dim, (num_workers, -1)).index_select(dim, worker[:1]).squeeze(dim)
 
@@ -251,7 +255,8 @@ def learn(
     adam_eps: float,
     rows_per_pass: int | None = None,
     num_workers: int = 1,
-    all_reduce: Callable[[Tensor, Tensor], Tensor] | None = None,
+    num_ranks: int = 1,
+    all_reduce: AllReduce | None = None,
     scan: Callable[..., Any] = scan,
     grad_and_aux: Callable[..., Any] = grad_and_aux,
 ) -> Learned:
@@ -271,10 +276,14 @@ def learn(
         rows_per_pass: the most rows that go through the networks at once; minibatches are worked off in equal parts whose
             gradients add up. None: whole minibatches. The result is the same but for rounding; parts that fit a core's cache
             make large compiled minibatches faster (benchmarks/LOG.md).
-        worker, num_workers, all_reduce: several calls at once, in threads or processes, can share the work. Each goes through
-            its own part of the environments and of every minibatch's rows; `all_reduce(x, worker)` gives each the sum of all x.
-            worker: int64, its rank in [0, num_workers) first, then whatever all_reduce wants. All return the same, which but
-            for rounding is the result of one alone. num_workers divides N and minibatch_size.
+        worker, num_workers, all_reduce: several calls at once, in threads of one process, can share the work. Each is given
+            the whole and goes through its own part of the environments and of every minibatch's rows, with an exchange
+            (`AllReduce`) where they need each other's. All return the same, which but for rounding is the result of one alone.
+            num_workers divides N and minibatch_size. worker: int64, its number in [0, num_workers), the rank of its process,
+            then whatever all_reduce wants.
+        num_ranks: several processes can share one update too. Each is given only what is its own: the rollout of its N
+            environments, and its M rows of each minibatch, as indices into that rollout; `minibatch_size` and the letters here
+            are those of one of them. Statistics, gradients and metrics are of all, and all return the same.
 
     Returns:
         `Learned`: new parameters and state, nothing written in place.
@@ -284,11 +293,21 @@ def learn(
     def mine(x: Tensor, dim: int) -> Tensor:
         return _share(x, dim, worker, num_workers)
 
-    def total(x: Tensor) -> Tensor:
-        """The sum of all workers' x."""
+    def reduced(x: Tensor, over_ranks: bool) -> Tensor:
+        """The sum of the x of all workers, of this process or of all."""
         assert all_reduce is not None
         assert worker is not None
-        return all_reduce(x, worker)
+        return all_reduce(x, worker, over_ranks)
+
+    def total(*sums: Tensor) -> tuple[Tensor, ...]:
+        """The sums over all ranks of what each worker of a rank has in full: one exchange."""
+        if num_ranks == 1:
+            return sums
+        flat = torch.cat([x.reshape(-1) for x in sums])
+        if worker is not None and num_workers > 1:
+            flat = torch.where(worker[0] == 0, flat, 0.0)  # once a rank
+        parts = reduced(flat, over_ranks=True).split([x.numel() for x in sums])
+        return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
 
     def judged(judge: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """`judge(*rows)`, (C, steps, N), in parts of rows_per_pass rows, each worker for its own environments."""
@@ -297,10 +316,10 @@ def learn(
         parts = tuple(x.unflatten(0, (-1, steps)) for x in rows)
         _, (out,) = scan(lambda carry, part: (carry, (judge(*part),)), params.new_zeros(()), parts)
         out = out.movedim(1, 0).flatten(1, 2)  # (C, steps, N / workers)
-        if worker is None:
+        if worker is None or num_workers == 1:
             return out
         everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
-        return total(everyone).flatten(2)
+        return reduced(everyone, over_ranks=False).flatten(2)
 
     obs, obs_spec = tree_flatten(normalize_obs(obs_of(rollout), normalization))  # leaves of (T+1, N, ...)
     action = rollout["action"][:num_steps]  # (T, N, ...)
@@ -337,18 +356,18 @@ def learn(
             bootstrap = next_value * return_std + return_mean
             value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, gamma)
             if norm_returns:
-                return_mean, return_std = mean_and_std(value_target, weight)
+                return_mean, return_std = mean_and_std(value_target, weight, total=total)
                 value_target = (value_target - return_mean) / (return_std + 1e-8)
             advantage = value_target - value
-        variance_explained = explained_variance(value, value_target, weight)
+        variance_explained = explained_variance(value, value_target, weight, total)
 
         # the scalars of all minibatches are gathered at once, so that each minibatch reads contiguous rows
         index = permutation.reshape(-1, minibatch_size)  # (L, M), L = E * B / M minibatches
         scalars = torch.stack((log_prob, advantage, value_target, value, weight)).flatten(1)[:, index]  # (5, L, M)
         old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, M) each
-        transitions = weight.sum(-1)  # (L,)
+        (transitions,) = total(weight.sum(-1))  # (L,)
         if norm_adv:
-            advantage = standardize(advantage, weight)
+            advantage = standardize(advantage, weight, total=total)
         scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, M)
         minibatches = (mine(index, 1).contiguous(), mine(scalars, 2).contiguous(), transitions)
 
@@ -393,11 +412,13 @@ def learn(
             parts = (index.unflatten(0, (num_parts, -1)), scalars.unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous())
             grad, (metrics,) = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
             metrics = torch.cat((metrics[:, :-1].sum(0), metrics[:, -1:].amax(0)))
-        if worker is not None:
+        if worker is not None and num_workers * num_ranks > 1:
             # one exchange of all: a maximum travels through a sum in a place of its worker's own
-            deviation = torch.where(torch.arange(num_workers, device=params.device) == worker[0], metrics[-1], 0.0)
-            everyone = total(torch.cat((grad, metrics[:-1], deviation)))
-            grad, sums, deviation = everyone.split((len(params), len(metrics) - 1, num_workers))
+            places = torch.arange(num_workers * num_ranks, device=params.device)
+            place = worker[0] if num_ranks == 1 else worker[1] * num_workers + worker[0]
+            deviation = torch.where(places == place, metrics[-1], 0.0)
+            everyone = reduced(torch.cat((grad, metrics[:-1], deviation)), over_ranks=True)
+            grad, sums, deviation = everyone.split((len(params), len(metrics) - 1, len(places)))
             metrics = torch.cat((sums, deviation.amax(0, keepdim=True)))
         return grad, metrics
 

@@ -2,8 +2,9 @@
 
 A second core is worth more as a second worker than as a helper inside each small product: for minibatches of 256 rows two
 workers take 3.6 ms where one thread takes 5.5 and two OpenMP threads 4.1 (16 minibatches), and where other processes want the
-cores too they lose less (benchmarks/LOG.md). What the workers exchange goes through `core.native.all_reduce`. Knows nothing of
-what the program computes.
+cores too they lose less (benchmarks/LOG.md). What the workers exchange goes through `core.native.all_reduce`; where several
+processes share the rows, the caller's thread of each adds what its workers found to what the others' have. Knows nothing of
+what the program computes, nor of how processes talk to each other.
 """
 
 import ctypes
@@ -12,20 +13,34 @@ import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 LINE = 8  # int64 numbers a worker has in the meeting place, see native.cpp
-WORKER_FIELDS = 4
+WORKER_FIELDS = 6
+_EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
+
+
+class Exchange(Protocol):
+    """What a program needs of the other processes that run it at the same time."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process: 0, 1, ..."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of all processes' x, the same bits in each; what it raises ends the program."""
+        ...
 
 
 class Team:
     """A compiled library and the threads that run it: the caller's and `num_workers - 1` of its own."""
 
-    def __init__(self, library: Path, num_workers: int) -> None:
-        """Load the library and start the threads. Raises OSError or RuntimeError."""
+    def __init__(self, library: Path, num_workers: int, exchange: Exchange | None = None) -> None:
+        """Load the library and start the threads; exchange: of several processes. Raises OSError or RuntimeError."""
         self._library = ctypes.CDLL(str(library))  # calls through ctypes leave Python's lock to the other threads
         self._container = ctypes.c_void_p()
         self._check(
@@ -37,7 +52,17 @@ class Team:
         self._check(self._library.AOTInductorModelContainerGetNumOutputs(self._container, ctypes.byref(num_outputs)))
         self._num_outputs = num_outputs.value
         self._place = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64)
-        self.workers = [torch.tensor([rank, num_workers, self._place.data_ptr(), 0]) for rank in range(num_workers)]
+        self._faults: list[BaseException] = []
+        self._hook = _EXCHANGE() if exchange is None else _hook(exchange, self._faults)  # kept: C has only its address
+        self.workers = [
+            torch.tensor(
+                [
+                    *(number, 0 if exchange is None else exchange.rank, num_workers),
+                    *(self._place.data_ptr(), 0, ctypes.cast(self._hook, ctypes.c_void_p).value or 0),
+                ]
+            )
+            for number in range(num_workers)
+        ]
         self._jobs: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(num_workers - 1)]
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         reference = weakref.ref(self)  # a thread that held the team would keep it alive
@@ -47,7 +72,10 @@ class Team:
 
     def run(self, inputs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Call the library with each of the inputs, as many at once as there are workers, the first with the first, and return
-        its outputs in their order. Raises RuntimeError."""
+        its outputs in their order.
+
+        Raises RuntimeError, or what the exchange with other processes raised.
+        """
         num_workers = len(self._jobs) + 1
         shares = [list(enumerate(inputs))[worker::num_workers] for worker in range(num_workers)]
         for job, share in zip(self._jobs, shares[1:], strict=True):
@@ -55,6 +83,8 @@ class Team:
         results = {number: self._run(tensors) for number, tensors in shares[0]}
         for _ in self._jobs:
             results |= self._done.get()
+        if self._faults:
+            raise self._faults[0]
         for result in results.values():
             if isinstance(result, BaseException):
                 raise RuntimeError("a worker of the compiled program failed") from result
@@ -87,6 +117,21 @@ class Team:
     def _check(self, code: int) -> None:
         if code != 0:
             raise RuntimeError(f"the compiled program returned error {code}")
+
+
+def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
+    """`exchange.all_reduce` in place as a C function; what it raises is put into `faults`."""
+
+    def add_up(data: int, size: int) -> int:
+        try:
+            x = torch.frombuffer((ctypes.c_float * size).from_address(data), dtype=torch.float32)
+            x.copy_(exchange.all_reduce(x))
+        except BaseException as error:  # C code lies between here and the caller
+            faults.append(error)
+            return 1
+        return 0
+
+    return _EXCHANGE(add_up)
 
 
 def _work(team: "weakref.ref[Team]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:

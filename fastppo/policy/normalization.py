@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.core.advantages import reverse_linear_recurrence
+from fastppo.core.losses import Total, alone
 from fastppo.core.programs import Normalization
 
 
@@ -28,11 +29,12 @@ def init_moments(shape: tuple[int, ...], device: torch.device | str = "cpu") -> 
     return RunningMoments(mean, torch.ones_like(mean), torch.zeros((), dtype=torch.float64, device=device))
 
 
-def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor) -> RunningMoments:
+def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor, total: Total = alone) -> RunningMoments:
     """Add the rows of `x` whose weight is 1 (Chan, Golub and LeVeque, 1979, pairwise combination of moments).
 
     Args:
         x: (R, *shape); weight: (R,), 1 for a row that counts and 0 for one that does not.
+        total: sums over all processes, where each has a part of the rows; all get the same moments.
 
     Returns:
         New moments; a batch without a counting row changes nothing.
@@ -42,8 +44,9 @@ def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor) -> Runnin
     rows = weight.sum()
     weight = weight.reshape(-1, *(1,) * (x.ndim - 1))
     x = torch.where(weight > 0, x, 0.0)
-    batch_mean = x.sum(0) / rows.clamp(min=1.0)
-    batch_square = ((x - batch_mean).square() * weight).sum(0)
+    rows, batch_sum = total(rows, x.sum(0))
+    batch_mean = batch_sum / rows.clamp(min=1.0)
+    (batch_square,) = total(((x - batch_mean).square() * weight).sum(0))
     count = moments.count + rows
     share = rows / count.clamp(min=1.0)
     difference = batch_mean - moments.mean
