@@ -17,6 +17,7 @@ ALLOWED = {
     "fastppo.policy": ("fastppo.core", "fastppo.policy", "fastppo.errors"),
     "fastppo.envs": ("fastppo.core.scan", "fastppo.envs", "fastppo.errors"),
     "fastppo.rollout": ("fastppo.core", "fastppo.envs", "fastppo.policy", "fastppo.errors"),
+    "fastppo.ranks": ("fastppo.errors",),
     "fastppo.run": ("fastppo.run", "fastppo.errors"),
     "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
     "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.envs.make", "fastppo.errors"),
