@@ -22,19 +22,21 @@ from torch import Tensor
 from fastppo.callbacks import Callback, View
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
+from fastppo.core.losses import Total, alone
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
-from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
 from fastppo.policy.agent import Agent
 from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.policy.normalization import discounted_return, update_moments
+from fastppo.ranks import ALONE, Ranks
 from fastppo.reproducibility import differences
 from fastppo.rollout import Outcomes, Phases
-from fastppo.run.directory import RunDirectory
+from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
-from fastppo.run.loggers import Loggers
+from fastppo.run.loggers import Loggers, NoLoggers
 from fastppo.run.tracking import Tracker
 from fastppo.state import TrainState, frozen, load_state, normalization_of, snapshot
 
@@ -68,6 +70,7 @@ class AgentRun:
         restarts: bool,
         note: Note,
         top: RunDirectory | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Open the logs of a run whose directory has been made, or reopened, and locked.
 
@@ -76,12 +79,15 @@ class AgentRun:
             restarts: its environments restart at checkpoints, see Checkpoints.
             note: takes a line for people.
             top: the directory of all seeds, where this is one of several.
+            ranks: the processes that train it together; each has all of this, and the first one writes and speaks.
         """
         self.config, self.state, self.directory, self.callbacks, self.note = config, state, directory, callbacks, note
         tracker = None
         if config.track is not None:
             tracker = partial(Tracker, config.track, config.track_project, directory.path, asdict(config))
-        self.loggers = Loggers(directory.metrics, note, state.iteration if config.resume else None, tracker)
+        self.loggers: Loggers | NoLoggers = NoLoggers()
+        if directory.is_written:
+            self.loggers = Loggers(directory.metrics, note, state.iteration if config.resume else None, tracker)
         self.loggers.log_config(config.to_json())
         self.checkpoints = Checkpoints(
             directory, config, restarts, data_of, state.iteration, note, None if top is None else top.path
@@ -94,7 +100,10 @@ class AgentRun:
         self._recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
         self._first_second, self._first_step = state.seconds, state.global_step
         self._first_progress = self.progress
-        self._resting, self._stage = state, f"iteration {state.iteration + 1}"  # the state before what is under way
+        self._ranks = ranks
+        self._due = False  # a checkpoint
+        # the state before what is under way; of its environments this process's, or those of all
+        self._resting, self._stage, self._has_all = state, f"iteration {state.iteration + 1}", True
         self._view: View | None = None
 
     @property
@@ -118,14 +127,18 @@ class AgentRun:
     def begin(self, environments: dict[str, Any] | None) -> tuple[Normalization, Schedule]:
         """Before an iteration: what it goes by. environments: as they stand, see Collector.state_dicts."""
         self._resting, self._stage = frozen(self.state, environments), f"iteration {self.state.iteration + 1}"
+        self._has_all = False
         return normalization_of(self.state), schedule_at(self.progress, self.config, self.state.params.device)
 
-    def learn(self, learned: Learned, rollout: Mapping[str, Tensor]) -> dict[str, float]:
-        """Take up an update and what the rollout adds to the statistics; the iteration's metrics. Raises TrainingFault."""
+    def learn(self, learned: Learned, rollout: Mapping[str, Tensor], everyones: Mapping[str, Tensor]) -> dict[str, float]:
+        """Take up an update and what the rollout adds to the statistics; the iteration's metrics. Raises TrainingFault.
+
+        rollout: (T+1, N / K, ...) of this process. everyones: (T, N) `reward terminated truncated valid` of all.
+        """
         metrics = read_metrics(learned)  # sync: once per iteration, for the log
         self.state.params.copy_(learned.params)
         self.state.adam = learned.adam
-        move_statistics(self.state, rollout, learned, self.config)
+        move_statistics(self.state, rollout, everyones, learned, self.config, self._ranks.total)
         return metrics
 
     def account(
@@ -188,28 +201,53 @@ class AgentRun:
         logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0
         if logs:
             self.loggers.log(self.row)
+        failed: TrainingFault | None = None
         if self.callbacks:
             self._resting, self._stage = frozen(state, environments()), f"after iteration {state.iteration}"
             seen, progress = MappingProxyType(self.row), min(self.progress, 1.0)
             policy = partial(self._agent_of, state)
             self._view = View(config, self.directory.path, state.iteration, state.global_step, progress, seen, policy)
-            self.enough = self.enough or _tell(self.callbacks, self._view)
+            try:
+                self.enough = self.enough or _tell(self.callbacks, self._view)
+            except TrainingFault as fault:
+                failed = fault
+        self._due = self.checkpoints.due(state.iteration)
+        has_failed, enough, due = self._ranks.highest(failed is not None, self.enough is not None, self._due)
+        if has_failed:
+            self._ranks.check(failed)
+        self._due = bool(due)
+        self.enough = self.enough or ("another rank has seen enough" if enough else None)
         if self.enough and not logs:
             self.loggers.log(self.row)
 
     def keep(self, environments: Callable[[], dict[str, Any] | None]) -> None:
         """Write a checkpoint where one is due. environments: as they stand. Raises TrainingFault where a callback does."""
-        if self.checkpoints.update(self.state, environments) and self._view is not None:
-            _tell(self.callbacks, self._view, "on_checkpoint")
+        if not self._due:
+            return
+        self.state.environments = self._of_all(environments())
+        failed: TrainingFault | None = None
+        if self.checkpoints.update(self.state) and self._view is not None:
+            try:
+                _tell(self.callbacks, self._view, "on_checkpoint")
+            except TrainingFault as fault:
+                failed = fault
+        self._ranks.check(failed)
 
     def report(self, fault: TrainingFault, rollout: Mapping[str, Tensor]) -> TrainingFault:
         """Keep the state before the fault, and the rollout as far as it came; the fault as the user is told it."""
-        return self.checkpoints.report(fault, self._stage, self._resting, rollout)
+        resting = self._resting
+        if not self._has_all and not isinstance(fault, RankLost):
+            resting = replace(resting, environments=self._of_all(resting.environments))
+        return self.checkpoints.report(fault, self._stage, resting, rollout)
 
     def rest(self, environments: dict[str, Any] | None) -> None:
         """The state is now one to go on from; environments: as they stand."""
-        self.state.environments = environments
-        self._resting = self.state
+        self.state.environments = self._of_all(environments)
+        self._resting, self._has_all = self.state, True
+
+    def _of_all(self, environments: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The environments of all processes, from those of this one."""
+        return gather_environments(environments, self._ranks)
 
     def close(self) -> None:
         """Write what is left of the logs. A second call does nothing."""
@@ -237,6 +275,8 @@ class AgentRun:
         """
         directory, state, config = self.directory, self.state, self.config
         self.checkpoints.finish(state)
+        if not directory.is_written:
+            return TrainResult(directory.path, {**about, "seed": config.seed}, self._agent_of(state))
         if self._view is not None:
             _tell(self.callbacks, self._view, "on_end")
         summary: dict[str, Any] = {
@@ -275,9 +315,33 @@ class AgentRun:
         return TrainResult(directory.path, summary, agent)
 
 
-def make_directory(config: TrainConfig, start: Mapping[str, Any]) -> RunDirectory:
+def gather_environments(environments: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any] | None:
+    """The environments of all processes as one, from those of each; see Collector.state_dicts."""
+    if environments is None or ranks.size == 1:
+        return environments
+    return {**environments, "running": [ranks.gather(x) for x in environments["running"]]}
+
+
+def share_environments(environments: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """This process's part of `gather_environments`' result."""
+    if ranks.size == 1:
+        return environments
+    return {**environments, "running": [ranks.share(x) for x in environments["running"]]}
+
+
+def make_directory(config: TrainConfig, start: Mapping[str, Any], ranks: Ranks = ALONE) -> RunDirectory:
     """The directory of a new run, locked, with its settings and `start`, the checkpoint of iteration 0; raises UsageError."""
-    return RunDirectory.create(config.run_dir, config.env_id, config.seed, partial(fill_directory, config, start))
+    directory: RunDirectory | None = None
+    refused: UsageError | None = None
+    if ranks.is_main:
+        fill = partial(fill_directory, config, start)
+        try:
+            directory = RunDirectory.create(config.run_dir, config.env_id, config.seed, fill)
+        except UsageError as error:
+            refused = error
+    ranks.check(refused)
+    path = ranks.agree(None if directory is None else directory.path)
+    return directory or OthersDirectory(path or Path())
 
 
 def fill_directory(config: TrainConfig, start: Mapping[str, Any], directory: RunDirectory) -> None:
@@ -293,6 +357,7 @@ def reopen(
     network: Network,
     fresh: Mapping[str, Any],
     cleanup: contextlib.ExitStack,
+    ranks: Ranks = ALONE,
 ) -> tuple[RunDirectory, list[str | None]]:
     """Put the state of the run that --resume names back into `state`.
 
@@ -300,6 +365,7 @@ def reopen(
         restarts: its environments restart at checkpoints, see Checkpoints.
         fresh: the checkpoint of `state` as it is now.
         cleanup: gets the directory's unlocking.
+        ranks: of which the first reads and tells the others.
 
     Returns:
         The directory, locked, and lines on how it goes on.
@@ -307,17 +373,30 @@ def reopen(
     Raises:
         UsageError: the run cannot go on, or not with these settings.
     """
-    directory = RunDirectory(Path(config.resume or ""))
-    before = TrainConfig.from_json(directory.config)
-    check_resumable(before, config)
+    directory = (RunDirectory if ranks.is_main else OthersDirectory)(Path(config.resume or ""))
+    found: tuple[TrainConfig, Path, dict[str, Any], str | None] | None = None
+    refused: UsageError | None = None
     try:
-        directory.lock()
-        cleanup.callback(directory.unlock)
-        path, checkpoint, damage = directory.newest(kept_only=restarts)
-        lost = load_state(state, network, checkpoint, fresh, path)
+        if ranks.is_main:
+            before = TrainConfig.from_json(directory.config)
+            check_resumable(before, config)
+            directory.lock()
+            cleanup.callback(directory.unlock)
+            found = (before, *directory.newest(kept_only=restarts))
+    except UsageError as error:
+        refused = error
+    except OSError as error:
+        refused = UsageError(f"--resume {directory.path} cannot be written: {error.strerror}")
+    ranks.check(refused)
+    found = ranks.agree(found)
+    assert found is not None
+    before, path, checkpoint, damage = found
+    lost = load_state(state, network, checkpoint, fresh, path)
+    try:
         directory.write_text(directory.config, config.to_json())
     except OSError as error:
-        raise UsageError(f"--resume {directory.path} cannot be written: {error.strerror}") from None
+        refused = UsageError(f"--resume {directory.path} cannot be written: {error.strerror}")
+    ranks.check(refused)
     if restarts:
         environments = "the environments restart as they did there: what comes is what came, or would have come, after it"
     elif state.environments is not None:
@@ -364,18 +443,31 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
     return Schedule(*(torch.tensor(value, device=device) for value in (learning_rate, clip_coef, config.ent_coef)))
 
 
-def move_statistics(state: TrainState, rollout: Mapping[str, Tensor], learned: Learned, config: TrainConfig) -> None:
-    """Take the rollout's valid rows into the statistics of observations and returns."""
+def move_statistics(
+    state: TrainState,
+    rollout: Mapping[str, Tensor],
+    everyones: Mapping[str, Tensor],
+    learned: Learned,
+    config: TrainConfig,
+    total: Total = alone,
+) -> None:
+    """Take the rollout's valid rows into the statistics of observations and returns.
+
+    Args:
+        rollout: (T+1, N / K, ...) of this process, whose observations are added up with the others' by `total`.
+        everyones: (T, N) `reward terminated truncated valid` of all.
+    """
     state.return_mean, state.return_std = learned.return_mean, learned.return_std
-    valid = rollout["valid"][:-1]
     if state.obs_moments is not None:
+        own_valid = rollout["valid"][:-1].flatten()
         state.obs_moments = {
-            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid.flatten())
+            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), own_valid, total)
             for key, moments in state.obs_moments.items()
         }
     if state.return_moments is not None:
-        done = rollout["terminated"][:-1] | rollout["truncated"][:-1]
-        running, state.return_carry = discounted_return(rollout["reward"][:-1], done, valid, state.return_carry, config.gamma)
+        reward, valid = everyones["reward"], everyones["valid"]
+        done = everyones["terminated"] | everyones["truncated"]
+        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, config.gamma)
         state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
 
 

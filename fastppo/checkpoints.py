@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastppo.config import TrainConfig
-from fastppo.errors import TrainingFault
+from fastppo.errors import RankLost, TrainingFault
 from fastppo.run.directory import RunDirectory
 from fastppo.state import TrainState
 
@@ -51,17 +51,16 @@ class Checkpoints:
         """Whether the environments restart between this iteration, counted from 1, and the next one."""
         return self._exact and iteration % (self._config.iterations_per_checkpoint or 1) == 0
 
-    def update(self, state: TrainState, environments: Callable[[], dict[str, Any] | None]) -> bool:
-        """Between two iterations: write what is due, and say whether it was. environments: as they stand, see Collector."""
+    def due(self, iteration: int) -> bool:
+        """Whether it is time for one, after this iteration."""
         every = self._config.iterations_per_checkpoint
         if every is None:
-            due = time.monotonic() - self._last >= self._config.checkpoint_seconds
-        else:
-            due = state.iteration % every == 0
-        if not due:
-            return False
+            return time.monotonic() - self._last >= self._config.checkpoint_seconds
+        return iteration % every == 0
+
+    def update(self, state: TrainState) -> bool:
+        """Write one between two iterations, and say whether it could be. state.environments says how they stand."""
         self._last = time.monotonic()
-        state.environments = environments()
         try:
             self._write(state)
             if self._failing:
@@ -98,8 +97,9 @@ class Checkpoints:
             state: as it was before that.
             rollout: the last one, as far as it came.
         """
-        with contextlib.suppress(TrainingFault):  # what is kept is told below
-            self.finish(state)
+        if not isinstance(fault, RankLost):  # of that nobody has the whole state any more
+            with contextlib.suppress(TrainingFault):  # what is kept is told below
+                self.finish(state)
         told = ""
         try:
             self._directory.write_text(self._directory.fault, f"{stage}\n{''.join(traceback.format_exception(fault))}")

@@ -14,7 +14,7 @@ from typing import TypeVar
 import tyro
 
 from fastppo.config import TrainConfig, check_resumable, flag
-from fastppo.errors import TrainingFault, UsageError
+from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import silence_stdout
 from fastppo.run.files import is_inside
@@ -35,6 +35,8 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
             _flush_stdout()
     except UsageError as error:
         return _ended(f"error: {error}", 2)
+    except RankLost as error:
+        return _ended(f"fault: {error}", 3, speakers=2)  # one of the first two may be the one that is gone
     except TrainingFault as error:
         return _ended(f"fault: {error}", 3)
     except KeyboardInterrupt:
@@ -56,7 +58,10 @@ def _flush_stdout() -> None:
         silence_stdout()
 
 
-def _ended(message: str, code: int) -> int:
+def _ended(message: str, code: int, speakers: int = 1) -> int:
+    """speakers: processes of a machine that say it, where torchrun has started several that all would."""
+    if int(os.environ.get("LOCAL_RANK", "0")) >= speakers:
+        return code
     with contextlib.suppress(OSError):  # the same disk may be behind stderr
         print(printable(message), file=sys.stderr, flush=True)
     return code
@@ -69,7 +74,7 @@ def printable(message: str) -> str:
 
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Flags of `fastppo.train` -> settings: the preset (or the resumed run's settings) first, then the other flags."""
-    resume = _value_of("--resume", args)
+    resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
         default = replace(_without_rivals(start, args), preset="auto")  # what --help shows
@@ -91,6 +96,14 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     check_resumable(before, config)
     return config
+
+
+def _restarted(args: Sequence[str]) -> str | None:
+    """The run to go on with where torchrun has started the same command again after a failure (--max-restarts)."""
+    run_dir = _value_of("--run-dir", args)
+    if run_dir is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    return run_dir if (Path(run_dir) / "config.json").exists() else None
 
 
 def _refuse_ways_out(run_dir: Path) -> None:

@@ -113,6 +113,8 @@ class TrainConfig:
     """Adam's epsilon."""
     num_minibatches: int = 4
     """Minibatches per epoch."""
+    minibatch_strata: int | None = None
+    """G, groups of environments of which each minibatch has equal shares; default: the processes of torchrun, else 1."""
     minibatch_size: int | None = None
     """M, rows per minibatch; set it instead of num_minibatches."""
     update_epochs: int = 4
@@ -345,7 +347,7 @@ def read_text(path: Path, hint: str) -> str:
 # what may differ between a run and its continuation: how long, how it is shown, kept and computed, never what is learned
 RESUMABLE = {"total_timesteps", "num_iterations", "eval_episodes", "checkpoint_seconds", "log_interval", "plain", "device"} | {
     "num_threads", "compile", "resume", "run_dir", "checkpoint_iterations", "keep_checkpoints", "stop_at_return", "check_env",
-    "env_timeout", "track", "track_project", "record_every"
+    "env_timeout", "track", "track_project", "record_every", "minibatch_strata"
 }  # fmt: skip
 EXACT_CHECKPOINT_ITERATIONS = 50  # restarts cut episodes: rarely, then
 
@@ -449,7 +451,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], object], str]] = {
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
     **dict.fromkeys(("update_epochs", "log_interval"), _at_least(1)),
-    **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints", "record_every"), _at_least(1)),
+    **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints", "record_every", "minibatch_strata"), _at_least(1)),
     **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
     **dict.fromkeys(("learning_rate", "adam_eps", "clip_coef", "target_kl"), _FINITE_POSITIVE),

@@ -18,6 +18,10 @@ class TrainingFault(Exception):
     """
 
 
+class RankLost(TrainingFault):
+    """Another process that trains the same agent is gone: what was reached since the last checkpoint is lost with it."""
+
+
 class EnvironmentFailed(Exception):
     """An environment raised, or its process died: "environment 3: ValueError: ...". A note has the traceback from elsewhere."""
 

@@ -11,6 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,22 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.agent_run import AgentRun, Note, TrainResult, make_directory, named_after, reopen, schedule_at
+from fastppo.agent_run import (
+    AgentRun,
+    Note,
+    TrainResult,
+    gather_environments,
+    make_directory,
+    named_after,
+    reopen,
+    schedule_at,
+    share_environments,
+)
 from fastppo.callbacks import Callback
 from fastppo.config import TrainConfig
 from fastppo.core import programs
 from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.minibatches import draw_permutation
 from fastppo.core.programs import obs_of
 from fastppo.core.seeds import Seeds, of_seed, one_by_one, over_seeds, stack
 from fastppo.envs.atari import atari_settings
@@ -42,10 +54,11 @@ from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.presets import describe
+from fastppo.ranks import Ranks, check_shares, start_ranks
 from fastppo.reproducibility import guarantees, made_with, versions
 from fastppo.rollout import Collector, Outcomes, allocate_rollout, env_step_of, pack, start_collector, states_of
 from fastppo.run.directory import RunDirectory
-from fastppo.run.display import make_display
+from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
 from fastppo.run.tracking import check_installed
 from fastppo.seeds import joint_row, keep_joint, make_directories, of_each_seed, reopen_all
@@ -100,19 +113,26 @@ def _train(
     device = choose_device(config.device)
     if config.track is not None:
         check_installed(config.track)
+    ranks = start_ranks(device)
+    cleanup.callback(ranks.close)
+    device = torch.device(ranks.device) if ranks.size > 1 else device
+    config, strata_note = with_strata(config, ranks)
+    local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     if given is None:
-        made, backend, why = make_own(config, device, deadline)
+        made, backend, why = make_own(local, device, deadline)
         envs = AutoresetEnvs(made, deadline)
         cleanup.callback(envs.close)
     else:
         made, backend, why = given, "given", "a vector environment of your own"
         envs = AutoresetEnvs(made, deadline)
         config = named_after(given, config)
-    if made.num_envs != config.num_seeds * config.num_envs:
-        raise UsageError(f"--num-envs {config.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-    if isinstance(made, TorchVectorEnv) and made.device != device:
-        raise UsageError(f"--device {device}: the environments given are on {made.device}")
+    if made.num_envs != config.num_seeds * local.num_envs:
+        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+    if isinstance(made, TorchVectorEnv):
+        made.share = (ranks.rank, ranks.size)
+        if made.device != device:
+            raise UsageError(f"--device {device}: the environments given are on {made.device}")
     obs_space = made.single_observation_space
     action = action_spec(made.single_action_space, config.squash_actions)
     obs = obs_spec(obs_space, info_mask_size(envs), action)
@@ -121,7 +141,7 @@ def _train(
     if config.check_env and not config.resume:
         findings = check_envs(made, config.env_id, config.env_kwargs, backend, deadline)
     drawn = None
-    if config.record_every is not None:
+    if config.record_every is not None and ranks.is_main:
         drawn = make_recorded(config, given, deadline)
         cleanup.callback(drawn.close)
     several = config.num_seeds > 1
@@ -136,8 +156,8 @@ def _train(
     states = [
         init_state(own, net, obs, device, own_seeds) for own, net, own_seeds in zip(configs, networks, seeds, strict=True)
     ]
-    workers = choose_workers(config, obs)
-    torch.set_num_threads(choose_threads(config, network))
+    workers = choose_workers(local, obs)
+    torch.set_num_threads(choose_threads(local, network))
     provenance = made_with(device, torch.get_num_threads(), workers)
     data_of = partial(checkpoint_of, network, obs_space, obs, action, {**provenance, **versions()})
     # environments on the device are kept in checkpoints as they stand; others can only be restarted at them
@@ -145,8 +165,8 @@ def _train(
     if isinstance(made, TorchVectorEnv):
         made.reset(seed=0)  # for the form of its state; start_collector resets it again
         if config.resume:
-            for state, environments in zip(states, states_of(made), strict=True):
-                state.environments = environments
+            for state, environments in zip(states, states_of(made), strict=True):  # for their form
+                state.environments = gather_environments(environments, ranks)
 
     # --- its directory, or those of all seeds in one
     top: RunDirectory | None = None
@@ -157,25 +177,29 @@ def _train(
         else:
             (top, directories), notes = make_directories(config, configs, fresh, cleanup), [describe(config)]
     elif config.resume:
-        directory, notes = reopen(config, restarts, states[0], network, fresh[0], cleanup)
+        directory, notes = reopen(config, restarts, states[0], network, fresh[0], cleanup, ranks)
         directories = [directory]
     else:
-        directories, notes = [make_directory(config, fresh[0])], [describe(config)]
+        directories, notes = [make_directory(config, fresh[0], ranks)], [describe(config)]
         cleanup.callback(directories[0].unlock)
     named = f"seeds {configs[0].seed} to {configs[-1].seed}" if several else f"seed {config.seed}"
-    display = make_display(config.plain, f"fastppo · {config.env_id} · {named}")
+    title = f"fastppo · {config.env_id} · {named}"
+    display: Display = make_display(config.plain, title) if ranks.is_main else NoDisplay()
     cleanup.callback(display.close)  # whatever happens: a terminal gets its cursor back
     display.note(f"run directory {(top or directories[0]).path}")
-    for line in notes:
+    for line in (*notes, strata_note):
         if line is not None:
             display.note(line)
-    each = f"{config.num_seeds} x {config.num_envs}" if several else str(config.num_envs)
+    each = f"{max(config.num_seeds, ranks.size)} x {local.num_envs}" if several or ranks.size > 1 else str(config.num_envs)
     display.note(f"{config.env_id}: {each} environments, {backend} ({why})")
     for line in findings:
         display.note(line)
     threads = f"{torch.get_num_threads()} eager, {workers} compiled"
-    display.note(f"device {device}, {network.num_params:,} parameters; CPU threads: {threads}")
-    if drawn is not None and config.record_every is not None:
+    here = f"{ranks.size} processes, of which this is on {device}" if ranks.size > 1 else f"device {device}"
+    display.note(f"{here}, {network.num_params:,} parameters; CPU threads: {threads}")
+    if not ranks.is_main:
+        callbacks = ()
+    elif drawn is not None and config.record_every is not None:
         callbacks = (*callbacks, Recorder(drawn, config.record_every, display.note))
     params = stack([state.params for state in states]) if several else states[0].params
     if several:
@@ -190,17 +214,26 @@ def _train(
 
     runs = []
     for own, state, directory in zip(configs, states, directories, strict=True):
-        runs.append(AgentRun(own, state, directory, data_of, agent_of, callbacks, restarts, note_of(own), top))
+        runs.append(AgentRun(own, state, directory, data_of, agent_of, callbacks, restarts, note_of(own), top, ranks))
         cleanup.callback(runs[-1].close)
 
     # --- the programs, and the buffers that they live in
     num_seeds = config.num_seeds if several else None
-    rollout = allocate_rollout(config.num_steps, config.num_envs, obs, action, envs.keeps_final_obs, device, num_seeds)
+    rollout = allocate_rollout(config.num_steps, local.num_envs, obs, action, envs.keeps_final_obs, device, num_seeds)
     rollout_tensors: dict[str, Tensor] = dict(rollout.items())
     rollouts = [of_seed(rollout_tensors, index) for index in range(len(runs))] if several else [rollout_tensors]
-    permutation = torch.empty(len(runs), config.update_epochs, config.batch_size, dtype=torch.int64, device=device)
-    epochs = [own.unbind(0) for own in permutation]  # views made once
-    permutation = permutation if several else permutation[0]
+    steps = [{key: rows[key][:-1] for key in ("reward", "terminated", "truncated", "valid")} for rows in rollouts]
+    permutations = torch.empty(len(runs), config.update_epochs, local.batch_size, dtype=torch.int64, device=device)
+    permutation = permutations if several else permutations[0]
+    minibatches = partial(
+        draw_permutation,
+        num_steps=config.num_steps,
+        num_envs=config.num_envs,
+        minibatch_size=config.rows_per_minibatch,
+        strata=config.minibatch_strata or 1,
+        rank=ranks.rank,
+        num_ranks=ranks.size,
+    )
     adam = stack([state.adam for state in states]) if several else states[0].adam
     noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     noise_dim = 0 if on_device else 1  # of the seeds: environments on the device are stepped seed by seed, others step by step
@@ -210,39 +243,45 @@ def _train(
         normalization, schedule = stack([normalization] * len(runs)), stack([schedule] * len(runs))
     example = (params, adam, rollout_tensors, permutation, schedule, normalization)
     draws = [action.distribution.noise(noise_shape, torch.Generator(device))] * len(runs)
-    noise = torch.stack(draws, noise_dim) if several else draws[0]
-    jobs = make_jobs(config, network, obs, action, made, example, noise, workers)
-    tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note)
+    noise = torch.stack(draws, noise_dim) if several else ranks.share(draws[0], 1).contiguous()
+    jobs = make_jobs(local, network, obs, action, made, example, noise, workers, ranks)
+    tiers = Tiers(config.compile, jobs, 1 if workers > 1 else torch.get_num_threads(), display.note, ranks)
     promises = guarantees(device, tiers.may_change, restarts or on_device)
     for line in promises:
         display.note(line)
 
     start_seconds = first_update_seconds = math.nan
-    stop = StopSignals()
+    stop, stopped_by = StopSignals(), 0  # the latter as all ranks see it
+    # of this process's environments; those on the device draw what those of all draw, and take what is theirs
+    offset = 0 if on_device else ranks.rank * local.num_envs
     collector: Collector | None = None
     try:
-        collector = start_collector(envs, rollout, obs, action, environment_seeds(runs))
-        kept = [state.environments for state in states if state.environments is not None]
+        with checked(ranks):
+            collector = start_collector(envs, rollout, obs, action, environment_seeds(runs, offset))
+        assert collector is not None
+        kept = [share_environments(state.environments, ranks) for state in states if state.environments is not None]
         if len(kept) == len(runs):
             collector.load_state_dicts(kept)
         start_seconds = process_age()
         mark, iterations = time.perf_counter(), 0
-        while not stop.received and (running := [index for index, run in enumerate(runs) if not run.over]):
+        while not (stopped_by := ranks.highest(stop.received or 0)[0]):
+            running = [index for index, run in enumerate(runs) if not run.over]
+            if not running:
+                break
             before = collector.state_dicts()
             for index in running:
                 goes_by[index] = runs[index].begin(None if before is None else before[index])
-                for epoch in epochs[index]:
-                    torch.randperm(config.batch_size, generator=states[index].generators["minibatches"], out=epoch)
+                minibatches(permutations[index], states[index].generators["minibatches"])
                 draws[index] = action.distribution.noise(noise_shape, states[index].generators["actions"])
             normalization, schedule = stack(goes_by) if several else goes_by[0]
-            noise = torch.stack(draws, noise_dim) if several else draws[0]
+            noise = torch.stack(draws, noise_dim) if several else ranks.share(draws[0], 1).contiguous()
 
             # collect: T steps of N environments under frozen parameters and statistics
             iteration, checkpoints = states[0].iteration, runs[0].checkpoints  # only a run alone restarts at checkpoints
             restart = checkpoints.restarts_at(iteration + 1)
-            with torch.inference_mode():
+            with torch.inference_mode(), checked(ranks):
                 if iterations > 0 and checkpoints.restarts_at(iteration):
-                    collector.reset(environment_seeds(runs))
+                    collector.reset(environment_seeds(runs, offset))
                 elif config.reset_each_rollout and iteration > 0 and not checkpoints.restarts_at(iteration):
                     collector.reset(None)
                 phases = collector.collect(tiers.act(normalization), noise, cut=config.reset_each_rollout or restart)
@@ -252,14 +291,16 @@ def _train(
             with torch.no_grad():
                 learned = tiers.learn(params, adam, rollout_tensors, permutation, schedule, normalization)
             adam = learned.adam
+            outcomes = of_all(collector.outcomes(), ranks)
             metrics = {}  # of the seeds that go on
             for index in running:
+                update = of_seed(learned, index) if several else learned
+                everyones = steps[index] if ranks.size == 1 else tensors_of(outcomes, device)
                 with faults_of(runs[index], rollouts[index], several):
-                    metrics[index] = runs[index].learn(of_seed(learned, index) if several else learned, rollouts[index])
+                    metrics[index] = runs[index].learn(update, rollouts[index], everyones)
             learn_seconds = time.perf_counter() - learn_started
 
             # account: from account to account, what logging and checkpoints take is in the next iteration's time
-            outcomes = collector.outcomes()
             now = time.perf_counter()
             seconds, mark = now - mark, now
             if iterations == 0:
@@ -304,6 +345,8 @@ def _train(
         stop.restore()
 
     # --- what came out
+    if ranks.size > 1:
+        stop.received = stopped_by or None
     about = {
         "start_seconds": start_seconds,
         "first_update_seconds": first_update_seconds,
@@ -375,6 +418,57 @@ def alike(one: Network, other: Network) -> bool:
     return all(torch.equal(tensor, other.fixed[name]) for name, tensor in one.fixed.items())
 
 
+@contextlib.contextmanager
+def checked(ranks: Ranks) -> Iterator[None]:
+    """A fault of one process, raised in all of them once they are here."""
+    failed: TrainingFault | None = None
+    try:
+        yield
+    except TrainingFault as fault:
+        failed = fault
+    ranks.check(failed)
+
+
+def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
+    """`config` with its groups of environments (core/minibatches.py), and a line where they are not those of before.
+
+    Raises UsageError for what cannot be shared out.
+    """
+    if ranks.size > 1 and config.num_seeds > 1:
+        raise UsageError(
+            f"--num-seeds {config.num_seeds} is for one process, and torchrun has started {ranks.size}: use one of them"
+        )
+    strata, note = config.minibatch_strata or ranks.size, None
+    if config.resume and strata % ranks.size:
+        note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {strata}"
+        strata = ranks.size
+    check_shares(config.num_envs, config.num_steps, config.rows_per_minibatch, strata, ranks.size)
+    return replace(config, minibatch_strata=strata), note
+
+
+def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The settings of this process's part: N / K environments, M / K rows of a minibatch."""
+    if ranks.size == 1:
+        return config
+    minibatch_size = None if config.minibatch_size is None else config.minibatch_size // ranks.size
+    return replace(config, num_envs=config.num_envs // ranks.size, minibatch_size=minibatch_size)
+
+
+def of_all(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
+    """What the rollouts of all processes brought: (T, N)."""
+    if ranks.size == 1:
+        return outcomes
+    rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:-1]]), 2)  # (5, T, N): one exchange
+    terminated, truncated, valid, episode_end = rows[1:] > 0
+    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut))
+
+
+def tensors_of(outcomes: Outcomes, device: torch.device) -> dict[str, Tensor]:
+    """`reward terminated truncated valid`, (T, N), by key of the rollout."""
+    keys = ("reward", "terminated", "truncated", "valid")
+    return {key: torch.from_numpy(rows).to(device) for key, rows in zip(keys, outcomes, strict=False)}
+
+
 def make_jobs(
     config: TrainConfig,
     network: Network,
@@ -384,12 +478,14 @@ def make_jobs(
     example: tuple[Any, ...],
     noise: Tensor,
     workers: int,
+    ranks: Ranks,
 ) -> dict[str, Job]:
     """The programs of a run, eager and for the compiler; with several seeds, all of them over seeds.
 
     Args:
         example: arguments of `learn`. noise: of a whole rollout, as the collector takes it.
         workers: threads of a compiled `learn`.
+        ranks: the processes that share an update.
     """
     params, _, rollout, *_, normalization = example
     on_cpu = params.device.type == "cpu"
@@ -397,6 +493,9 @@ def make_jobs(
     if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
         learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
     fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS) if on_cpu else learn
+    if ranks.size > 1:
+        learn = partial(learn, **ranks.learn_settings())
+        fast_learn = partial(fast_learn, num_ranks=ranks.size) if on_cpu else learn
     act = partial(programs.act_from_params, policy=network)
     first_obs: Any = obs_of(rollout)
     number = config.num_seeds
@@ -548,9 +647,12 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
     return None
 
 
-def environment_seeds(runs: Sequence[AgentRun]) -> ResetSeed:
-    """What the environments are reset with where the runs start, go on or restart: of several, one each."""
-    each = [environment_seed(run.config.seed, run.state.iteration) for run in runs]
+def environment_seeds(runs: Sequence[AgentRun], offset: int) -> ResetSeed:
+    """What the environments are reset with where the runs start, go on or restart: of several, one each.
+
+    offset: number of this process's first environment, among those of all.
+    """
+    each = [environment_seed(run.config.seed, run.state.iteration) + offset for run in runs]
     return each if len(runs) > 1 else each[0]
 
 

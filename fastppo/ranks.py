@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 
 Value = TypeVar("Value")
 Rows = TypeVar("Rows", Tensor, NDArray[Any])
@@ -76,14 +76,29 @@ class Ranks:
         parts = self.all_reduce(torch.cat([x.reshape(-1) for x in sums])).split([x.numel() for x in sums])
         return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
 
-    def highest(self, number: int) -> int:
-        """The largest of all ranks' numbers: of a signal that one of them has received, for one."""
+    def highest(self, *numbers: int) -> list[int]:
+        """The largest of all ranks' numbers, each by itself: of a signal that one of them has received, for one."""
         if self.size == 1:
-            return number
-        x = torch.tensor(number, device=self.device)
+            return list(numbers)
+        x = torch.tensor(numbers, device=self.device)
         with self._others():
             torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
-        return int(x)
+        return x.tolist()
+
+    def check(self, error: Exception | None) -> None:
+        """Raise on every rank what was raised on one: its own there, the first one's message elsewhere, of the same kind."""
+        (failed,) = self.highest(int(error is not None))
+        if not failed:
+            return
+        if self.size == 1 and error is not None:
+            raise error
+        found: list[Any] = [None] * self.size
+        with self._others():
+            torch.distributed.all_gather_object(found, None if error is None else (isinstance(error, UsageError), str(error)))
+        is_usage, message = next(told for told in found if told is not None)
+        if error is not None:
+            raise error
+        raise (UsageError if is_usage else TrainingFault)(message)
 
     def agree(self, value: Value) -> Value:
         """Rank 0's value, on every rank; anything that can be pickled."""
@@ -117,7 +132,10 @@ class Ranks:
         except RuntimeError as error:  # torch.distributed's own errors are of this kind too
             # without the line of gloo's source before it and the guesses behind it
             reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
-            raise TrainingFault(f"rank {self.rank} of {self.size}: another rank has gone: {reason[:200]}") from None
+            raise RankLost(f"rank {self.rank} of {self.size}: another rank has gone: {reason[:200]}") from None
+
+
+ALONE = Ranks()
 
 
 def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks:

@@ -27,6 +27,7 @@ from fastppo.core.compilation import (
 )
 from fastppo.core.programs import Learned, Normalization
 from fastppo.core.seeds import Seeds, over_seeds
+from fastppo.ranks import ALONE, Ranks
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
 # Compiled programs are built in the background if the eager run would take so many times as long. Where the environments are
@@ -48,7 +49,9 @@ class Job:
 class Tiers:
     """The programs of one run. `learn` and `act` are what to call now; `update` may change them between iterations."""
 
-    def __init__(self, mode: str, jobs: Mapping[str, Job], num_threads: int, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, mode: str, jobs: Mapping[str, Job], num_threads: int, note: Callable[[str], None], ranks: Ranks = ALONE
+    ) -> None:
         """Load what the cache has; with mode "on", build the rest now.
 
         Args:
@@ -56,7 +59,10 @@ class Tiers:
             jobs: by name: "learn", and "act" or "collect"; all but an eager act take the parameters first.
             num_threads: torch's threads for compiled programs, set once the first of them is in use.
             note: where a line goes that says what was chosen and why.
+            ranks: processes that share an update, which all have to take the same form of it: what all find in the cache, or
+                with "on" have built, one of them for each machine. Nothing is built in the background for several.
         """
+        self._ranks = ranks
         self.compile_seconds = 0.0
         self.name = "eager"
         self._jobs, self._num_threads, self._note = jobs, num_threads, note
@@ -69,13 +75,18 @@ class Tiers:
             note("programs: eager, as --compile off asks")
             return
         started = time.perf_counter()
+        failed: CompileError | None = None
         try:
             if jobs["learn"].example[0].is_cuda:
                 self._capture()
             else:
-                self._load(build=mode == "on")
+                self._load(build=mode == "on" and ranks.local_rank == 0)
         except CompileError as reason:
-            self._give_up(reason)
+            failed = reason
+        if ranks.size > 1:
+            failed = self._agree(failed)
+        if failed is not None:
+            self._give_up(failed)
             return
         self.compile_seconds = time.perf_counter() - started
         if self._waiting:
@@ -126,7 +137,7 @@ class Tiers:
                 name = self._waiting.pop(0)
                 job = self._jobs[name]
                 with _threads(self._num_threads):
-                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir(), job.seeds))
+                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir(), job.seeds, self._ranks))
             elif self._building is not None:
                 name, build = self._building
                 with _threads(self._num_threads):
@@ -150,14 +161,31 @@ class Tiers:
         """Take up what the cache has; build or put on the list what it has not."""
         for name, job in self._jobs.items():
             with _threads(self._num_threads):
-                loaded = load_program(job.program, job.example, cache_dir(), job.seeds)
+                loaded = load_program(job.program, job.example, cache_dir(), job.seeds, self._ranks)
                 if loaded is None and build:
                     self._note(f"compiling {name} (once: later runs load it from {cache_dir()})")
-                    loaded = compile_program(job.program, job.example, cache_dir(), job.seeds)
+                    loaded = compile_program(job.program, job.example, cache_dir(), job.seeds, self._ranks)
             if loaded is None:
                 self._waiting.append(name)
             else:
                 self._adopt(name, loaded)
+
+    def _agree(self, failed: CompileError | None) -> CompileError | None:
+        """With the other processes: what they cannot all have, none has."""
+        self._ranks.barrier()
+        if self._waiting and failed is None:  # another process of this machine may have built it by now
+            self._waiting.clear()
+            try:
+                self._load(build=False)
+            except CompileError as reason:
+                failed = reason
+        lacks, fails = self._ranks.highest(len(self._waiting), failed is not None)
+        if lacks or fails:
+            self._compiled.clear()
+            self.name = "eager"
+        if fails:
+            return failed or CompileError("another rank could not")
+        return CompileError("not all ranks have them in their caches (--compile on builds them first)") if lacks else None
 
     def _capture(self) -> None:
         """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""

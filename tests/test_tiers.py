@@ -109,20 +109,20 @@ class Compiler:
         monkeypatch.setattr("fastppo.tiers.compile_program", self.compile)
         monkeypatch.setattr("fastppo.tiers.BackgroundCompile", self.start)
 
-    def load(self, program, example, cache_dir, seeds):
+    def load(self, program, example, cache_dir, seeds, exchange):
         self.threads.add(torch.get_num_threads())
         if self.distrusted:
             raise CompileError("not yours")
         return Compiled(program) if program in self.cached else None
 
-    def compile(self, program, example, cache_dir, seeds):
+    def compile(self, program, example, cache_dir, seeds, exchange):
         self.threads.add(torch.get_num_threads())
         if self.broken:
             raise CompileError("it broke")
         self.compiled.append(program)
         return Compiled(program)
 
-    def start(self, program, example, cache_dir, seeds):
+    def start(self, program, example, cache_dir, seeds, exchange):
         self.threads.add(torch.get_num_threads())
         self.started.append(program)
         return SimpleNamespace(poll=partial(self.poll, program), stop=partial(self.stopped.append, program))

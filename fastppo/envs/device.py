@@ -166,6 +166,8 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         running: the environments as they stand. A program that steps them itself reads it and puts its last one back; reading
             it before the first reset raises gymnasium.error.ResetNeeded.
         generator: the torch.Generator of all its random numbers, on its device.
+        share: (k, K), where these are the k-th of K equal parts of environments that draw from one generator: all draw for all
+            of them, and take what is theirs.
     """
 
     def __init__(
@@ -203,6 +205,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.generator = torch.Generator(self.device)
         self.generator.seed()
+        self.share = (0, 1)
         self._running: Running | None = None
 
     @property
@@ -217,8 +220,10 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
 
     def draw(self, *leading: int) -> Tensor:
         """Random numbers for a reset or a step, (*leading, N, K) float32 in [0, 1), from `generator`."""
-        shape = (*leading, self.num_envs, self.env.num_random)
-        return torch.rand(shape, generator=self.generator, device=self.device)
+        part, parts = self.share
+        shape = (*leading, parts * self.num_envs, self.env.num_random)
+        random = torch.rand(shape, generator=self.generator, device=self.device)
+        return random if parts == 1 else random.unflatten(-2, (parts, -1)).select(-3, part).contiguous()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """Start all environments anew.

@@ -92,6 +92,11 @@ class RunDirectory:
         made._lock = lock
         return made
 
+    @property
+    def is_written(self) -> bool:
+        """Whether this process is the one that writes to it."""
+        return True
+
     def lock(self) -> None:
         """Keep other runs out as long as this process lives, or until `unlock`. Raises UsageError where one keeps us out."""
         self._lock = lock_directory(
@@ -167,3 +172,21 @@ class RunDirectory:
             except UsageError as error:
                 failed = failed or error
         raise failed or UsageError(f"{self.path} holds no checkpoint to go on from: is this a run directory of fastppo?")
+
+
+class OthersDirectory(RunDirectory):
+    """A run's directory that another process writes: here nothing is."""
+
+    @property
+    def is_written(self) -> bool:
+        """See RunDirectory."""
+        return False
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Nothing."""
+
+    def save(self, path: Path, data: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def keep(self, iteration: int, checkpoint: Mapping[str, Any], number: int) -> None:
+        """Nothing."""

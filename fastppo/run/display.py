@@ -43,6 +43,21 @@ def make_display(plain: bool, title: str) -> Display:
     return PlainDisplay() if plain or not sys.stdout.isatty() else LiveDisplay(title)
 
 
+class NoDisplay:
+    """Shows nothing: another process does."""
+
+    reader_gone = False
+
+    def note(self, line: str) -> None:
+        """Nothing."""
+
+    def update(self, row: Row, progress: float, eta_seconds: float) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class PlainDisplay:
     """Log lines, at most one a second."""
 

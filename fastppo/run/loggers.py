@@ -98,6 +98,19 @@ class Loggers:
             self._hook(failure)
 
 
+class NoLoggers:
+    """Called as `Loggers` are, in a process that writes nothing."""
+
+    def log(self, row: Row) -> None:
+        """Nothing."""
+
+    def log_config(self, config_json: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class TensorBoard:
     """TensorBoard's writer, called as a `Tracker` is."""
 
