@@ -229,19 +229,19 @@ def test_a_process_that_is_gone_is_the_error_that_the_exchange_raised(ranks):
     """At the first sum or in the middle of the loop: what it raised comes out of the program, and its workers end."""
     program, example, cache_dir, _ = ranks
 
-    for calls in (0, 9):
-        left = [calls]
+    for answered in (0, 9):
+        asked = []
 
-        def all_reduce(x, left=left):
-            if left[0] == 0:
+        def all_reduce(x, asked=asked, answered=answered):
+            asked.append(len(x))
+            if len(asked) > answered:
                 raise ConnectionError("the other one has gone")
-            left[0] -= 1
             return x
 
         compiled = load_program(program, example, cache_dir, types.SimpleNamespace(rank=0, all_reduce=all_reduce))
         with pytest.raises(ConnectionError, match="the other one has gone"):
             compiled(*example)
-        assert left == [0]
+        assert len(asked) == answered + 1  # the program ended there, and did not go on with half a sum
 
 
 def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
