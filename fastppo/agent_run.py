@@ -275,8 +275,6 @@ class AgentRun:
         """
         directory, state, config = self.directory, self.state, self.config
         self.checkpoints.finish(state)
-        if not directory.is_written:
-            return TrainResult(directory.path, {**about, "seed": config.seed}, self._agent_of(state))
         if self._view is not None:
             _tell(self.callbacks, self._view, "on_end")
         summary: dict[str, Any] = {
@@ -293,10 +291,10 @@ class AgentRun:
             "eval_episodes": 0,
             "stopped_by": stopped_by or self.enough,
         }
+        if not directory.is_written:
+            return TrainResult(directory.path, summary, self._agent_of(state))
         try:
-            if (
-                state.best_return == -math.inf or not directory.best.exists()
-            ):  # too few episodes to judge by: it is the last one
+            if state.best_return == -math.inf or not directory.best.exists():  # too few episodes to judge by: the last one
                 directory.save(directory.best, self._data_of(state))
             directory.write_json(directory.summary, summary)  # before evaluation, which may take long, or fail
             draw_curves(directory, config, self.note)
