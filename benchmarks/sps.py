@@ -91,9 +91,16 @@ class SpsConfig:
 
 
 def run_fastppo(
-    workload: Workload, compile: str = "on", num_threads: int | None = None, launcher: Sequence[str] = ("-m", "fastppo.train")
+    workload: Workload,
+    compile: str = "on",
+    num_threads: int | None = None,
+    launcher: Sequence[str] = ("-m", "fastppo.train"),
+    num_seeds: int = 1,
 ) -> dict[str, Any]:
-    """One run in a fresh process; sps over all iterations but the first ones. launcher: Python's words before the flags."""
+    """One run in a fresh process; sps of all seeds over all iterations but the first ones.
+
+    launcher: Python's words before the flags.
+    """
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
         flags = {
@@ -107,6 +114,7 @@ def run_fastppo(
             "--total-timesteps": workload.total_timesteps,
             "--compile": compile,
             "--eval-episodes": 0,
+            "--num-seeds": num_seeds,
             "--run-dir": run_dir,
         } | ({} if num_threads is None else {"--num-threads": num_threads})
         words = [str(word) for pair in flags.items() for word in pair]
@@ -114,11 +122,14 @@ def run_fastppo(
         words += ["--clip-reward", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"] * workload.is_atari
         subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run_dir / "summary.json").read_text())
-        with (run_dir / "metrics.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    first, last, measured = rows[WARMUP_ITERATIONS - 1], rows[-1], rows[WARMUP_ITERATIONS:]
-    env_steps = int(last["global_step"]) - int(first["global_step"])
-    seconds = float(last["seconds"]) - float(first["seconds"])
+        seeds = []
+        for path in run_dir.glob("metrics.csv" if num_seeds == 1 else "seed-*/metrics.csv"):
+            with path.open(newline="") as file:
+                seeds.append(list(csv.DictReader(file)))
+    rows = min(seeds, key=len)  # up to where the first has all its steps
+    last, measured = len(rows) - 1, rows[WARMUP_ITERATIONS:]
+    env_steps = sum(int(own[last]["global_step"]) - int(own[WARMUP_ITERATIONS - 1]["global_step"]) for own in seeds)
+    seconds = float(rows[last]["seconds"]) - float(rows[WARMUP_ITERATIONS - 1]["seconds"])
     shares = {key: statistics.median(float(row[key]) for row in measured) for key in ("env_share", "act_share", "learn_share")}
     return {
         "sps": env_steps / seconds,
