@@ -13,7 +13,8 @@ import torch
 from environments import Failing
 
 from fastppo.envs import grouped
-from fastppo.loop import derive_seeds, environment_seed
+from fastppo.loop import environment_seed
+from fastppo.preparation import derive_seeds
 from fastppo.train import console
 
 NUM_ENVS, NUM_STEPS = 4, 8

@@ -16,9 +16,9 @@ from fastppo.core.adam import init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.evaluate import evaluate
-from fastppo.loop import info_mask_size
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.spaces import action_spec, obs_spec
+from fastppo.preparation import info_mask_size
 from fastppo.rollout import allocate_rollout, start_collector
 
 T, N = 150, 4

@@ -144,7 +144,7 @@ def test_what_is_no_parameter_is_kept_and_left_alone(tmp_path):
 
 
 def _parameter_seed(seed):
-    from fastppo.loop import derive_seeds
+    from fastppo.preparation import derive_seeds
 
     return derive_seeds(seed)["parameters"]
 

@@ -40,7 +40,7 @@ class Fake:
 def fake(monkeypatch):
     """In the place of W&B, installed or not."""
     monkeypatch.setattr("fastppo.agent_run.Tracker", Fake)
-    monkeypatch.setattr("fastppo.loop.check_installed", lambda tracker: None)
+    monkeypatch.setattr("fastppo.preparation.check_installed", lambda tracker: None)
     monkeypatch.setattr(Fake, "fails", None)
     return Fake
 

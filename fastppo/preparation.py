@@ -1,0 +1,387 @@
+"""What a run trains, on what, with which programs: from settings to a `Task`, or to one clear line why not. Writes nothing.
+
+Knows nothing of the loop, and of run directories only that there will be some.
+"""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastppo.agent_run import gather_environments, named_after
+from fastppo.config import TrainConfig
+from fastppo.core import programs
+from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.programs import obs_of
+from fastppo.core.seeds import Seeds, one_by_one, over_seeds
+from fastppo.envs.atari import atari_settings
+from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.backends import engine_name, make_envs
+from fastppo.envs.check import check_envs
+from fastppo.envs.deadline import Deadline
+from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.drawn import make_drawn
+from fastppo.envs.probe import choose_vectorization
+from fastppo.envs.seeds import many
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
+from fastppo.policy.agent import Agent, make_network
+from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network
+from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
+from fastppo.ranks import Ranks, check_shares, start_ranks
+from fastppo.reproducibility import made_with, versions
+from fastppo.rollout import env_step_of, pack, states_of
+from fastppo.run.tracking import check_installed
+from fastppo.seeds import of_each_seed
+from fastppo.state import TrainState, checkpoint_of, init_state, normalization_of
+from fastppo.tiers import Job
+
+# Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
+# of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
+ROWS_PER_PASS = 1024
+MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
+MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, where, by whom."""
+
+    config: TrainConfig  # of all seeds and processes
+    local: TrainConfig  # of this process's part: N / K environments, M / K rows of a minibatch
+    configs: tuple[TrainConfig, ...]  # of each seed's own run
+    seeds: tuple[Mapping[str, int], ...]  # of the generators, of each seed
+    ranks: Ranks
+    device: torch.device
+    envs: AutoresetEnvs
+    engine: str  # who runs the environments, and why
+    why: str
+    obs: ObsSpec
+    action: ActionSpec
+    network: Network
+    states: tuple[TrainState, ...]  # fresh, of each seed
+    workers: int  # threads of a compiled `learn`
+    provenance: Mapping[str, str]
+    findings: tuple[str, ...]  # lines on the environments
+    notes: tuple[str, ...]  # other lines that are to be told
+    drawn: AutoresetEnvs | None  # an environment for videos
+
+    @property
+    def made(self) -> VectorEnv:
+        """The environments themselves."""
+        return self.envs.envs
+
+    @property
+    def on_device(self) -> bool:
+        """Whether they are functions on tensors."""
+        return isinstance(self.made, TorchVectorEnv)
+
+    @property
+    def several(self) -> bool:
+        """Whether tensors have a leading axis of seeds."""
+        return self.config.num_seeds > 1
+
+    @property
+    def restarts(self) -> bool:
+        """Whether environments restart at checkpoints; those on the device are kept in them as they stand."""
+        return self.config.exact_resume and not self.on_device
+
+    def data_of(self, state: TrainState) -> dict[str, Any]:
+        """A state as plain data, for a checkpoint."""
+        made_by = {**self.provenance, **versions()}
+        return checkpoint_of(self.network, self.made.single_observation_space, self.obs, self.action, made_by, state)
+
+    def agent_of(self, state: TrainState) -> Agent:
+        """The policy of a state."""
+        space = self.made.single_observation_space
+        return Agent(space, self.obs, self.action, self.network, state.params, normalization_of(state))
+
+    def describe(self) -> list[str]:
+        """Lines for people: environments, what the check found, device and threads."""
+        parts = max(self.config.num_seeds, self.ranks.size)
+        number = str(self.config.num_envs) if parts == 1 else f"{parts} x {self.local.num_envs}"
+        where = f"device {self.device}"
+        if self.ranks.size > 1:
+            where = f"{self.ranks.size} processes, this one on {self.device}"
+        threads = f"{torch.get_num_threads()} eager, {self.workers} compiled"
+        return [
+            f"{self.config.env_id}: {number} environments, {self.engine} ({self.why})",
+            *self.findings,
+            f"{where}, {self.network.num_params:,} parameters; CPU threads: {threads}",
+        ]
+
+
+def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv | None, cleanup: contextlib.ExitStack) -> Task:
+    """Everything that can be refused is refused here, before anything is written.
+
+    Args:
+        policy, given: as `train` takes them.
+        cleanup: gets what is to be closed.
+
+    Raises:
+        UsageError: a setting that cannot be.
+    """
+    if given is not None and config.num_seeds > 1:
+        raise UsageError(f"--num-seeds {config.num_seeds} makes environments from --env-id, which yours were not: leave it off")
+    device = choose_device(config.device)
+    if config.track is not None:
+        check_installed(config.track)
+    ranks = start_ranks(device)
+    cleanup.callback(ranks.close)
+    device = torch.device(ranks.device) if ranks.size > 1 else device
+    config, note = with_strata(config, ranks)
+    local = share_of(config, ranks)
+    deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
+    if given is None:
+        made, engine, why = make_own(local, device, deadline)
+        envs = AutoresetEnvs(made, deadline)
+        cleanup.callback(envs.close)
+    else:
+        made, engine, why = given, "given", "a vector environment of your own"
+        envs = AutoresetEnvs(made, deadline)
+        config = named_after(given, config)
+    if made.num_envs != config.num_seeds * local.num_envs:
+        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+    if isinstance(made, TorchVectorEnv):
+        made.share = (ranks.rank, ranks.size)
+        if made.device != device:
+            raise UsageError(f"--device {device}: the environments given are on {made.device}")
+    action = action_spec(made.single_action_space, config.squash_actions)
+    obs = obs_spec(made.single_observation_space, info_mask_size(envs), action)
+    findings = []
+    if config.check_env and not config.resume:
+        findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline)
+    drawn = None
+    if config.record_every is not None and ranks.is_main:
+        drawn = make_recorded(config, given, deadline)
+        cleanup.callback(drawn.close)
+    configs = of_each_seed(config)
+    seeds = [derive_seeds(own.seed) for own in configs]
+    networks = [
+        make_network(obs, action, own, policy, numbers["parameters"]) for own, numbers in zip(configs, seeds, strict=True)
+    ]
+    network = networks[0]
+    if not all(alike(network, other) for other in networks[1:]):
+        raise UsageError("policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one")
+    of_seeds = zip(configs, networks, seeds, strict=True)
+    states = [init_state(own, of_seed, obs, device, numbers) for own, of_seed, numbers in of_seeds]
+    workers = choose_workers(local, obs)
+    torch.set_num_threads(choose_threads(local, network))
+    if isinstance(made, TorchVectorEnv):
+        made.reset(seed=0)  # for the form of its state; start_collector resets it again
+        if config.resume:
+            for state, environments in zip(states, states_of(made), strict=True):
+                state.environments = gather_environments(environments, ranks)
+    return Task(
+        config=config,
+        local=local,
+        configs=tuple(configs),
+        seeds=tuple(seeds),
+        ranks=ranks,
+        device=device,
+        envs=envs,
+        engine=engine,
+        why=why,
+        obs=obs,
+        action=action,
+        network=network,
+        states=tuple(states),
+        workers=workers,
+        provenance=made_with(device, torch.get_num_threads(), workers),
+        findings=tuple(findings),
+        notes=() if note is None else (note,),
+        drawn=drawn,
+    )
+
+
+def make_own(config: TrainConfig, device: torch.device, deadline: Deadline) -> tuple[VectorEnv, str, str]:
+    """The environments that `config` names, which engine runs them, and why that one; raises UsageError."""
+    vectorization, why = "auto", f"as --backend {config.backend} asks"
+    if config.backend in ("auto", "gymnasium"):
+        vectorization, why = choose_vectorization(
+            config.env_id,
+            config.num_envs * config.num_seeds,
+            config.vectorization,
+            config.env_kwargs,
+            config.num_threads,
+            deadline,
+        )
+
+    def make(num_envs: int) -> VectorEnv:
+        return make_envs(
+            config.env_id,
+            num_envs,
+            config.backend,
+            vectorization,
+            config.env_kwargs,
+            device,
+            atari_settings(config),
+            config.num_threads,
+            deadline,
+        )
+
+    made = make(config.num_envs) if config.num_seeds == 1 else many(make, config.num_envs, config.num_seeds)
+    return made, engine_name(made, config.env_id, config.backend, vectorization), why
+
+
+def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
+    """The one environment that --record-every draws; raises UsageError where there is none."""
+    if given is not None:
+        raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
+    return make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
+
+
+def info_mask_size(envs: AutoresetEnvs) -> int | None:
+    """Numbers in each environment's info["action_mask"]; None where there is none. Resets the environments."""
+    if isinstance(envs.envs, TorchVectorEnv):
+        return None
+    with contextlib.suppress(*ENVIRONMENT_ERRORS):  # one that fails here fails when training starts, where it is reported
+        _, mask = envs.reset_and_mask(None)  # a seed would have EnvPool make all its environments anew
+        return None if mask is None else math.prod(mask.shape[1:])
+    return None
+
+
+def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
+    """`config` with its groups of environments (core/minibatches.py), and a line where they are not those of before.
+
+    Raises UsageError for what cannot be shared out.
+    """
+    if ranks.size > 1 and config.num_seeds > 1:
+        raise UsageError(
+            f"--num-seeds {config.num_seeds} is for one process, and torchrun has started {ranks.size}: use one of them"
+        )
+    strata, note = config.minibatch_strata or ranks.size, None
+    if config.resume and strata % ranks.size:
+        note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {strata}"
+        strata = ranks.size
+    check_shares(config.num_envs, config.num_steps, config.rows_per_minibatch, strata, ranks.size)
+    return config if strata == 1 else replace(config, minibatch_strata=strata), note
+
+
+def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The settings of this process's part: N / K environments, M / K rows of a minibatch."""
+    if ranks.size == 1:
+        return config
+    minibatch_size = None if config.minibatch_size is None else config.minibatch_size // ranks.size
+    return replace(config, num_envs=config.num_envs // ranks.size, minibatch_size=minibatch_size)
+
+
+def alike(one: Network, other: Network) -> bool:
+    """Whether what training leaves as it is is the same in both."""
+    if not isinstance(one, ModulePolicy) or not isinstance(other, ModulePolicy):
+        return True
+    return all(torch.equal(tensor, other.fixed[name]) for name, tensor in one.fixed.items())
+
+
+def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, Job]:
+    """The programs of a run, eager and for the compiler; with several seeds, all of them over seeds.
+
+    Args:
+        example: arguments of `learn`. noise: of a whole rollout, as the collector takes it.
+    """
+    config, network, obs, action, made = task.local, task.network, task.obs, task.action, task.made
+    workers, ranks = task.workers, task.ranks
+    params, _, rollout, *_, normalization = example
+    on_cpu = params.device.type == "cpu"
+    learn = partial(programs.learn, policy=network, **learn_settings(config))
+    if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
+        learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
+    fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS) if on_cpu else learn
+    if ranks.size > 1:
+        learn = partial(learn, **ranks.learn_settings())
+        fast_learn = partial(fast_learn, num_ranks=ranks.size) if on_cpu else learn
+    act = partial(programs.act_from_params, policy=network)
+    first_obs: Any = obs_of(rollout)
+    number = config.num_seeds
+    if number == 1:
+        fast_learn = partial(fast_learn, num_workers=workers)
+        jobs = {"learn": Job(learn, fast_learn, example)}
+        if isinstance(made, TorchVectorEnv):
+            collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
+            fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
+            collect_example = (params, normalization, pack(made.running), noise, made.draw(config.num_steps))
+            return {**jobs, "collect": Job(collect, fast_collect if on_cpu else collect, collect_example)}
+        eager = partial(programs.act, network, network.weights(params))
+        return {**jobs, "act": Job(eager, act, (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0]))}
+
+    # Small operations of all seeds as one: an eager update of ten takes 21 ms a seed instead of 36. A compiled one gains none
+    # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain.
+    mapped = isinstance(network, MLPActorCritic | ActorCritic) and not obs.has_images
+    over = over_seeds if mapped else partial(one_by_one, number=number)
+    eager_learn = partial(learn, grad_and_aux=functional_grad_and_aux) if mapped else learn
+    jobs = {"learn": Job(over(eager_learn), fast_learn, example, Seeds(number, 1, workers))}
+    if isinstance(made, TorchVectorEnv):
+        collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
+        each = Seeds(number, -(-number // workers) if mapped else 1, workers)
+        collect_example = (params, normalization, pack(made.running), noise, made.draw(config.num_steps))
+        return {**jobs, "collect": Job(over(collect), collect, collect_example, each)}
+    act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0])
+    together = Seeds(number, number if mapped else 1, 1)
+    return {**jobs, "act": Job(partial(over(act), params), act, act_example, together)}
+
+
+def learn_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings of programs.learn."""
+    return {
+        "minibatch_size": config.rows_per_minibatch,
+        "gamma": config.gamma,
+        "gae_lambda": config.gae_lambda,
+        "advantage_estimator": config.advantage,
+        "norm_returns": config.norm_returns,
+        "norm_adv": config.norm_adv,
+        "clip_reward": config.clip_reward,
+        "clip_vloss": config.clip_vloss,
+        "vf_coef": config.vf_coef,
+        "max_grad_norm": config.max_grad_norm,
+        "target_kl": config.target_kl,
+        "adam_eps": config.adam_eps,
+    }
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that --device names; auto is the GPU when there is one. Raises UsageError for one that is not there."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(wanted)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return device
+
+
+def choose_threads(config: TrainConfig, network: Network) -> int:
+    """Threads of eager programs: --num-threads, or one for a minibatch of fewer than 16 M multiplications.
+
+    Below that handing over costs more than it gives: with 9,155 parameters on two cores one thread is faster at 256 rows, two
+    are at 4096 (benchmarks/LOG.md).
+    """
+    if config.num_threads is not None:
+        return config.num_threads
+    return 1 if config.rows_per_minibatch * network.num_params < 2**24 else torch.get_num_threads()
+
+
+def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
+    """Threads of a compiled `learn`, each with a part of the environments and of each minibatch (core/team.py), or with a seed.
+
+    As many as there are cores, or --num-threads, as long as each has MIN_WORKER_ROWS rows of a minibatch and parts are equal.
+    """
+    if obs.has_images:  # large convolutions share themselves out better
+        return 1
+    cores = config.num_threads or torch.get_num_threads()
+    if config.num_seeds > 1:
+        return min(cores, config.num_seeds)
+    most = min(cores, config.rows_per_minibatch // MIN_WORKER_ROWS)
+    return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and config.rows_per_minibatch % k == 0)
+
+
+def derive_seeds(seed: int) -> dict[str, int]:
+    """Independent streams from one seed: each random generator has its own."""
+    names = ("parameters", "actions", "minibatches", "evaluation")
+    numbers = np.random.SeedSequence(seed).generate_state(len(names))
+    return {name: int(number) % 2**31 for name, number in zip(names, numbers, strict=True)}
