@@ -1,4 +1,6 @@
-"""For all tests: one CPU thread (two of them on a busy machine wait for each other), and a compile cache of their own."""
+"""For all tests: one CPU thread (two of them on a busy machine wait for each other), a compile cache of their own, and runs
+without a picture.
+"""
 
 import importlib.util
 import os
@@ -17,9 +19,9 @@ def _own_cache(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def no_picture():
-    """Runs draw no curves.png: half of what a run of a second costs."""
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures():
+    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastppo.loop.plot_curves", lambda *_: None)
         yield

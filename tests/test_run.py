@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from rich.cells import cell_len
+from runs import drawn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
@@ -136,7 +137,8 @@ def finished(tmp_path_factory):
     """A finished CartPole run, shared by the tests that only look at it."""
     settings = {"num_iterations": None, "total_timesteps": 600, "eval_episodes": 3, "learning_rate": 1e-3}
     config = tiny(tmp_path_factory.mktemp("finished") / "run", **settings)
-    return train(config), config
+    with drawn():
+        return train(config), config
 
 
 def test_every_file_of_the_contract(finished):
@@ -315,7 +317,8 @@ def test_best_is_the_one_with_the_highest_return(tmp_path):
 
 def test_a_run_without_one_finished_episode(tmp_path):
     """best.pt is then the last policy, and curves and summary are there all the same."""
-    result = train(tiny(tmp_path / "run", env_id="Pendulum-v1", num_iterations=2))
+    with drawn():
+        result = train(tiny(tmp_path / "run", env_id="Pendulum-v1", num_iterations=2))
     assert not any(np.isfinite(float(row["episodic_return_mean"])) for row in rows_of(result.run_dir))
     assert_same(checkpoint(result.run_dir, "best"), checkpoint(result.run_dir))
     summary = json.loads((result.run_dir / "summary.json").read_text())
