@@ -104,7 +104,7 @@ def test_the_contract(engine):
     for again in (played(copy, mixed), played(copy, mixed)):
         for mine, theirs in zip(first, again, strict=True):
             np.testing.assert_array_equal(mine, theirs)
-    alike = np.repeat(actions[:, :1], N, axis=1)
+    alike = np.repeat(actions[:40, :1], N, axis=1)
     first, second = (played(copy, alike, seed)[0] for seed in (5, 6))
     assert (first[:, 0] != first[:, 1]).any()  # environments that are all alike would be one
     assert (first != second).any()
@@ -180,9 +180,8 @@ def preprocessed(env_id, noop_max, actions, **settings):
     return np.stack(obs), rewards, ends
 
 
-@pytest.mark.parametrize("colour", [False, True])
 @pytest.mark.parametrize("backend", ["auto", "envpool"])
-@pytest.mark.parametrize("game", ["Breakout", "Pong"])
+@pytest.mark.parametrize(("game", "colour"), [("Breakout", False), ("Breakout", True), ("Pong", False)])
 def test_screens_are_those_of_gymnasiums_preprocessing(game, backend, colour):
     """Held actions, the maximum of two frames, luminance or colour, size, and the newest screen last in the stack."""
     pytest.importorskip("ale_py")

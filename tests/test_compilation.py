@@ -174,10 +174,8 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     ("policy", "share_backbone", "settings"),
     [
         (CATEGORICAL_POLICY, True, {"norm_adv": False, "target_kl": 0.01}),
-        (CATEGORICAL_POLICY, False, {"clip_vloss": False}),
-        (CATEGORICAL_POLICY, False, {"advantage_estimator": "monte-carlo"}),
-        (NORMAL_POLICY, False, {"target_kl": 0.01}),
-        (NORMAL_POLICY, False, {"rows_per_pass": 8}),
+        (CATEGORICAL_POLICY, False, {"clip_vloss": False, "advantage_estimator": "monte-carlo"}),
+        (NORMAL_POLICY, False, {"target_kl": 0.01, "rows_per_pass": 8}),
         (NORMAL_POLICY, True, {"advantage_estimator": "monte-carlo", "norm_adv": False}),
     ],
 )

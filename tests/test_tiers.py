@@ -25,7 +25,7 @@ from fastppo.train import console
 FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]
 # a Dict observation with a mask, several choices, and an environment that raises for an illegal action
 MASKED = ["--env-id", "environments:AnySpacesVector-v0", "--env-kwargs", "observation=masked", "action=multi-discrete"]
-MASKED += ["--norm-obs"]
+MASKED += ["--norm-obs", "--hidden-sizes", "16"]
 
 
 def trained(run_dir, capsys, *flags):
