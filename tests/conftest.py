@@ -13,6 +13,17 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
+# Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the
+# other waiting. xdist's own order, by numbers of tests, has those that compile last.
+LONG_FILES = ["compilation", "tiers", "collect", "backends", "compiled_spaces", "sweep", "export"]
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first, all else in its order; scripts/test.sh tells xdist to leave it so."""
+    order = {f"test_{name}": index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Nothing is loaded from, or left in, the user's cache of compiled programs."""
