@@ -6,6 +6,6 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    set -- -n "$(nproc)" --dist loadfile
+    set -- -n "$(nproc)" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

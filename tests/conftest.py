@@ -1,4 +1,6 @@
-"""For all tests: one CPU thread (two of them on a busy machine wait for each other), and a compile cache of their own."""
+"""For all tests: one CPU thread (two of them on a busy machine wait for each other), a compile cache of their own, and runs
+without a picture.
+"""
 
 import importlib.util
 import os
@@ -11,15 +13,26 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
 
+# Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the
+# other waiting. xdist's own order, by numbers of tests, has those that compile last.
+LONG_FILES = ["compilation", "tiers", "collect", "backends", "compiled_spaces", "sweep", "export"]
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first, all else in its order; scripts/test.sh tells xdist to leave it so."""
+    order = {f"test_{name}": index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Nothing is loaded from, or left in, the user's cache of compiled programs."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
-def no_picture():
-    """Runs draw no curves.png: half of what a run of a second costs."""
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures():
+    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastppo.agent_run.plot_curves", lambda *_: None)
         yield

@@ -1,9 +1,13 @@
 """Runs for tests: of a moment, and directories written by hand, which `fastppo plot` and `report` read without training."""
 
+import contextlib
 import csv
 import json
 
+import pytest
+
 from fastppo.config import TrainConfig
+from fastppo.plot import plot_curves
 
 COLUMNS = {
     "seconds": 1.0,
@@ -27,6 +31,14 @@ def tiny(run_dir, **settings):
     """The settings of a run of a moment: eager, four iterations, without evaluation."""
     settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "eval_episodes": 0} | settings
     return TrainConfig(run_dir=str(run_dir), compile="off", plain=True, **settings)
+
+
+@contextlib.contextmanager
+def drawn():
+    """Runs within it draw their curves.png, which conftest.py spares the others."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("fastppo.loop.plot_curves", plot_curves)
+        yield
 
 
 def write_run(path, returns, summary=None, columns=None, **settings):

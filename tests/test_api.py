@@ -16,8 +16,6 @@ from fastppo.envs.make_device import make_device_vec
 from fastppo.run.checkpoint import load_checkpoint
 from fastppo.run.metrics import read_rows
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 
 class Recorder(Callback):
     """Notes every call; stops in iteration `stop`, raises in `fail`."""

@@ -240,6 +240,7 @@ def cache_dir(tmp_path_factory):
     return cache_dir
 
 
+@pytest.mark.slow  # a quarter of a minute of compiling: below two workers are compiled, and this one's graph is compared
 def test_compiled_collect_equals_eager(cache_dir):
     """One worker, discrete actions, normalised observations: the same actions, ends and transitions, rollout after rollout."""
     ours = setup(CartPole(max_episode_steps=15), norm_obs=True)
@@ -263,6 +264,18 @@ def test_traced_collect_equals_eager(env, squash):
     results, expected = graph(*compilation._tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
     assert_same(Collected(tuple(results[:rows]), *results[rows:]), expected)
+
+
+def test_traced_collect_of_choices_equals_eager():
+    """Discrete actions, normalised observations."""
+    ours = setup(CartPole(max_episode_steps=2), norm_obs=True)
+    arguments = ours.arguments()
+    graph, _ = compilation._trace(ours.program(), arguments)
+    results, expected = graph(*compilation._tensors(arguments)), ours.program()(*arguments)
+    rows = len(expected.running)
+    assert_same(Collected(tuple(results[:rows]), *results[rows:]), expected)
+    assert torch.equal(Collected(tuple(results[:rows]), *results[rows:]).action, expected.action)
+    assert expected.truncated.any()
 
 
 def test_two_compiled_workers_equal_eager(cache_dir):

@@ -17,7 +17,7 @@ from fastppo.core import compilation
 from fastppo.core.adam import init_adam
 from fastppo.core.compilation import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act_from_params, learn
+from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
 
@@ -257,26 +257,12 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     assert threading.active_count() <= before
 
 
-def test_compiled_act_equals_eager(tmp_path):
-    """The same actions from the same noise, and again with other observations."""
-    tmp_path.chmod(0o700)
-    act = functools.partial(act_from_params, policy=CATEGORICAL_POLICY)
-    _, (params, _, _, _, _, normalization) = job(CATEGORICAL_POLICY)
-    generator = torch.Generator().manual_seed(1)
-    compiled = compile_program(act, (params, normalization, torch.zeros(N, 4), torch.zeros(N, 3)), tmp_path)
-    for _ in range(20):
-        obs, noise = torch.randn(N, 4, generator=generator), torch.randn(N, 3, generator=generator)
-        assert torch.equal(compiled(params, normalization, obs, noise), act(params, normalization, obs, noise))
-
-
 @pytest.mark.parametrize(
     ("policy", "share_backbone", "settings"),
     [
         (CATEGORICAL_POLICY, True, {"norm_adv": False, "target_kl": 0.01}),
-        (CATEGORICAL_POLICY, False, {"clip_vloss": False}),
-        (CATEGORICAL_POLICY, False, {"advantage_estimator": "monte-carlo"}),
-        (NORMAL_POLICY, False, {"target_kl": 0.01}),
-        (NORMAL_POLICY, False, {"rows_per_pass": 8}),
+        (CATEGORICAL_POLICY, False, {"clip_vloss": False, "advantage_estimator": "monte-carlo"}),
+        (NORMAL_POLICY, False, {"target_kl": 0.01, "rows_per_pass": 8}),
         (NORMAL_POLICY, True, {"advantage_estimator": "monte-carlo", "norm_adv": False}),
     ],
 )

@@ -13,7 +13,6 @@ import pytest
 import torch
 from environments import ACTIONS, OBSERVATIONS
 from test_compilation import N, T, assert_same, job
-from test_spaces import trained
 from torch import nn
 
 from fastppo import TrainConfig
@@ -83,11 +82,19 @@ def structured_job(observation, action_space, policy=None, seed=0, network_seed=
 
 @pytest.mark.parametrize(
     ("observation", "action", "policy"),
-    [("image (H, W, C)", gym.spaces.Discrete(3), None), ("float64", ACTIONS["box"], Small)],
-    ids=["image", "own network"],
+    [
+        ("tuple", ACTIONS["multi-discrete"], None),
+        # half a minute of compiling each: an image is in the structure, and one's own network compared as it is traced
+        pytest.param("image (H, W, C)", gym.spaces.Discrete(3), None, marks=pytest.mark.slow),
+        pytest.param("float64", ACTIONS["box"], Small, marks=pytest.mark.slow),
+    ],
+    ids=["structure with an image", "image", "own network"],
 )
 def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
-    """Pixels as bytes through the convolutions; somebody's module with a log standard deviation and a constant of its own."""
+    """Pixels as bytes through the convolutions, beside numbers and choices; somebody's module with a log standard deviation
+
+    and a constant of its own.
+    """
     tmp_path.chmod(0o700)
     learn_eagerly, arguments = structured_job(observation, action, policy, rows_per_pass=8)
     compiled = compile_program(learn_eagerly, arguments, tmp_path)
@@ -96,21 +103,18 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
         assert_same(compiled(*arguments), learn_eagerly(*arguments))
 
 
-def test_a_compiled_run_with_masks_equals_an_eager_one(tmp_path, monkeypatch):
-    """A Dict observation with a mask, several choices: `act` between the environment's steps and `learn`, two iterations.
-
-    The environment raises for an illegal action.
-    """
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    runs = [trained(tmp_path / mode, "masked", "multi-discrete", compile=mode, norm_obs=True) for mode in ("off", "on")]
-    assert [run.summary["tier"] for run in runs] == ["eager", "compiled"]
-    torch.testing.assert_close(runs[0].policy.params, runs[1].policy.params, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("observation", ["nested", "masked", "tuple"])
-def test_traced_program_of_a_structure_equals_eager(observation):
-    """As the compiler is given it: leaves of all kinds, in an order that both sides agree on."""
-    learn_eagerly, arguments = structured_job(observation, ACTIONS["multi-discrete"])
+@pytest.mark.parametrize(
+    ("observation", "action", "policy"),
+    [
+        ("nested", ACTIONS["multi-discrete"], None),
+        ("masked", ACTIONS["multi-discrete"], None),
+        ("float64", ACTIONS["box"], Small),
+    ],
+    ids=["nested", "masked", "own network"],
+)
+def test_traced_program_equals_eager_for(observation, action, policy):
+    """As the compiler is given it: leaves of all kinds, in an order that both sides agree on; somebody's module."""
+    learn_eagerly, arguments = structured_job(observation, action, policy)
     graph, _ = compilation._trace(learn_eagerly, arguments)
     params, *rest = graph(*compilation._tensors(arguments))
     expected = learn_eagerly(*arguments)

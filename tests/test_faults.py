@@ -25,8 +25,6 @@ from fastppo.run.loggers import Loggers
 from fastppo.run.metrics import MetricsFile, read_rows
 from fastppo.train import console
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 
 def tiny(run_dir, **settings):
     """A run of a moment with a checkpoint an iteration, exact where environments are on the device."""

@@ -217,9 +217,8 @@ def command_line(rng):
 
 @pytest.fixture(autouse=True, scope="module")
 def _patched(tmp_path_factory):
-    """No picture, half of what a run of a second costs; and a module to import."""
+    """A module to import."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.agent_run.plot_curves", lambda *_: None)
         patched.setattr(sys, "dont_write_bytecode", True)
         modules = tmp_path_factory.mktemp("modules")
         (modules / "exiting.py").write_text("raise SystemExit(0)\n")  # as a script does

@@ -38,6 +38,7 @@ class Started:
     """Environments, a policy with strong opinions, and a rollout of it."""
 
     def __init__(self, vector):
+        vector.reset(seed=0)  # goes on in info_mask_size: whether a mask is told there is the same each time
         self.envs = AutoresetEnvs(vector)
         self.action = action_spec(vector.single_action_space, False)
         self.obs = obs_spec(vector.single_observation_space, info_mask_size(self.envs), self.action)

@@ -47,9 +47,6 @@ ALWAYS_FINITE = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
-
 # --- the settings
 
 

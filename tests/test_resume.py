@@ -55,9 +55,6 @@ CASES = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
-
 def settings_of(case, run_dir, **changed):
     settings = {"num_envs": 4, "num_steps": 32, "eval_episodes": 0, "compile": "off", "plain": True, "num_iterations": 5}
     settings |= CASES[case] | {"run_dir": str(run_dir)}

@@ -23,6 +23,9 @@ from fastppo.tiers import BUILD_SECONDS, TRIAL_ITERATIONS, Job, Tiers, cache_dir
 from fastppo.train import console
 
 FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]
+# a Dict observation with a mask, several choices, and an environment that raises for an illegal action
+MASKED = ["--env-id", "environments:AnySpacesVector-v0", "--env-kwargs", "observation=masked", "action=multi-discrete"]
+MASKED += ["--norm-obs", "--hidden-sizes", "16"]
 
 
 def trained(run_dir, capsys, *flags):
@@ -77,8 +80,8 @@ def test_a_compiled_run_is_the_eager_run(tmp_path, capsys):
 
     Nothing is compiled again: the cache holds the same three files afterwards, one a program and the helpers'.
     """
-    _, _, eager = trained(tmp_path / "eager", capsys, "--compile", "off")
-    _, summary, compiled = trained(tmp_path / "compiled", capsys, "--compile", "on")
+    _, _, eager = trained(tmp_path / "eager", capsys, *MASKED, "--compile", "off")
+    _, summary, compiled = trained(tmp_path / "compiled", capsys, *MASKED, "--compile", "on")
     assert summary["tier"] == "compiled"
     for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm", "episodic_return_mean"):
         one, other = ([float(row[key]) for row in rows] for rows in (eager, compiled))
@@ -86,7 +89,7 @@ def test_a_compiled_run_is_the_eager_run(tmp_path, capsys):
     files = sorted(cache_dir().iterdir())
     assert len(files) == 3
     for mode in ("on", "auto"):
-        out, summary, again = trained(tmp_path / mode, capsys, "--compile", mode)
+        out, summary, again = trained(tmp_path / mode, capsys, *MASKED, "--compile", mode)
         assert summary["tier"] == "compiled"
         assert summary["compile_seconds"] < 5
         assert "programs: compiled" in out
@@ -327,12 +330,15 @@ def small_tiers(mode, notes):
 
 
 def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):
-    """A long run: decided after the first iterations, built by another process, taken up between two iterations."""
+    """A long run: decided after the first iterations, built by another process, taken up between two iterations.
+
+    The compiled `act` gives the same actions from the same noise.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     notes: list[str] = []
     tiers, normalization = small_tiers("auto", notes)
-    obs, noise = torch.randn(4, 3), torch.randn(4, 2)
-    before = tiers.act(normalization)(obs, noise)
+    steps = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(20)]
+    before = [tiers.act(normalization)(*step) for step in steps]
     tiers.update(TRIAL_ITERATIONS - 1, 100 * BUILD_SECONDS)
     assert not any("background" in note for note in notes)  # too early to tell
     deadline = time.monotonic() + 150
@@ -340,10 +346,15 @@ def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):
         tiers.update(TRIAL_ITERATIONS, 100 * BUILD_SECONDS)
         time.sleep(0.1)
     assert tiers.name == "compiled", notes
-    assert torch.equal(tiers.act(normalization)(obs, noise), before)
+    assert all(torch.equal(tiers.act(normalization)(*step), action) for step, action in zip(steps, before, strict=True))
     tiers.close()
     assert any("background" in note for note in notes)
     assert any("compiled from here on" in note for note in notes)
+
+
+def built_in(cache):
+    """Directories in which something is being built."""
+    return list((cache / "fastppo").glob("build-*"))
 
 
 def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
@@ -354,10 +365,13 @@ def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
         tiers.update(TRIAL_ITERATIONS, 100 * BUILD_SECONDS)
     assert tiers._building is not None
     process = tiers._building[1]._process
-    time.sleep(4)  # well into the work
+    deadline = time.monotonic() + 100
+    while not built_in(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert built_in(tmp_path)  # it is at work
     tiers.close()
     assert process.poll() is not None
-    assert not [path for path in (tmp_path / "fastppo").iterdir() if path.name.startswith("build-")]
+    assert not built_in(tmp_path)
 
 
 def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
@@ -381,7 +395,7 @@ def test_a_run_with_cached_programs_never_imports_the_compiler(tmp_path):
     """Start-up is not paid for a compiler that has nothing to do."""
     script = (
         "import sys; from fastppo.train import console\n"
-        f"assert console({[*FLAGS, '--compile', 'auto', '--run-dir', str(tmp_path / 'run')]!r}) == 0\n"
+        f"assert console({[*FLAGS, *MASKED, '--compile', 'auto', '--run-dir', str(tmp_path / 'run')]!r}) == 0\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})

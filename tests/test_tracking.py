@@ -10,8 +10,6 @@ from fastppo import UsageError, train
 from fastppo.run import loggers, tracking
 from fastppo.run.metrics import read_rows
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 
 class Fake:
     """A tracker that keeps what it gets, and fails in `fails`."""

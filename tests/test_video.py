@@ -210,7 +210,11 @@ def test_a_video_of_atari(tmp_path, capsys):
     run_dir = tmp_path / "run"
     train(
         TrainConfig(
-            **{**SMALL, "num_iterations": 1, "num_steps": 8}, env_id="ALE/Pong-v5", record_every=1, run_dir=str(run_dir)
+            **{**SMALL, "num_iterations": 1, "num_steps": 8},
+            env_id="ALE/Pong-v5",
+            env_kwargs={"max_num_frames_per_episode": 500},  # a game has thousands
+            record_every=1,
+            run_dir=str(run_dir),
         )
     )
     (path,) = (run_dir / "videos").iterdir()
