@@ -312,7 +312,8 @@ def _train(
             if enough and not logs:
                 loggers.log(row)
             eta = (state.seconds - first_second) * max(1.0 - progress, 0.0) / max(progress - first_progress, 1e-9)
-            display.update({**row, "new_best": improved}, min(progress, 1.0), eta)
+            engine = f"{backend} · {device} · {tiers.name}"
+            display.update({**row, "new_best": improved}, min(progress, 1.0), eta, engine)
             if display.reader_gone:  # `| head -3`: the end is that of a signal
                 stop.received = signal.SIGPIPE
             tiers.update(len(recent) - 1, eta)
