@@ -401,6 +401,8 @@ def reopen(
         environments = "the environments go on where they were"
     else:
         environments = "the environments start new episodes"
+        state.episodes.forget_running()  # those of before have no end
+        state.return_carry.zero_()
     changed = differences(checkpoint["made_with"], fresh["made_with"])
     length = (config.total_timesteps, config.num_iterations)
     annealed = [name for name, on in (("learning rate", config.anneal_lr), ("clip range", config.anneal_clip)) if on]

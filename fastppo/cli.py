@@ -1,7 +1,10 @@
 """The command line that all verbs share: flags to settings, exceptions to exit codes. Costs no torch."""
 
+import ast
 import contextlib
+import inspect
 import io
+import itertools
 import os
 import re
 import signal
@@ -136,6 +139,17 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
         if not exit_.code:  # --help
             raise
         raise UsageError(_fold(console.getvalue())) from None
+
+
+def help_texts(kind: type) -> dict[str, str]:
+    """Setting of a dataclass -> the string under it in its source, which --help shows too."""
+    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    return {
+        setting.target.id: str(text.value.value)
+        for setting, text in itertools.pairwise(body)
+        if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:

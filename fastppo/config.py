@@ -365,10 +365,14 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
 
 def check_setting(name: str, value: Any) -> None:
     """Raise UsageError unless `value` is of the type and within the bounds of the setting, whatever the others are."""
-    kind = _KINDS[name]
-    holds, wanted = _BOUNDS.get(name, (_anything, _described(kind)))
-    if not _is(kind, value) or (value is not None and not holds(value)):
-        raise UsageError(f"{flag(name)} must be {wanted}, got {reprlib.repr(value)}")
+    holds = _BOUNDS[name][0] if name in _BOUNDS else _anything
+    if not _is(_KINDS[name], value) or (value is not None and not holds(value)):
+        raise UsageError(f"{flag(name)} must be {legal(name)}, got {reprlib.repr(value)}")
+
+
+def legal(name: str) -> str:
+    """What the setting must be, in words."""
+    return _BOUNDS[name][1] if name in _BOUNDS else described(_KINDS[name])
 
 
 def is_whole(name: str) -> bool:
@@ -422,17 +426,17 @@ def _is_json(value: Any, depth: int = 16) -> bool:
     return value is None or isinstance(value, str | bool | int | float)
 
 
-def _described(kind: Any) -> str:
-    """What a setting of that type must be, for an error message."""
-    if get_origin(kind) is Union:
-        return f"{_described(get_args(kind)[0])}, or nothing"
+def described(kind: Any) -> str:
+    """What a setting of that type must be, in words."""
+    if get_origin(kind) in (Union, UnionType):
+        return f"{described(get_args(kind)[0])}, or nothing"
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if kind is bool:
         return "true or false"
     if get_origin(kind) is dict:
         return "names with values that JSON has, nested at most 16 deep"
-    return "whole numbers of at least 1" if kind == tuple[int, ...] | None else "a text"
+    return {int: "a whole number", float: "a number"}.get(kind, "a text")
 
 
 def _anything(value: Any) -> bool:

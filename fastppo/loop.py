@@ -173,7 +173,8 @@ def _train(
                     runs[index].tell(partial(state_dict_of, collector, index))
             eta = max(run.eta for run in runs)
             if metrics:
-                display.update(joint_row(runs), sum(min(run.progress, 1.0) for run in runs) / len(runs), eta)
+                share_done = sum(min(run.progress, 1.0) for run in runs) / len(runs)
+                display.update(joint_row(runs), share_done, eta, f"{task.engine} · {device} · {tiers.name}")
             if display.reader_gone:  # `| head -3`: the end is that of a signal
                 stop.received = signal.SIGPIPE
             tiers.update(iterations, eta)

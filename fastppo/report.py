@@ -4,10 +4,7 @@ A run directory may be a stranger's: it is read as data, every text of it is esc
 of it is not followed. The page holds all that it shows, and its policy forbids scripts and the network.
 """
 
-import ast
 import base64
-import inspect
-import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -17,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from fastppo.cli import parse, printable, run
+from fastppo.cli import help_texts, parse, printable, run
 from fastppo.config import TrainConfig, read_json
 from fastppo.errors import UsageError
 from fastppo.groups import LARGEST, Group, Run, read_run, setting_text
@@ -192,7 +189,7 @@ def _phases(one: Run) -> list[dict[str, str]]:
 
 def _settings(config: TrainConfig) -> list[dict[str, Any]]:
     """Every setting, those that differ from their defaults first."""
-    default, texts = TrainConfig(), help_texts()
+    default, texts = TrainConfig(), help_texts(TrainConfig)
     settings = [
         {
             "name": spec.name,
@@ -204,17 +201,6 @@ def _settings(config: TrainConfig) -> list[dict[str, Any]]:
         for spec in fields(TrainConfig)
     ]
     return sorted(settings, key=lambda setting: not setting["differs"])
-
-
-def help_texts() -> dict[str, str]:
-    """Setting -> the string under it in config.py, which --help shows too."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(TrainConfig)).body if isinstance(node, ast.ClassDef))
-    return {
-        setting.target.id: str(text.value.value)
-        for setting, text in itertools.pairwise(body)
-        if isinstance(setting, ast.AnnAssign) and isinstance(setting.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-    }
 
 
 def _texts(mapping: Any) -> list[tuple[str, str]]:

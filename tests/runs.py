@@ -37,7 +37,7 @@ def tiny(run_dir, **settings):
 def drawn():
     """Runs within it draw their curves.png, which conftest.py spares the others."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.loop.plot_curves", plot_curves)
+        patched.setattr("fastppo.agent_run.plot_curves", plot_curves)
         yield
 
 

@@ -8,8 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from runs import write_run
 
+from fastppo.cli import help_texts
 from fastppo.config import TrainConfig
-from fastppo.report import MAX_VIDEO_BYTES, console, help_texts, report
+from fastppo.report import MAX_VIDEO_BYTES, console, report
 
 HOSTILE = "<script>alert(1)</script>\"onload='x'&amp;{{ 7 * 7 }}\x1b[31m"
 ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;&#34;onload=&#39;x&#39;&amp;amp;{{ 7 * 7 }}\\x1b[31m"
@@ -106,8 +107,8 @@ def test_a_finished_run(run, capsys):
 
 def test_every_setting_has_its_help():
     """Those that --help shows."""
-    assert set(help_texts()) == set(vars(TrainConfig()))
-    assert help_texts()["learning_rate"] == "Adam's step size."
+    assert set(help_texts(TrainConfig)) == set(vars(TrainConfig()))
+    assert help_texts(TrainConfig)["learning_rate"] == "Adam's step size."
 
 
 def test_phases_by_the_clock(tmp_path):

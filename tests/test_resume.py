@@ -10,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from runs import tiny
 
 from fastppo import TrainConfig, TrainingFault, train
 from fastppo.agent_run import read_metrics
 from fastppo.run.loggers import Loggers
+from fastppo.run.metrics import read_rows
 from fastppo.train import console
 
 TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
@@ -319,3 +321,13 @@ def test_what_is_promised_is_told_and_kept(settings, promised, tmp_path, capsys)
     assert {"python", "fastppo", "torch", "gymnasium", "numpy", "tensordict"} <= set(result.summary["versions"])
     assert set(result.summary["made_with"]) == {"device", "processor", "eager threads", "compiled threads"}
     assert np.all([line in told for line in result.summary["reproducibility"]])
+
+
+def test_an_episode_does_not_go_on_in_another(tmp_path):
+    """Without --exact-resume the environments start new episodes: none is 150 steps of before longer than its time limit."""
+    settings = {"env_id": "Pendulum-v1", "num_steps": 150, "norm_reward": True}
+    train(tiny(tmp_path / "run", **settings, num_iterations=1))
+    train(tiny(tmp_path / "run", **settings, num_iterations=3, resume=str(tmp_path / "run")))
+    rows = read_rows(tmp_path / "run" / "metrics.csv")
+    assert [row["episodes"] for row in rows] == ["0", "0", "2"]
+    assert float(rows[-1]["episodic_length_mean"]) == 200

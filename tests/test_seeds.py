@@ -21,6 +21,7 @@ from fastppo.core.compilation import compile_program
 from fastppo.core.seeds import Seeds, of_seed, one_by_one, over_seeds, stack
 from fastppo.envs.seeds import JoinedVectorEnv, SeededCartPole, SeedsVectorEnv, many
 from fastppo.groups import find_runs
+from fastppo.reference import SEEDS_SUMMARY, SUMMARY
 from fastppo.run.checkpoint import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from tests.runs import tiny
@@ -63,7 +64,7 @@ def assert_alike(seed_dir, alone_dir, rtol=2e-4):
     ],
     ids=lambda settings: "-".join(map(str, settings.values()))[:60],
 )
-def test_each_seed_is_as_it_would_be_alone(tmp_path, settings, no_picture):
+def test_each_seed_is_as_it_would_be_alone(tmp_path, settings):
     """Three seeds together and each alone: environments, noise, minibatches, statistics and KL stop are the seed's own."""
     settings = {**SHORT, **settings}
     train(tiny(tmp_path / "all", num_seeds=3, seed=5, **settings))
@@ -74,7 +75,7 @@ def test_each_seed_is_as_it_would_be_alone(tmp_path, settings, no_picture):
     assert not torch.allclose(first, second, atol=1e-3)
 
 
-def test_a_network_of_ones_own(tmp_path, no_picture):
+def test_a_network_of_ones_own(tmp_path):
     """Networks that are not mapped, somebody's own among them, are called seed by seed: the same bits as alone."""
 
     class Shared(nn.Module):
@@ -228,6 +229,7 @@ def test_what_a_run_of_seeds_leaves(tmp_path, capsys):
     """A run directory for each seed, and of all of them the settings, a summary with its interval and a picture with a band."""
     result = train(tiny(tmp_path / "run", num_seeds=3, **SHORT | {"eval_episodes": 4}))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert list(summary) == [*SUMMARY, *SEEDS_SUMMARY]
     assert [one["seed"] for one in summary["seeds"]] == [1, 2, 3]
     means = [one["eval_return_mean"] for one in summary["seeds"]]
     assert summary["eval_return_mean"] == pytest.approx(np.mean(means))
@@ -249,7 +251,7 @@ def test_what_a_run_of_seeds_leaves(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("backend", ["torch", "gymnasium"])
-def test_stopped_and_resumed(tmp_path, backend, no_picture):
+def test_stopped_and_resumed(tmp_path, backend):
     """All seeds go on from where they were; on the device with the bits of a run that was not stopped."""
     settings = {**SHORT, "backend": backend, "num_seeds": 2}
     train(tiny(tmp_path / "whole", **settings | {"num_iterations": 4}))
@@ -262,7 +264,7 @@ def test_stopped_and_resumed(tmp_path, backend, no_picture):
             assert torch.equal(params_of(tmp_path / "run" / seed), params_of(tmp_path / "whole" / seed))
 
 
-def test_a_seed_resumes_alone(tmp_path, no_picture):
+def test_a_seed_resumes_alone(tmp_path):
     """Its folder is a run: one seed can go on without the others."""
     train(tiny(tmp_path / "run", backend="torch", num_seeds=2, **SHORT))
     path = tmp_path / "run" / "seed-2"
@@ -273,7 +275,7 @@ def test_a_seed_resumes_alone(tmp_path, no_picture):
         train(tiny(tmp_path / "run", **SHORT, backend="torch", resume=str(tmp_path / "run")))
 
 
-def test_a_seed_that_has_enough_ends_as_it_would_alone(tmp_path, no_picture):
+def test_a_seed_that_has_enough_ends_as_it_would_alone(tmp_path):
     """--stop-at-return, a callback, the number of steps: each seed ends by itself, and stays as it was then."""
 
     class Enough(Callback):
@@ -293,7 +295,7 @@ def test_a_seed_that_has_enough_ends_as_it_would_alone(tmp_path, no_picture):
         torch.testing.assert_close(one, other)
 
 
-def test_a_seed_that_fails_leaves_the_others_alone(tmp_path, no_picture):
+def test_a_seed_that_fails_leaves_the_others_alone(tmp_path):
     """A number that is not finite ends that seed: what it was is kept, the others train to their end, and the exit says so."""
 
     class Poisoned(Callback):
@@ -312,7 +314,7 @@ def test_a_seed_that_fails_leaves_the_others_alone(tmp_path, no_picture):
     assert str(fault.value).endswith(f"--resume {tmp_path / 'run'}")
 
 
-def test_an_update_that_is_not_finite_is_one_seeds_own(tmp_path, monkeypatch, no_picture):
+def test_an_update_that_is_not_finite_is_one_seeds_own(tmp_path, monkeypatch):
     """As from a loss that overflows: its parameters stay those before, and nobody else's are touched."""
     from fastppo import agent_run
 
@@ -334,7 +336,7 @@ def test_an_update_that_is_not_finite_is_one_seeds_own(tmp_path, monkeypatch, no
     torch.testing.assert_close(params_of(tmp_path / "run" / "seed-2"), params_of(tmp_path / "2"), rtol=1e-4, atol=1e-5)
 
 
-def test_an_environment_that_fails_ends_all_with_their_state_kept(tmp_path, no_picture):
+def test_an_environment_that_fails_ends_all_with_their_state_kept(tmp_path):
     """One vector environment is everybody's: the message names seed and environment, and all can go on."""
     marker = tmp_path / "marker"
     marker.touch()

@@ -4,19 +4,21 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from rich.console import Console, Group
+from rich.control import Control
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.segment import ControlType
 from rich.text import Text
 
 Row = Mapping[str, int | float]
+Line = list[str | tuple[str, str]]  # text, or text and style
 SPARKS = "▁▂▃▄▅▆▇█"
+BARS = 33  # of the curve, each a share of the run
+COLUMNS, LINES = 80, 8  # of the panel
 
 
 class Display(Protocol):
@@ -29,8 +31,8 @@ class Display(Protocol):
         """A line that stays: what was chosen and why, a new best model, where the results are."""
         ...
 
-    def update(self, row: Row, progress: float, eta_seconds: float) -> None:
-        """One iteration's metrics; progress in [0, 1]."""
+    def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
+        """One iteration's metrics; progress in [0, 1]; engine: what runs the environments and the programs."""
         ...
 
     def close(self) -> None:
@@ -39,8 +41,9 @@ class Display(Protocol):
 
 
 def make_display(plain: bool, title: str) -> Display:
-    """A live panel where the output is a terminal, unless `plain`."""
-    return PlainDisplay() if plain or not sys.stdout.isatty() else LiveDisplay(title)
+    """A live panel where the output is a terminal that can show it, unless `plain`; log lines in a notebook, pipe or file."""
+    is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # what a notebook puts there may have no such method
+    return LiveDisplay(title) if is_terminal and not plain and not Console().is_dumb_terminal else PlainDisplay()
 
 
 class NoDisplay:
@@ -51,7 +54,7 @@ class NoDisplay:
     def note(self, line: str) -> None:
         """Nothing."""
 
-    def update(self, row: Row, progress: float, eta_seconds: float) -> None:
+    def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -70,7 +73,7 @@ class PlainDisplay:
         self._flush()
         self._print(line)
 
-    def update(self, row: Row, progress: float, eta_seconds: float) -> None:
+    def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
         self._pending = (
             f"{progress:4.0%} it {row['iteration']:<5} step {row['global_step']:<9} "
             f"return {number(row['episodic_return_mean']):>8} "
@@ -100,7 +103,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A panel of 80 columns at most, redrawn at most five times a second."""
+    """A panel of 80 columns at most, redrawn at most five times a second; what changes in it keeps its place."""
 
     def __init__(self, title: str) -> None:
         self.reader_gone = False  # a terminal that goes sends SIGHUP
@@ -109,19 +112,21 @@ class LiveDisplay:
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
         self._live.start()
         self._last = -math.inf
-        self._returns: deque[float] = deque(maxlen=512)
-        self._view: tuple[Row, float, float] | None = None
+        self._drawn = (0, 0)  # columns and lines of the panel on the screen
+        self._returns = [math.nan] * BARS  # by progress
+        self._view: tuple[Row, float, float, str] | None = None
         self._best = "none yet"
 
     def note(self, line: str) -> None:
+        self._erase_wrapped()
         self._console.print(line, markup=False, highlight=False)
 
-    def update(self, row: Row, progress: float, eta_seconds: float) -> None:
+    def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
         if math.isfinite(row["episodic_return_mean"]):
-            self._returns.append(row["episodic_return_mean"])
+            self._returns[min(int(progress * BARS), BARS - 1)] = row["episodic_return_mean"]
         if row["new_best"]:
-            self._best = f"{number(row['episodic_return_mean'])} at step {row['global_step']:,}"
-        self._view = (row, progress, eta_seconds)
+            self._best = f"{figure(row['episodic_return_mean'])} at {row['global_step']:,}"
+        self._view = (row, progress, eta_seconds, engine)
         if time.monotonic() - self._last >= 0.2:
             self._draw()
 
@@ -133,44 +138,57 @@ class LiveDisplay:
     def _draw(self) -> None:
         self._last = time.monotonic()
         if self._view is not None:
-            self._live.update(self._panel(*self._view), refresh=True)
+            self._erase_wrapped()
+            panel = self._panel(*self._view)
+            self._live.update(panel, refresh=True)
+            self._drawn = (panel.width or 0, LINES)
 
-    def _panel(self, row: Row, progress: float, eta_seconds: float) -> Panel:
-        width = min(self._console.width, 80)
-        head = Table.grid(padding=(0, 1))
-        head.add_row(
-            ProgressBar(total=1.0, completed=progress, width=width - 38),
-            Text(f"{progress:4.0%}"),
-            Text(f"{duration(row['seconds'])} gone, {duration(eta_seconds)} to go", style="dim"),
+    def _erase_wrapped(self) -> None:
+        """A terminal made narrower has wrapped the panel: erase the lines that rich does not know of."""
+        columns, lines = self._drawn
+        extra = lines * (math.ceil(columns / self._console.width) - 1)
+        if extra > 0 and self._live.is_started:
+            self._console.control(Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * extra))
+            self._drawn = (0, 0)
+
+    def _panel(self, row: Row, progress: float, eta_seconds: float, engine: str) -> Panel:
+        width = min(self._console.width, COLUMNS)
+        room = max(width - 47, 0)  # of the curve; the bar above ends where it does
+        done = round(progress * (room + 9))
+        lines: list[Line] = [
+            [
+                ("━" * done, "green"),
+                ("─" * (room + 9 - done), "dim"),
+                f" {progress:4.0%}  ",
+                (f"{duration(row['seconds'])} gone, {duration(eta_seconds)} to go", "dim"),
+            ],
+            [
+                ("return ", "dim"),
+                (f"{figure(row['episodic_return_mean']):>9}  ", "bold green"),
+                (f"{sparkline(self._returns, room):{room}}  ", "green"),
+                (f"best {self._best}", "dim"),
+            ],
+        ]
+        for left, middle, (name, text) in (
+            (("step", f"{row['global_step']:,}"), ("policy loss", row["policy_loss"]), ("env", share(row["env_share"]))),
+            (("iteration", f"{row['iteration']:,}"), ("value loss", row["value_loss"]), ("act", share(row["act_share"]))),
+            (("episodes", f"{row['episodes']:,}"), ("entropy", row["entropy"]), ("learn", share(row["learn_share"]))),
+            (("length", figure(row["episodic_length_mean"])), ("approx kl", row["approx_kl"]), ("SPS", f"{row['sps']:15,.0f}")),
+        ):
+            line: Line = [(f"{left[0]:9}", "dim"), f" {left[1]:>13}"]
+            if width == COLUMNS:
+                line += [(f"   {middle[0]:11}", "dim"), f" {figure(middle[1]):>10}"]
+            lines.append([*line, (f"     {name:6}", "dim"), (text, "bold" if name == "SPS" else "cyan")])
+        return Panel(
+            Group(*(Text.assemble(*line, no_wrap=True, overflow="crop") for line in lines)),
+            title=Text(self._title),
+            title_align="left",
+            subtitle=Text(engine),
+            subtitle_align="left",
+            width=width,
+            height=LINES,
+            border_style="dim",
         )
-        curve = Table.grid(padding=(0, 1))
-        curve.add_row(
-            Text("return", style="dim"),
-            Text(f"{number(row['episodic_return_mean']):>8}", style="bold green"),
-            Text(sparkline(self._returns, width - 26 - len(self._best)), style="green"),
-            Text(f"best {self._best}", style="dim"),
-        )
-        grid = Table.grid(padding=(0, 2))
-        cells = (
-            (("step", f"{row['global_step']:,}"), ("policy loss", number(row["policy_loss"])), ("env", row["env_share"])),
-            (("iteration", f"{row['iteration']:,}"), ("value loss", number(row["value_loss"])), ("act", row["act_share"])),
-            (("episodes", f"{row['episodes']:,}"), ("entropy", number(row["entropy"])), ("learn", row["learn_share"])),
-            (
-                ("length", number(row["episodic_length_mean"])),
-                ("approx kl", number(row["approx_kl"])),
-                ("SPS", f"{row['sps']:,.0f}"),
-            ),
-        )
-        for line in cells:
-            texts: list[Text] = []
-            for name, value in line:
-                texts.append(Text(name, style="dim"))
-                if isinstance(value, str):
-                    texts.append(Text(f"{value:>10}", style="bold" if name == "SPS" else ""))
-                else:
-                    texts.append(Text(f"{'█' * round(value * 10):<10} {value:4.0%}", style="cyan"))
-            grid.add_row(*texts)
-        return Panel(Group(head, curve, grid), title=self._title, title_align="left", width=width, border_style="dim")
 
 
 def silence_stdout() -> None:
@@ -180,21 +198,40 @@ def silence_stdout() -> None:
     os.close(nowhere)
 
 
-def sparkline(values: "deque[float]", width: int) -> str:
-    """The values as `width` bars at most, scaled between their least and greatest."""
-    if not values or width < 1:
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values as `width` bars at most, scaled between their least and greatest.
+
+    A nan is as high as the value before it, and where there is none or no other follows, it is a space, or nothing.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    if not known or width < 1:
         return ""
     points = list(values)
+    while not math.isfinite(points[-1]):
+        points.pop()
+    for index in range(1, len(points)):
+        if not math.isfinite(points[index]):
+            points[index] = points[index - 1]
     if len(points) > width:
         points = [points[index * len(points) // width] for index in range(width)]
-    low, high = min(points), max(points)
+    low, high = min(known), max(known)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(SPARKS[round((point - low) * scale)] for point in points)
+    return "".join(SPARKS[round((point - low) * scale)] if math.isfinite(point) else " " for point in points)
+
+
+def share(value: float) -> str:
+    """A bar of 10 columns and per cent, 15 columns together."""
+    return f"{'█' * round(value * 10):10} {value:4.0%}"
 
 
 def number(value: float) -> str:
     """Four significant digits; '-' for what is not there yet."""
     return "-" if not math.isfinite(value) else f"{value:.4g}"
+
+
+def figure(value: float) -> str:
+    """The same for the panel, as wide for 475 as for 475.1: '475.0', '12,346', '-1.234e-05'."""
+    return number(value) if not 1e-4 <= abs(value) < 1e7 else f"{value:#.4g}" if abs(value) < 999.95 else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:

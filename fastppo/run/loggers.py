@@ -164,7 +164,7 @@ class _Guarded:
         row, self._pending, self._last = self._pending, None, time.monotonic()
         if row is not None:
             step = int(row["global_step"])
-            tagged = {_TAGS.get(key, f"charts/{key}"): row[key] for key in row if key not in ("iteration", "global_step")}
+            tagged = {tag: row[key] for key in row if (tag := tag_of(key))}
             self.do(lambda logger: logger.log(tagged, step))
 
     def _give_up(self, error: Exception) -> None:
@@ -172,7 +172,11 @@ class _Guarded:
         self._note(f"{self._name} gets nothing from here on ({brief(error)}); metrics.csv and training go on")
 
 
-# CleanRL's tags
+def tag_of(key: str) -> str | None:
+    """A metric's name in TensorBoard and trackers, CleanRL's where it has one; None for what the others are drawn over."""
+    return None if key in ("iteration", "global_step") else _TAGS.get(key, f"charts/{key}")
+
+
 _TAGS = {
     **{key: f"losses/{key}" for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")},
     "grad_norm": "losses/grad_norm",

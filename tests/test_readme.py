@@ -1,0 +1,162 @@
+"""README.md: its examples run, its command lines are such that the flags' parsers take, its file tree is that of the package.
+
+Three examples are run where the things themselves are tested: see EXAMPLES.
+"""
+
+import ast
+import importlib
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import fastppo
+from fastppo import TrainConfig, loop
+from fastppo.cli import parse, parse_train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=\n## |\Z)", README, re.MULTILINE | re.DOTALL))
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+QUOTED = re.findall(r"`((?:scripts/|\.venv/bin/|fastppo |python -m fastppo)[^`]*)`", README)
+
+# section -> the test that runs its Python
+EXAMPLES = {
+    "From Python": "test_examples_run",
+    "Callbacks, and environments of your own": "test_examples_run",
+    "Your own environment on the device": "test_collect.test_the_readmes_environment_learns",
+    "Your own network": "test_module_policy.test_the_readmes_network_learns",
+    "Your policy elsewhere": "test_export.test_the_readmes_file_runs",
+}
+
+
+def test_every_example_is_run_somewhere():
+    """A new one belongs into EXAMPLES, with its test; sections have one block each."""
+    blocks = {name: text.count("```python\n") for name, text in SECTIONS.items() if "```python\n" in text}
+    assert blocks == dict.fromkeys(EXAMPLES, 1)
+    for name in EXAMPLES.values():
+        module, _, test = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), test) if module else globals()[test])
+
+
+@pytest.mark.parametrize(
+    ("section", "obs"), [("From Python", np.zeros(6, np.float32)), ("Callbacks, and environments of your own", None)]
+)
+def test_examples_run(section, obs, tmp_path, monkeypatch):
+    """As they stand there, their runs cut to two iterations."""
+    monkeypatch.chdir(tmp_path)
+    train, lengths = loop.train, []
+
+    def of_a_moment(config, *args, **kwargs):
+        lengths.append(config.total_timesteps)
+        return train(replace(config, num_iterations=2, eval_episodes=2, compile="off", plain=True), *args, **kwargs)
+
+    monkeypatch.setattr("fastppo.loop.train", of_a_moment)
+    names = {"__name__": "readme", "obs": obs}
+    exec(re.search(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL)[1], names)
+    assert lengths[0] == 100_000
+    assert (tmp_path / "runs").is_dir()
+    assert names["result"].summary["iterations"] == 2
+    if obs is not None:
+        assert names["action"] in range(gym.make("Acrobot-v1").action_space.n)
+
+
+@pytest.fixture
+def some_run(tmp_path, monkeypatch):
+    """A directory in which runs/NAME and sweeps/Acrobot-v1/best.json are what README's lines take them for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "NAME" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "NAME" / "checkpoints" / "last.pt").touch()
+    (tmp_path / "runs" / "NAME" / "config.json").write_text(TrainConfig().to_json())
+    (tmp_path / "sweeps" / "Acrobot-v1").mkdir(parents=True)
+    preset = re.search(r'`(\{"settings".*?)`', README)[1]
+    (tmp_path / "sweeps" / "Acrobot-v1" / "best.json").write_text(preset)
+
+
+def taken(words):
+    """Whether the flags' own parser takes a command line; raises UsageError where it does not."""
+    program, *args = words
+    if program.endswith(("/python", "python")) and args[:1] == ["-m"]:
+        program, args = "fastppo", [args[1].removeprefix("fastppo."), *args[2:]]
+    if program == "scripts/train.sh":
+        program, args = "fastppo", ["train", *args]
+    if program.endswith("fastppo"):
+        verb, *args = args
+        if verb == "train":
+            return parse_train(args)
+        if verb == "sweep":
+            args, fixed = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
+            parse_train(fixed)
+        return parse(getattr(importlib.import_module(f"fastppo.{verb}"), f"{verb.capitalize()}Config"), args, prog=verb)
+    paths = [word for word in words if word.startswith(("benchmarks/", "scripts/", "tests/"))]
+    assert paths, f"what is this? {words}"
+    assert all((ROOT / path).exists() for path in paths)
+    return None
+
+
+@pytest.mark.usefixtures("some_run")
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_are_taken(line):
+    """Every line of every bash block: a verb's flags by its own parser, files of the repository that are there."""
+    taken(shlex.split(line, comments=True))
+
+
+@pytest.mark.usefixtures("some_run")
+@pytest.mark.parametrize("text", QUOTED)
+def test_commands_in_sentences_are_taken(text):
+    """Those between backquotes that have flags, too: S stands for a seed, ID for an environment."""
+    words = [{"S": "1", "ID": "CartPole-v1"}.get(word, word) for word in shlex.split(text)]
+    if any(word.startswith("--") and word != "--help" for word in words):
+        taken(words)
+
+
+def test_flags_in_sentences_are_flags():
+    """No --flag is named that nothing takes."""
+    flags = set(re.findall(r"`(--[a-z][a-z-]*)", README)) | set(re.findall(r"[(/ ](--[a-z][a-z-]*)[` =]", README))
+    reference = (ROOT / "REFERENCE.md").read_text()
+    assert {flag for flag in flags - {"--help"} if f"`{flag}`" not in reference} == set()
+
+
+def test_the_tree_is_that_of_the_package():
+    """Each file of the package on a line of its own in its folder, and nothing that is not there."""
+    tree = SECTIONS["Files"].split("fastppo/\n")[1].split("    benchmarks/")[0]
+    named, folder = [], ""
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S*)", line).groups()
+        if name.endswith("/"):
+            folder = name
+        elif name:
+            named.append(name if len(indent) == 6 else folder + name)
+    package = Path(fastppo.__file__).parent
+    files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(named) == sorted(files)
+
+
+def test_its_links_lead_somewhere():
+    """Files of the repository, and headings of this page."""
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        path, _, heading = target.partition("#")
+        if not path.startswith("https://"):
+            page = ROOT / path if path else ROOT / "README.md"
+            assert page.exists(), target
+            if heading:
+                headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+                assert heading in {re.sub(r"[^a-z0-9 -]", "", text.lower()).replace(" ", "-") for text in headings}, target
+
+
+def test_docstrings_hold_no_examples_of_their_own():
+    """Nothing starts with >>>: an example that no test runs is soon wrong. The package's own is the one above, in short."""
+    for path in Path(fastppo.__file__).parent.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                assert ">>>" not in (ast.get_docstring(node) or ""), path
+    first, second, third = (ast.get_docstring(ast.parse(Path(fastppo.__file__).read_text())) or "").splitlines()[2:5]
+    assert first.startswith("from fastppo import ")
+    assert ast.parse(f"{first}\n{second}\n{third}")
