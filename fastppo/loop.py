@@ -11,7 +11,7 @@ import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from fastppo.agent_run import (
     share_environments,
 )
 from fastppo.callbacks import Callback
-from fastppo.config import TrainConfig
+from fastppo.config import TrainConfig, flag
 from fastppo.core import programs
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.minibatches import draw_permutation
@@ -49,12 +49,12 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.drawn import make_drawn
 from fastppo.envs.probe import choose_vectorization
 from fastppo.envs.seeds import many
-from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, UsageError
+from fastppo.errors import ENVIRONMENT_ERRORS, RankLost, TrainingFault, UsageError
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.presets import describe
-from fastppo.ranks import Ranks, check_shares, start_ranks
+from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, start_ranks
 from fastppo.reproducibility import guarantees, made_with, versions
 from fastppo.rollout import Collector, Outcomes, allocate_rollout, env_step_of, pack, start_collector, states_of
 from fastppo.run.directory import RunDirectory
@@ -71,6 +71,7 @@ from fastppo.video import Recorder
 ROWS_PER_PASS = 1024
 MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
 MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
+ENDLESS_SECONDS = 86_400.0  # --env-timeout 0, for ranks that wait for one another
 
 
 def train(
@@ -113,33 +114,36 @@ def _train(
     device = choose_device(config.device)
     if config.track is not None:
         check_installed(config.track)
-    ranks = start_ranks(device)
+    ranks = start_ranks(device, TIMEOUT_SECONDS + (config.env_timeout or ENDLESS_SECONDS))
     cleanup.callback(ranks.close)
     device = torch.device(ranks.device) if ranks.size > 1 else device
+    with checked(ranks):
+        check_same(config, ranks.agree(config), ranks)
     config, strata_note = with_strata(config, ranks)
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
-    if given is None:
-        made, backend, why = make_own(local, device, deadline)
-        envs = AutoresetEnvs(made, deadline)
-        cleanup.callback(envs.close)
-    else:
-        made, backend, why = given, "given", "a vector environment of your own"
-        envs = AutoresetEnvs(made, deadline)
-        config = named_after(given, config)
-    if made.num_envs != config.num_seeds * local.num_envs:
-        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-    if isinstance(made, TorchVectorEnv):
-        made.share = (ranks.rank, ranks.size)
-        if made.device != device:
-            raise UsageError(f"--device {device}: the environments given are on {made.device}")
-    obs_space = made.single_observation_space
-    action = action_spec(made.single_action_space, config.squash_actions)
-    obs = obs_spec(obs_space, info_mask_size(envs), action)
-    on_device = isinstance(made, TorchVectorEnv)
-    findings = []
-    if config.check_env and not config.resume:
-        findings = check_envs(made, config.env_id, config.env_kwargs, backend, deadline)
+    with checked(ranks):
+        if given is None:
+            made, backend, why = make_own(local, device, deadline)
+            envs = AutoresetEnvs(made, deadline)
+            cleanup.callback(envs.close)
+        else:
+            made, backend, why = given, "given", "a vector environment of your own"
+            envs = AutoresetEnvs(made, deadline)
+            config = named_after(given, config)
+        if made.num_envs != config.num_seeds * local.num_envs:
+            raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+        if isinstance(made, TorchVectorEnv):
+            made.share = (ranks.rank, ranks.size)
+            if made.device != device:
+                raise UsageError(f"--device {device}: the environments given are on {made.device}")
+        obs_space = made.single_observation_space
+        action = action_spec(made.single_action_space, config.squash_actions)
+        obs = obs_spec(obs_space, info_mask_size(envs), action)
+        on_device = isinstance(made, TorchVectorEnv)
+        findings = []
+        if config.check_env and not config.resume:
+            findings = check_envs(made, config.env_id, config.env_kwargs, backend, deadline)
     drawn = None
     if config.record_every is not None and ranks.is_main:
         drawn = make_recorded(config, given, deadline)
@@ -330,7 +334,10 @@ def _train(
             if run.enough:
                 run.note(f"training ends here: {run.enough}")
     except TrainingFault as fault:
-        raise reported(fault, runs, {} if collector is None else collector.kept()) from fault
+        ended = reported(fault, runs, {} if collector is None else collector.kept())
+        if not isinstance(fault, RankLost):
+            leave_together(ranks)
+        raise ended from fault
     except KeyboardInterrupt:
         for run in runs:
             run.note(f"stopped at once; iterations up to {run.checkpoints.iteration} are kept, {run.checkpoints.go_on}")
@@ -379,6 +386,7 @@ def _train(
         display.note(note_of_end)
     if stop.received:
         display.note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
+        leave_together(ranks)
         raise stop.exception()
     if failed:
         told = "\n".join(f"seed {run.config.seed}: {run.fault}" for run in failed)
@@ -411,6 +419,12 @@ def reported(fault: TrainingFault, runs: Sequence[AgentRun], kept: Mapping[str, 
     return told
 
 
+def leave_together(ranks: Ranks) -> None:
+    """Wait for the one that writes: torchrun ends all processes once one of them has left with an exit code."""
+    with contextlib.suppress(RankLost):
+        ranks.barrier()
+
+
 def alike(one: Network, other: Network) -> bool:
     """Whether what training leaves as it is is the same in both."""
     if not isinstance(one, ModulePolicy) or not isinstance(other, ModulePolicy):
@@ -420,13 +434,26 @@ def alike(one: Network, other: Network) -> bool:
 
 @contextlib.contextmanager
 def checked(ranks: Ranks) -> Iterator[None]:
-    """A fault of one process, raised in all of them once they are here."""
-    failed: TrainingFault | None = None
+    """A fault or wrong use in one process, raised in all of them once they are here."""
+    failed: TrainingFault | UsageError | None = None
     try:
         yield
-    except TrainingFault as fault:
-        failed = fault
+    except RankLost:
+        raise
+    except (TrainingFault, UsageError) as error:
+        failed = error
     ranks.check(failed)
+
+
+def check_same(config: TrainConfig, first: TrainConfig, ranks: Ranks) -> None:
+    """Refuse settings that are not those of rank 0; raises UsageError."""
+    for spec in fields(TrainConfig):
+        own, other = getattr(config, spec.name), getattr(first, spec.name)
+        if own != other:
+            raise UsageError(
+                f"rank {ranks.rank} was started with {flag(spec.name)} {own}, rank 0 with {other}: "
+                "give torchrun the same command on all machines"
+            )
 
 
 def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
