@@ -4,9 +4,9 @@
 #   sudo benchmarks/two_hosts.sh WHAT [SECONDS] [-- flags of fastppo.train]
 #
 # WHAT is "cut" (the second host's network goes down for SECONDS, 90) or "kill" (its torchrun and its process are killed).
-# Afterwards the second host's command is given again, as its operator or its batch system would, and both go on from the last
-# checkpoint. Prints what each host says, with the seconds since the start. Needs root, for `ip netns`; what it makes it removes.
-# It shows what happens, and measures nothing.
+# Each host gives its command again when torchrun has failed, as a batch system would, and both go on from the last checkpoint.
+# Prints what each host says, without torchrun's backtraces, and the seconds since the start. Needs root, for `ip netns`; what it
+# makes it removes. It shows what happens, and measures nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-cut} away=90
@@ -40,15 +40,23 @@ done
 
 started=$SECONDS
 say() { printf '%4d s  %-8s%s\n' $((SECONDS - started)) "$1" "$2"; }
-host() { # host NAME LABEL FLAGS...: its torchrun, until it ends
-    local name=$1 label=$2 code=0 address=10.77.0.1
-    [[ $2 == second ]] && address=10.77.0.2
-    shift 2
+host() { # NAME LABEL ADDRESS FLAGS...: its torchrun, again and again until it ends well
+    local name=$1 label=$2 address=$3 code
+    shift 3
+    for _ in 1 2 3 4 5 6; do
+        code=0
+        torchrun_of "$@" >> "$work/$label" 2>&1 || code=$?
+        echo "torchrun ended with exit code $code" >> "$work/$label"
+        [[ $code == 0 ]] && return
+        sleep 5
+        echo "the same command is given again" >> "$work/$label"
+    done
+}
+torchrun_of() { # FLAGS..., and what host knows
     GLOO_SOCKET_IFNAME=veth0 OMP_NUM_THREADS=1 ip netns exec "$name" "$python" -m torch.distributed.run \
         --nnodes 2 --nproc-per-node 1 --max-restarts 3 --rdzv-id two-hosts --rdzv-backend c10d \
         --rdzv-endpoint 10.77.0.1:29400 --rdzv-conf "is_host=$([[ $label == first ]] && echo 1 || echo 0)" --local-addr $address \
-        -m fastppo.train --run-dir "$work/run" "$@" >> "$work/$label" 2>&1 || code=$?
-    echo "torchrun ended with exit code $code" >> "$work/$label"
+        -m fastppo.train --run-dir "$work/run" "$@"
 }
 follow() { # LABEL: its lines as they come, without the backtraces of torchrun
     touch "$work/$1"
@@ -67,8 +75,8 @@ until_iteration() {
 flags=(--env-id CartPole-v1 --backend torch --num-envs 16 --num-steps 64 --num-iterations 400 --checkpoint-iterations 5
     --compile off --plain --eval-episodes 0 "$@")
 follow first & follow second &
-host "$first" first "${flags[@]}" & one=$!
-host "$second" second "${flags[@]}" & two=$!
+host "$first" first 10.77.0.1 "${flags[@]}" & one=$!
+host "$second" second 10.77.0.2 "${flags[@]}" & two=$!
 until_iteration 20
 
 if [[ $what == cut ]]; then
@@ -81,9 +89,6 @@ else
     say here "iteration $(iteration): everything on the second host is killed"
     ip netns pids "$second" | xargs kill -9
 fi
-for _ in $(seq 300); do kill -0 $two 2>/dev/null || break; sleep 1; done
-say here "the second host's command is given again"
-host "$second" second "${flags[@]}" & two=$!
 wait $one $two
 sleep 1
 say here "iteration $(iteration) is the last one"

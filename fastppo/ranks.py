@@ -9,6 +9,8 @@ import os
 import re
 import socket
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
@@ -194,6 +197,7 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
     waits = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=waits))
+        store = _for_this_start(store, rank, size, timeout)
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -209,6 +213,31 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
         ) from None
     _watch_connections()
     return Ranks(rank, size, local_rank, device, store)
+
+
+def _for_this_start(store: Store, rank: int, size: int, timeout: float) -> Store:
+    """A part of the store for the ranks that are there now. Raises RuntimeError where they do not come.
+
+    torchrun's own store outlives a restart, and with it the addresses of ranks that are gone; how many restarts there were is
+    not the same on every machine (https://github.com/pytorch/pytorch/issues/135712). So rank 0 names each start, and calls it
+    complete once all others have answered to that name.
+    """
+    if rank == 0:
+        start = uuid.uuid4().hex
+        store.set("start", start)
+        store.wait([f"{start}/{other}" for other in range(1, size)], timedelta(seconds=timeout))
+        store.set(f"{start}/complete", "")
+        return PrefixStore(start, store)
+    joined, end = "", time.monotonic() + timeout
+    while time.monotonic() < end:
+        start = store.get("start").decode()
+        if not store.check([f"{start}/{rank}"]):  # else this is that of a rank before this one
+            store.set(f"{start}/{rank}", "")
+            joined = start
+        if start == joined and store.check([f"{start}/complete"]):
+            return PrefixStore(start, store)
+        time.sleep(0.05)
+    raise RuntimeError("rank 0 did not come")
 
 
 def _watch_connections() -> None:
