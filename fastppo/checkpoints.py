@@ -100,7 +100,8 @@ class Checkpoints:
             rollout: the last one, as far as it came.
         """
         if isinstance(fault, RankLost):  # nobody has the whole state any more, and the reason lies with the one that is gone
-            return RankLost(f"{stage}: {fault}\niterations up to {self.iteration} are kept; {self.go_on}", fault.is_told)
+            kept = max(self._directory.kept(), default=self.iteration)  # the one that writes may have gone before it had
+            return RankLost(f"{stage}: {fault}\niterations up to {kept} are kept; {self.go_on}", fault.is_told)
         with contextlib.suppress(TrainingFault):  # what is kept is told below
             self.finish(state)
         told = ""
