@@ -5,8 +5,8 @@
 #
 # WHAT is "cut" (the second host's network goes down for SECONDS, 90) or "kill" (its torchrun and its process are killed).
 # Each host gives its command again when torchrun has failed, as a batch system would, and both go on from the last checkpoint.
-# Prints what each host says, without torchrun's backtraces, and the seconds since the start. Needs root, for `ip netns`; what it
-# makes it removes. It shows what happens, and measures nothing.
+# Prints what each host says, but for progress and torchrun's backtraces, and the seconds since the start. Needs root, for
+# `ip netns`; what it makes it removes. It shows what happens, and measures nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 what=${1:-cut} away=90
@@ -58,9 +58,9 @@ torchrun_of() { # FLAGS..., and what host knows
         --rdzv-endpoint 10.77.0.1:29400 --rdzv-conf "is_host=$([[ $label == first ]] && echo 1 || echo 0)" --local-addr $address \
         -m fastppo.train --run-dir "$work/run" "$@"
 }
-follow() { # LABEL: its lines as they come, without the backtraces of torchrun
+follow() { # LABEL: its lines as they come, without progress and the backtraces of torchrun
     touch "$work/$1"
-    tail -n +1 -F "$work/$1" 2>/dev/null | grep --line-buffered -vE '^(frame #|Exception raised|  |<omitting|\[[WE]|Traceback|$)' |
+    tail -n +1 -F "$work/$1" 2>/dev/null | grep --line-buffered -vE '^(frame #|Exception raised|  |<omitting|\[[WE]|Traceback|The above|$)|% it ' |
         while IFS= read -r line; do say "$1" "$line"; done
 }
 iteration() { tail -n 1 "$work/run/metrics.csv" 2>/dev/null | cut -d, -f1; }
@@ -72,7 +72,7 @@ until_iteration() {
     say here "iteration $1 did not come" && exit 1
 }
 
-flags=(--env-id CartPole-v1 --backend torch --num-envs 16 --num-steps 64 --num-iterations 400 --checkpoint-iterations 5
+flags=(--env-id CartPole-v1 --backend torch --num-envs 16 --num-steps 64 --num-iterations 200 --checkpoint-iterations 5
     --compile off --plain --eval-episodes 0 "$@")
 follow first & follow second &
 host "$first" first 10.77.0.1 "${flags[@]}" & one=$!

@@ -19,6 +19,7 @@ import pytest
 import torch
 from test_resume import differing
 
+from fastppo.cli import parse_train, run
 from fastppo.loop import environment_seed, train
 from fastppo.train import console
 
@@ -44,7 +45,6 @@ def be_a_rank(environment, said, call, args):
 
 def train_until_seen(args):
     """A callback of one's own, which every process is given."""
-    from fastppo.cli import parse_train, run
 
     class Enough:
         def on_iteration(self, view):
@@ -358,3 +358,15 @@ def test_enough_is_enough_for_all(tmp_path):
     assert told == ["seen 1", "seen 2", "kept 2", "seen 3", "end 3"]
     assert second == ""
     assert len(rows_of(tmp_path / "seen")) == 3
+
+
+@pytest.mark.parametrize(("restarts", "goes_on"), [(None, False), ("0", False), ("3", True)])
+def test_the_same_command_goes_on_under_max_restarts(restarts, goes_on, trained, monkeypatch):
+    """And nowhere else: whoever names a directory that is taken is told so. A machine that has joined again counts from 0."""
+    run_dir = str(trained("device", 1)[0])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert parse_train(["--run-dir", run_dir]).resume == (run_dir if goes_on else None)
+    assert parse_train(["--run-dir", f"{run_dir}-new"]).resume is None
