@@ -90,7 +90,7 @@ class AgentRun:
             self.loggers = Loggers(directory.metrics, note, state.iteration if config.resume else None, tracker)
         self.loggers.log_config(config.to_json())
         self.checkpoints = Checkpoints(
-            directory, config, restarts, data_of, state.iteration, note, None if top is None else top.path
+            directory, config, restarts, data_of, state.iteration, note, None if top is None else top.path, ranks.launcher
         )
         self.enough: str | None = None  # why training ends before its time
         self.fault: TrainingFault | None = None  # why it cannot go on

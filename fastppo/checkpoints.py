@@ -31,6 +31,7 @@ class Checkpoints:
         iteration: int,
         note: Callable[[str], None],
         resumed: Path | None = None,
+        launcher: str = "python",
     ) -> None:
         """See the arguments' names.
 
@@ -39,8 +40,9 @@ class Checkpoints:
             iteration: of the checkpoint that is there already.
             note: takes a line.
             resumed: what --resume would be given, if not the directory itself.
+            launcher: what starts the run again, before "-m fastppo.train".
         """
-        self._resumed = resumed or directory.path
+        self._resumed, self._launcher = resumed or directory.path, launcher
         self.best: TrainState | None = None  # the best policy since the last checkpoint, not yet on disk
         self.iteration = iteration  # that a resumed run would go on from
         self._directory, self._config, self._exact, self._data_of, self._note = directory, config, exact, data_of, note
@@ -97,9 +99,11 @@ class Checkpoints:
             state: as it was before that.
             rollout: the last one, as far as it came.
         """
-        if not isinstance(fault, RankLost):  # of that nobody has the whole state any more
-            with contextlib.suppress(TrainingFault):  # what is kept is told below
-                self.finish(state)
+        if isinstance(fault, RankLost):  # nobody has the whole state any more, and the reason lies with the one that is gone
+            kept = max(self._directory.kept(), default=self.iteration)  # the one that writes may have gone before it had
+            return RankLost(f"{stage}: {fault}\niterations up to {kept} are kept; {self.go_on}", fault.is_told)
+        with contextlib.suppress(TrainingFault):  # what is kept is told below
+            self.finish(state)
         told = ""
         try:
             self._directory.write_text(self._directory.fault, f"{stage}\n{''.join(traceback.format_exception(fault))}")
@@ -113,7 +117,7 @@ class Checkpoints:
     @property
     def go_on(self) -> str:
         """What to type."""
-        return f"go on with: python -m fastppo.train --resume {self._resumed}"
+        return f"go on with: {self._launcher} -m fastppo.train --resume {self._resumed}"
 
     def _write(self, state: TrainState) -> None:
         if self.best is not None:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastppo.run.display import silence_stdout
 from fastppo.run.files import is_inside
 
 T = TypeVar("T")
+SPEAK_SECONDS = 2.0  # for the process that says why they all end: torchrun ends them once one of them has left
 MAX_LETTERS = 250  # of a value that is quoted in an error
 
 
@@ -39,7 +41,7 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
     except UsageError as error:
         return _ended(f"error: {error}", 2)
     except RankLost as error:
-        return _ended(f"fault: {error}", 3, speakers=2)  # one of the first two may be the one that is gone
+        return _ended(f"fault: {error}", 3, not error.is_told)
     except TrainingFault as error:
         return _ended(f"fault: {error}", 3)
     except KeyboardInterrupt:
@@ -61,9 +63,12 @@ def _flush_stdout() -> None:
         silence_stdout()
 
 
-def _ended(message: str, code: int, speakers: int = 1) -> int:
-    """speakers: processes of a machine that say it, where torchrun has started several that all would."""
-    if int(os.environ.get("LOCAL_RANK", "0")) >= speakers:
+def _ended(message: str, code: int, speaks: bool | None = None) -> int:
+    """speaks: whether to say it; default: of several processes of a machine that all would, the first one does."""
+    if speaks is None:
+        speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not speaks:
+        time.sleep(SPEAK_SECONDS)
         return code
     with contextlib.suppress(OSError):  # the same disk may be behind stderr
         print(printable(message), file=sys.stderr, flush=True)
@@ -102,9 +107,12 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
 
 
 def _restarted(args: Sequence[str]) -> str | None:
-    """The run to go on with where torchrun has started the same command again after a failure (--max-restarts)."""
+    """The run to go on with: torchrun --max-restarts starts the same command again after a failure.
+
+    Not only where it counts a restart: a machine that has joined again counts its own, from 0.
+    """
     run_dir = _value_of("--run-dir", args)
-    if run_dir is None or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if run_dir is None or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
     return run_dir if (Path(run_dir) / "config.json").exists() else None
 

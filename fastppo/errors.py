@@ -21,6 +21,11 @@ class TrainingFault(Exception):
 class RankLost(TrainingFault):
     """Another process that trains the same agent is gone: what was reached since the last checkpoint is lost with it."""
 
+    def __init__(self, message: str, is_told: bool = False) -> None:
+        """is_told: another process of this machine says it."""
+        super().__init__(message)
+        self.is_told = is_told
+
 
 class EnvironmentFailed(Exception):
     """An environment raised, or its process died: "environment 3: ValueError: ...". A note has the traceback from elsewhere."""

@@ -26,11 +26,11 @@ from fastppo.config import TrainConfig
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.seeds import of_seed, stack
 from fastppo.envs.autoreset import ResetSeed
-from fastppo.errors import TrainingFault
+from fastppo.errors import RankLost, TrainingFault
 from fastppo.policy.networks import ModuleFactory
 from fastppo.preparation import Task, make_jobs, prepare
 from fastppo.presets import describe
-from fastppo.ranks import Ranks
+from fastppo.ranks import Ranks, checked
 from fastppo.reproducibility import guarantees, versions
 from fastppo.rollout import Collector, Outcomes, allocate_rollout, start_collector
 from fastppo.run.directory import RunDirectory
@@ -190,7 +190,10 @@ def _train(
             if run.enough:
                 run.note(f"training ends here: {run.enough}")
     except TrainingFault as fault:
-        raise reported(fault, runs, {} if collector is None else collector.kept()) from fault
+        ended = reported(fault, runs, {} if collector is None else collector.kept())
+        if not isinstance(fault, RankLost):
+            leave_together(ranks)
+        raise ended from fault
     except KeyboardInterrupt:
         for run in runs:
             run.note(f"stopped at once; iterations up to {run.checkpoints.iteration} are kept, {run.checkpoints.go_on}")
@@ -238,6 +241,7 @@ def _train(
         display.note(f"{steps:,} steps in {seconds:.1f} s, {sps:,.0f} steps/s; results in {result.run_dir}")
     if stop.received:
         display.note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
+        leave_together(ranks)
         raise stop.exception()
     if failed:
         raise TrainingFault("\n".join(f"seed {run.config.seed}: {run.fault}" for run in failed))
@@ -327,15 +331,10 @@ def reported(fault: TrainingFault, runs: Sequence[AgentRun], kept: Mapping[str, 
     return told
 
 
-@contextlib.contextmanager
-def checked(ranks: Ranks) -> Iterator[None]:
-    """A fault of one process, raised in all of them once they are here."""
-    failed: TrainingFault | None = None
-    try:
-        yield
-    except TrainingFault as fault:
-        failed = fault
-    ranks.check(failed)
+def leave_together(ranks: Ranks) -> None:
+    """Wait for the one that writes: torchrun ends all processes once one of them has left with an exit code."""
+    with contextlib.suppress(RankLost):
+        ranks.barrier()
 
 
 def of_all(outcomes: Outcomes, ranks: Ranks) -> Outcomes:

@@ -6,7 +6,7 @@ Knows nothing of the loop, and of run directories only that there will be some.
 import contextlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastppo.agent_run import gather_environments, named_after
-from fastppo.config import TrainConfig
+from fastppo.config import TrainConfig, flag
 from fastppo.core import programs
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import obs_of
@@ -35,7 +35,7 @@ from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
-from fastppo.ranks import Ranks, check_shares, start_ranks
+from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
 from fastppo.reproducibility import made_with, versions
 from fastppo.rollout import env_step_of, pack, states_of
 from fastppo.run.tracking import check_installed
@@ -48,6 +48,7 @@ from fastppo.tiers import Job
 ROWS_PER_PASS = 1024
 MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
 MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
+ENDLESS_SECONDS = 86_400.0  # --env-timeout 0, for ranks that wait for one another
 
 
 @dataclass(frozen=True)
@@ -133,31 +134,34 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     device = choose_device(config.device)
     if config.track is not None:
         check_installed(config.track)
-    ranks = start_ranks(device)
+    ranks = start_ranks(device, TIMEOUT_SECONDS + (config.env_timeout or ENDLESS_SECONDS))
     cleanup.callback(ranks.close)
     device = torch.device(ranks.device) if ranks.size > 1 else device
+    with checked(ranks):
+        check_same(config, ranks.agree(config), ranks)
     config, note = with_strata(config, ranks)
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
-    if given is None:
-        made, engine, why = make_own(local, device, deadline)
-        envs = AutoresetEnvs(made, deadline)
-        cleanup.callback(envs.close)
-    else:
-        made, engine, why = given, "given", "a vector environment of your own"
-        envs = AutoresetEnvs(made, deadline)
-        config = named_after(given, config)
-    if made.num_envs != config.num_seeds * local.num_envs:
-        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-    if isinstance(made, TorchVectorEnv):
-        made.share = (ranks.rank, ranks.size)
-        if made.device != device:
-            raise UsageError(f"--device {device}: the environments given are on {made.device}")
-    action = action_spec(made.single_action_space, config.squash_actions)
-    obs = obs_spec(made.single_observation_space, info_mask_size(envs), action)
-    findings = []
-    if config.check_env and not config.resume:
-        findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline)
+    with checked(ranks):
+        if given is None:
+            made, engine, why = make_own(local, device, deadline)
+            envs = AutoresetEnvs(made, deadline)
+            cleanup.callback(envs.close)
+        else:
+            made, engine, why = given, "given", "a vector environment of your own"
+            envs = AutoresetEnvs(made, deadline)
+            config = named_after(given, config)
+        if made.num_envs != config.num_seeds * local.num_envs:
+            raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+        if isinstance(made, TorchVectorEnv):
+            made.share = (ranks.rank, ranks.size)
+            if made.device != device:
+                raise UsageError(f"--device {device}: the environments given are on {made.device}")
+        action = action_spec(made.single_action_space, config.squash_actions)
+        obs = obs_spec(made.single_observation_space, info_mask_size(envs), action)
+        findings = []
+        if config.check_env and not config.resume:
+            findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline)
     drawn = None
     if config.record_every is not None and ranks.is_main:
         drawn = make_recorded(config, given, deadline)
@@ -246,6 +250,17 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
         _, mask = envs.reset_and_mask(None)  # a seed would have EnvPool make all its environments anew
         return None if mask is None else math.prod(mask.shape[1:])
     return None
+
+
+def check_same(config: TrainConfig, first: TrainConfig, ranks: Ranks) -> None:
+    """Refuse settings that are not those of rank 0; raises UsageError."""
+    for spec in fields(TrainConfig):
+        own, other = getattr(config, spec.name), getattr(first, spec.name)
+        if own != other:
+            raise UsageError(
+                f"rank {ranks.rank} was started with {flag(spec.name)} {own}, rank 0 with {other}: "
+                "give torchrun the same command on all machines"
+            )
 
 
 def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:

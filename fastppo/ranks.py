@@ -7,22 +7,31 @@ torch.distributed, gloo on CPUs and NCCL on GPUs, and through here; a rank that 
 import contextlib
 import os
 import re
+import socket
+import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 
 Value = TypeVar("Value")
 Rows = TypeVar("Rows", Tensor, NDArray[Any])
 
-TIMEOUT_SECONDS = 600.0  # for a rank that is there and does not come: longer than the slowest thing one of them does alone
+# For a rank that is there and does not come: longer than the slowest thing that one of them does alone, its environments aside.
+TIMEOUT_SECONDS = 300.0
+SILENT_SECONDS = 30  # for a machine that does not answer any more
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,20 @@ class Ranks:
     size: int = 1
     local_rank: int = 0  # among those on this machine
     device: torch.device | str = "cpu"  # where what is exchanged has to be
+    store: Any = None  # torch.distributed's, which outlives a rank where torchrun has it
 
     @property
     def is_main(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
+
+    @property
+    def launcher(self) -> str:
+        """What started this process, before "-m"."""
+        if self.size == 1:
+            return "python"
+        local_size = _number("LOCAL_WORLD_SIZE", self.size)
+        return f"torchrun --nproc-per-node {local_size}" if local_size == self.size else "torchrun ..."
 
     def share(self, x: Rows, dim: int = 0) -> Rows:
         """This rank's part of the axis `dim`, a view; the size of the axis is a multiple of the number of ranks."""
@@ -132,10 +150,31 @@ class Ranks:
         except RuntimeError as error:  # torch.distributed's own errors are of this kind too
             # without the line of gloo's source before it and the guesses behind it
             reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
-            raise RankLost(f"rank {self.rank} of {self.size}: another rank has gone: {reason[:200]}") from None
+            message = f"rank {self.rank} of {self.size}: another rank has gone: {reason[:200]}"
+            raise RankLost(message, not self._is_first_to_tell()) from None
+
+    def _is_first_to_tell(self) -> bool:
+        """Whether no other rank of this machine has asked this: rank 0, which speaks otherwise, may be the one that is gone."""
+        try:
+            return bool(self.store.add(f"told on machine {os.environ.get('GROUP_RANK')}", 1) == 1)
+        except RuntimeError:  # it was rank 0's, or is on the other side of a cut
+            return self.local_rank <= 1
 
 
 ALONE = Ranks()
+
+
+@contextlib.contextmanager
+def checked(ranks: Ranks) -> Iterator[None]:
+    """A fault or wrong use in one process, raised in all of them once they are here."""
+    failed: TrainingFault | UsageError | None = None
+    try:
+        yield
+    except RankLost:
+        raise
+    except (TrainingFault, UsageError) as error:
+        failed = error
+    ranks.check(failed)
 
 
 def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks:
@@ -168,12 +207,16 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
         device = torch.device("cuda", local_rank)
     else:
         torch.set_num_threads(threads_per_rank(local_size))
+    waits = timedelta(seconds=timeout)
     try:
+        store, rank, size = next(rendezvous("env://", timeout=waits))
+        store = _for_this_start(store, rank, size, timeout)
         torch.distributed.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
+            store=store,
             rank=rank,
             world_size=size,
-            timeout=timedelta(seconds=timeout),
+            timeout=waits,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -181,7 +224,52 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
             f"rank {rank} of {size} did not meet the others at MASTER_ADDR={os.environ.get('MASTER_ADDR')} "
             f"MASTER_PORT={os.environ.get('MASTER_PORT')} ({brief(error)}): start them with torchrun --nproc-per-node {size}"
         ) from None
-    return Ranks(rank, size, local_rank, device)
+    _watch_connections()
+    return Ranks(rank, size, local_rank, device, store)
+
+
+def _for_this_start(store: Store, rank: int, size: int, timeout: float) -> Store:
+    """A part of the store for the ranks that are there now. Raises RuntimeError where they do not come.
+
+    torchrun's own store outlives a restart, and with it the addresses of ranks that are gone; how many restarts there were is
+    not the same on every machine (https://github.com/pytorch/pytorch/issues/135712). So rank 0 names each start, and calls it
+    complete once all others have answered to that name.
+    """
+    if rank == 0:
+        start = uuid.uuid4().hex
+        store.set("start", start)
+        store.wait([f"{start}/{other}" for other in range(1, size)], timedelta(seconds=timeout))
+        store.set(f"{start}/complete", "")
+        return PrefixStore(start, store)
+    joined, end = "", time.monotonic() + timeout
+    while time.monotonic() < end:
+        start = store.get("start").decode()
+        if not store.check([f"{start}/{rank}"]):  # else this is that of a rank before this one
+            store.set(f"{start}/{rank}", "")
+            joined = start
+        if start == joined and store.check([f"{start}/complete"]):
+            return PrefixStore(start, store)
+        time.sleep(0.05)
+    raise RuntimeError("rank 0 did not come")
+
+
+def _watch_connections() -> None:
+    """Have this process's connections end when the other machine is off or cut off, whether or not something is under way.
+
+    Its kernel answers for a process that is only busy. Without this, gloo waits for its timeout.
+    """
+    if sys.platform != "linux":
+        return
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # one that was for listing them, and is closed by now
+            if not os.readlink(entry).startswith("socket:"):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6):
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, SILENT_SECONDS // 3)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, SILENT_SECONDS // 3)
+                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT_SECONDS)
 
 
 def threads_per_rank(local_size: int) -> int:

@@ -104,7 +104,7 @@ def work(path):
     found["gathered"] = {name: ranks.gather(ranks.share(x, 1), 1) for name, x in shares.items()}
     assert isinstance(found["gathered"]["numpy"], np.ndarray)
     found["agreed"] = ranks.agree({"run_dir": f"of {ranks.rank}"})
-    found["highest"] = ranks.highest(15 if ranks.rank == ranks.size - 1 else 0)
+    found["highest"] = ranks.highest(15 if ranks.rank == ranks.size - 1 else 0, -ranks.rank)
     ranks.barrier()
     if ranks.rank == ranks.size - 1:
         torch.save(found, path)
