@@ -658,7 +658,7 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
     options = dict(options)
     rollout = make_rollout(policy, 8, 4)
     if options.pop("final_obs", False):
-        rollout["final_obs"] = torch.randn_like(rollout["obs"])
+        rollout["final_obs"] = torch.randn(rollout["obs"].shape, generator=torch.Generator().manual_seed(3))
     params, permutation = make_params(policy), make_permutation(3, 32)
     options = {"minibatch_size": 8, **options}
     expected = update(policy, params, rollout, permutation, **options)
@@ -707,7 +707,7 @@ def test_ranks_together_make_the_update_of_one(policy, options, ranks, workers):
     rollout["valid"][:, -num_envs // ranks :] = False
     rollout["reward"] += torch.arange(num_envs)  # no two ranks have the same means
     if options.pop("final_obs", False):
-        rollout["final_obs"] = torch.randn_like(rollout["obs"])
+        rollout["final_obs"] = torch.randn(rollout["obs"].shape, generator=torch.Generator().manual_seed(3))
     params = make_params(policy)
 
     def permutation(**of_rank):
