@@ -7,7 +7,7 @@ nothing of how a rollout or an update is made: it is told what they brought.
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -297,7 +297,8 @@ class AgentRun:
             if state.best_return == -math.inf or not directory.best.exists():  # too few episodes to judge by: the last one
                 directory.save(directory.best, self._data_of(state))
             directory.write_json(directory.summary, summary)  # before evaluation, which may take long, or fail
-            draw_curves(directory, config, self.note)
+            with drawing_curves(self.note):
+                plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
             agent = load_policy(directory.path, policy=policy)
             if config.eval_episodes and evaluates:
                 result = evaluate_config(agent, config, config.eval_episodes, seed, envs=envs)
@@ -417,10 +418,11 @@ def reopen(
     ]
 
 
-def draw_curves(directory: RunDirectory, config: TrainConfig, note: Note) -> None:
+@contextlib.contextmanager
+def drawing_curves(note: Note) -> Iterator[None]:
     """curves.png; a picture that cannot be drawn is no fault of the run. Raises OSError where the disk is full."""
     try:
-        plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
+        yield
     except OSError:
         raise
     except Exception as error:  # whatever somebody's matplotlib may raise

@@ -33,9 +33,10 @@ class Checkpoints:
         resumed: Path | None = None,
         launcher: str = "python",
     ) -> None:
-        """See the arguments' names.
+        """Nothing is written yet.
 
         Args:
+            exact: the environments restart at checkpoints.
             data_of: a state as plain data.
             iteration: of the checkpoint that is there already.
             note: takes a line.

@@ -32,7 +32,7 @@ from fastppo.preparation import Task, make_jobs, prepare
 from fastppo.presets import describe
 from fastppo.ranks import Ranks, checked
 from fastppo.reproducibility import guarantees, versions
-from fastppo.rollout import Collector, Outcomes, allocate_rollout, start_collector
+from fastppo.rollout import STEP_KEYS, Collector, Outcomes, allocate_rollout, start_collector
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
@@ -87,7 +87,7 @@ def _train(
     rollout = allocate_rollout(config.num_steps, task.local.num_envs, task.obs, action, keeps_final_obs, device, num_seeds)
     rollout_tensors: dict[str, Tensor] = dict(rollout.items())
     rollouts = [of_seed(rollout_tensors, index) for index in range(len(runs))] if several else [rollout_tensors]
-    steps_of = [{key: rows[key][:-1] for key in ("reward", "terminated", "truncated", "valid")} for rows in rollouts]
+    steps_of = [{key: rows[key][:-1] for key in STEP_KEYS} for rows in rollouts]
     params = stack([state.params for state in states]) if several else states[0].params
     adam = stack([state.adam for state in states]) if several else states[0].adam
     if several:
@@ -348,8 +348,7 @@ def of_all(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
 
 def tensors_of(outcomes: Outcomes, device: torch.device) -> dict[str, Tensor]:
     """`reward terminated truncated valid`, (T, N), by key of the rollout."""
-    keys = ("reward", "terminated", "truncated", "valid")
-    return {key: torch.from_numpy(rows).to(device) for key, rows in zip(keys, outcomes, strict=False)}
+    return {key: torch.from_numpy(getattr(outcomes, key)).to(device) for key in STEP_KEYS}
 
 
 def environment_seed(seed: int, iteration: int) -> int:

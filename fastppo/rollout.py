@@ -83,6 +83,9 @@ class Phases:
     act: float = 0.0
 
 
+STEP_KEYS = ("reward", "terminated", "truncated", "valid")  # what a step brings, by its key in the rollout
+
+
 class Outcomes(NamedTuple):
     """What the T steps of a rollout brought, for the account: numpy arrays (T, N) on the host."""
 
@@ -480,8 +483,7 @@ def _outcomes(rows: Mapping[str, Any], cut: Any, game_over: NDArray[Any] | None 
 
     life of a game.
     """
-    keys = ("reward", "terminated", "truncated", "valid")
-    parts = (rows[key][:-1] for key in keys)
+    parts = (rows[key][:-1] for key in STEP_KEYS)
     reward, terminated, truncated, valid = (x.cpu().numpy() if isinstance(x, Tensor) else x for x in parts)  # sync: once
     over = terminated if game_over is None else terminated & game_over
     cut_rows = np.zeros_like(valid[-1]) if cut is None else np.asarray(cut.cpu() if isinstance(cut, Tensor) else cut)

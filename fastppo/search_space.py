@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 
 KINDS = ("choice", "uniform", "log", "one_minus_log", "power_of_two")
 # of TrainConfig: what is trained on, how long, where, and how it is shown and kept
-NOT_SEARCHED = (
-    RESUMABLE | {"preset", "env_id", "env_kwargs", "vectorization", "backend", "seed", "num_seeds"} | {"exact_resume"}
-)
+NOT_SEARCHED = RESUMABLE | {"preset", "env_id", "env_kwargs", "vectorization", "backend", "seed", "num_seeds", "exact_resume"}
 # and of these what the sweep itself sets for each seed of a trial
 OF_THE_SWEEP = ("seed", "run_dir", "resume", "total_timesteps", "num_iterations", "plain", "log_interval", "eval_episodes")
 SEARCHED = [spec.name for spec in fields(TrainConfig) if spec.name not in NOT_SEARCHED]

@@ -8,24 +8,21 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastppo.agent_run import AgentRun, Note, TrainResult, fill_directory, reopen
+from fastppo.agent_run import AgentRun, Note, TrainResult, drawing_curves, fill_directory, reopen
 from fastppo.config import TrainConfig, check_resumable
-from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.errors import TrainingFault, UsageError
 from fastppo.groups import group_runs, read_run
-from fastppo.plot import PANELS, draw_page
+from fastppo.plot import PANELS, draw_page, render
 from fastppo.policy.networks import Network
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
 from fastppo.state import TrainState
 from fastppo.statistics import bootstrap_interval, interquartile_mean
-
-RESAMPLES = 10_000  # of the bootstrap behind the joint interval
 
 # of a joint row, what is of all seeds together; all else is the mean over them
 _SUMS = ("global_step", "sps", "episodes", "terminations", "truncations", "updates")
@@ -137,7 +134,7 @@ def keep_joint(
     }
     means = np.array([one["eval_return_mean"] for one in summaries])
     played = np.isfinite(means).all()
-    low, high = bootstrap_interval(means, RESAMPLES) if played and len(means) > 1 else (math.nan, math.nan)
+    low, high = bootstrap_interval(means) if played and len(means) > 1 else (math.nan, math.nan)
     joint |= {
         "eval_return_mean": float(means.mean()),
         "eval_return_std": float(means.std()),
@@ -151,7 +148,10 @@ def keep_joint(
     }
     try:
         top.write_json(top.summary, joint)
-        _draw_joint(top, [result.run_dir for result in results], note)
+        with drawing_curves(note):
+            groups, _ = group_runs([read_run(result.run_dir) for result in results])
+            page = draw_page(groups, [("global_step", column) for column in PANELS], columns=3)
+            replace_file(top.curves, render(page, "png"))
     except OSError as error:
         raise TrainingFault(f"training is over and kept, but {top.path} could not be written ({error.strerror})") from None
     if played and summaries[0]["eval_episodes"]:
@@ -161,17 +161,3 @@ def keep_joint(
         )
     best = results[int(np.nanargmax(means)) if np.isfinite(means).any() else 0]
     return TrainResult(top.path, joint, best.policy, tuple(results))
-
-
-def _draw_joint(top: RunDirectory, seeds: Sequence[Path], note: Note) -> None:
-    """curves.png with a band over the seeds; a picture that cannot be drawn is no fault of the run. Raises OSError."""
-    try:
-        groups, _ = group_runs([read_run(path) for path in seeds])
-        buffer = BytesIO()
-        draw_page(groups, [("global_step", column) for column in PANELS], columns=3).savefig(buffer, dpi=100)
-    except OSError:
-        raise
-    except Exception as error:  # whatever somebody's matplotlib may raise
-        note(f"curves.png could not be drawn ({brief(error)})")
-    else:
-        replace_file(top.curves, buffer.getbuffer())

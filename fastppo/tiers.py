@@ -137,7 +137,7 @@ class Tiers:
                 name = self._waiting.pop(0)
                 job = self._jobs[name]
                 with _threads(self._num_threads):
-                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir(), job.seeds, self._ranks))
+                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir(), job.seeds))
             elif self._building is not None:
                 name, build = self._building
                 with _threads(self._num_threads):

@@ -622,13 +622,19 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("columns", [80, 200])
-def test_live_display_fits_80_columns(monkeypatch, columns):
-    """Nothing is cut off or wrapped on an 80-column terminal, with figures as long as they get."""
+def on_terminal(monkeypatch, columns=80):
+    """What is printed goes to a terminal of so many columns from here on."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     for name, value in {"COLUMNS": columns, "LINES": 40, "TERM": "xterm-256color"}.items():
         monkeypatch.setenv(name, str(value))
+    return terminal
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_live_display_fits_80_columns(monkeypatch, columns):
+    """Nothing is cut off or wrapped on an 80-column terminal, with figures as long as they get."""
+    terminal = on_terminal(monkeypatch, columns)
     display = make_display(False, "fastppo · CartPole-v1 · seed 1")
     assert isinstance(display, LiveDisplay)
     for step in range(60):
@@ -686,10 +692,7 @@ def screen_of(terminal, columns, rows):
 
 def test_live_display_on_a_terminal_made_narrower(monkeypatch):
     """The terminal has wrapped each line of the panel into two: none of these is left over, and the notes above stay."""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    for name, value in {"COLUMNS": "80", "LINES": "40", "TERM": "xterm-256color"}.items():
-        monkeypatch.setenv(name, value)
+    terminal = on_terminal(monkeypatch)
     display = LiveDisplay("title")
     display.note("a note that stays")
     display.update(ROW, 0.42, 65.0, "torch · cpu · eager")
@@ -705,10 +708,7 @@ def test_live_display_on_a_terminal_made_narrower(monkeypatch):
 
 def test_the_curve_is_of_the_whole_run(monkeypatch):
     """Its bars stand for shares of the run, from the first on: more iterations push nothing out at its left."""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
+    terminal = on_terminal(monkeypatch)
     display = LiveDisplay("title")
     for step in range(3000):
         display.update({**ROW, "episodic_return_mean": float(step >= 1500)}, step / 3000, 1.0, "")
@@ -760,10 +760,7 @@ def test_no_panel(where, monkeypatch):
 
 def test_live_display_before_the_first_episode(monkeypatch):
     """Nothing has ended yet: dashes, no crash."""
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
+    terminal = on_terminal(monkeypatch)
     display = LiveDisplay("title")
     nan = float("nan")
     display.update(

@@ -125,7 +125,7 @@ class Compiler:
         self.compiled.append(program)
         return Compiled(program)
 
-    def start(self, program, example, cache_dir, seeds, exchange):
+    def start(self, program, example, cache_dir, seeds):
         self.threads.add(torch.get_num_threads())
         self.started.append(program)
         return SimpleNamespace(poll=partial(self.poll, program), stop=partial(self.stopped.append, program))

@@ -285,12 +285,10 @@ class BackgroundCompile:
         example: Example,
         cache_dir: Path,
         seeds: Seeds | None = None,
-        exchange: Exchange | None = None,
     ) -> None:
         """Start it. Raises CompileError when the directory is not to be trusted, or the program cannot be told to a process."""
         check_cache_dir(cache_dir)
         self._program, self._example, self._cache_dir, self._seeds = program, example, cache_dir, seeds
-        self._exchange = exchange
         self._key = cache_key(program, example, seeds)
         outline = pytree.tree_map_only(Tensor, _outline, example)
         try:
@@ -317,7 +315,7 @@ class BackgroundCompile:
         assert self._process.stdout is not None
         with self._process.stdout as stdout:
             reason = "" if stdout.closed else stdout.read().decode(errors="replace").strip()
-        loaded = _load(self._program, self._example, self._cache_dir, self._key, self._seeds, self._exchange)
+        loaded = _load(self._program, self._example, self._cache_dir, self._key, self._seeds, None)
         if loaded is None:
             raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
         return loaded
