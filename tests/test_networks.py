@@ -10,7 +10,7 @@ from environments import OBSERVATIONS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.networks import ACTIVATIONS, ActorCritic, MLPActorCritic, encode, features_size
+from fastppo.policy.networks import ACTIVATIONS, ActorCritic, Encoder, MLPActorCritic, encode
 from fastppo.policy.spaces import obs_spec
 
 NN_ACTIVATION = {
@@ -20,6 +20,10 @@ NN_ACTIVATION = {
     "silu": torch.nn.SiLU,
     "gelu": torch.nn.GELU,
 }
+
+
+def joined(encoder: Encoder, actions: int, sizes: tuple[int, ...]) -> ActorCritic:
+    return ActorCritic(encoder, MLPActorCritic(encoder.size, actions, CATEGORICAL, sizes))
 
 
 def fresh(policy, seed=0):
@@ -211,7 +215,7 @@ def test_channels_last_are_channels_first_moved():
 def nature_cnn(policy, weights, leaf, space):
     """Stable-Baselines3's NatureCNN with our weights copied into it; our Linear is (in, out) and counts channels fastest."""
     layers = pytest.importorskip("stable_baselines3.common.torch_layers")
-    network = layers.NatureCNN(space, features_dim=policy.cnn_size)
+    network = layers.NatureCNN(space, features_dim=policy.encoder.cnn_size)
     modules = [module for module in network.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Linear)]
     for index, module in enumerate(modules):
         weight = weights[f"cnn.{leaf.key}.{index}.weight"]
@@ -225,7 +229,7 @@ def nature_cnn(policy, weights, leaf, space):
 def test_the_cnn_equals_stable_baselines():
     """84 x 84 x 4 as Atari has it, channels last: policy logits and values through NatureCNN with the same weights."""
     (leaf,) = spec = obs_spec(Box(0, 255, (84, 84, 4), np.uint8))
-    policy = ActorCritic(spec.leaves, MLPActorCritic(32, 3, CATEGORICAL, ()), cnn_size=32)
+    policy = ActorCritic(Encoder(spec.leaves, cnn_size=32), MLPActorCritic(32, 3, CATEGORICAL, ()))
     _, params = fresh(policy)
     weights = policy.weights(params)
     network = nature_cnn(policy, weights, leaf, Box(0, 255, (4, 84, 84), np.uint8))
@@ -237,7 +241,7 @@ def test_the_cnn_equals_stable_baselines():
     expected = features @ weights["critic.head.weight"] + weights["critic.head.bias"]
     torch.testing.assert_close(value, expected.squeeze(-1), rtol=1e-4, atol=1e-4)
     # Mnih et al., 2015: 20 x 20, 9 x 9, 7 x 7 pixels of 32, 64, 64 filters
-    assert policy.shapes["cnn.obs.3.weight"] == (7 * 7 * 64, 32)
+    assert policy.encoder.shapes["cnn.obs.3.weight"] == (7 * 7 * 64, 32)
 
 
 def test_gradients_of_a_structure_equal_modules():
@@ -245,7 +249,7 @@ def test_gradients_of_a_structure_equal_modules():
     space = Dict(camera=Box(0, 255, (40, 36, 3), np.uint8), gear=Discrete(4, start=1), state=Box(-1.0, 1.0, (2, 2)))
     spec = obs_spec(space)
     leaves, _ = stored(space)
-    policy = ActorCritic(spec.leaves, MLPActorCritic(features_size(spec.leaves, 8), 3, CATEGORICAL, (16,)), cnn_size=8)
+    policy = joined(Encoder(spec.leaves, cnn_size=8), 3, (16,))
     _, params = fresh(policy)
     params = params.requires_grad_()
     dist, value = policy.actor_critic(policy.weights(params), leaves)
@@ -273,9 +277,9 @@ def test_gradients_of_a_structure_equal_modules():
 def test_initial_weights_of_a_cnn_are_orthogonal():
     """Filters as rows of a matrix: W W^T = 2 I, or W^T W where that is the smaller; biases 0; the MLP behind it as ever."""
     spec = obs_spec(Dict(image=Box(0, 255, (40, 40, 1), np.uint8), bits=MultiBinary(3)))
-    policy = ActorCritic(spec.leaves, MLPActorCritic(features_size(spec.leaves, 16), 2, CATEGORICAL, (8,)), cnn_size=16)
+    policy = joined(Encoder(spec.leaves, cnn_size=16), 2, (8,))
     weights = policy.weights(fresh(policy)[0])
-    for name in policy.shapes:
+    for name in policy.encoder.shapes:
         weight = weights[name]
         if name.endswith(".bias"):
             assert not weight.any()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastppo.core.programs import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
-from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network, features_size
+from fastppo.policy.networks import ActorCritic, Encoder, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.normalization import RunningMoments, make_normalization
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec, space_from_data, space_to_data
 
@@ -44,8 +44,9 @@ def make_network(
     sizes = config.hidden_sizes
     if sizes is None:
         sizes = () if obs.has_images else (64, 64)
+    encoder = Encoder(obs.leaves, config.cnn_size, config.cnn_activation)
     mlp = MLPActorCritic(
-        features_size(obs.leaves, config.cnn_size),
+        encoder.size,
         action.size,
         action.distribution,
         sizes,
@@ -53,9 +54,7 @@ def make_network(
         config.share_backbone,
         config.log_std_init,
     )
-    if obs.is_plain:
-        return mlp
-    return ActorCritic(obs.leaves, mlp, config.cnn_size, config.cnn_activation)
+    return mlp if obs.is_plain else ActorCritic(encoder, mlp)
 
 
 class Agent:

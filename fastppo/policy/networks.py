@@ -2,7 +2,7 @@
 
 The buffer is one tensor (P,); every weight is a view of it. The gradient norm, Adam and a copy of the parameters are then
 one operation each instead of one per layer. `MLPActorCritic` takes vectors, `ActorCritic` whatever `spaces.obs_spec` describes,
-`ModulePolicy` is somebody's own torch.nn.Module.
+`ModulePolicy` is somebody's own torch.nn.Module; those with memory are in recurrent.py.
 """
 
 import itertools
@@ -134,9 +134,7 @@ class MLPActorCritic(_Acts):
 
     def flatten(self, weights: Weights) -> Tensor:
         """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
-        for name, shape in self.shapes.items():
-            if tuple(weights[name].shape) != shape:
-                raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {shape}")
+        check_shapes(weights, self.shapes)
         return torch.cat(
             [(weights[name].mT if name.endswith("head.weight") else weights[name]).flatten() for name in self.shapes]
         )
@@ -191,25 +189,75 @@ class MLPActorCritic(_Acts):
         return value.reshape(shape)
 
 
-@dataclass(frozen=True)
-class ActorCritic(_Acts):
-    """Any observation: its leaves become numbers, images through a Nature CNN each (Mnih et al., 2015), all are joined, and an
-    `MLPActorCritic` follows. Actor and critic share the CNN. Logits of illegal actions are masked.
+class Part(Protocol):
+    """A piece of a network, with its own stretch of the flat buffer."""
 
-    leaves: what `spaces.obs_spec` found; `mlp.obs_size` is `features_size(leaves, cnn_size)`.
+    @property
+    def num_params(self) -> int:
+        """Numbers it has in the buffer."""
+        ...
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh stretch, (num_params,), on the CPU."""
+        ...
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of its stretch, by names that no other part has."""
+        ...
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`, which may hold those of other parts too. Raises KeyError or ValueError."""
+        ...
+
+
+class Composed(_Acts):
+    """A network of parts, which lie in the flat buffer one behind the other."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """In the order of the buffer."""
+        raise NotImplementedError
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        return sum(part.num_params for part in self.parts)
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh flat buffer (P,) on the CPU."""
+        return torch.cat([part.init(generator) for part in self.parts])
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of the flat buffer `params`, (P,), by name."""
+        stretches = params.split([part.num_params for part in self.parts])
+        views: dict[str, Tensor] = {}
+        for part, stretch in zip(self.parts, stretches, strict=True):
+            views |= part.weights(stretch)
+        return views
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        return torch.cat([part.flatten(weights) for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Any observation as one vector: its leaves become numbers, images through a Nature CNN each (Mnih et al., 2015). A `Part`.
+
+    leaves: what `spaces.obs_spec` found.
     cnn_size: features that a CNN ends in. cnn_activation: after each of its layers.
     """
 
     leaves: tuple[ObsLeaf, ...]
-    mlp: MLPActorCritic
     cnn_size: int = 512
     cnn_activation: str = "relu"
-    distribution: Family = field(init=False, repr=False, compare=False)
     shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
-        for leaf in self._images:
+        for leaf in self.leaves:
+            if leaf.kind != "image":
+                continue
             channels, height, width = channels_first(leaf.shape)
             for layer, (filters, kernel, stride) in enumerate(NATURE_CNN):
                 shapes[f"cnn.{leaf.key}.{layer}.weight"] = (filters, channels, kernel, kernel)
@@ -217,71 +265,42 @@ class ActorCritic(_Acts):
                 channels, height, width = filters, (height - kernel) // stride + 1, (width - kernel) // stride + 1
             shapes[f"cnn.{leaf.key}.{len(NATURE_CNN)}.weight"] = (channels * height * width, self.cnn_size)
             shapes[f"cnn.{leaf.key}.{len(NATURE_CNN)}.bias"] = (self.cnn_size,)
-        object.__setattr__(self, "distribution", self.mlp.distribution)
         object.__setattr__(self, "shapes", shapes)
 
     @property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(self.cnn_size if leaf.kind == "image" else leaf.size for leaf in self.leaves if leaf.kind != "mask")
+
+    @property
     def num_params(self) -> int:
-        """P, the length of the flat buffer."""
-        return sum(math.prod(shape) for shape in self.shapes.values()) + self.mlp.num_params
+        """Numbers it has in the buffer: 0 where there are no images."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def init(self, generator: torch.Generator) -> Tensor:
-        """A fresh flat buffer (P,) on the CPU: as `MLPActorCritic`, the CNN orthogonal with gain sqrt(2) too."""
+        """Orthogonal weights, gain sqrt(2), zero biases."""
         params = torch.zeros(self.num_params)
-        for name, weight in self._split(params)[0].items():
+        for name, weight in self.weights(params).items():
             if name.endswith(".weight"):
                 weight.copy_(torch.nn.init.orthogonal_(torch.empty(weight.shape), math.sqrt(2.0), generator=generator))
-        params[-self.mlp.num_params :] = self.mlp.init(generator)
         return params
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of the flat buffer `params`, (P,), by name.
-
-        A filter (F, C, k, k) lies in the buffer as (F, k, k, C), channels last: see `_convolve`.
-        """
-        own, rest = self._split(params)
-        return own | self.mlp.weights(rest)
-
-    def _split(self, params: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        *parts, rest = params.split([*(math.prod(shape) for shape in self.shapes.values()), self.mlp.num_params])
-        views = zip(self.shapes.items(), parts, strict=True)
+        """Views of its stretch. A filter (F, C, k, k) lies there as (F, k, k, C), channels last: see `_convolve`."""
+        parts = params.split([math.prod(shape) for shape in self.shapes.values()])
         return {
             name: part.view(shape) if len(shape) < 4 else part.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
-            for (name, shape), part in views
-        }, rest
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
 
     def flatten(self, weights: Weights) -> Tensor:
-        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
-        for name, shape in self.shapes.items():
-            if tuple(weights[name].shape) != shape:
-                raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {shape}")
+        """The inverse of `weights`. Raises KeyError or ValueError where name or shape differ."""
+        check_shapes(weights, self.shapes)
         own = (weights[name].permute(0, 2, 3, 1) if len(shape) == 4 else weights[name] for name, shape in self.shapes.items())
-        return torch.cat([*(weight.flatten() for weight in own), self.mlp.flatten(weights)])
+        return torch.cat([torch.empty(0), *(weight.flatten() for weight in own)])
 
-    def actor(self, weights: Weights, obs: Obs) -> Any:
-        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
-        return self._masked(self.mlp.actor(weights, self._features(weights, obs)), obs)
-
-    def critic(self, weights: Weights, obs: Obs) -> Tensor:
-        """V(obs), (...)."""
-        return self.mlp.critic(weights, self._features(weights, obs))
-
-    def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
-        """Both at once."""
-        dist, value = self.mlp.actor_critic(weights, self._features(weights, obs))
-        return self._masked(dist, obs), value
-
-    @property
-    def _images(self) -> tuple[ObsLeaf, ...]:
-        return tuple(leaf for leaf in self.leaves if leaf.kind == "image")
-
-    def _masked(self, dist: Any, obs: Obs) -> Any:
-        if isinstance(obs, Tensor) or ACTION_MASK not in obs:
-            return dist
-        return mask_logits(dist, obs[ACTION_MASK], choices(self.distribution, self.mlp.action_size))
-
-    def _features(self, weights: Weights, obs: Obs) -> Tensor:
-        """Everything that is observed as one vector: (..., *shape) by key -> (..., mlp.obs_size)."""
+    def encode(self, weights: Weights, obs: Obs) -> Tensor:
+        """(..., *shape), or leaves of that by key -> (..., size)."""
         given = {"obs": obs} if isinstance(obs, Tensor) else obs
         parts = []
         for leaf in self.leaves:
@@ -304,6 +323,53 @@ class ActorCritic(_Acts):
         weight, bias = (weights[f"cnn.{leaf.key}.{len(NATURE_CNN)}.{part}"] for part in ("weight", "bias"))
         features = x.movedim(1, -1).flatten(1)  # as they lie in memory
         return activation(torch.addmm(bias, features, weight)).reshape(*pixels.shape[:-3], -1)
+
+
+@dataclass(frozen=True)
+class ActorCritic(Composed):
+    """Any observation: an `Encoder` that actor and critic share, then an `MLPActorCritic`. Illegal actions are masked.
+
+    `mlp.obs_size` is `encoder.size`.
+    """
+
+    encoder: Encoder
+    mlp: MLPActorCritic
+    distribution: Family = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "distribution", self.mlp.distribution)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """In the order of the buffer."""
+        return self.encoder, self.mlp
+
+    def actor(self, weights: Weights, obs: Obs) -> Any:
+        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
+        return masked(self.mlp.actor(weights, self.encoder.encode(weights, obs)), obs, self.mlp)
+
+    def critic(self, weights: Weights, obs: Obs) -> Tensor:
+        """V(obs), (...)."""
+        return self.mlp.critic(weights, self.encoder.encode(weights, obs))
+
+    def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
+        """Both at once."""
+        dist, value = self.mlp.actor_critic(weights, self.encoder.encode(weights, obs))
+        return masked(dist, obs, self.mlp), value
+
+
+def masked(dist: Any, obs: Obs, mlp: MLPActorCritic) -> Any:
+    """`dist` with the logits of illegal actions masked, where the observation tells which those are."""
+    if isinstance(obs, Tensor) or ACTION_MASK not in obs:
+        return dist
+    return mask_logits(dist, obs[ACTION_MASK], choices(mlp.distribution, mlp.action_size))
+
+
+def check_shapes(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise KeyError or ValueError where a name is missing or a shape differs."""
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != tuple(shape):
+            raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {tuple(shape)}")
 
 
 def encode(leaf: ObsLeaf, x: Tensor) -> Tensor:
@@ -330,11 +396,6 @@ def channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
     if len(shape) == 2:
         return (1, *shape)
     return shape if shape[0] <= shape[2] else (shape[2], shape[0], shape[1])  # type: ignore[return-value]
-
-
-def features_size(leaves: tuple[ObsLeaf, ...], cnn_size: int) -> int:
-    """Numbers that `ActorCritic` hands to its MLP."""
-    return sum(cnn_size if leaf.kind == "image" else leaf.size for leaf in leaves if leaf.kind != "mask")
 
 
 ModuleFactory = Callable[[Any, int], nn.Module]
@@ -416,9 +477,7 @@ class ModulePolicy(_Acts):
 
     def flatten(self, weights: Weights) -> Tensor:
         """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
-        for name, shape in self.shapes.items():
-            if weights[name].shape != shape:
-                raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {tuple(shape)}")
+        check_shapes(weights, self.shapes)
         return torch.cat([weights[name].detach().flatten() for name in self.shapes])
 
     def actor(self, weights: Weights, obs: Obs) -> Any:
