@@ -85,7 +85,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
-        default = replace(_without_rivals(start, args), preset="auto")  # what --help shows
+        default = replace(_with_whole_sequences(_without_rivals(start, args), args), preset="auto")  # what --help shows
         config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
         return replace(config, preset=start.preset)
 
@@ -133,6 +133,18 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
     return find_preset(name).config()
+
+
+def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:
+    """With --rnn minibatches are of whole environments: a preset has at most as many as there are, unless a flag says."""
+    given = _value_of("--rnn", args)
+    if given is None or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
+        return start
+    text = _value_of("--num-envs", args) or str(start.num_envs)
+    num_envs = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    most = min(start.minibatches_per_epoch, num_envs)
+    count = next((number for number in range(most, 0, -1) if num_envs % number == 0), None)
+    return start if count is None else replace(start, minibatch_size=None, num_minibatches=count)
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:

@@ -21,6 +21,7 @@ MAX_JSON_BYTES = 2**20  # of a file of settings or results; config.json has two 
 MAX_BATCH_SIZE = 2**31 - 1
 MAX_THREADS = 4096
 MAX_WIDTH = 2**16  # of a layer: two such are 16 GiB of weights
+MAX_RNN_LAYERS = 16
 MAX_SEEDS = 1024
 
 
@@ -162,6 +163,14 @@ class TrainConfig:
     """Activation of the Nature CNN."""
     share_backbone: bool = False
     """One network with two heads instead of an actor and a critic apart."""
+    rnn: Literal["lstm", "gru"] | None = None
+    """A memory behind what is observed, of one episode: lstm or gru. Minibatches are then of whole environments."""
+    rnn_hidden_size: int = 64
+    """Width of its state."""
+    rnn_layers: int = 1
+    """Its layers."""
+    rnn_shared: bool = False
+    """One memory for actor and critic instead of one each (always so with --share-backbone)."""
     log_std_init: float = 0.0
     """Initial log standard deviation of continuous actions."""
     squash_actions: bool = False
@@ -241,11 +250,12 @@ class TrainConfig:
             raise UsageError(f"--num-envs {self.num_envs} x --num-steps {self.num_steps} must be at most {MAX_BATCH_SIZE}")
         name = "minibatch_size" if self.minibatch_size else "num_minibatches"
         value = self.minibatch_size or self.num_minibatches
+        if self.rnn is not None:
+            self._check_sequences(name, value)
         if self.batch_size % value:
-            small = [d for d in range(1, math.isqrt(self.batch_size) + 1) if self.batch_size % d == 0]
-            divisors = small + [self.batch_size // d for d in small]
-            below = max(d for d in divisors if d < value) if value > 1 else 1
-            above = min((d for d in divisors if d > value), default=self.batch_size)
+            counts = divisors(self.batch_size)
+            below = max(d for d in counts if d < value) if value > 1 else 1
+            above = min((d for d in counts if d > value), default=self.batch_size)
             legal = " or ".join(str(d) for d in dict.fromkeys((below, above)))
             raise UsageError(
                 f"{flag(name)} {value} does not divide the batch of {self.batch_size} (--num-envs {self.num_envs} x "
@@ -257,6 +267,21 @@ class TrainConfig:
             raise UsageError(
                 f"--update-epochs {self.update_epochs} times the batch of {self.batch_size} must be at most {MAX_BATCH_SIZE}; "
                 f"largest --update-epochs: {MAX_BATCH_SIZE // self.batch_size}"
+            )
+
+    def _check_sequences(self, name: str, value: int) -> None:
+        """Raise UsageError, with the nearest that are, unless minibatches are of whole sequences, as a memory learns."""
+        rows = 1 if name == "num_minibatches" else self.num_steps
+        legal = [rows * number for number in divisors(self.num_envs)]
+        if value not in legal:
+            below, above = (
+                max((n for n in legal if n < value), default=None),
+                min((n for n in legal if n > value), default=None),
+            )
+            nearest_two = " or ".join(str(number) for number in (below, above) if number is not None)
+            raise UsageError(
+                f"{flag(name)} {value}: --rnn {self.rnn} learns from whole sequences, so minibatches must divide --num-envs "
+                f"{self.num_envs}; nearest that do: {flag(name)} {nearest_two}"
             )
 
     @property
@@ -273,6 +298,11 @@ class TrainConfig:
     def rows_per_minibatch(self) -> int:
         """M."""
         return self.batch_size // self.minibatches_per_epoch
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Rows that stay together in a minibatch: one, or with a memory the T of an environment."""
+        return 1 if self.rnn is None else self.num_steps
 
     @property
     def iterations_per_checkpoint(self) -> int | None:
@@ -361,6 +391,12 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):
         raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run goes on in {after.resume}")
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -455,6 +491,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], object], str]] = {
         ("num_envs", "num_steps", "total_timesteps", "num_iterations", "num_minibatches", "minibatch_size"), _at_least(1)
     ),
     **dict.fromkeys(("update_epochs", "log_interval"), _at_least(1)),
+    "rnn_layers": ((lambda x: 1 <= x <= MAX_RNN_LAYERS), f"a whole number between 1 and {MAX_RNN_LAYERS}"),
     **dict.fromkeys(("checkpoint_iterations", "keep_checkpoints", "record_every", "minibatch_strata"), _at_least(1)),
     **dict.fromkeys(("atari_frame_skip", "atari_screen_size", "atari_frame_stack"), _at_least(1)),
     **dict.fromkeys(("eval_episodes", "seed", "atari_noop_max"), _at_least(0)),
@@ -467,7 +504,9 @@ _BOUNDS: dict[str, tuple[Callable[[Any], object], str]] = {
     "log_std_init": ((lambda x: -20 <= x <= 20), "between -20 and 20"),
     "num_threads": ((lambda x: 1 <= x <= MAX_THREADS), f"a whole number between 1 and {MAX_THREADS}"),
     "hidden_sizes": ((lambda sizes: all(size <= MAX_WIDTH for size in sizes)), f"whole numbers between 1 and {MAX_WIDTH}"),
-    "cnn_size": ((lambda x: 1 <= x <= MAX_WIDTH), f"a whole number between 1 and {MAX_WIDTH}"),
+    **dict.fromkeys(
+        ("cnn_size", "rnn_hidden_size"), ((lambda x: 1 <= x <= MAX_WIDTH), f"a whole number between 1 and {MAX_WIDTH}")
+    ),
     "device": ((lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x)), "auto, cpu, cuda or cuda:N"),
     **dict.fromkeys(("run_dir", "resume"), (str.strip, "the name of a directory")),
 }

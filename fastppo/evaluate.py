@@ -84,6 +84,7 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
     import torch  # here, so that --help does not wait for it
 
     agent.seed(seed)
+    agent.reset()
     with torch.inference_mode():  # as training steps them
         obs, mask = envs.reset_and_mask(seed)
         while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
@@ -97,7 +98,9 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
             for index in np.flatnonzero(over | (length >= EPISODE_LIMIT)):
                 returns[index].append(float(running[index]))
                 running[index], length[index] = 0.0, 0
+            agent.reset(done if envs.keeps_final_obs else ~valid)  # whose next observation is a first one
             valid = ~done if not envs.keeps_final_obs else valid
+    agent.reset()
     return [value for played, wanted in zip(returns, quota, strict=True) for value in played[:wanted]]
 
 

@@ -32,7 +32,7 @@ from fastppo.preparation import Task, make_jobs, prepare
 from fastppo.presets import describe
 from fastppo.ranks import Ranks, checked
 from fastppo.reproducibility import guarantees, versions
-from fastppo.rollout import STEP_KEYS, Collector, Outcomes, allocate_rollout, start_collector
+from fastppo.rollout import STEP_KEYS, Collector, Memory, Outcomes, allocate_rollout, start_collector
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
@@ -84,8 +84,16 @@ def _train(
     # --- what the programs take: buffers made once; of several seeds one for all, with a leading axis
     num_seeds = config.num_seeds if several else None
     keeps_final_obs = task.envs.keeps_final_obs
-    rollout = allocate_rollout(config.num_steps, task.local.num_envs, task.obs, action, keeps_final_obs, device, num_seeds)
+    memory_size = task.network.memory_size
+    rollout = allocate_rollout(
+        config.num_steps, task.local.num_envs, task.obs, action, keeps_final_obs, device, num_seeds, memory_size > 0
+    )
     rollout_tensors: dict[str, Tensor] = dict(rollout.items())
+    memory: Memory | None = None
+    if memory_size:
+        seeds_first = (len(runs),) if several else ()
+        rollout_tensors["memory"] = torch.zeros(*seeds_first, task.local.num_envs, memory_size, device=device)
+        memory = Memory(rollout_tensors["memory"])
     rollouts = [of_seed(rollout_tensors, index) for index in range(len(runs))] if several else [rollout_tensors]
     steps_of = [{key: rows[key][:-1] for key in STEP_KEYS} for rows in rollouts]
     params = stack([state.params for state in states]) if several else states[0].params
@@ -93,7 +101,8 @@ def _train(
     if several:
         for state, own in zip(states, params, strict=True):
             state.params = own  # a view: what acts and learns is one tensor
-    permutations = torch.empty(len(runs), config.update_epochs, task.local.batch_size, dtype=torch.int64, device=device)
+    units = task.local.batch_size // config.rows_per_unit
+    permutations = torch.empty(len(runs), config.update_epochs, units, dtype=torch.int64, device=device)
     permutation = permutations if several else permutations[0]
     noise_shape = action.noise_shape(config.num_steps, config.num_envs)
     noises = [action.distribution.noise(noise_shape, torch.Generator(device))] * len(runs)  # (T, N, ...) of each seed
@@ -117,7 +126,7 @@ def _train(
     collector: Collector | None = None
     try:
         with checked(ranks):
-            collector = start_collector(task.envs, rollout, task.obs, action, environment_seeds(task, runs))
+            collector = start_collector(task.envs, rollout, task.obs, action, environment_seeds(task, runs), memory)
         assert collector is not None
         kept = [share_environments(state.environments, ranks) for state in states if state.environments is not None]
         if len(kept) == len(runs):
@@ -300,10 +309,11 @@ def _note_of_seed(display: Display, seed: int, line: str) -> None:
 
 
 def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> None:
-    """This process's part of an iteration's minibatches, (E, B / K)."""
+    """This process's part of an iteration's minibatches, (E, B / K), or of environments (E, N / K) for a policy with memory."""
     config, ranks = task.config, task.ranks
-    rows, strata = config.rows_per_minibatch, config.minibatch_strata or 1
-    draw_permutation(out, generator, config.num_steps, config.num_envs, rows, strata, ranks.rank, ranks.size)
+    unit, strata = config.rows_per_unit, config.minibatch_strata or 1
+    size = config.rows_per_minibatch // unit
+    draw_permutation(out, generator, config.num_steps // unit, config.num_envs, size, strata, ranks.rank, ranks.size)
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ from fastppo.envs.probe import choose_vectorization
 from fastppo.envs.seeds import many
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent, make_network
-from fastppo.policy.networks import ActorCritic, MLPActorCritic, ModuleFactory, ModulePolicy, Network
+from fastppo.policy.networks import ModuleFactory, ModulePolicy, Network
+from fastppo.policy.recurrent import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
 from fastppo.reproducibility import made_with, versions
@@ -181,7 +182,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     if isinstance(made, TorchVectorEnv):
         made.reset(seed=0)  # for the form of its state; start_collector resets it again
         if config.resume:
-            for state, environments in zip(states, states_of(made), strict=True):
+            for state, environments in zip(states, states_of(made, nothing_remembered(network, config, made)), strict=True):
                 state.environments = gather_environments(environments, ranks)
     return Task(
         config=config,
@@ -202,6 +203,16 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         findings=tuple(findings),
         notes=() if note is None else (note,),
         drawn=drawn,
+    )
+
+
+def nothing_remembered(network: Network, config: TrainConfig, made: TorchVectorEnv) -> tuple[Tensor, ...]:
+    """What a checkpoint keeps of a policy's memory beside environments on the device, all zeros."""
+    if network.memory_size == 0:
+        return ()
+    shape = made.running.done.shape
+    return torch.zeros(*shape, network.memory_size, device=made.device), torch.zeros(
+        shape, dtype=torch.bool, device=made.device
     )
 
 
@@ -276,7 +287,8 @@ def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | N
     if config.resume and strata % ranks.size:
         note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {strata}"
         strata = ranks.size
-    check_shares(config.num_envs, config.num_steps, config.rows_per_minibatch, strata, ranks.size)
+    rows, unit = config.rows_per_minibatch, config.rows_per_unit
+    check_shares(config.num_envs, config.num_steps, rows, strata, ranks.size, unit)
     return config if strata == 1 else replace(config, minibatch_strata=strata), note
 
 
@@ -312,32 +324,40 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     if ranks.size > 1:
         learn = partial(learn, **ranks.learn_settings())
         fast_learn = partial(fast_learn, num_ranks=ranks.size) if on_cpu else learn
-    act = partial(programs.act_from_params, policy=network)
     first_obs: Any = obs_of(rollout)
     number = config.num_seeds
+    act: partial[Any] = partial(programs.act_from_params, policy=network)
+    remembered: tuple[Tensor, ...] = ()  # what acting takes beside the observation
+    if isinstance(network, RecurrentActorCritic):
+        act = partial(programs.act_and_remember_from_params, policy=network)
+        remembered = (rollout["memory"], rollout["first"][0] if number == 1 else rollout["first"][:, 0])
     if number == 1:
         fast_learn = partial(fast_learn, num_workers=workers)
         jobs = {"learn": Job(learn, fast_learn, example)}
         if isinstance(made, TorchVectorEnv):
             collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
             fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
-            collect_example = (params, normalization, pack(made.running), noise, made.draw(config.num_steps))
+            running = (*pack(made.running), *remembered)
+            collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
             return {**jobs, "collect": Job(collect, fast_collect if on_cpu else collect, collect_example)}
-        eager = partial(programs.act, network, network.weights(params))
-        return {**jobs, "act": Job(eager, act, (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0]))}
+        act_now: Any = programs.act_and_remember if remembered else programs.act
+        eager = partial(act_now, network, network.weights(params))
+        act_example = (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0], *remembered)
+        return {**jobs, "act": Job(eager, act, act_example)}
 
     # Small operations of all seeds as one: an eager update of ten takes 21 ms a seed instead of 36. A compiled one gains none
     # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain.
-    mapped = isinstance(network, MLPActorCritic | ActorCritic) and not obs.has_images
+    mapped = not isinstance(network, ModulePolicy) and not obs.has_images
     over = over_seeds if mapped else partial(one_by_one, number=number)
     eager_learn = partial(learn, grad_and_aux=functional_grad_and_aux) if mapped else learn
     jobs = {"learn": Job(over(eager_learn), fast_learn, example, Seeds(number, 1, workers))}
     if isinstance(made, TorchVectorEnv):
         collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
         each = Seeds(number, -(-number // workers) if mapped else 1, workers)
-        collect_example = (params, normalization, pack(made.running), noise, made.draw(config.num_steps))
+        running = (*pack(made.running), *remembered)
+        collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
         return {**jobs, "collect": Job(over(collect), collect, collect_example, each)}
-    act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0])
+    act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0], *remembered)
     together = Seeds(number, number if mapped else 1, 1)
     return {**jobs, "act": Job(partial(over(act), params), act, act_example, together)}
 
@@ -392,7 +412,8 @@ def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
     if config.num_seeds > 1:
         return min(cores, config.num_seeds)
     most = min(cores, config.rows_per_minibatch // MIN_WORKER_ROWS)
-    return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and config.rows_per_minibatch % k == 0)
+    units = config.rows_per_minibatch // config.rows_per_unit
+    return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and units % k == 0)
 
 
 def derive_seeds(seed: int) -> dict[str, int]:

@@ -284,8 +284,13 @@ def threads_per_rank(local_size: int) -> int:
     return max(1, cores // local_size)
 
 
-def check_shares(num_envs: int, num_steps: int, minibatch_size: int, strata: int, num_ranks: int) -> None:
-    """Refuse what cannot be cut into equal parts: K ranks, G strata, N environments, M rows a minibatch. Raises UsageError."""
+def check_shares(
+    num_envs: int, num_steps: int, minibatch_size: int, strata: int, num_ranks: int, rows_per_unit: int = 1
+) -> None:
+    """Refuse what cannot be cut into equal parts: K ranks, G strata, N environments, M rows a minibatch. Raises UsageError.
+
+    rows_per_unit: of a minibatch, that stay together.
+    """
     if strata % num_ranks:
         raise UsageError(
             f"--minibatch-strata {strata} is not a multiple of the {num_ranks} ranks; nearest that are: "
@@ -297,9 +302,9 @@ def check_shares(num_envs: int, num_steps: int, minibatch_size: int, strata: int
             f"--num-envs {num_envs} does not fall into equal parts for {parts}; nearest that do: "
             f"{_nearest(num_envs, lambda value: value % strata == 0)}"
         )
-    if minibatch_size % strata:
-        batch_size = num_envs * num_steps
-        legal = _nearest(minibatch_size, lambda value: value % strata == 0 and batch_size % value == 0, batch_size)
+    if minibatch_size // rows_per_unit % strata:
+        batch_size, unit = num_envs * num_steps, strata * rows_per_unit
+        legal = _nearest(minibatch_size, lambda rows: rows % unit == 0 and batch_size % rows == 0, batch_size)
         counts = " or ".join(str(batch_size // int(rows)) for rows in legal.split(" or "))
         raise UsageError(
             f"minibatches of {minibatch_size} rows do not fall into equal parts for {parts}; nearest that do: "

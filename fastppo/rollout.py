@@ -39,13 +39,15 @@ def allocate_rollout(
     keeps_final_obs: bool,
     device: torch.device,
     num_seeds: int | None = None,
+    remembers: bool = False,
 ) -> TensorDict:
     """The one list of keys, shapes and dtypes of a rollout; locked, all zeros.
 
     obs (T+1, N, *obs_shape) float32, or the space's own integer type; of a Dict or Tuple its leaves, `obs.name` each;
     action_mask (T+1, N, A) bool, where there is one; action (T+1, N, *action_shape) as sampled, int64 or float32; reward
     (T+1, N) float32, raw; terminated, truncated (T+1, N) bool; valid (T+1, N) bool: false where the step only reset the
-    environment; final_obs as obs, only for environments that reset within the step.
+    environment; final_obs as obs, only for environments that reset within the step; first (T+1, N) bool, only for a policy that
+    remembers: the observation is an episode's first one.
     """
 
     batch = ((num_seeds,) if num_seeds is not None else ()) + (num_steps + 1, num_envs)
@@ -61,6 +63,8 @@ def allocate_rollout(
         "truncated": zeros((), torch.bool),
         "valid": zeros((), torch.bool),
     }
+    if remembers:
+        rollout["first"] = zeros((), torch.bool)
     if keeps_final_obs:
         rollout |= {f"final_{leaf.key}": zeros(leaf.shape, leaf.dtype) for leaf in obs if leaf.kind != "mask"}
     return TensorDict(rollout, batch_size=batch, device=device).lock_()
@@ -97,8 +101,22 @@ class Outcomes(NamedTuple):
     cut: NDArray[Any]  # (N,) bool: in row T-1 the caller's cut ended the episode, see Collector.collect
 
 
+class Memory:
+    """What a policy remembers of each environment, (N, S); of S' seeds (S', N, S)."""
+
+    def __init__(self, start: Tensor) -> None:
+        """start: written in each rollout with what is remembered before row 0; `learn` goes through the rows from there."""
+        self.start = start
+        self.now = start.clone()  # between two rollouts: after row T-1
+
+    def begin(self) -> Tensor:
+        """Before row 0."""
+        self.start.copy_(self.now)
+        return self.start
+
+
 class Collector(Protocol):
-    """Fills a rollout from environments, again and again."""
+    """Fills a rollout from environments, again and again. With a memory `act` is given, and returns, what it remembers too."""
 
     def reset(self, seed: ResetSeed) -> None:
         """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
@@ -107,8 +125,8 @@ class Collector(Protocol):
         """Fill rows 0 .. T-1 and the bootstrap row T.
 
         Args:
-            act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device; see
-                DeviceCollector for its own.
+            act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device; with a memory
+                as core.programs.act_and_remember; see DeviceCollector for its own.
             noise: (T, N, ...).
             cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
@@ -134,7 +152,9 @@ class Collector(Protocol):
         ...
 
 
-def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: ResetSeed) -> Collector:
+def start_collector(
+    envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: ResetSeed, memory: Memory | None = None
+) -> Collector:
     """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
 
     Raises TrainingFault where an environment fails to reset, or takes longer than the deadline of `envs`.
@@ -143,9 +163,9 @@ def start_collector(envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, acti
     with _resetting():
         first, mask = envs.reset_and_mask(seed)
         if isinstance(envs.envs, TorchVectorEnv):
-            return DeviceCollector(envs.envs, rollout, action)
+            return DeviceCollector(envs.envs, rollout, action, memory)
         of_tensors = isinstance(obs.observed[0].find(first), Tensor)
-        collector = (TensorCollector if of_tensors else HostCollector)(envs, rollout, obs, action)
+        collector = (TensorCollector if of_tensors else HostCollector)(envs, rollout, obs, action, memory)
         collector.begin(first, mask)
     return collector
 
@@ -189,12 +209,12 @@ def pack(running: Running) -> tuple[Tensor, ...]:
     return (running.obs, running.done, running.elapsed, *tree_leaves(running.state))
 
 
-def states_of(envs: TorchVectorEnv) -> list[dict[str, Any]]:
-    """The environments of each seed as they stand, see Collector.state_dicts.
+def states_of(envs: TorchVectorEnv, remembered: tuple[Tensor, ...] = ()) -> list[dict[str, Any]]:
+    """The environments of each seed as they stand, see Collector.state_dicts, and behind that what is remembered of them.
 
     On the CPU nothing is copied: a step makes new tensors. A captured graph writes to the same ones.
     """
-    running = [x.clone() if x.is_cuda else x for x in pack(envs.running)]
+    running = [x.clone() if x.is_cuda else x for x in (*pack(envs.running), *remembered)]
     if not isinstance(envs, SeededTorchVectorEnv):
         return [{"running": running, "generator": envs.generator.get_state()}]
     return [
@@ -206,9 +226,10 @@ def states_of(envs: TorchVectorEnv) -> list[dict[str, Any]]:
 class DeviceCollector:
     """Fills a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
 
-    def __init__(self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec) -> None:
+    def __init__(self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec, memory: Memory | None = None) -> None:
         """`envs` have been reset."""
         self.envs = envs
+        self.memory = memory
         self.tensors: dict[str, Tensor] = dict(rollout.items())
         self.num_steps = rollout.shape[0] - 1
         self.env_step = env_step_of(envs, action)
@@ -216,23 +237,47 @@ class DeviceCollector:
         self.rows = {key: self.tensors[key][:-1] for key in Collected._fields if key in self.tensors}  # views made once
         self.last_obs, self.last_valid = self.tensors["obs"][-1], self.tensors["valid"][-1]
         self.cut: Tensor | None = None
+        self._start_episodes()
 
     def reset(self, seed: ResetSeed) -> None:
         """See Collector."""
         with _resetting():
             self.envs.reset(seed=seed)  # type: ignore[arg-type]  # a list is for environments of many seeds
+        self._start_episodes()
+
+    def _start_episodes(self) -> None:
+        if self.memory is not None:
+            self.tensors["first"][-1] = True
+
+    def _remembered(self) -> tuple[Tensor, ...]:
+        """What `act` gets behind the environments: the memory, and where it is of an episode that is over."""
+        if self.memory is None:
+            return ()
+        first = self.tensors["first"][-1]
+        return self.memory.now, first.clone()
 
     def collect(self, act: Callable[..., Collected], noise: Tensor, cut: bool = False) -> Phases:
-        """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected. Its time is told as `env`."""
+        """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected, `running` being `pack`'s result,
+
+        with a memory what `core.programs.collect` says. Its time is told as `env`.
+        """
         started = time.perf_counter()
-        collected = act(pack(self.envs.running), noise, self.envs.draw(self.num_steps))
-        running, tensors = self.env_step.unpack(collected.running), self.tensors
+        before = self._remembered()
+        collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
+        after, tensors = collected.running, self.tensors
+        if self.memory is not None:
+            self.memory.begin()
+            after, self.memory.now = after[:-2], after[-2]
+        running = self.env_step.unpack(after)
         self.envs.running = running
         for key, rows in self.rows.items():
             steps = getattr(collected, key)  # (T, N, ...), or (S, T, N, ...)
             rows.copy_(steps.transpose(0, 1) if self.seeded else steps)
         self.last_obs.copy_(running.obs)
         torch.logical_not(running.done, out=self.last_valid)
+        if self.memory is not None:
+            tensors["first"][0].copy_(before[1])
+            torch.logical_not(tensors["valid"][:-1], out=tensors["first"][1:])  # the row before has reset it
         self.cut = _cut(tensors) if cut else None
         if not collected.finite.all():  # sync: once per rollout
             _check_tensors(tensors)
@@ -248,12 +293,16 @@ class DeviceCollector:
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
         """See Collector."""
-        return states_of(self.envs)
+        return states_of(self.envs, self._remembered())
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """See Collector."""
         each = [[x.to(self.envs.device, copy=True) for x in state["running"]] for state in states]
-        self.envs.running = self.env_step.unpack(tuple(stack(each) if self.seeded else each[0]))
+        running = stack(each) if self.seeded else each[0]
+        if self.memory is not None:
+            *running, self.memory.now, first = running
+            self.tensors["first"][-1].copy_(first)
+        self.envs.running = self.env_step.unpack(tuple(running))
         generators = self.envs.generators if isinstance(self.envs, SeededTorchVectorEnv) else [self.envs.generator]
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state["generator"])
@@ -264,8 +313,11 @@ class DeviceCollector:
 class HostCollector:
     """Steps numpy environments into a rollout. Owns the host side of it and the last observation."""
 
-    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec) -> None:
+    def __init__(
+        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, memory: Memory | None = None
+    ) -> None:
         self.envs = envs
+        self.memory = memory
         self.rollout = rollout
         self.action = action
         self.on_host = rollout.device is None or rollout.device.type == "cpu"
@@ -274,8 +326,9 @@ class HostCollector:
         self.arrays = {key: self.host[key].numpy() for key in self.host.keys()}  # noqa: SIM118 (a TensorDict iterates over rows)
         self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
         # views made once: indexing a TensorDict per step costs 15 us
-        self.rows = {leaf.key: rollout[leaf.key].unbind(0) for leaf in obs}
-        self.host_rows = {leaf.key: self.host[leaf.key].unbind(0) for leaf in obs}
+        keys = [leaf.key for leaf in obs] + ([] if memory is None else ["first"])
+        self.rows = {key: rollout[key].unbind(0) for key in keys}
+        self.host_rows = {key: self.host[key].unbind(0) for key in keys}
         self.act_rows = _rows_to_act_on(self.rows, obs)
         self.actions = rollout["action"][:-1]
         self.seeded = rollout.ndim > 2
@@ -292,6 +345,8 @@ class HostCollector:
         """Put first observations (N, ...) where `collect` takes them from."""
         self._write(-1, obs, action_mask)
         self.arrays["valid"][-1] = True
+        if self.memory is not None:
+            self.arrays["first"][-1] = True
 
     def _write(self, row: int, obs: Any, action_mask: NDArray[Any] | None) -> None:
         for leaf in self.obs:
@@ -307,13 +362,17 @@ class HostCollector:
         for key in self.host_rows:
             arrays[key][0] = arrays[key][-1]
         valid[0] = valid[-1]
+        memory = None if self.memory is None else self.memory.begin()
         actions = []  # stacked at the end: a write per step costs 5 us, in whose place the environment gets a copy of its own
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
             if not self.on_host:
                 for key, rows in self.host_rows.items():
                     self.rows[key][t].copy_(rows[t], non_blocking=True)
-            chosen = act(self.act_rows[t], step_noise)  # (N, ...)
+            if memory is None:
+                chosen = act(self.act_rows[t], step_noise)  # (N, ...)
+            else:
+                chosen, memory = act(self.act_rows[t], step_noise, memory, self.rows["first"][t])
             actions.append(chosen)
             # on a GPU a sync, once per step: the environments need it
             env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).cpu().numpy().copy()
@@ -327,6 +386,13 @@ class HostCollector:
                         arrays[f"final_{leaf.key}"][t] = self.shaped(leaf.find(step.final_obs))
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
+            if memory is not None:
+                ended = np.logical_or(terminated[t], truncated[t])
+                if self.envs.keeps_final_obs:
+                    arrays["first"][t + 1] = ended
+                else:  # the step after the end resets, and the row after that is a first one
+                    np.logical_not(valid[t], out=arrays["first"][t + 1])
+                    np.logical_not(ended, out=valid[t + 1])
             if step.game_over is not None:
                 if self.game_over is None:
                     self.game_over = np.zeros_like(terminated[:-1])
@@ -334,6 +400,8 @@ class HostCollector:
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
+        if self.memory is not None and memory is not None:
+            self.memory.now = memory
         torch.stack(actions, out=self.actions)
         if not self.on_host:
             self.host["action"][:-1].copy_(self.actions)
@@ -371,8 +439,11 @@ class TensorCollector:
     not there yet, or what the next step overwrites). On a GPU the phases say how long the work took to hand in.
     """
 
-    def __init__(self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec) -> None:
+    def __init__(
+        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, memory: Memory | None = None
+    ) -> None:
         self.envs = envs
+        self.memory = memory
         self.tensors: dict[str, Tensor] = dict(rollout.items())
         self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
         self.action = action.to(self.tensors["reward"].device)
@@ -393,6 +464,8 @@ class TensorCollector:
         self.env_device = self.observed[0].find(obs).device
         self._write(-1, obs, action_mask)
         self.rows["valid"][-1].fill_(True)
+        if self.memory is not None:
+            self.rows["first"][-1].fill_(True)
 
     def _write(self, row: int, obs: Any, action_mask: Any) -> None:
         for leaf in self.obs:
@@ -406,11 +479,15 @@ class TensorCollector:
     def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
         rows, phases = self.rows, Phases()
-        for key in (*(leaf.key for leaf in self.obs), "valid"):
+        memory = None if self.memory is None else self.memory.begin()
+        for key in (*(leaf.key for leaf in self.obs), "valid", *(() if memory is None else ("first",))):
             rows[key][0].copy_(rows[key][-1])
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
-            chosen = act(self.act_rows[t], step_noise)  # (N, ...)
+            if memory is None:
+                chosen = act(self.act_rows[t], step_noise)  # (N, ...)
+            else:
+                chosen, memory = act(self.act_rows[t], step_noise, memory, rows["first"][t])
             rows["action"][t].copy_(chosen)
             env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).to(self.env_device)
             acted = time.perf_counter()
@@ -424,9 +501,18 @@ class TensorCollector:
                         rows[f"final_{leaf.key}"][t].copy_(self.shaped(leaf.find(step.final_obs)))
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
+            if memory is not None:  # as HostCollector
+                ended = rows["terminated"][t] | rows["truncated"][t]
+                if self.envs.keeps_final_obs:
+                    rows["first"][t + 1].copy_(ended)
+                else:
+                    torch.logical_not(rows["valid"][t], out=rows["first"][t + 1])
+                    torch.logical_not(ended, out=rows["valid"][t + 1])
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
+        if self.memory is not None and memory is not None:
+            self.memory.now = memory
         terminated, truncated, valid = (self.tensors[key] for key in ("terminated", "truncated", "valid"))
         if self.envs.keeps_final_obs:
             valid[1:].fill_(True)

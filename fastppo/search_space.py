@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.config import RESUMABLE, TrainConfig, check_setting, is_whole, read_json, read_text
+from fastppo.config import RESUMABLE, TrainConfig, check_setting, divisors, is_whole, read_json, read_text
 from fastppo.envs.atari import is_atari
 from fastppo.errors import UsageError, nearest
 
@@ -166,7 +166,8 @@ def _check_range(name: str, kind: str, values: list[Any], where: str) -> None:
 def to_settings(base: TrainConfig, found: dict[str, Any]) -> dict[str, Any]:
     """What a trial's preset file holds: `base` where it differs from the defaults, and what was found over it.
 
-    Where minibatches do not divide the batch of this trial, they become the next size (or number) below that does.
+    Where minibatches do not divide the batch of this trial, they become the next size (or number) below that does, or else the
+    least.
     Raises UsageError for settings that cannot be together.
     """
     default = TrainConfig()
@@ -178,7 +179,9 @@ def to_settings(base: TrainConfig, found: dict[str, Any]) -> dict[str, Any]:
     batch = settings.get("num_envs", default.num_envs) * settings.get("num_steps", default.num_steps)
     name = "minibatch_size" if settings.get("minibatch_size") else "num_minibatches"
     wanted = settings.get(name, getattr(default, name))
-    settings[name] = next(number for number in range(min(wanted, batch), 0, -1) if batch % number == 0)
+    unit = settings.get("num_steps", default.num_steps) if settings.get("rnn") else 1  # rows that stay together
+    legal = [number if name == "num_minibatches" else unit * number for number in divisors(batch // unit)]
+    settings[name] = max((number for number in legal if number <= wanted), default=legal[0])
     TrainConfig(**settings)
     return settings
 

@@ -50,6 +50,7 @@ def play(
         try:
             with torch.inference_mode():
                 if steps == 0:
+                    agent.reset()
                     obs, mask = envs.reset_and_mask(seed)
                 else:
                     step = envs.step(agent.act(obs, deterministic, mask))
@@ -65,6 +66,8 @@ def play(
             done = bool(step.terminated[0] or step.truncated[0]) and counts
             if done and (step.game_over is None or step.game_over[0]):
                 break
+            if done if envs.keeps_final_obs else not counts:
+                agent.reset()  # what comes next is another life's first observation
             counts = envs.keeps_final_obs or not done  # the step after a life's end only resets
     return total, steps
 

@@ -266,6 +266,7 @@ def test_first_minibatch_has_ratio_one(policy):
 
 class CountingPolicy:
     """A policy that remembers which rows it was shown. An observation is its row's number, and so is its action."""
+    memory_size = 0
 
     def __init__(self):
         self.seen, self.actions = [], []

@@ -119,7 +119,7 @@ class CompiledProgram:
             return Collected(tuple(results[:-_NUM_FIXED]), *results[-_NUM_FIXED:])
         if self._function is programs.learn:
             return Learned(results[0], AdamState(*results[1:4]), *results[4:])
-        return results[0]
+        return _one_or_all(results)
 
     def _of_all_seeds(self, tensors: list[Tensor], seeds: Seeds) -> list[Tensor]:
         """Call the library for C seeds at a time; the last call takes seeds of the one before too where S is no multiple."""
@@ -133,8 +133,8 @@ class CompiledProgram:
         fresh = number - (len(starts) - 1) * per_call  # of the last call
         return [torch.cat((*parts[:-1], parts[-1][per_call - fresh :])) for parts in zip(*results, strict=True)]
 
-    def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
-        """`program(*fixed, *given)` as a function of `given`, for a program of one result that is called every step.
+    def bind(self, fixed: Example, rest: Example) -> Callable[..., Any]:
+        """`program(*fixed, *given)` as a function of `given`, for a program of tensors that is called every step.
 
         Checked once, with `rest` as an example: what is given later must have the same shapes, strides and types. Between an
         environment's steps this takes 28 us where the checked call takes 42 (8 environments).
@@ -145,8 +145,8 @@ class CompiledProgram:
         self._check([*bound, *_tensors(rest)])
         run = self._runner.run
         if all(isinstance(part, Tensor) for part in rest):
-            return lambda *given: run([*bound, *given])[0]
-        return lambda *given: run([*bound, *_tensors(given)])[0]
+            return lambda *given: _one_or_all(run([*bound, *given]))
+        return lambda *given: _one_or_all(run([*bound, *_tensors(given)]))
 
     def _check(self, tensors: list[Tensor]) -> None:
         if self._num_ranks > 1 and self._exchange is None:
@@ -231,6 +231,11 @@ def compile_program(
     return loaded
 
 
+def _one_or_all(results: list[Tensor]) -> Any:
+    """What a program of tensors returned: one, or a tuple of several."""
+    return results[0] if len(results) == 1 else tuple(results)
+
+
 class GraphedProgram:
     """A whole program captured once as a CUDA graph: a call copies its arguments into place and replays the kernels.
 
@@ -261,17 +266,17 @@ class GraphedProgram:
         self._graph.replay()
         return pytree.tree_map_only(Tensor, torch.clone, self._results)
 
-    def bind(self, fixed: Example, rest: Example) -> Callable[..., Tensor]:
+    def bind(self, fixed: Example, rest: Example) -> Callable[..., Any]:
         """`program(*fixed, *given)` as a function of `given`: what is fixed is copied into place once."""
         bound = _tensors(fixed)
         for buffer, given in zip(self._buffers, bound, strict=False):
             buffer.copy_(given, non_blocking=True)
 
-        def call(*given: Any) -> Tensor:
+        def call(*given: Any) -> Any:
             for buffer, tensor in zip(self._buffers[len(bound) :], _tensors(given), strict=True):
                 buffer.copy_(tensor, non_blocking=True)
             self._graph.replay()
-            return self._results.clone()
+            return pytree.tree_map_only(Tensor, torch.clone, self._results)
 
         return call
 
@@ -471,7 +476,12 @@ def _environment_graph(program: Program, example: Example) -> str:
 
     params, normalization, running, noise, random = example
     policy = program.keywords["policy"]
-    action = programs.act(policy, policy.weights(params), normalization, running[0], noise[0])
+    if policy.memory_size:
+        *others, memory, first = running
+        act, running = programs.act_and_remember_from_params, tuple(others)
+        action, _ = act(params, normalization, running[0], noise[0], memory, first, policy=policy)
+    else:
+        action = programs.act_from_params(params, normalization, running[0], noise[0], policy=policy)
     return _graph_text(make_fx(program.keywords["env_step"])(running, action, random[0]))
 
 

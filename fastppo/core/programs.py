@@ -7,9 +7,9 @@ as a `Policy`; what an environment is, they do not know.
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, P number of parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ AllReduce = Callable[[Tensor, Tensor, bool], Tensor]
 class Policy(Protocol):
     """What the programs need to know of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
 
+    @property
+    def memory_size(self) -> int:
+        """S, the numbers that a `RecurrentPolicy` remembers of each environment; 0: it is none."""
+        ...
+
     def weights(self, params: Tensor) -> Weights:
         """Views of the flat buffer `params`, (P,), under the names of the weights."""
         ...
@@ -66,6 +71,27 @@ class Policy(Protocol):
 
     def entropy(self, dist: Any) -> Tensor:
         """Entropy in nats, (...)."""
+        ...
+
+
+class RecurrentPolicy(Policy, Protocol):
+    """A policy that remembers S numbers of each environment: zeros before an episode's first observation."""
+
+    def step(self, weights: Weights, obs: Any, memory: Tensor) -> tuple[Any, Tensor]:
+        """dist for obs (N, ...), and the memory after it, (N, S), from that before."""
+        ...
+
+    def judge(self, weights: Weights, obs: Any, memory: Tensor) -> Tensor:
+        """V(obs), (...), for memory (..., S) before it."""
+        ...
+
+    def replay(
+        self, weights: Weights, obs: Any, first: Tensor, memory: Tensor, scan: Callable[..., Any]
+    ) -> tuple[Any, Tensor, Tensor]:
+        """dist and V for obs (T, n, ...), and the memory after each, (T, n, S), from that before the first one, (n, S).
+
+        first: (T, n) bool, an episode's first observation.
+        """
         ...
 
 
@@ -156,6 +182,42 @@ def act_from_params(params: Tensor, normalization: Normalization, obs: Obs, nois
     return act(policy, policy.weights(params), normalization, obs, noise)
 
 
+def act_and_remember(
+    policy: RecurrentPolicy,
+    weights: Weights,
+    normalization: Normalization,
+    obs: Obs,
+    noise: Tensor,
+    memory: Tensor,
+    first: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`act` of a policy with memory.
+
+    Args:
+        memory: (N, S), after the step before. first: (N,) bool, where obs is an episode's first one: nothing is remembered.
+
+    Returns:
+        action (N, *action_shape), and the memory after obs, (N, S).
+    """
+    memory = torch.where(first.unsqueeze(-1), 0.0, memory)
+    dist, memory = policy.step(weights, normalize_obs(obs, normalization), memory)
+    return policy.sample(dist, noise), memory
+
+
+def act_and_remember_from_params(
+    params: Tensor,
+    normalization: Normalization,
+    obs: Obs,
+    noise: Tensor,
+    memory: Tensor,
+    first: Tensor,
+    *,
+    policy: RecurrentPolicy,
+) -> tuple[Tensor, Tensor]:
+    """See `act_from_params`."""
+    return act_and_remember(policy, policy.weights(params), normalization, obs, noise, memory, first)
+
+
 class Collected(NamedTuple):
     """What `collect` returns."""
 
@@ -204,17 +266,26 @@ def collect(
     Args:
         params: (P,). normalization: see there.
         running: the environments between two steps: their observation (N, *obs_shape), whether their last step ended an episode
-            (N,) bool, and whatever else `env_step` wants.
+            (N,) bool, and whatever else `env_step` wants; behind that, of a policy with memory, `memory` (N, S) and `first`
+            (N,) as `act_and_remember` takes them.
         noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
         worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
     """
 
     def step(running: tuple[Tensor, ...], draws: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         noise, random = draws
-        obs, done, *_ = running
+        obs, done = running[:2]
         # a compiled loop hands each tensor from outside to each step: params is one, the weights are a dozen (1.6 us a step)
-        action = act_from_params(params, normalization, obs, noise, policy=policy)
+        if policy.memory_size:
+            *rest, memory, first = running
+            running = tuple(rest)
+            remembering = cast(RecurrentPolicy, policy)
+            action, memory = act_and_remember_from_params(params, normalization, obs, noise, memory, first, policy=remembering)
+        else:
+            action = act_from_params(params, normalization, obs, noise, policy=policy)
         running, result = env_step(running, action, random)
+        if policy.memory_size:
+            running = (*running, memory, done)  # this step has reset those that were done
         return running, (obs, action, *result, ~done)
 
     running = tuple(_share(x, 0, worker, num_workers) for x in running)
@@ -270,8 +341,9 @@ def learn(
         params: (P,), the parameters that acted. adam: their optimiser state.
         rollout: `obs` (T+1, N, ...), or its leaves (see `obs_of`), and, for t < T, `action reward terminated truncated valid`
             (T+1, N, ...), row T unused; `final_obs` as `obs` where the environment resets within the step (see
-            fastppo/envs/autoreset.py).
-        permutation: (E, B) int64, each row a permutation of range(B).
+            fastppo/envs/autoreset.py). For a policy with memory `first` (T+1, N) bool, an episode's first observation, and
+            `memory` (N, S), before row 0. It goes through whole sequences: a minibatch has all T rows of M / T environments.
+        permutation: (E, B) int64, each row a permutation of range(B); of a policy with memory (E, N), of range(N).
         schedule, normalization: see there.
         rows_per_pass: the most rows that go through the networks at once; minibatches are worked off in equal parts whose
             gradients add up. None: whole minibatches. The result is the same but for rounding; parts that fit a core's cache
@@ -309,19 +381,44 @@ def learn(
         parts = reduced(flat, over_ranks=True).split([x.numel() for x in sums])
         return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
 
-    def judged(judge: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-        """`judge(*rows)`, (C, steps, N), in parts of rows_per_pass rows, each worker for its own environments."""
+    rows_per_unit = num_steps if policy.memory_size else 1
+
+    def units(x: Tensor, dim: int = 0) -> Tensor:
+        """What minibatches are made of: rows, T and N at `dim` as B; with a memory environments, as N and T."""
+        return x.transpose(dim, dim + 1) if policy.memory_size else x.flatten(dim, dim + 1)
+
+    def judged(judge: Callable[..., tuple[Tensor, Tensor]], carry: Tensor, *rows: Tensor) -> Tensor:
+        """`carry, out = judge(carry, *rows)`, out (C, steps, N), in parts of rows_per_pass rows, each worker for its own
+
+        environments.
+        """
         rows = tuple(mine(x, 1) for x in rows)  # (steps, N / workers, ...)
         steps = _largest_divisor(rows[0].shape[0], (rows_per_pass or rows[0].shape[0] * rows[0].shape[1]) // rows[0].shape[1])
         parts = tuple(x.unflatten(0, (-1, steps)) for x in rows)
-        _, (out,) = scan(lambda carry, part: (carry, (judge(*part),)), params.new_zeros(()), parts)
+
+        def judge_part(carry: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
+            carry, out = judge(carry, *part)
+            return carry, (out,)
+
+        _, (out,) = scan(judge_part, carry, parts)
         out = out.movedim(1, 0).flatten(1, 2)  # (C, steps, N / workers)
         if worker is None or num_workers == 1:
             return out
         everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
         return reduced(everyone, over_ranks=False).flatten(2)
 
+    remembers, recurrent = policy.memory_size > 0, cast(RecurrentPolicy, policy)
     obs, obs_spec = tree_flatten(normalize_obs(obs_of(rollout), normalization))  # leaves of (T+1, N, ...)
+    final_obs: list[Tensor] = []
+    final_spec = None
+    if any(key.startswith("final_") for key in rollout.keys()):  # noqa: SIM118 (a TensorDict iterates over rows)
+        final_obs, final_spec = tree_flatten(normalize_obs(obs_of(rollout, "final_"), normalization))
+
+    def unflatten(leaves: Sequence[Tensor]) -> tuple[Any, Any]:
+        """Observations and final ones, None where there are none."""
+        final = None if final_spec is None else tree_unflatten(leaves[len(obs) :], final_spec)
+        return tree_unflatten(leaves[: len(obs)], obs_spec), final
+
     action = rollout["action"][:num_steps]  # (T, N, ...)
     terminated, truncated = rollout["terminated"][:num_steps], rollout["truncated"][:num_steps]  # (T, N)
     weight = rollout["valid"][:num_steps].to(params.dtype)  # (T, N), 1 for a transition and 0 for a resetting step
@@ -329,19 +426,29 @@ def learn(
     with torch.no_grad():
         weights = policy.weights(params)
 
-        def log_prob_and_value(action: Tensor, *obs: Tensor) -> Tensor:
-            dist, value = policy.actor_critic(weights, tree_unflatten(obs, obs_spec))
-            return torch.stack((policy.log_prob(dist, action), value))
+        def judge(carry: Tensor, action: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+            obs, final_obs = unflatten(leaves)
+            dist, value = policy.actor_critic(weights, obs)
+            final_value = () if final_obs is None else (policy.critic(weights, final_obs),)
+            return carry, torch.stack((policy.log_prob(dist, action), value, *final_value))
 
-        # row T has no action: its log-probability is computed for nothing, and dropped
-        log_prob, value = judged(log_prob_and_value, rollout["action"], *obs)  # (T+1, N) each
+        def judge_in_order(memory: Tensor, action: Tensor, first: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+            obs, final_obs = unflatten(leaves)
+            dist, value, memory = recurrent.replay(weights, obs, first, memory, scan)
+            final_value = () if final_obs is None else (recurrent.judge(weights, final_obs, memory),)
+            return memory[-1], torch.stack((policy.log_prob(dist, action), value, *final_value))
+
+        # row T has no action and no end: its log-probability is computed for nothing, and dropped
+        if remembers:
+            judged_rows = judged(
+                judge_in_order, mine(rollout["memory"], 0), rollout["action"], rollout["first"], *obs, *final_obs
+            )
+        else:
+            judged_rows = judged(judge, params.new_zeros(()), rollout["action"], *obs, *final_obs)
+        log_prob, value, *final_value = judged_rows  # (T+1, N) each
         log_prob, value, next_value = log_prob[:num_steps], value[:num_steps], value[1:]
-        if any(key.startswith("final_") for key in rollout.keys()):  # noqa: SIM118 (a TensorDict iterates over rows)
-            final_obs, final_spec = tree_flatten(normalize_obs(obs_of(rollout, "final_"), normalization))
-            final_obs = [leaf[:num_steps] for leaf in final_obs]
-            final_value = judged(lambda *obs: policy.critic(weights, tree_unflatten(obs, final_spec)).unsqueeze(0), *final_obs)
-            final_value = final_value.squeeze(0)
-            next_value = torch.where(terminated | truncated, final_value, next_value)
+        if final_value:
+            next_value = torch.where(terminated | truncated, final_value[0][:num_steps], next_value)
         reward = rollout["reward"][:num_steps]
         if clip_reward:
             reward = reward.sign()
@@ -362,26 +469,39 @@ def learn(
         variance_explained = explained_variance(value, value_target, weight, total)
 
         # the scalars of all minibatches are gathered at once, so that each minibatch reads contiguous rows
-        index = permutation.reshape(-1, minibatch_size)  # (L, M), L = E * B / M minibatches
-        scalars = torch.stack((log_prob, advantage, value_target, value, weight)).flatten(1)[:, index]  # (5, L, M)
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, M) each
-        (transitions,) = total(weight.sum(-1))  # (L,)
+        index = permutation.reshape(-1, minibatch_size // rows_per_unit)  # (L, m), L = E * B / M minibatches
+        scalars = units(torch.stack((log_prob, advantage, value_target, value, weight)), 1)[
+            :, index
+        ]  # (5, L, m) or (5, L, m, T)
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, m) or (L, m, T) each
+        (transitions,) = total(weight.flatten(1).sum(-1))  # (L,)
         if norm_adv:
-            advantage = standardize(advantage, weight, total=total)
-        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, M)
+            advantage = standardize(advantage.flatten(1), weight.flatten(1), total=total).view_as(advantage)
+        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, m) or (L, 5, m, T)
         minibatches = (mine(index, 1).contiguous(), mine(scalars, 2).contiguous(), transitions)
 
-    flat_obs = [leaf[:num_steps].flatten(0, 1) for leaf in obs]  # (B, ...), views where nothing was normalised
-    flat_action = action.flatten(0, 1)
-    own_rows = minibatch_size // num_workers
-    num_parts = own_rows // _largest_divisor(own_rows, rows_per_pass or own_rows)
+    obs_unit = [units(leaf[:num_steps]) for leaf in obs]  # (B, ...), views where nothing was normalised, or (N, T, ...)
+    action_unit = units(action)
+    own_units = minibatch_size // rows_per_unit // num_workers
+    num_parts = own_units // _largest_divisor(own_units, (rows_per_pass or minibatch_size) // rows_per_unit)
+
+    def evaluated(params: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability, V and entropy of the units, (m,) or (m, T) each."""
+        weights, obs, action = policy.weights(params), [leaf[index] for leaf in obs_unit], action_unit[index]
+        if not remembers:
+            dist, value = policy.actor_critic(weights, tree_unflatten(obs, obs_spec))
+            return policy.log_prob(dist, action), value, policy.entropy(dist)
+        in_order = tree_unflatten([leaf.transpose(0, 1) for leaf in obs], obs_spec)  # (T, m, ...)
+        first = rollout["first"][:num_steps].index_select(1, index)
+        dist, value, _ = recurrent.replay(weights, in_order, first, rollout["memory"][index], scan)
+        return policy.log_prob(dist, action.transpose(0, 1)).mT, value.mT, policy.entropy(dist).mT
 
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The part's share of the minibatch's loss and metrics; rows: () transitions in the whole minibatch, at least 1."""
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (rows of the part,) each
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (units of the part,) or (.., T) each
         share = weight / rows
-        dist, value = policy.actor_critic(policy.weights(params), tree_unflatten([leaf[index] for leaf in flat_obs], obs_spec))
-        log_ratio = policy.log_prob(dist, flat_action[index]) - old_log_prob
+        log_prob, value, entropy = evaluated(params, index)
+        log_ratio = log_prob - old_log_prob
         # rows that are no transitions may hold anything: their ratio is 1 by definition
         log_ratio = torch.where(weight > 0, log_ratio, 0.0)
         ratio = log_ratio.exp()
@@ -390,7 +510,7 @@ def learn(
             value_loss = clipped_value_loss(value, old_value, value_target, share, schedule.clip_coef)
         else:
             value_loss = squared_value_loss(value, value_target, share)
-        entropy = (policy.entropy(dist) * share).sum()
+        entropy = (entropy * share).sum()
         loss = policy_loss + vf_coef * value_loss - schedule.ent_coef * entropy
 
         deviation = (ratio.detach() - 1.0).abs()
@@ -400,7 +520,7 @@ def learn(
         return loss, torch.stack([metric.detach() for metric in metrics])
 
     def minibatch_gradient(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (P,) and metrics (6,) of one minibatch: index (M,), scalars (5, M); with workers, M / workers of each."""
+        """Gradient (P,) and metrics (6,) of one minibatch: index (m,), scalars (5, m) or (5, m, T); with workers, a share."""
         if num_parts == 1:
             grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
         else:

@@ -1,7 +1,7 @@
 """A trained policy as a user holds it: observations in, actions out, normalisation and bounds included."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +13,7 @@ from fastppo.core.programs import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
 from fastppo.policy.networks import ActorCritic, Encoder, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.normalization import RunningMoments, make_normalization
+from fastppo.policy.recurrent import RecurrentActorCritic, Rnn
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec, space_from_data, space_to_data
 
 
@@ -30,6 +31,14 @@ class NetworkConfig(Protocol):
     @property
     def share_backbone(self) -> bool: ...
     @property
+    def rnn(self) -> Literal["lstm", "gru"] | None: ...
+    @property
+    def rnn_hidden_size(self) -> int: ...
+    @property
+    def rnn_layers(self) -> int: ...
+    @property
+    def rnn_shared(self) -> bool: ...
+    @property
     def log_std_init(self) -> float: ...
     @property
     def squash_actions(self) -> bool: ...
@@ -40,13 +49,15 @@ def make_network(
 ) -> Network:
     """The network for these spaces; policy: somebody's own instead, seed: of its first weights (see `ModulePolicy`)."""
     if policy is not None:
+        if config.rnn is not None:
+            raise UsageError(f"--rnn {config.rnn} is a part of our networks, and policy= is a whole one of yours: leave it off")
         return ModulePolicy(policy, obs, action, config.log_std_init, seed)
     sizes = config.hidden_sizes
     if sizes is None:
         sizes = () if obs.has_images else (64, 64)
     encoder = Encoder(obs.leaves, config.cnn_size, config.cnn_activation)
     mlp = MLPActorCritic(
-        encoder.size,
+        encoder.size if config.rnn is None else config.rnn_hidden_size,
         action.size,
         action.distribution,
         sizes,
@@ -54,6 +65,10 @@ def make_network(
         config.share_backbone,
         config.log_std_init,
     )
+    if config.rnn is not None:
+        users = 1 if config.rnn_shared or config.share_backbone else 2
+        rnn = Rnn(config.rnn, encoder.size, config.rnn_hidden_size, config.rnn_layers, users)
+        return RecurrentActorCritic(encoder, rnn, mlp)
     return mlp if obs.is_plain else ActorCritic(encoder, mlp)
 
 
@@ -78,10 +93,36 @@ class Agent:
         self.weights = network.weights(self.params)
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
+        self.memory: Tensor | None = None  # (R, S) of R environments; None: nothing is remembered
+
+    def reset(self, done_mask: Any = None) -> None:
+        """Forget, where the policy has a memory: all, or of each environment whose next observation is an episode's first one.
+
+        done_mask: (N,) bool, or one for a single observation; None: all, whose number may then be another.
+        """
+        if self.memory is None:
+            return
+        if done_mask is None:
+            self.memory = None
+            return
+        done = torch.as_tensor(done_mask, device=self.params.device).reshape(-1) != 0
+        if len(done) != len(self.memory):
+            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.memory)}")
+        self.memory = torch.where(done.unsqueeze(1), 0.0, self.memory)
+
+    def _remembered(self, network: RecurrentActorCritic, rows: int) -> Tensor:
+        if self.memory is None:
+            return self.params.new_zeros(rows, network.memory_size)
+        if len(self.memory) != rows:
+            raise ValueError(f"{rows} observations; this policy remembers {len(self.memory)} environments: reset() it first")
+        return self.memory
 
     @torch.inference_mode()
     def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
         """Actions as the environment takes them, for one observation or a batch of them.
+
+        A policy with memory (--rnn) remembers what it is shown: call it once a step, always with the same environments in the
+        same order, and `reset` where an episode has ended.
 
         Args:
             obs: as the environment gives it, with or without a leading batch axis: array, tensor, or dict or tuple of these.
@@ -93,14 +134,18 @@ class Agent:
             Arrays for arrays; for tensors, tensors on their device.
 
         Raises:
-            ValueError: an observation or a mask of another shape.
+            ValueError: an observation or a mask of another shape, or of other environments than are remembered.
         """
         batch, kind = self._batch(obs, action_mask)
-        dist = self.network.actor(self.weights, normalize_obs(batch, self.normalization))
+        rows = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+        seen = normalize_obs(batch, self.normalization)
+        if isinstance(self.network, RecurrentActorCritic):
+            dist, self.memory = self.network.step(self.weights, seen, self._remembered(self.network, rows))
+        else:
+            dist = self.network.actor(self.weights, seen)
         if deterministic:
             action = self.action.distribution.mode(dist)
         else:
-            rows = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
             action = self.network.sample(dist, self.action.distribution.noise(self.action.noise_shape(rows), self.generator))
         return kind.unbatch(self.action.to_env(action))
 
@@ -108,10 +153,16 @@ class Agent:
     def value(self, obs: Any) -> Any:
         """Expected discounted return in units of the environment's own reward, of its sign with --clip-reward.
 
-        () for one observation, (N,) for a batch.
+        () for one observation, (N,) for a batch. A policy with memory judges obs after what `act` has been shown, without
+        remembering it: ask before `act`.
         """
         batch, kind = self._batch(obs, None)
-        value = self.network.critic(self.weights, normalize_obs(batch, self.normalization))
+        seen = normalize_obs(batch, self.normalization)
+        if isinstance(self.network, RecurrentActorCritic):
+            rows = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+            value = self.network.judge(self.weights, seen, self._remembered(self.network, rows))
+        else:
+            value = self.network.critic(self.weights, seen)
         value = value * self.normalization.return_std + self.normalization.return_mean
         if self.normalization.reward_scale is not None:
             value = value / self.normalization.reward_scale

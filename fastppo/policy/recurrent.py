@@ -1,0 +1,190 @@
+"""Networks that remember: an LSTM or GRU between what is observed and the layers of actor and critic.
+
+Knows nothing of learning or of environments. What an environment's agent remembers is one row of numbers, so that a rollout, a
+checkpoint or an exported file carries a matrix (N, S) and need not know what is in it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastppo.core.programs import Obs, Weights
+from fastppo.core.recurrence import NUM_GATES, NUM_STATES, gru, gru_step, lstm, lstm_step
+from fastppo.policy.networks import Composed, Encoder, Family, MLPActorCritic, Part, check_shapes, masked
+
+
+@dataclass(frozen=True)
+class Rnn:
+    """Layers of LSTM or GRU cells, one stack for each of K users (an actor and a critic, or both together). A `Part`.
+
+    A row of memory holds the first user's numbers, then the second's; of each, layer by layer, h and for an LSTM c: S = K L H
+    or 2 K L H numbers.
+    """
+
+    kind: Literal["lstm", "gru"]
+    input_size: int
+    hidden_size: int  # H
+    num_layers: int = 1  # L
+    num_users: int = 2  # K
+    shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        users, size, gates = self.num_users, self.hidden_size, NUM_GATES[self.kind] * self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer in range(self.num_layers):
+            shapes[f"rnn.{layer}.input.weight"] = (users, size if layer else self.input_size, gates)
+            shapes[f"rnn.{layer}.input.bias"] = (users, gates)
+            shapes[f"rnn.{layer}.hidden.weight"] = (users, size, gates)
+            if self.kind == "gru":  # of n alone: it is multiplied by r, which the input's is not
+                shapes[f"rnn.{layer}.hidden.bias"] = (users, size)
+        object.__setattr__(self, "shapes", shapes)
+
+    @property
+    def memory_size(self) -> int:
+        """S."""
+        return self.num_users * self.user_size
+
+    @property
+    def user_size(self) -> int:
+        """Numbers of each user's memory, S / K."""
+        return self.num_layers * NUM_STATES[self.kind] * self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """Numbers it has in the buffer."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """Orthogonal weights of gain 1, zero biases (as CleanRL's ppo_atari_lstm)."""
+        params = torch.zeros(self.num_params)
+        for name, weight in self.weights(params).items():
+            if name.endswith(".weight"):
+                for users in weight:
+                    torch.nn.init.orthogonal_(users, generator=generator)
+        return params
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of its stretch, those of all users as one."""
+        parts = params.split([math.prod(shape) for shape in self.shapes.values()])
+        return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`. Raises KeyError or ValueError where name or shape differ."""
+        check_shapes(weights, self.shapes)
+        return torch.cat([weights[name].flatten() for name in self.shapes])
+
+    def step(self, weights: Weights, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: x (R, input_size), memory (R, S) -> out (K, R, H), memory.
+
+        With the memory of the first user alone, (R, S / K), it is that one's step.
+        """
+        users = memory.shape[-1] // self.user_size
+        parts = NUM_STATES[self.kind]
+        states = memory.view(-1, users, self.num_layers * parts, self.hidden_size).transpose(0, 1)  # (K, R, L parts, H)
+        out, after = x.expand(users, -1, -1), []
+        for layer in range(self.num_layers):
+            gates = self._gates(weights, layer, out, users)
+            h, *c = states[:, :, layer * parts : (layer + 1) * parts].unbind(2)
+            weight = weights[f"rnn.{layer}.hidden.weight"][:users]
+            if self.kind == "lstm":
+                out, c_after, _ = lstm_step(gates, weight, h, c[0])
+                after += [out, c_after]
+            else:
+                out, _ = gru_step(gates, weight, weights[f"rnn.{layer}.hidden.bias"][:users], h)
+                after.append(out)
+        return out, torch.stack(after, 2).transpose(0, 1).reshape(memory.shape)
+
+    def replay(
+        self, weights: Weights, x: Tensor, first: Tensor, memory: Tensor, scan: Callable[..., Any]
+    ) -> tuple[Tensor, Tensor]:
+        """T steps: x (T, n, input_size), first (T, n), memory (n, S) -> out (K, T n, H), memory after each step (T, n, S)."""
+        steps, number = first.shape
+        parts = NUM_STATES[self.kind]
+        states = memory.view(number, self.num_users, self.num_layers * parts, self.hidden_size).transpose(0, 1)
+        out, after = x.reshape(-1, x.shape[-1]).expand(self.num_users, -1, -1), []
+        for layer in range(self.num_layers):
+            gates = self._gates(weights, layer, out, self.num_users).unflatten(1, (steps, number)).transpose(0, 1)
+            h, *c = (state.contiguous() for state in states[:, :, layer * parts : (layer + 1) * parts].unbind(2))
+            weight = weights[f"rnn.{layer}.hidden.weight"]
+            if self.kind == "lstm":
+                passed, c_after = lstm(gates, weight, first, h, c[0], scan)  # (T, K, n, H)
+                after += [passed, c_after]
+            else:
+                passed = gru(gates, weight, weights[f"rnn.{layer}.hidden.bias"], first, h, scan)
+                after.append(passed)
+            out = passed.transpose(0, 1).flatten(1, 2)
+        return out, torch.stack(after, 3).transpose(1, 2).reshape(steps, number, self.memory_size)
+
+    def _gates(self, weights: Weights, layer: int, x: Tensor, users: int) -> Tensor:
+        """What the inputs give to the gates: (K, R, D) -> (K, R, G H)."""
+        bias, weight = weights[f"rnn.{layer}.input.bias"][:users], weights[f"rnn.{layer}.input.weight"][:users]
+        return torch.baddbmm(bias.unsqueeze(1), x, weight)
+
+
+@dataclass(frozen=True)
+class RecurrentActorCritic(Composed):
+    """What is observed, encoded, goes through a memory, then through the layers of actor and critic; a
+    `core.programs.RecurrentPolicy`.
+
+    `rnn.input_size` is `encoder.size`, `mlp.obs_size` is `rnn.hidden_size`. Each has a memory of its own where the rnn has two
+    users.
+    """
+
+    encoder: Encoder
+    rnn: Rnn
+    mlp: MLPActorCritic
+    distribution: Family = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "distribution", self.mlp.distribution)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """In the order of the buffer."""
+        return self.encoder, self.rnn, self.mlp
+
+    @property
+    def memory_size(self) -> int:
+        """S, the numbers that are remembered of each environment."""
+        return self.rnn.memory_size
+
+    @property
+    def actor_size(self) -> int:
+        """Those of them, the first, that acting needs."""
+        return self.rnn.user_size
+
+    def step(self, weights: Weights, obs: Obs, memory: Tensor) -> tuple[Any, Tensor]:
+        """The distribution's parameters for obs (N, *shape), and the memory after it, from that before, (N, S).
+
+        Of memory (N, actor_size) that alone.
+        """
+        out, memory = self.rnn.step(weights, self.encoder.encode(weights, obs), memory)
+        return masked(self.mlp.actor(weights, out[0]), obs, self.mlp), memory
+
+    def judge(self, weights: Weights, obs: Obs, memory: Tensor) -> Tensor:
+        """V(obs), (...), of obs (..., *shape), after what is remembered in memory (..., S)."""
+        x = self.encoder.encode(weights, obs)
+        out, _ = self.rnn.step(weights, x.reshape(-1, x.shape[-1]), memory.reshape(-1, self.memory_size))
+        return self.mlp.critic(weights, out[-1]).reshape(memory.shape[:-1])
+
+    def replay(
+        self, weights: Weights, obs: Obs, first: Tensor, memory: Tensor, scan: Callable[..., Any]
+    ) -> tuple[Any, Tensor, Tensor]:
+        """T steps of n environments at once: the distribution's parameters (T, n, ...), V (T, n), memory after each (T, n, S).
+
+        obs: (T, n, *shape). first: (T, n) bool, nothing is remembered before such a step. memory: (n, S), before the first one.
+        """
+        out, memory = self.rnn.replay(weights, self.encoder.encode(weights, obs), first, memory, scan)
+        dist, value = self.mlp.both(weights, out, first.shape)
+        return masked(dist, obs, self.mlp), value, memory
+
+    # without a memory there is no acting, judging or learning
+    def actor(self, weights: Weights, obs: Obs) -> Any:
+        """See `step`."""
+        raise NotImplementedError
+
+    critic = actor_critic = actor
