@@ -405,7 +405,8 @@ def _keep(library: Path, cache_dir: Path, key: str) -> None:
 
 def native_key() -> str:
     """Digest of all that shapes the helpers' library."""
-    facts = (_digest(native.SOURCE.read_bytes()), torch.__version__, torch.version.git_version, _processor())
+    texts = [_digest(path.read_bytes()) for path in (native.SOURCE, Path(native.__file__))]  # what is built, and how
+    facts = (texts, torch.__version__, torch.version.git_version, _processor())
     return f"native-{_digest(repr(facts).encode())[:25]}"
 
 
@@ -567,7 +568,7 @@ def _build(program: Program, example: Example, build_dir: str, seeds: Seeds | No
         options = {
             **INDUCTOR_OPTIONS,
             "aot_inductor.output_path": str(Path(build_dir, "program.so")),
-            "aot_inductor.custom_ops_to_c_shims": {torch.ops.fastppo.all_reduce.default: [native.ALL_REDUCE_DECLARATION]},
+            "aot_inductor.custom_ops_to_c_shims": native.declarations(),
         }
         fake_mode = inputs[0].fake_mode
         with (
@@ -592,7 +593,11 @@ def _trace(program: Program, example: Example, mapped: bool = False) -> tuple[to
         program = functools.partial(program, scan=_traced_scan)
     if program.func is programs.learn:
         program = functools.partial(
-            program, scan=_traced_scan, grad_and_aux=functional_grad_and_aux, all_reduce=native.all_reduce
+            program,
+            scan=_traced_scan,
+            grad_and_aux=functional_grad_and_aux,
+            cells=native.CELLS,
+            all_reduce=native.all_reduce,
         )
     if _is_shared(program):
         example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))

@@ -1,6 +1,8 @@
 """native.cpp, built once a machine and loaded: what compiled programs need and PyTorch has not got.
 
 - `fastppo::all_reduce`, the sum over worker threads that run one program each, and over processes of such (core/team.py);
+- `CELLS`, LSTM and GRU over whole sequences (core/recurrence.py), which as scans inside the compiled program take twice as long
+  (benchmarks/LOG.md);
 - memory of CPU tensors that is kept for the next of that size instead of going back to the system: with it 16 minibatches of
   128 rows take 3.3 ms instead of 3.7, and 128 steps of eight CartPoles 1.5 instead of 1.9 (benchmarks/LOG.md).
 """
@@ -9,15 +11,16 @@ import ctypes
 import functools
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastppo.core.recurrence import Cells
+
 SOURCE = Path(__file__).with_name("native.cpp")
-ALL_REDUCE_DECLARATION = (
-    "AOTITorchError aoti_torch_cpu_all_reduce(AtenTensorHandle, AtenTensorHandle, int32_t, AtenTensorHandle*)"
-)
 
 
 @torch.library.custom_op("fastppo::all_reduce", mutates_args=())
@@ -31,6 +34,79 @@ def _(x: Tensor, worker: Tensor, over_ranks: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _like(states: Tensor, size: int, steps: bool = True) -> Tensor:
+    """A new tensor (T, K, n, size), or (K, n, size)."""
+    return states.new_empty((*(states.shape[:-1] if steps else states.shape[1:-1]), size))
+
+
+@torch.library.custom_op("fastppo::lstm", mutates_args=())
+def lstm(gates: Tensor, weight: Tensor, keep: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """core.recurrence.Cells.lstm of contiguous float32 tensors. In compiled programs only."""
+    raise RuntimeError("fastppo::lstm runs in compiled programs only")
+
+
+@lstm.register_fake
+def _(gates: Tensor, weight: Tensor, keep: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(gates, h.shape[-1]), _like(gates, h.shape[-1]), _like(gates, gates.shape[-1])
+
+
+@torch.library.custom_op("fastppo::lstm_backward", mutates_args=())
+def lstm_backward(
+    weight: Tensor, keep: Tensor, into_c: Tensor, slope: Tensor, f: Tensor, grad_h: Tensor, grad_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """core.recurrence.Cells.lstm_backward, likewise."""
+    raise RuntimeError("fastppo::lstm_backward runs in compiled programs only")
+
+
+@lstm_backward.register_fake
+def _(
+    weight: Tensor, keep: Tensor, into_c: Tensor, slope: Tensor, f: Tensor, grad_h: Tensor, grad_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    width = grad_h.shape[-1]
+    return _like(grad_h, 4 * width), _like(grad_h, width, steps=False), _like(grad_h, width, steps=False)
+
+
+@torch.library.custom_op("fastppo::gru", mutates_args=())
+def gru(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """core.recurrence.Cells.gru, likewise."""
+    raise RuntimeError("fastppo::gru runs in compiled programs only")
+
+
+@gru.register_fake
+def _(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(gates, h.shape[-1]), _like(gates, 4 * h.shape[-1])
+
+
+@torch.library.custom_op("fastppo::gru_backward", mutates_args=())
+def gru_backward(weight: Tensor, keep: Tensor, slope: Tensor, z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """core.recurrence.Cells.gru_backward, likewise."""
+    raise RuntimeError("fastppo::gru_backward runs in compiled programs only")
+
+
+@gru_backward.register_fake
+def _(weight: Tensor, keep: Tensor, slope: Tensor, z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    width = grad_h.shape[-1]
+    return _like(grad_h, 3 * width), _like(grad_h, width), _like(grad_h, width, steps=False)
+
+
+def _of_contiguous(operator: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: operator(*(x.contiguous() for x in args))
+
+
+CELLS = Cells(*map(_of_contiguous, (lstm, lstm_backward, gru, gru_backward)))
+
+
+def declarations() -> dict[Any, list[str]]:
+    """Each operator's function in native.cpp, as Inductor wants to be told."""
+    numbers = {"all_reduce": (2, 1), "lstm": (5, 3), "lstm_backward": (7, 3), "gru": (5, 2), "gru_backward": (5, 3)}
+    told = {}
+    for name, (inputs, outputs) in numbers.items():
+        flags = ["int32_t"] if name == "all_reduce" else []
+        arguments = ", ".join(["AtenTensorHandle"] * inputs + flags + ["AtenTensorHandle*"] * outputs)
+        told[getattr(torch.ops.fastppo, name).default] = [f"AOTITorchError aoti_torch_cpu_{name}({arguments})"]
+    return told
+
+
 def compiler() -> str:
     """The C++ compiler: $CXX, or g++."""
     return os.environ.get("CXX", "g++")
@@ -41,6 +117,7 @@ def build(library: Path) -> None:
     torch_dir = Path(torch.__file__).parent
     command = [
         *(compiler(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
+        "-fno-trapping-math",  # or loops with a clamp in them are no vectors
         *(str(SOURCE), "-o", str(library), f"-L{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
     ]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -48,5 +125,5 @@ def build(library: Path) -> None:
 
 @functools.cache
 def load(library: Path) -> None:
-    """Make its operator known to the programs loaded later, and its memory that of CPU tensors. Raises OSError."""
+    """Make its operators known to the programs loaded later, and its memory that of CPU tensors. Raises OSError."""
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL).fastppo_pool_memory()

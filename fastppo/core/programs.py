@@ -27,6 +27,7 @@ from fastppo.core.losses import (
     squared_value_loss,
     standardize,
 )
+from fastppo.core.recurrence import STEPS, Cells
 from fastppo.core.scan import scan
 
 Weights = Mapping[str, Tensor]
@@ -85,9 +86,7 @@ class RecurrentPolicy(Policy, Protocol):
         """V(obs), (...), for memory (..., S) before it."""
         ...
 
-    def replay(
-        self, weights: Weights, obs: Any, first: Tensor, memory: Tensor, scan: Callable[..., Any]
-    ) -> tuple[Any, Tensor, Tensor]:
+    def replay(self, weights: Weights, obs: Any, first: Tensor, memory: Tensor, cells: Cells) -> tuple[Any, Tensor, Tensor]:
         """dist and V for obs (T, n, ...), and the memory after each, (T, n, S), from that before the first one, (n, S).
 
         first: (T, n) bool, an episode's first observation.
@@ -330,6 +329,7 @@ def learn(
     all_reduce: AllReduce | None = None,
     scan: Callable[..., Any] = scan,
     grad_and_aux: Callable[..., Any] = grad_and_aux,
+    cells: Cells = STEPS,
 ) -> Learned:
     """One iteration's whole update (Schulman et al., 2017, algorithm 1): values, advantages, then E epochs of minibatches.
 
@@ -434,7 +434,7 @@ def learn(
 
         def judge_in_order(memory: Tensor, action: Tensor, first: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
             obs, final_obs = unflatten(leaves)
-            dist, value, memory = recurrent.replay(weights, obs, first, memory, scan)
+            dist, value, memory = recurrent.replay(weights, obs, first, memory, cells)
             final_value = () if final_obs is None else (recurrent.judge(weights, final_obs, memory),)
             return memory[-1], torch.stack((policy.log_prob(dist, action), value, *final_value))
 
@@ -493,7 +493,7 @@ def learn(
             return policy.log_prob(dist, action), value, policy.entropy(dist)
         in_order = tree_unflatten([leaf.transpose(0, 1) for leaf in obs], obs_spec)  # (T, m, ...)
         first = rollout["first"][:num_steps].index_select(1, index)
-        dist, value, _ = recurrent.replay(weights, in_order, first, rollout["memory"][index], scan)
+        dist, value, _ = recurrent.replay(weights, in_order, first, rollout["memory"][index], cells)
         return policy.log_prob(dist, action.transpose(0, 1)).mT, value.mT, policy.entropy(dist).mT
 
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

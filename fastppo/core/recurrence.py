@@ -2,22 +2,22 @@
 
 What a cell makes of its inputs is one product for all steps, done outside; here is only what has to go step by step: the
 product with the state of the step before, and the gates. The gradient is written out, since it then has the same form: whatever
-does not depend on the step after is computed for all steps at once, a second scan goes backwards, and the weights' gradient is
-one product. (Autograd would keep and add up a (H, 4H) matrix for each step.)
+does not depend on the step after is computed for all steps at once, a second loop goes backwards, and the weights' gradient is
+one product. (Autograd would keep and add up a (H, 4H) matrix for each step.) The two loops of each kind are a `Cells`: `STEPS`
+here, which is the truth, and core/native.py's, which compiled programs take.
 
 Letters: T steps, n sequences, K independent cells side by side (an actor's and a critic's), H hidden size. A state is zeroed
 before each step that is the first one of an episode.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastppo.core.scan import scan
 
-Scan = Callable[..., Any]
 NUM_GATES = {"lstm": 4, "gru": 3}  # G
 NUM_STATES = {"lstm": 2, "gru": 1}  # parts of the state: (h, c), (h,)
 
@@ -58,24 +58,88 @@ def gru_step(gates: Tensor, weight: Tensor, bias: Tensor, h: Tensor) -> tuple[Te
     return (1.0 - z) * n + z * h, torch.cat((r, z, n, inner), -1)
 
 
-def lstm(gates: Tensor, weight: Tensor, first: Tensor, h: Tensor, c: Tensor, scan: Scan = scan) -> tuple[Tensor, Tensor]:
+class Cells(NamedTuple):
+    """What of both kinds goes step by step. States, and gradients of them, are (T, K, n, H) or, at one end, (K, n, H).
+
+    lstm: (gates (T, K, n, 4H), weight (K, H, 4H), keep (T, 1, n, 1), h, c) -> h, c after each step, activated (T, K, n, 4H)
+    lstm_backward: (weight, keep, into_c, slope (T, K, n, 4H), f, grad_h, grad_c) -> d_gates (T, K, n, 4H), dh, dc of the start
+    gru: (gates (T, K, n, 3H), weight (K, H, 3H), bias (K, H), keep, h) -> h after each step, r, z, n, h W_n + b (T, K, n, 4H)
+    gru_backward: (weight, keep, slope (T, K, n, 3H), z, grad_h) -> d_product (T, K, n, 3H), of h W; d_state, of h'; dh
+    """
+
+    lstm: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    lstm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    gru: Callable[..., tuple[Tensor, Tensor]]
+    gru_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _lstm(gates: Tensor, weight: Tensor, keep: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(state: tuple[Tensor, Tensor], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        (h, c), (gates, keep) = state, x
+        h, c, activated = lstm_step(gates, weight, h * keep, c * keep)
+        return (h, c), (h, c, activated)
+
+    _, (h, c, activated) = scan(step, (h, c), (gates, keep))
+    return h, c, activated
+
+
+def _lstm_backward(
+    weight: Tensor, keep: Tensor, into_c: Tensor, slope: Tensor, f: Tensor, grad_h: Tensor, grad_c: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    def step(carry: tuple[Tensor, Tensor], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
+        (dh, dc), (keep, into_c, slope, f, grad_h, grad_c) = carry, x
+        dh = dh + grad_h
+        dc = dc + grad_c + dh * into_c
+        d_gates = torch.cat((dc, dc, dc, dh), -1) * slope
+        return (torch.bmm(d_gates, weight.mT) * keep, dc * f * keep), (d_gates,)
+
+    rows = tuple(x.flip(0) for x in (keep, into_c, slope, f, grad_h, grad_c))
+    (dh, dc), (d_gates,) = scan(step, (torch.zeros_like(grad_h[0]), torch.zeros_like(grad_c[0])), rows)
+    return d_gates.flip(0), dh, dc
+
+
+def _gru(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    def step(h: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        gates, keep = x
+        h, inner = gru_step(gates, weight, bias, h * keep)
+        return h, (h, inner)
+
+    _, (h, activated) = scan(step, h, (gates, keep))
+    return h, activated
+
+
+def _gru_backward(weight: Tensor, keep: Tensor, slope: Tensor, z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def step(dh: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        keep, slope, z, grad_h = x
+        dh = dh + grad_h
+        d_product = torch.cat((dh, dh, dh), -1) * slope
+        return (torch.bmm(d_product, weight.mT) + dh * z) * keep, (d_product, dh)
+
+    rows = tuple(x.flip(0) for x in (keep, slope, z, grad_h))
+    dh, (d_product, d_state) = scan(step, torch.zeros_like(grad_h[0]), rows)
+    return d_product.flip(0), d_state.flip(0), dh
+
+
+STEPS = Cells(_lstm, _lstm_backward, _gru, _gru_backward)
+
+
+def lstm(gates: Tensor, weight: Tensor, first: Tensor, h: Tensor, c: Tensor, cells: Cells = STEPS) -> tuple[Tensor, Tensor]:
     """K LSTMs over T steps of n sequences.
 
     Args:
         gates: (T, K, n, 4H). weight: (K, H, 4H). first: (T, n) bool, where a step is the first one of an episode: its state
             before is zero. h, c: (K, n, H), the state before the first step.
-        scan: as core.scan.scan.
 
     Returns:
         h, c after each step, (T, K, n, H) each.
     """
-    h, c, _ = _Lstm.apply(gates, weight, _keep(first, gates), h, c, scan)
+    h, c, _ = _Lstm.apply(gates, weight, _keep(first, gates), h, c, cells)
     return h, c
 
 
-def gru(gates: Tensor, weight: Tensor, bias: Tensor, first: Tensor, h: Tensor, scan: Scan = scan) -> Tensor:
+def gru(gates: Tensor, weight: Tensor, bias: Tensor, first: Tensor, h: Tensor, cells: Cells = STEPS) -> Tensor:
     """K GRUs over T steps of n sequences: h after each step, (T, K, n, H). bias: (K, H); all else as `lstm`."""
-    h, _ = _Gru.apply(gates, weight, bias, _keep(first, gates), h, scan)
+    h, _ = _Gru.apply(gates, weight, bias, _keep(first, gates), h, cells)
     return h
 
 
@@ -90,68 +154,27 @@ class _Lstm(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gates: Tensor, weight: Tensor, keep: Tensor, h: Tensor, c: Tensor, scan: Scan) -> tuple[Tensor, ...]:
-        def step(state: tuple[Tensor, Tensor], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-            (h, c), (gates, keep) = state, x
-            h, c, activated = lstm_step(gates, weight, h * keep, c * keep)
-            return (h, c), (h, c, activated)
-
-        _, ys = scan(step, (h, c), (gates, keep))
-        return ys
+    def forward(gates: Tensor, weight: Tensor, keep: Tensor, h: Tensor, c: Tensor, cells: Cells) -> tuple[Tensor, ...]:
+        return cells.lstm(gates, weight, keep, h, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, weight, keep, h, c, scan = inputs
+        _, weight, keep, h, c, cells = inputs
         ctx.save_for_backward(weight, keep, h, c, *output)
         ctx.mark_non_differentiable(output[2])
-        ctx.scan = scan
+        ctx.cells = cells
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gates, weight, h, c = _LstmGradient.apply(*ctx.saved_tensors, grad_h, grad_c, ctx.scan)
-        return gates, weight, None, h, c, None
-
-
-class _LstmGradient(torch.autograd.Function):
-    """Of `_Lstm`, a function of its own so that under torch.func.grad its scan sees plain tensors. It has none itself."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight: Tensor,
-        keep: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        h: Tensor,
-        c: Tensor,
-        activated: Tensor,
-        grad_h: Tensor,
-        grad_c: Tensor,
-        scan: Scan,
-    ) -> tuple[Tensor, ...]:
+        weight, keep, h0, c0, h, c, activated = ctx.saved_tensors
         i, f, g, o = activated.chunk(4, -1)
         c_before = torch.cat((c0.unsqueeze(0), c[:-1])) * keep
         tanh_c = c.tanh()
         into_c = o * (1.0 - tanh_c.square())  # d h' / d c'
         # d (c', c', c', h') / d (what goes into i, f, g, o)
         slope = torch.cat((g * i * (1 - i), c_before * f * (1 - f), i * (1 - g.square()), tanh_c * o * (1 - o)), -1)
-
-        def step(carry: tuple[Tensor, Tensor], x: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, ...]]:
-            (dh, dc), (grad_h, grad_c, into_c, slope, f, keep) = carry, x
-            dh = dh + grad_h
-            dc = dc + grad_c + dh * into_c
-            d_gates = torch.cat((dc, dc, dc, dh), -1) * slope
-            return (torch.bmm(d_gates, weight.mT) * keep, dc * f * keep), (d_gates,)
-
-        rows = tuple(x.flip(0) for x in (grad_h, grad_c, into_c, slope, f, keep))
-        (dh, dc), (d_gates,) = scan(step, (torch.zeros_like(h0), torch.zeros_like(c0)), rows)
-        d_gates = d_gates.flip(0)
-        return d_gates, _weight_gradient(h0, h, keep, d_gates), dh, dc
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
+        d_gates, dh, dc = _Backward.apply(ctx.cells.lstm_backward, weight, keep, into_c, slope, f, grad_h, grad_c)
+        return d_gates, _weight_gradient(h0, h, keep, d_gates), None, dh, dc, None
 
 
 class _Gru(torch.autograd.Function):
@@ -160,56 +183,42 @@ class _Gru(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor, scan: Scan) -> tuple[Tensor, ...]:
-        def step(h: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-            gates, keep = x
-            h, inner = gru_step(gates, weight, bias, h * keep)
-            return h, (h, inner)
-
-        _, ys = scan(step, h, (gates, keep))
-        return ys
+    def forward(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor, cells: Cells) -> tuple[Tensor, ...]:
+        return cells.gru(gates, weight, bias, keep, h)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, weight, _, keep, h, scan = inputs
+        _, weight, _, keep, h, cells = inputs
         ctx.save_for_backward(weight, keep, h, *output)
         ctx.mark_non_differentiable(output[1])
-        ctx.scan = scan
+        ctx.cells = cells
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gates, weight, bias, h = _GruGradient.apply(*ctx.saved_tensors, grad_h, ctx.scan)
-        return gates, weight, bias, None, h, None
-
-
-class _GruGradient(torch.autograd.Function):
-    """Of `_Gru`; see `_LstmGradient`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        weight: Tensor, keep: Tensor, h0: Tensor, h: Tensor, activated: Tensor, grad_h: Tensor, scan: Scan
-    ) -> tuple[Tensor, ...]:
+        weight, keep, h0, h, activated = ctx.saved_tensors
         r, z, n, inner = activated.chunk(4, -1)
         h_before = torch.cat((h0.unsqueeze(0), h[:-1])) * keep
         into_n = (1.0 - z) * (1.0 - n.square())  # d h' / d (what goes into n)
         of_both = torch.cat((into_n * inner * r * (1.0 - r), (h_before - n) * z * (1.0 - z)), -1)
         slope = torch.cat((of_both, into_n * r), -1)  # d h' / d (h W): n's goes through r
-
-        def step(dh: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-            grad_h, slope, z, keep = x
-            dh = dh + grad_h
-            d_product = torch.cat((dh, dh, dh), -1) * slope
-            return (torch.bmm(d_product, weight.mT) + dh * z) * keep, (d_product, dh)
-
-        rows = tuple(x.flip(0) for x in (grad_h, slope, z, keep))
-        dh, (d_product, d_state) = scan(step, torch.zeros_like(h0), rows)
-        d_product, d_state = d_product.flip(0), d_state.flip(0)
+        d_product, d_state, dh = _Backward.apply(ctx.cells.gru_backward, weight, keep, slope, z, grad_h)
         size = h.shape[-1]
         d_gates = torch.cat((d_product[..., : 2 * size], d_state * into_n), -1)
         d_bias = d_product[..., 2 * size :].sum((0, 2))
-        return d_gates, _weight_gradient(h0, h, keep, d_product), d_bias, dh
+        return d_gates, _weight_gradient(h0, h, keep, d_product), d_bias, None, dh, None
+
+
+class _Backward(torch.autograd.Function):
+    """One of `Cells`' backward loops: a function of its own so that under torch.func.grad it sees plain tensors. It has no
+
+    gradient itself.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(loop: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
+        return loop(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -5,7 +5,6 @@ checkpoint or an exported file carries a matrix (N, S) and need not know what is
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.core.programs import Obs, Weights
-from fastppo.core.recurrence import NUM_GATES, NUM_STATES, gru, gru_step, lstm, lstm_step
+from fastppo.core.recurrence import NUM_GATES, NUM_STATES, Cells, gru, gru_step, lstm, lstm_step
 from fastppo.policy.networks import Composed, Encoder, Family, MLPActorCritic, Part, check_shapes, masked
 
 
@@ -98,9 +97,7 @@ class Rnn:
                 after.append(out)
         return out, torch.stack(after, 2).transpose(0, 1).reshape(memory.shape)
 
-    def replay(
-        self, weights: Weights, x: Tensor, first: Tensor, memory: Tensor, scan: Callable[..., Any]
-    ) -> tuple[Tensor, Tensor]:
+    def replay(self, weights: Weights, x: Tensor, first: Tensor, memory: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
         """T steps: x (T, n, input_size), first (T, n), memory (n, S) -> out (K, T n, H), memory after each step (T, n, S)."""
         steps, number = first.shape
         parts = NUM_STATES[self.kind]
@@ -111,10 +108,10 @@ class Rnn:
             h, *c = (state.contiguous() for state in states[:, :, layer * parts : (layer + 1) * parts].unbind(2))
             weight = weights[f"rnn.{layer}.hidden.weight"]
             if self.kind == "lstm":
-                passed, c_after = lstm(gates, weight, first, h, c[0], scan)  # (T, K, n, H)
+                passed, c_after = lstm(gates, weight, first, h, c[0], cells)  # (T, K, n, H)
                 after += [passed, c_after]
             else:
-                passed = gru(gates, weight, weights[f"rnn.{layer}.hidden.bias"], first, h, scan)
+                passed = gru(gates, weight, weights[f"rnn.{layer}.hidden.bias"], first, h, cells)
                 after.append(passed)
             out = passed.transpose(0, 1).flatten(1, 2)
         return out, torch.stack(after, 3).transpose(1, 2).reshape(steps, number, self.memory_size)
@@ -171,14 +168,12 @@ class RecurrentActorCritic(Composed):
         out, _ = self.rnn.step(weights, x.reshape(-1, x.shape[-1]), memory.reshape(-1, self.memory_size))
         return self.mlp.critic(weights, out[-1]).reshape(memory.shape[:-1])
 
-    def replay(
-        self, weights: Weights, obs: Obs, first: Tensor, memory: Tensor, scan: Callable[..., Any]
-    ) -> tuple[Any, Tensor, Tensor]:
+    def replay(self, weights: Weights, obs: Obs, first: Tensor, memory: Tensor, cells: Cells) -> tuple[Any, Tensor, Tensor]:
         """T steps of n environments at once: the distribution's parameters (T, n, ...), V (T, n), memory after each (T, n, S).
 
         obs: (T, n, *shape). first: (T, n) bool, nothing is remembered before such a step. memory: (n, S), before the first one.
         """
-        out, memory = self.rnn.replay(weights, self.encoder.encode(weights, obs), first, memory, scan)
+        out, memory = self.rnn.replay(weights, self.encoder.encode(weights, obs), first, memory, cells)
         dist, value = self.mlp.both(weights, out, first.shape)
         return masked(dist, obs, self.mlp), value, memory
 
