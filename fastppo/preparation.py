@@ -337,7 +337,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         if isinstance(made, TorchVectorEnv):
             collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
             fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
-            running = (*pack(made.running), *remembered)
+            running = (*pack(made.running), *(x.contiguous() for x in remembered))
             collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
             return {**jobs, "collect": Job(collect, fast_collect if on_cpu else collect, collect_example)}
         act_now: Any = programs.act_and_remember if remembered else programs.act
@@ -354,7 +354,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     if isinstance(made, TorchVectorEnv):
         collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
         each = Seeds(number, -(-number // workers) if mapped else 1, workers)
-        running = (*pack(made.running), *remembered)
+        running = (*pack(made.running), *(x.contiguous() for x in remembered))
         collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
         return {**jobs, "collect": Job(over(collect), collect, collect_example, each)}
     act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0], *remembered)

@@ -361,6 +361,8 @@ def learn(
         `Learned`: new parameters and state, nothing written in place.
     """
     num_steps = rollout["action"].shape[0] - 1
+    remembers, recurrent = policy.memory_size > 0, cast(RecurrentPolicy, policy)
+    rows_per_unit = num_steps if remembers else 1  # of what stays together in a minibatch
 
     def mine(x: Tensor, dim: int) -> Tensor:
         return _share(x, dim, worker, num_workers)
@@ -381,16 +383,14 @@ def learn(
         parts = reduced(flat, over_ranks=True).split([x.numel() for x in sums])
         return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
 
-    rows_per_unit = num_steps if policy.memory_size else 1
-
     def units(x: Tensor, dim: int = 0) -> Tensor:
         """What minibatches are made of: rows, T and N at `dim` as B; with a memory environments, as N and T."""
-        return x.transpose(dim, dim + 1) if policy.memory_size else x.flatten(dim, dim + 1)
+        return x.transpose(dim, dim + 1) if remembers else x.flatten(dim, dim + 1)
 
     def judged(judge: Callable[..., tuple[Tensor, Tensor]], carry: Tensor, *rows: Tensor) -> Tensor:
-        """`carry, out = judge(carry, *rows)`, out (C, steps, N), in parts of rows_per_pass rows, each worker for its own
+        """The `out` (C, steps, N) of `carry, out = judge(carry, *rows)`, in parts of rows_per_pass rows.
 
-        environments.
+        Each worker goes through its own environments, and carry is of those.
         """
         rows = tuple(mine(x, 1) for x in rows)  # (steps, N / workers, ...)
         steps = _largest_divisor(rows[0].shape[0], (rows_per_pass or rows[0].shape[0] * rows[0].shape[1]) // rows[0].shape[1])
@@ -407,7 +407,6 @@ def learn(
         everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
         return reduced(everyone, over_ranks=False).flatten(2)
 
-    remembers, recurrent = policy.memory_size > 0, cast(RecurrentPolicy, policy)
     obs, obs_spec = tree_flatten(normalize_obs(obs_of(rollout), normalization))  # leaves of (T+1, N, ...)
     final_obs: list[Tensor] = []
     final_spec = None
@@ -415,7 +414,7 @@ def learn(
         final_obs, final_spec = tree_flatten(normalize_obs(obs_of(rollout, "final_"), normalization))
 
     def unflatten(leaves: Sequence[Tensor]) -> tuple[Any, Any]:
-        """Observations and final ones, None where there are none."""
+        """From leaves: the observations, and the final ones, None where there are none."""
         final = None if final_spec is None else tree_unflatten(leaves[len(obs) :], final_spec)
         return tree_unflatten(leaves[: len(obs)], obs_spec), final
 
@@ -439,13 +438,9 @@ def learn(
             return memory[-1], torch.stack((policy.log_prob(dist, action), value, *final_value))
 
         # row T has no action and no end: its log-probability is computed for nothing, and dropped
-        if remembers:
-            judged_rows = judged(
-                judge_in_order, mine(rollout["memory"], 0), rollout["action"], rollout["first"], *obs, *final_obs
-            )
-        else:
-            judged_rows = judged(judge, params.new_zeros(()), rollout["action"], *obs, *final_obs)
-        log_prob, value, *final_value = judged_rows  # (T+1, N) each
+        rows = (rollout["action"], *((rollout["first"],) if remembers else ()), *obs, *final_obs)
+        start = mine(rollout["memory"], 0) if remembers else params.new_zeros(())
+        log_prob, value, *final_value = judged(judge_in_order if remembers else judge, start, *rows)  # (T+1, N) each
         log_prob, value, next_value = log_prob[:num_steps], value[:num_steps], value[1:]
         if final_value:
             next_value = torch.where(terminated | truncated, final_value[0][:num_steps], next_value)
@@ -470,14 +465,12 @@ def learn(
 
         # the scalars of all minibatches are gathered at once, so that each minibatch reads contiguous rows
         index = permutation.reshape(-1, minibatch_size // rows_per_unit)  # (L, m), L = E * B / M minibatches
-        scalars = units(torch.stack((log_prob, advantage, value_target, value, weight)), 1)[
-            :, index
-        ]  # (5, L, m) or (5, L, m, T)
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, m) or (L, m, T) each
+        scalars = units(torch.stack((log_prob, advantage, value_target, value, weight)), 1)[:, index]  # (5, L, m[, T])
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, m[, T]) each
         (transitions,) = total(weight.flatten(1).sum(-1))  # (L,)
         if norm_adv:
             advantage = standardize(advantage.flatten(1), weight.flatten(1), total=total).view_as(advantage)
-        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, m) or (L, 5, m, T)
+        scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, m[, T])
         minibatches = (mine(index, 1).contiguous(), mine(scalars, 2).contiguous(), transitions)
 
     obs_unit = [units(leaf[:num_steps]) for leaf in obs]  # (B, ...), views where nothing was normalised, or (N, T, ...)
@@ -486,7 +479,7 @@ def learn(
     num_parts = own_units // _largest_divisor(own_units, (rows_per_pass or minibatch_size) // rows_per_unit)
 
     def evaluated(params: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probability, V and entropy of the units, (m,) or (m, T) each."""
+        """Log-probability, V and entropy of the units, (m[, T]) each."""
         weights, obs, action = policy.weights(params), [leaf[index] for leaf in obs_unit], action_unit[index]
         if not remembers:
             dist, value = policy.actor_critic(weights, tree_unflatten(obs, obs_spec))
@@ -498,7 +491,7 @@ def learn(
 
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The part's share of the minibatch's loss and metrics; rows: () transitions in the whole minibatch, at least 1."""
-        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (units of the part,) or (.., T) each
+        old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (units of the part[, T]) each
         share = weight / rows
         log_prob, value, entropy = evaluated(params, index)
         log_ratio = log_prob - old_log_prob
@@ -520,7 +513,7 @@ def learn(
         return loss, torch.stack([metric.detach() for metric in metrics])
 
     def minibatch_gradient(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (P,) and metrics (6,) of one minibatch: index (m,), scalars (5, m) or (5, m, T); with workers, a share."""
+        """Gradient (P,) and metrics (6,) of one minibatch: index (m,), scalars (5, m[, T]); with workers, m / workers of it."""
         if num_parts == 1:
             grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
         else:
