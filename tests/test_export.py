@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -396,3 +397,85 @@ def test_the_readmes_file_runs(tmp_path, monkeypatch):
     names = {"obs": np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)}
     exec(example, names)
     np.testing.assert_array_equal(names["action"], load_policy("runs/NAME").act(names["obs"]))
+
+
+class Recorded(gym.vector.VectorWrapper):
+    """Environments that keep each observation, the action that followed, and whether the step before had ended the episode."""
+
+    def reset(self, *, seed=None, options=None):
+        """As always."""
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.over, self.kept = np.zeros(self.num_envs, bool), []
+        return self.obs, info
+
+    def step(self, actions):
+        """As always."""
+        self.kept.append((self.obs.copy(), actions.copy(), self.over))
+        self.obs, reward, terminated, truncated, info = self.env.step(actions)
+        self.over = terminated | truncated
+        return self.obs, reward, terminated, truncated, info
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    """A folder in which runs/NAME has a memory."""
+    folder = tmp_path_factory.mktemp("memory")
+    train_run(folder / "runs" / "NAME", rnn="lstm")
+    return folder
+
+
+SAME_STEP = 'num_envs=8, vectorization_mode="sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}'
+
+
+@pytest.mark.parametrize(
+    ("changes", "right"),
+    [
+        ({}, True),
+        ({"policy.reset(over)": "policy.reset(terminated | truncated)"}, False),
+        ({"policy.reset(over)": "pass"}, False),
+        ({"policy.reset(over)": "policy.reset(terminated | truncated)", "num_envs=8": SAME_STEP}, True),
+        (
+            {
+                "policy.reset(over)": "memory[over] = 0",
+                "policy.act(obs)": "action",
+                "    obs, reward": "    {call}\n    obs, reward",
+            },
+            True,
+        ),
+    ],
+    ids=["as it stands", "a step too early", "never", "reset within the step", "the exported file"],
+)
+def test_the_readmes_memory(changes, right, remembering, monkeypatch):
+    """README's loop acts as the policy does that plays each episode alone, on one environment; its other two ways do so too."""
+    section = readme_section("Memory")
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    monkeypatch.chdir(remembering)
+    names = {}
+    if "policy.act(obs)" in changes:
+        session = pytest.importorskip("onnxruntime").InferenceSession
+        told = export_policy(load_policy("runs/NAME"), "policy.onnx")
+        (size,) = re.search(r"memory float32 \(batch, (\d+)\)", str(told)).groups()
+        start, call = (re.search(rf"`({name} = .*?)`", section).group(1) for name in ("memory", "action, memory"))
+        names = {"session": session("policy.onnx"), "np": np, "S": int(size)}
+        exec(start, names)
+        changes = {old: new.replace("{call}", call) for old, new in changes.items()}
+    for old, new in changes.items():
+        assert example.count(old) == 1
+        example = example.replace(old, new)
+    make_vec = gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda *args, **kwargs: Recorded(make_vec(*args, **kwargs)))
+    exec(example, names)
+
+    policy = load_policy("runs/NAME")
+    within = names["envs"].metadata["autoreset_mode"] is gym.vector.AutoresetMode.SAME_STEP
+    same, episodes = [], 0
+    for index in range(8):
+        policy.reset()
+        for obs, action, over in names["envs"].kept:
+            if over[index]:
+                policy.reset()
+                episodes += 1
+            if within or not over[index]:  # otherwise the environment does not heed the action
+                same.append(policy.act(obs[index]) == action[index])
+    assert episodes > 20
+    assert all(same) == right
