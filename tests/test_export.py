@@ -5,8 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -49,15 +51,21 @@ def format_params():
     return ["onnx", "torch"]
 
 
+MEMORIES = {  # case of the same name, settings of its memory
+    "CartPole": {"rnn": "lstm", "rnn_layers": 2},
+    "Pendulum squashed": {"rnn": "gru"},
+    "masked choices": {"rnn": "lstm", "rnn_shared": True},
+    "mask in the info": {"rnn": "gru", "rnn_layers": 2, "share_backbone": True},
+}
 both = pytest.mark.parametrize("format", format_params())
 
 
-def make_agent(case, normalize=True):
+def make_agent(case, normalize=True, **settings):
     """A policy that nobody trained, whose actions vary, with statistics that have moved."""
     obs_space, action_space, squash, masked = CASES[case]
     action = action_spec(action_space, squash)
     obs = obs_spec(obs_space, action.size if masked else None, action)
-    network = make_network(obs, action, TrainConfig(cnn_size=16, hidden_sizes=(8, 8)))
+    network = make_network(obs, action, TrainConfig(cnn_size=16, hidden_sizes=(8, 8), rnn_hidden_size=8, **settings))
     generator = torch.Generator().manual_seed(1)
     params = network.init(generator)
     params += torch.randn(params.shape, generator=generator) * (0.02 if obs.has_images else 1.0)
@@ -69,32 +77,58 @@ def make_agent(case, normalize=True):
     return Agent(obs_space, obs, action, network, params, normalization)
 
 
-def observed(agent, rows):
+def observed(agent, rows, seed=3):
     """Observations as the environment gives them, a mask from its info, and both by the names of the file's inputs."""
     space = batch_space(agent.obs_space, rows)
-    space.seed(3)
+    space.seed(seed)
     obs, mask = space.sample(), None
     if agent.obs.info_mask is not None:
-        mask = np.random.default_rng(3).integers(2, size=(rows, agent.action.size), dtype=np.int8)
+        mask = np.random.default_rng(seed).integers(2, size=(rows, agent.action.size), dtype=np.int8)
     return obs, mask, {leaf.key: leaf.find(obs) if leaf is not agent.obs.info_mask else mask for leaf in agent.obs}
 
 
-def play(path, inputs):
-    """Actions of the file, as its users run it."""
+def player(path):
+    """The file as its users run it: inputs by name -> a list of outputs."""
     if path.suffix == ".pt2":
-        return torch.export.load(path).module()({name: torch.from_numpy(x) for name, x in inputs.items()}).numpy()
+        module = torch.export.load(path).module()
+
+        def run(inputs):
+            outputs = module({name: torch.from_numpy(x) for name, x in inputs.items()})
+            return [x.numpy() for x in (outputs if isinstance(outputs, tuple) else (outputs,))]
+
+        return run
     import onnxruntime
 
-    (action,) = onnxruntime.InferenceSession(path).run(["action"], inputs)
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    assert names == ["action", "next_memory"][: len(names)]
+    return lambda inputs: session.run(names, inputs)
+
+
+def play(path, inputs):
+    """Actions of a file without memory."""
+    (action,) = player(path)(inputs)
     return action
 
 
 def near_ties(agent, inputs):
     """Where the two best of a choice's logits are within 1e-5, (N, K)."""
     with torch.no_grad():
-        logits = DeployedPolicy(agent).dist({name: torch.from_numpy(x) for name, x in inputs.items()})
+        logits, _ = DeployedPolicy(agent).step({name: torch.from_numpy(x) for name, x in inputs.items()})
     best = [part.topk(2).values for part in logits.split(choices(agent.action.distribution, agent.action.size), -1)]
     return torch.stack([two[:, 0] - two[:, 1] < 1e-5 for two in best], -1).numpy()
+
+
+def assert_same(agent, inputs, got, expected):
+    """Actions as the policy's, each one of the action space: choices exactly, but for near ties, numbers to 1e-5."""
+    assert got.dtype == expected.dtype == agent.action.space.dtype
+    assert got.shape == expected.shape == (len(expected), *agent.action.space.shape)
+    assert all(agent.action.space.contains(np.asarray(action)) for action in got)
+    if got.dtype.kind == "f":
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    else:
+        different = (got != expected).reshape(len(expected), -1)
+        assert not different.any() or near_ties(agent, inputs)[different].all()
 
 
 @pytest.mark.parametrize(
@@ -113,15 +147,48 @@ def test_a_file_acts_as_the_policy_does(case, format, tmp_path):
     export_policy(agent, path, format)
     for rows in (1000, 7, 1):
         obs, mask, inputs = observed(agent, rows)
-        expected, got = agent.act(obs, action_mask=mask), play(path, inputs)
-        assert got.dtype == expected.dtype == agent.action.space.dtype
-        assert got.shape == expected.shape == (rows, *agent.action.space.shape)
-        assert all(agent.action.space.contains(np.asarray(action)) for action in got)
-        if got.dtype.kind == "f":
-            np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
-        else:
-            different = (got != expected).reshape(rows, -1)
-            assert not different.any() or near_ties(agent, inputs)[different].all()
+        assert_same(agent, inputs, play(path, inputs), agent.act(obs, action_mask=mask))
+
+
+@pytest.mark.parametrize("case", MEMORIES)
+def test_a_file_remembers_as_the_policy_does(case, tmp_path):
+    """In both formats, for 40 environments and for one: actions and memory over eight steps, episodes beginning in between.
+
+    A policy that forgets at each step acts otherwise, and so does one that never forgets: a file that does either is noticed.
+    """
+    agent = make_agent(case, **MEMORIES[case])
+    obs, mask, _ = observed(agent, 5)
+    agent.act(obs, action_mask=mask)
+    memory = agent.memory
+    size = 8 * agent.network.rnn.num_layers * (2 if agent.network.rnn.kind == "lstm" else 1)
+    files = {}
+    for format in (param for param in format_params() if isinstance(param, str)):
+        told = str(export_policy(agent, tmp_path / f"policy{SUFFIX[format]}", format))
+        assert re.search(rf"memory float32 \(batch, {size}\) -> action .*, next_memory float32 \(batch, {size}\); ", told)
+        assert told.endswith(" on 256 observations, 8 steps of 32")
+        files[format] = player(tmp_path / f"policy{SUFFIX[format]}")
+    assert agent.memory is memory
+
+    for rows in (40, 1):
+        forgetful, faithful = make_agent(case, **MEMORIES[case]), make_agent(case, **MEMORIES[case])
+        agent.reset()
+        memories = {format: np.zeros((rows, size), np.float32) for format in files}
+        others = np.zeros(2, int)
+        for step in range(8):
+            obs, mask, inputs = observed(agent, rows, seed=step)
+            first = np.arange(rows) % 3 == step % 3
+            agent.reset(first)
+            forgetful.reset()
+            expected = agent.act(obs, action_mask=mask)
+            others += [(other.act(obs, action_mask=mask) != expected).any() for other in (forgetful, faithful)]
+            for format, run in files.items():
+                memories[format][first] = 0
+                given = {**inputs, "memory": memories[format]}
+                action, memories[format] = run(given)
+                assert_same(agent, given, action, expected)
+                assert memories[format].dtype == np.float32
+                np.testing.assert_allclose(memories[format], agent.memory[:, :size], rtol=0, atol=1e-5)
+        assert rows == 1 or (others > 0).all()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -165,10 +232,10 @@ class Branching(Own):
         return super().forward(obs if obs.sum() > 0 else -obs)
 
 
-def train_run(run_dir, policy=None):
+def train_run(run_dir, policy=None, **settings):
     """A run of two iterations."""
     config = TrainConfig(num_envs=4, num_steps=32, num_iterations=2, eval_episodes=0, norm_obs=True, plain=True, compile="off")
-    return train(TrainConfig(**{**vars(config), "run_dir": str(run_dir)}), policy=policy)
+    return train(replace(config, run_dir=str(run_dir), **settings), policy=policy)
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +281,26 @@ def test_a_file_that_acts_otherwise_is_not_kept(case, tmp_path):
         export_policy(other, path, "torch")
     assert [file.name for file in tmp_path.iterdir()] == ["policy.pt2"]
     assert path.read_text() == "before"
+
+
+def test_a_file_that_remembers_otherwise_is_not_kept(tmp_path):
+    """Even where no action has shown it."""
+
+    class Other(Agent):
+        steps = 0
+
+        def act(self, obs, deterministic=True, action_mask=None):
+            action = super().act(obs, deterministic, action_mask)
+            self.steps += 1
+            if self.steps == 8:
+                self.memory = self.memory + 0.5
+            return action
+
+    agent = make_agent("CartPole", rnn="lstm")
+    other = Other(agent.obs_space, agent.obs, agent.action, agent.network, agent.params, agent.normalization)
+    with pytest.raises(TrainingFault, match=r"does not remember as the run's does, .*difference \d"):
+        export_policy(other, tmp_path / "policy.pt2", "torch")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_prints_one_line(run_dir, tmp_path):
@@ -289,12 +376,17 @@ def test_a_missing_package(package, run_dir, tmp_path, monkeypatch, capsys):
     assert error == f"error: --format onnx needs {package}, which is not installed: pip install 'fastppo[export]'\n"
 
 
+def readme_section(name):
+    """Its text."""
+    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
+    return re.search(rf"^## {name}\n(.*?)(?=\n## |\Z)", readme, re.MULTILINE | re.DOTALL).group(1)
+
+
 def test_the_readmes_file_runs(tmp_path, monkeypatch):
     """README's command and its lines of Python as they stand there."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    section = re.search(r"## Your policy elsewhere\n(.*?)\n## ", readme, re.DOTALL).group(1)
+    section = readme_section("Your policy elsewhere")
     command = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1), comments=True)
     example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
     assert command[0].endswith("/fastppo")
@@ -305,3 +397,85 @@ def test_the_readmes_file_runs(tmp_path, monkeypatch):
     names = {"obs": np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)}
     exec(example, names)
     np.testing.assert_array_equal(names["action"], load_policy("runs/NAME").act(names["obs"]))
+
+
+class Recorded(gym.vector.VectorWrapper):
+    """Environments that keep each observation, the action that followed, and whether the step before had ended the episode."""
+
+    def reset(self, *, seed=None, options=None):
+        """As always."""
+        self.obs, info = self.env.reset(seed=seed, options=options)
+        self.over, self.kept = np.zeros(self.num_envs, bool), []
+        return self.obs, info
+
+    def step(self, actions):
+        """As always."""
+        self.kept.append((self.obs.copy(), actions.copy(), self.over))
+        self.obs, reward, terminated, truncated, info = self.env.step(actions)
+        self.over = terminated | truncated
+        return self.obs, reward, terminated, truncated, info
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    """A folder in which runs/NAME has a memory."""
+    folder = tmp_path_factory.mktemp("memory")
+    train_run(folder / "runs" / "NAME", rnn="lstm")
+    return folder
+
+
+SAME_STEP = 'num_envs=8, vectorization_mode="sync", vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}'
+
+
+@pytest.mark.parametrize(
+    ("changes", "right"),
+    [
+        ({}, True),
+        ({"policy.reset(over)": "policy.reset(terminated | truncated)"}, False),
+        ({"policy.reset(over)": "pass"}, False),
+        ({"policy.reset(over)": "policy.reset(terminated | truncated)", "num_envs=8": SAME_STEP}, True),
+        (
+            {
+                "policy.reset(over)": "memory[over] = 0",
+                "policy.act(obs)": "action",
+                "    obs, reward": "    {call}\n    obs, reward",
+            },
+            True,
+        ),
+    ],
+    ids=["as it stands", "a step too early", "never", "reset within the step", "the exported file"],
+)
+def test_the_readmes_memory(changes, right, remembering, monkeypatch):
+    """README's loop acts as the policy does that plays each episode alone, on one environment; its other two ways do so too."""
+    section = readme_section("Memory")
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    monkeypatch.chdir(remembering)
+    names = {}
+    if "policy.act(obs)" in changes:
+        session = pytest.importorskip("onnxruntime").InferenceSession
+        told = export_policy(load_policy("runs/NAME"), "policy.onnx")
+        (size,) = re.search(r"memory float32 \(batch, (\d+)\)", str(told)).groups()
+        start, call = (re.search(rf"`({name} = .*?)`", section).group(1) for name in ("memory", "action, memory"))
+        names = {"session": session("policy.onnx"), "np": np, "S": int(size)}
+        exec(start, names)
+        changes = {old: new.replace("{call}", call) for old, new in changes.items()}
+    for old, new in changes.items():
+        assert example.count(old) == 1
+        example = example.replace(old, new)
+    make_vec = gym.make_vec
+    monkeypatch.setattr(gym, "make_vec", lambda *args, **kwargs: Recorded(make_vec(*args, **kwargs)))
+    exec(example, names)
+
+    policy = load_policy("runs/NAME")
+    within = names["envs"].metadata["autoreset_mode"] is gym.vector.AutoresetMode.SAME_STEP
+    same, episodes = [], 0
+    for index in range(8):
+        policy.reset()
+        for obs, action, over in names["envs"].kept:
+            if over[index]:
+                policy.reset()
+                episodes += 1
+            if within or not over[index]:  # otherwise the environment does not heed the action
+                same.append(policy.act(obs[index]) == action[index])
+    assert episodes > 20
+    assert all(same) == right

@@ -96,6 +96,15 @@ def assert_same_bits(one, other):
     assert all(torch.equal(x, y) for x, y in zip(one.adam, other.adam, strict=True))
 
 
+def assert_together(results, expected):
+    """What each of several has computed: the same bits, and but for rounding what one alone computes."""
+    for result in results:
+        assert_same_bits(result, results[0])
+        torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[3:], expected[3:], rtol=1e-5, atol=1e-5)
+
+
 # --- against an update made of other people's parts ---
 
 
@@ -266,6 +275,7 @@ def test_first_minibatch_has_ratio_one(policy):
 
 class CountingPolicy:
     """A policy that remembers which rows it was shown. An observation is its row's number, and so is its action."""
+
     memory_size = 0
 
     def __init__(self):
@@ -679,11 +689,7 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
 
     with ThreadPoolExecutor(workers) as pool:
         results = list(pool.map(work, range(workers)))
-    for result in results:
-        assert_same_bits(result, results[0])
-        torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result[3:], expected[3:])
+    assert_together(results, expected)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (4, 1), (2, 2)])
@@ -743,11 +749,7 @@ def test_ranks_together_make_the_update_of_one(policy, options, ranks, workers):
 
     with ThreadPoolExecutor(both) as pool:
         results = list(pool.map(work, range(both)))
-    for result in results:
-        assert_same_bits(result, results[0])
-        torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result[3:], expected[3:], rtol=1e-5, atol=1e-5)
+    assert_together(results, expected)
 
 
 @POLICIES

@@ -1,6 +1,6 @@
 """README.md: its examples run, its command lines are such that the flags' parsers take, its file tree is that of the package.
 
-Three examples are run where the things themselves are tested: see EXAMPLES.
+Four examples are run where the things themselves are tested: see EXAMPLES.
 """
 
 import ast
@@ -36,6 +36,7 @@ EXAMPLES = {
     "Your own environment on the device": "test_collect.test_the_readmes_environment_learns",
     "Your own network": "test_module_policy.test_the_readmes_network_learns",
     "Your policy elsewhere": "test_export.test_the_readmes_file_runs",
+    "Memory": "test_export.test_the_readmes_memory",
 }
 
 

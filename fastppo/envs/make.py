@@ -1,7 +1,6 @@
 """From an environment id to a gymnasium vector environment, or to one clear line why not. Costs no torch."""
 
 import importlib
-import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from fastppo.cores import available_cores
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, nearest
@@ -84,8 +84,7 @@ def _make_vec(
 
 def num_processes(num_envs: int, num_threads: int | None) -> int:
     """K, groups of environments for "grouped": --num-threads, or as many as this process has cores; no more than there are."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_envs, num_threads or cores)
+    return min(num_envs, num_threads or available_cores())
 
 
 def default_vectorization(env_id: str) -> str:

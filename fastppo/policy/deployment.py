@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastppo.core.programs import Obs, normalize_obs
 from fastppo.policy.agent import Agent
+from fastppo.policy.recurrent import RecurrentActorCritic
 
 
 class DeployedPolicy(nn.Module):
@@ -16,6 +17,9 @@ class DeployedPolicy(nn.Module):
 
     Takes the parts of an observation as the environment gives them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
     `action_mask` where the policy has one. Returns actions (N, ...) as the environment takes them.
+
+    A policy with memory also takes `memory` (N, S), what the actor remembers, and returns that after this step behind the
+    actions. It resets nothing: who calls it zeroes the rows of new episodes.
     """
 
     @torch.inference_mode(False)  # tensors that are made in it cannot be traced
@@ -40,8 +44,13 @@ class DeployedPolicy(nn.Module):
     def _owned(self, kind: str) -> dict[str, Tensor]:
         return {name: self.get_buffer(buffer) for name, buffer in self.names[kind].items()}
 
-    def dist(self, inputs: Mapping[str, Tensor]) -> Any:
-        """Parameters of the action distribution: logits (N, A), or (mean, log_std) of (N, A) each."""
+    @property
+    def memory_size(self) -> int:
+        """S, the numbers that the actor remembers of each environment; 0: none."""
+        return self.network.actor_size if isinstance(self.network, RecurrentActorCritic) else 0
+
+    def step(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor | None]:
+        """Parameters of the action distribution: logits (N, A), or (mean, log_std) of (N, A) each. And the memory after it."""
         leaves = {}
         for leaf in self.obs:
             x = inputs[leaf.key]
@@ -51,10 +60,14 @@ class DeployedPolicy(nn.Module):
         if self.names["mean"]:
             moments: dict[str, Any] = {"obs_mean": self._owned("mean"), "obs_scale": self._owned("scale")}
             seen = normalize_obs(seen, self.normalization._replace(**moments))
-        return self.network.actor(self._owned("weight"), seen)
+        if isinstance(self.network, RecurrentActorCritic):
+            return self.network.step(self._owned("weight"), seen, inputs["memory"])
+        return self.network.actor(self._owned("weight"), seen), None
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The likeliest actions."""
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+        """The likeliest actions; of a policy with memory, that after them as well."""
+        dist, memory = self.step(inputs)
         bounds = self._owned("action")
-        action = replace(self.action, low=bounds["low"], high=bounds["high"])
-        return action.to_env(action.distribution.mode(self.dist(inputs)))
+        spec = replace(self.action, low=bounds["low"], high=bounds["high"])
+        action = spec.to_env(spec.distribution.mode(dist))
+        return action if memory is None else (action, memory)
