@@ -182,7 +182,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     if isinstance(made, TorchVectorEnv):
         made.reset(seed=0)  # for the form of its state; start_collector resets it again
         if config.resume:
-            for state, environments in zip(states, states_of(made, nothing_remembered(network, config, made)), strict=True):
+            for state, environments in zip(states, states_of(made, nothing_remembered(network, made)), strict=True):
                 state.environments = gather_environments(environments, ranks)
     return Task(
         config=config,
@@ -206,14 +206,10 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     )
 
 
-def nothing_remembered(network: Network, config: TrainConfig, made: TorchVectorEnv) -> tuple[Tensor, ...]:
+def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, ...]:
     """What a checkpoint keeps of a policy's memory beside environments on the device, all zeros."""
-    if network.memory_size == 0:
-        return ()
-    shape = made.running.done.shape
-    return torch.zeros(*shape, network.memory_size, device=made.device), torch.zeros(
-        shape, dtype=torch.bool, device=made.device
-    )
+    first = torch.zeros_like(made.running.done)
+    return (first.new_zeros(*first.shape, network.memory_size, dtype=torch.float32), first) if network.memory_size else ()
 
 
 def make_own(config: TrainConfig, device: torch.device, deadline: Deadline) -> tuple[VectorEnv, str, str]:
