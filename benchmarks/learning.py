@@ -42,6 +42,8 @@ ZOO: Mapping[str, tuple[float, str]] = {
     "Swimmer": (281.6, "1M"),
     "Pong": (20.99, "10M"),
     "Breakout": (398.0, "10M"),
+    "CartPoleNoVel": (500.0, "100k"),  # these two: ppo_lstm
+    "PendulumNoVel": (-217.9, "100k"),
 }
 # CleanRL's: training returns, mean of three seeds, MuJoCo v4: https://docs.cleanrl.dev/rl-algorithms/ppo
 CLEANRL: Mapping[str, tuple[float, str]] = {
