@@ -161,8 +161,21 @@ class MemoryTask:
     delay: int | None = None  # of the Recall that it is evaluated with, whatever it was trained with
 
 
+RECALL = "--num-envs 32 --gamma 0.5 --ent-coef 0.01 --env-kwargs"  # a short horizon: only the answer is worth anything
 TASKS: Mapping[str, MemoryTask] = {
-    "recall8": MemoryTask("Recall-v0", "--num-envs 16 --total-timesteps 100000", 8),
+    "recall8": MemoryTask("Recall-v0", f"--total-timesteps 100000 {RECALL} delay=8", 8),
+    "recall64": MemoryTask("Recall-v0", f"--total-timesteps 300000 {RECALL} delay=64 min_delay=1", 64),
+    # the Zoo's settings: hyperparams/ppo_lstm.yml at 22e3ff2
+    "cartpole": MemoryTask(
+        "CartPoleNoVel-v1",
+        "--total-timesteps 500000 --num-steps 32 --num-minibatches 1 --update-epochs 20 --learning-rate 1e-3 --anneal-clip "
+        "--gamma 0.98 --gae-lambda 0.8 --norm-obs --norm-reward --hidden-sizes 64 --activation relu",
+    ),
+    "pendulum": MemoryTask(
+        "PendulumNoVel-v1",
+        "--total-timesteps 100000 --num-steps 256 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
+        "--norm-reward",
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """The peers: Stable-Baselines3's PPO, sb3-contrib's with memory and one of torchrl's pieces, timed on fastppo's workloads.
 
-Settings are the same. Each is written as its own documentation writes it and shares no code with fastppo. The first iteration of
-every run warms up and is not timed; a step is one transition, and none of them counts rows in which an environment is only reset.
+Settings are the same. Each is written as its own documentation writes it and shares no code with fastppo. The first iteration
+of every run warms up and is not timed; a step is one transition, and none counts rows in which an environment is only reset.
 For environments on the device the peers are those of jax_peers.py. All are run in turn with fastppo, round by round:
 python benchmarks/peers.py --workload cartpole8 --total-timesteps 20000 --rounds 3
 python benchmarks/peers.py --workload device8 --jax-python jaxenv/bin/python --purejaxrl purejaxrl

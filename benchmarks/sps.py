@@ -211,7 +211,9 @@ def main(config: SpsConfig) -> None:
             "ratio": statistics.median(speeds) / median,
             "ratio_spread": [ratios[0], ratios[-1]],
         }
-        table.caption = f"{result['ratio']:.2f} times {name} ({ratios[0]:.2f} to {ratios[-1]:.2f} by round)"
+        table.caption = (
+            f"{result['ratio']:.2f} times {config.against or 'the yardstick'} ({ratios[0]:.2f} to {ratios[-1]:.2f} by round)"
+        )
     if not config.json:
         Console(width=120).print(table)
     print(json.dumps(result))
