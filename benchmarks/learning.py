@@ -42,6 +42,8 @@ ZOO: Mapping[str, tuple[float, str]] = {
     "Swimmer": (281.6, "1M"),
     "Pong": (20.99, "10M"),
     "Breakout": (398.0, "10M"),
+    "CartPoleNoVel": (500.0, "100k"),  # these two: ppo_lstm
+    "PendulumNoVel": (-217.9, "100k"),
 }
 # CleanRL's: training returns, mean of three seeds, MuJoCo v4: https://docs.cleanrl.dev/rl-algorithms/ppo
 CLEANRL: Mapping[str, tuple[float, str]] = {
@@ -143,11 +145,14 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
         "|" + "---|" * 10,
     ]
     for row in summaries:
-        each = ", ".join(f"{value:.1f}" for value in row["evaluations"])
+        digits = 2 if max(map(abs, row["evaluations"])) <= 1 else 1  # shares of episodes solved
+        each = ", ".join(f"{value:.{digits}f}" for value in row["evaluations"])
         others = "; ".join(f"{source} {mean:g} ({steps})" for source, (mean, steps) in row["published"].items())
         lines.append(
-            f"| {row['env_id']} | {row['preset']} | {row['steps']:,} | {each} | {row['mean']:.1f} ± {row['std']:.1f} "
-            f"| {row['iqm']:.1f} ({row['interval'][0]:.1f} to {row['interval'][1]:.1f}) | {row['training_mean']:.1f} "
+            f"| {row['env_id']} | {row['preset']} | {row['steps']:,} | {each} "
+            f"| {row['mean']:.{digits}f} ± {row['std']:.{digits}f} "
+            f"| {row['iqm']:.{digits}f} ({row['interval'][0]:.{digits}f} to {row['interval'][1]:.{digits}f}) "
+            f"| {row['training_mean']:.{digits}f} "
             f"| {row['seconds']:.0f} | {row['sps']:,.0f} | {others} |"
         )
     return "\n".join(lines)

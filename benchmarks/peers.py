@@ -1,8 +1,8 @@
-"""The peers: Stable-Baselines3's PPO and a PPO of torchrl's own pieces, timed on fastppo's workloads with the same settings.
+"""The peers: Stable-Baselines3's PPO, sb3-contrib's with memory and one of torchrl's pieces, timed on fastppo's workloads.
 
-Each is written as its own documentation writes it and shares no code with fastppo. The first iteration of every run warms up
-and is not timed; a step is one transition, and neither peer counts rows in which an environment is only reset. For environments
-on the device the peers are those of jax_peers.py. All are run in turn with fastppo, round by round:
+Settings are the same. Each is written as its own documentation writes it and shares no code with fastppo. The first iteration
+of every run warms up and is not timed; a step is one transition, and none counts rows in which an environment is only reset.
+For environments on the device the peers are those of jax_peers.py. All are run in turn with fastppo, round by round:
 python benchmarks/peers.py --workload cartpole8 --total-timesteps 20000 --rounds 3
 python benchmarks/peers.py --workload device8 --jax-python jaxenv/bin/python --purejaxrl purejaxrl
 """
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,8 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
 
     make_vec_env's default, DummyVecEnv, and the CPU are what its documentation advises for PPO with an MLP. MlpPolicy's own
     defaults are the rest of the setting: 64 64 tanh for actor and critic each, orthogonal weights, Adam's epsilon 1e-5. Atari
-    is played as its RL Zoo does: make_atari_env, four frames stacked, CnnPolicy.
+    is played as its RL Zoo does: make_atari_env, four frames stacked, CnnPolicy. A recurrent workload is learned by
+    sb3-contrib's RecurrentPPO, of which each minibatch is a stretch of rows that goes on over environments and episodes.
     """
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
@@ -63,8 +65,14 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
     else:
         envs = make_vec_env(workload.env_id, n_envs=workload.num_envs, seed=seed)
         envs = VecNormalize(envs) if workload.normalized else envs
-    model = PPO(
-        "CnnPolicy" if workload.is_atari else "MlpPolicy",
+    algorithm: Callable[..., Any] = PPO
+    if workload.recurrent:
+        from sb3_contrib import RecurrentPPO
+
+        memory = {"lstm_hidden_size": 64, "shared_lstm": False, "enable_critic_lstm": True}
+        algorithm = partial(RecurrentPPO, policy_kwargs=memory)
+    model = algorithm(
+        "MlpLstmPolicy" if workload.recurrent else "CnnPolicy" if workload.is_atari else "MlpPolicy",
         envs,
         learning_rate=lambda remaining: remaining * (2.5e-4 if workload.is_atari else LEARNING_RATE),
         n_steps=workload.num_steps,
@@ -167,6 +175,7 @@ def run_torchrl(workload: Workload, num_iterations: int, seed: int) -> float:
 # Name: package, the function that times it, and whether torch.distributions checks its arguments where only it is imported.
 PEERS: dict[str, tuple[str, Callable[[Workload, int, int], float], bool]] = {
     "sb3": ("stable_baselines3", run_sb3, __debug__),
+    "sb3-contrib": ("sb3_contrib", run_sb3, __debug__),
     "torchrl": ("torchrl", run_torchrl, False),
 }
 
@@ -195,6 +204,15 @@ def run_peer(name: str, workload: str, total_timesteps: int, num_threads: int) -
 JAX_PEERS = ("purejaxrl", "rejax")
 
 
+def peers_of(workload: Workload) -> tuple[str, ...]:
+    """Those that have it."""
+    if workload.backend == "torch":
+        return JAX_PEERS
+    if workload.recurrent:
+        return ("sb3-contrib",)
+    return ("sb3",) if workload.normalized or workload.is_atari else ("sb3", "torchrl")
+
+
 def run_jax_peer(name: str, workload: str, config: "PeersConfig") -> float:
     """Steps per second of jax_peers.py, run by the Python of its own environment."""
     command = [str(config.jax_python), str(Path(__file__).with_name("jax_peers.py")), "--peer", name, "--workload", workload]
@@ -209,14 +227,14 @@ class PeersConfig:
 
     workload: WorkloadName = "cartpole8"
     """Environment and sizes; those on the device have the peers in JAX."""
-    peers: tuple[Literal["sb3", "torchrl", "purejaxrl", "rejax"], ...] | None = None
+    peers: tuple[Literal["sb3", "sb3-contrib", "torchrl", "purejaxrl", "rejax"], ...] | None = None
     """Which ones, taken in turn in every round; default: all that have the workload."""
     total_timesteps: int = 20_000
-    """Transitions of each run of sb3 and torchrl, rounded down to whole iterations, at least two; the first is not timed."""
+    """Transitions of each run, but of those in JAX, rounded down to whole iterations, at least two; the first is not timed."""
     rounds: int = 3
     """Runs of each, of which the median is reported."""
     num_threads: int | None = None
-    """torch's threads, for sb3 and torchrl; default: 1, their best at these sizes, and all for the CNN."""
+    """torch's threads, for the same; default: 1, their best at these sizes, and all for the CNN."""
     jax_python: Path | None = None
     """Python of the environment that the first lines of jax_peers.py set up."""
     purejaxrl: Path | None = None
@@ -229,12 +247,10 @@ def main(config: PeersConfig) -> int:
         print("--total-timesteps, --rounds and --num-threads must be at least 1", file=sys.stderr)
         return 2
     workload = WORKLOADS[config.workload]
-    on_device = workload.backend == "torch"
-    only_sb3 = workload.normalized or workload.is_atari
-    names = list(config.peers or (JAX_PEERS if on_device else ("sb3",) if only_sb3 else PEERS))
+    names = list(config.peers or peers_of(workload))
     num_threads = config.num_threads or (torch.get_num_threads() if workload.is_atari else 1)
     for name in names:
-        if (name in JAX_PEERS) != on_device or (only_sb3 and name != "sb3"):
+        if name not in peers_of(workload):
             print(f"--peers {name}: not for --workload {config.workload}", file=sys.stderr)
             return 2
         if name in PEERS and importlib.util.find_spec(PEERS[name][0]) is None:

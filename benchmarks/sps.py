@@ -2,8 +2,8 @@
 
 Each run is the user's own command in a fresh process, logging and checkpoints included; transitions are counted, autoreset
 steps are not. Warm-up (the first iterations, and what comes before compiled programs are in use) is left out and reported
-apart. `--compare` runs the yardstick in between, round by round, and gives the ratio of medians. The last line of the output is
-one JSON object.
+apart. `--compare` runs the yardstick in between, round by round, and gives the ratio of medians; `--against W` does so with
+another workload of ours. The last line of the output is one JSON object.
 """
 
 import csv
@@ -38,6 +38,7 @@ class Workload:
     yardstick_timesteps: int
     backend: str = "gymnasium"  # fastppo's; yardstick and peers step gymnasium's environments
     normalized: bool = False  # observations and rewards by running statistics, not in the yardstick
+    recurrent: bool = False  # actor and critic each behind an LSTM of 64 of its own, not in the yardstick
 
     @property
     def batch_size(self) -> int:
@@ -57,7 +58,7 @@ class Workload:
 
 WorkloadName = Literal[
     *("cartpole8", "cartpole1024", "pendulum8", "device8", "device1024"),
-    *("halfcheetah8", "halfcheetah8-envpool", "breakout8", "breakout8-envpool"),
+    *("halfcheetah8", "halfcheetah8-envpool", "breakout8", "breakout8-envpool", "recurrent8"),
 ]
 WORKLOADS: Mapping[str, Workload] = {
     "cartpole8": Workload("CartPole-v1", 8, 128, 4, 4, 200_000, 50_000),
@@ -69,6 +70,7 @@ WORKLOADS: Mapping[str, Workload] = {
     "halfcheetah8-envpool": Workload("HalfCheetah-v5", 8, 256, 32, 10, 200_000, 20_000, "envpool", normalized=True),
     "breakout8": Workload("ALE/Breakout-v5", 8, 128, 4, 4, 12_000, 0),
     "breakout8-envpool": Workload("ALE/Breakout-v5", 8, 128, 4, 4, 12_000, 0, "envpool"),
+    "recurrent8": Workload("CartPole-v1", 8, 128, 4, 4, 100_000, 0, recurrent=True),
 }
 
 
@@ -80,6 +82,8 @@ class SpsConfig:
     """What to run."""
     compare: bool = False
     """Run the yardstick too, interleaved, and give the ratio of medians."""
+    against: WorkloadName | None = None
+    """Run this workload of fastppo too, interleaved, and give the ratio of medians: cartpole8 is recurrent8 without memory."""
     rounds: int = 3
     """Runs of each."""
     compile: Literal["off", "auto", "on"] = "on"
@@ -119,6 +123,7 @@ def run_fastppo(
         } | ({} if num_threads is None else {"--num-threads": num_threads})
         words = [str(word) for pair in flags.items() for word in pair]
         words += ["--norm-obs", "--norm-reward"] * workload.normalized
+        words += ["--rnn", "lstm", "--rnn-hidden-size", "64"] * workload.recurrent
         words += ["--clip-reward", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"] * workload.is_atari
         subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL)
         summary = json.loads((run_dir / "summary.json").read_text())
@@ -158,12 +163,12 @@ def run_yardstick(workload: Workload, num_threads: int | None = None) -> dict[st
 
 
 def compare(
-    workload: Workload, rounds: int, compile: str = "on", num_threads: int | None = None
+    workload: Workload, other: Workload | None, rounds: int, compile: str = "on", num_threads: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """`rounds` runs of each, interleaved."""
+    """`rounds` runs of the workload and of the other one, or of the yardstick, interleaved."""
     ours, theirs = [], []
     for _ in range(rounds):
-        theirs.append(run_yardstick(workload, num_threads))
+        theirs.append(run_fastppo(other, compile, num_threads) if other else run_yardstick(workload, num_threads))
         ours.append(run_fastppo(workload, compile, num_threads))
     return ours, theirs
 
@@ -172,12 +177,16 @@ def main(config: SpsConfig) -> None:
     """Run, print a table and the JSON line."""
     workload = WORKLOADS[config.workload]
     if config.compare and not workload.yardstick_timesteps:
-        sys.exit("--compare: the yardstick has no convolutions; peers.py compares with Stable-Baselines3")
+        sys.exit("--compare: the yardstick has no convolutions and no memory; peers.py compares with Stable-Baselines3")
+    if config.compare and config.against:
+        sys.exit("--compare is with the yardstick, --against with a workload: one of the two")
+    other = WORKLOADS[config.against] if config.against else None
     if config.compile == "on":
-        run_fastppo(workload, "on", config.num_threads)  # compiles where the cache has nothing: not what is measured
+        for each in (workload, other) if other else (workload,):
+            run_fastppo(each, "on", config.num_threads)  # compiles where the cache has nothing: not what is measured
     theirs: list[dict[str, Any]] = []
-    if config.compare:
-        ours, theirs = compare(workload, config.rounds, config.compile, config.num_threads)
+    if config.compare or other:
+        ours, theirs = compare(workload, other, config.rounds, config.compile, config.num_threads)
     else:
         ours = [run_fastppo(workload, config.compile, config.num_threads) for _ in range(config.rounds)]
     speeds = sorted(run["sps"] for run in ours)
@@ -192,16 +201,19 @@ def main(config: SpsConfig) -> None:
         f"fastppo, {middle['tier']}", f"{middle['sps']:,.0f}", f"{speeds[0]:,.0f}", f"{speeds[-1]:,.0f}", *shares, first
     )
     if theirs:
-        yardstick = sorted(run["sps"] for run in theirs)
-        median = statistics.median(yardstick)
-        table.add_row("yardstick", f"{median:,.0f}", f"{yardstick[0]:,.0f}", f"{yardstick[-1]:,.0f}")
+        name = config.against or "yardstick"
+        others = sorted(run["sps"] for run in theirs)
+        median = statistics.median(others)
+        table.add_row(name, f"{median:,.0f}", f"{others[0]:,.0f}", f"{others[-1]:,.0f}")
         ratios = sorted(one["sps"] / other["sps"] for one, other in zip(ours, theirs, strict=True))
         result |= {
-            "yardstick_sps": median,
+            f"{name}_sps": median,
             "ratio": statistics.median(speeds) / median,
             "ratio_spread": [ratios[0], ratios[-1]],
         }
-        table.caption = f"{result['ratio']:.2f} times the yardstick ({ratios[0]:.2f} to {ratios[-1]:.2f} by round)"
+        table.caption = (
+            f"{result['ratio']:.2f} times {config.against or 'the yardstick'} ({ratios[0]:.2f} to {ratios[-1]:.2f} by round)"
+        )
     if not config.json:
         Console(width=120).print(table)
     print(json.dumps(result))

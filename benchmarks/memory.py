@@ -1,0 +1,252 @@
+"""Environments that need memory, and how well fastppo learns them with one: `python benchmarks/memory.py --task recall8`.
+
+Importing this file registers them, so `--env-id benchmarks.memory:Recall-v0 --env-kwargs delay=64` works from the repository's
+root. The two without velocities are those of the RL Zoo, whose ppo_lstm (sb3-contrib's RecurrentPPO) has published figures for
+them; the Zoo writes 0 where a velocity was, here it is left out. Run as a script it trains with a memory and without, each seed
+in a fresh process; the last line of the output is one JSON object.
+"""
+
+import concurrent.futures
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.envs.classic_control import PendulumEnv
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv, CartPoleVectorEnv
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from fastppo import load_policy
+from fastppo.envs.device import TorchVectorEnv
+
+
+class RecallState(NamedTuple):
+    """Each (N,) int64."""
+
+    cue: Tensor
+    left: Tensor  # steps until it is asked for, 0 when it is
+
+
+@dataclass(frozen=True)
+class Recall:
+    """One of `num_cues` cues is shown, then nothing `delay` times, at the last of which the agent has to name it.
+
+    An observation is the cue as one-hot, zeros after the first, and 1 where the agent is asked. Its action is worth 1 there if
+    it is the cue, anything else 0: the mean return is the share of episodes solved, 1 / num_cues without memory. With
+    `min_delay` the delay of each episode is drawn log-uniformly, from there to `delay`: what is learned from short ones helps
+    with the long ones, of which alone a new network has no gradient.
+    """
+
+    delay: int = 8
+    num_cues: int = 4
+    min_delay: int | None = None
+    max_episode_steps: int | None = None
+
+    num_random: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        least = self.delay if self.min_delay is None else self.min_delay
+        if not 1 <= least <= self.delay or self.num_cues < 1:
+            raise ValueError(f"delay, min_delay and num_cues must be at least 1, and min_delay at most delay: {self}")
+
+    @property
+    def observation_space(self) -> gym.Space[Any]:
+        return Box(0.0, 1.0, (self.num_cues + 1,), np.float32)
+
+    @property
+    def action_space(self) -> gym.Space[Any]:
+        return Discrete(self.num_cues)
+
+    def reset(self, random: Tensor) -> tuple[RecallState, Tensor]:
+        least = self.delay if self.min_delay is None else self.min_delay
+        cue = (random[:, 0] * self.num_cues).long().clamp(max=self.num_cues - 1)  # clamp: rounding
+        left = (least * ((self.delay + 1) / least) ** random[:, 1]).long().clamp(least, self.delay)
+        return RecallState(cue, left), (cue[:, None] == self._places(cue)).float()
+
+    def step(self, state: RecallState, action: Tensor, random: Tensor) -> tuple[RecallState, Tensor, Tensor, Tensor, Tensor]:
+        cue, left = state
+        asked = left == 0
+        left = left - 1
+        obs = (left == 0)[:, None] & (self._places(cue) == self.num_cues)
+        right = asked & (action == cue)
+        return RecallState(cue, left), obs.float(), right.float(), asked, torch.zeros_like(asked)
+
+    def _places(self, like: Tensor) -> Tensor:
+        """Of an observation's numbers: the cues', then that of being asked."""
+        return torch.arange(self.num_cues + 1, device=like.device)
+
+
+class RecallEnv(gym.Env[np.ndarray, np.int64]):
+    """One `Recall` as a plain environment, for workers and whoever else wants one alone."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.one = TorchVectorEnv(Recall(**kwargs), 1)
+        self.observation_space, self.action_space = self.one.single_observation_space, self.one.single_action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        obs, _ = self.one.reset(seed=seed)
+        return obs[0].numpy(), {}
+
+    def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, _ = self.one.step(torch.tensor([int(action)]))
+        return obs[0].numpy(), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
+
+
+def only(env: gym.Env, kept: list[int]) -> gym.Env:
+    """`env` with these numbers of its observations."""
+    space = env.observation_space
+    return gym.wrappers.TransformObservation(
+        env, lambda obs: obs[kept], Box(space.low[kept], space.high[kept], dtype=np.float32)
+    )
+
+
+def cartpole_without_velocity(**kwargs: Any) -> gym.Env:
+    """Position and angle of gymnasium's CartPole, (2,)."""
+    return only(CartPoleEnv(**kwargs), [0, 2])
+
+
+def pendulum_without_velocity(**kwargs: Any) -> gym.Env:
+    """Cosine and sine of gymnasium's Pendulum, (2,)."""
+    return only(PendulumEnv(**kwargs), [0, 1])
+
+
+class CartPolesWithoutVelocity(gym.vector.VectorObservationWrapper):
+    """Position and angle of N of gymnasium's vector CartPole, (N, 2)."""
+
+    def __init__(self, num_envs: int, **kwargs: Any) -> None:
+        envs = CartPoleVectorEnv(num_envs, **kwargs)
+        super().__init__(envs)
+        space = envs.single_observation_space
+        self.single_observation_space = Box(space.low[[0, 2]], space.high[[0, 2]], dtype=np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+
+    def observations(self, observations: np.ndarray) -> np.ndarray:
+        return observations[:, [0, 2]]
+
+
+def recalls(num_envs: int, **kwargs: Any) -> VectorEnv:
+    """N copies of `Recall`, on the device for --backend torch."""
+    return TorchVectorEnv(Recall(**kwargs), num_envs)
+
+
+if "Recall-v0" not in gym.registry:
+    gym.register("Recall-v0", entry_point=RecallEnv, vector_entry_point=recalls)
+    gym.register(
+        "CartPoleNoVel-v1",
+        entry_point=cartpole_without_velocity,
+        vector_entry_point=CartPolesWithoutVelocity,
+        max_episode_steps=500,
+    )
+    gym.register("PendulumNoVel-v1", entry_point=pendulum_without_velocity, max_episode_steps=200)
+
+
+@dataclass(frozen=True)
+class MemoryTask:
+    """What is trained, with flags of fastppo.train."""
+
+    env_id: str
+    flags: str
+    delay: int | None = None  # of the Recall that it is evaluated with, whatever it was trained with
+
+
+RECALL = "--num-envs 32 --gamma 0.5 --ent-coef 0.01 --env-kwargs"  # a short horizon: only the answer is worth anything
+TASKS: Mapping[str, MemoryTask] = {
+    "recall8": MemoryTask("Recall-v0", f"--total-timesteps 100000 {RECALL} delay=8", 8),
+    "recall64": MemoryTask("Recall-v0", f"--total-timesteps 300000 {RECALL} delay=64 min_delay=1", 64),
+    # the Zoo's settings: hyperparams/ppo_lstm.yml at 22e3ff2
+    "cartpole": MemoryTask(
+        "CartPoleNoVel-v1",
+        "--total-timesteps 500000 --num-steps 32 --num-minibatches 1 --update-epochs 20 --learning-rate 1e-3 --anneal-clip "
+        "--gamma 0.98 --gae-lambda 0.8 --norm-obs --norm-reward --hidden-sizes 64 --activation relu",
+    ),
+    "pendulum": MemoryTask(
+        "PendulumNoVel-v1",
+        "--total-timesteps 200000 --num-steps 256 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
+        "--norm-reward",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Train a task with memory and without; flags after `--` go to every run. The last line is one JSON object."""
+
+    task: Literal["recall8", "recall64", "cartpole", "pendulum"] = "recall8"
+    """What to learn."""
+    memories: tuple[Literal["lstm", "gru", "none"], ...] = ("lstm", "gru", "none")
+    """A row of the table each; none: feed-forward."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """One run each."""
+    eval_episodes: int = 100
+    """Episodes of each run's evaluation, played deterministically."""
+    jobs: int = 1
+    """Runs at once; with more than one each gets one thread."""
+
+
+def share_recalled(run_dir: Path, delay: int, episodes: int) -> float:
+    """Share of episodes that a run's policy solves at this delay."""
+    policy = load_policy(run_dir)
+    envs = TorchVectorEnv(Recall(delay), episodes)
+    obs, _ = envs.reset(seed=1_000_000)
+    for _ in range(delay + 1):
+        obs, reward, *_ = envs.step(torch.as_tensor(policy.act(obs, deterministic=True)))
+    return float(reward.mean())
+
+
+def main(config: MemoryConfig, flags: Sequence[str]) -> int:
+    """Train, print, and return the exit code."""
+    import learning
+
+    root = str(Path(__file__).parents[1])  # where the runs find this file as benchmarks.memory
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    task = TASKS[config.task]
+    env_id = f"benchmarks.memory:{task.env_id}"
+    settings = learning.LearningConfig((env_id,), config.seeds, config.eval_episodes, config.jobs)
+
+    def one(memory: str, seed: int, run_dir: Path) -> dict[str, Any]:
+        words = ["--preset", "none", *task.flags.split(), *(("--rnn", memory) if memory != "none" else ()), *flags]
+        result = learning.run(env_id, seed, run_dir, settings, words)
+        if task.delay is not None:
+            result["evaluation"] = share_recalled(run_dir, task.delay, config.eval_episodes)
+        return result
+
+    summaries, failed = [], []
+    with tempfile.TemporaryDirectory() as directory, concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
+        futures = {
+            (memory, seed): pool.submit(one, memory, seed, Path(directory, f"{memory}-{seed}"))
+            for memory in config.memories
+            for seed in config.seeds
+        }
+        for memory in config.memories:
+            runs = []
+            for seed in config.seeds:
+                try:
+                    runs.append(futures[memory, seed].result())
+                    print(f"{config.task} {memory} seed {seed}: {runs[-1]['evaluation']:.2f}", flush=True)
+                except RuntimeError as error:
+                    failed.append([memory, seed, str(error)])
+                    print(f"{config.task} {memory} seed {seed} FAILED: {error}", flush=True)
+            if runs:
+                summary = learning.summarize(env_id, runs) | {"env_id": f"{config.task}, {memory}"}
+                summaries.append(summary if memory != "none" else summary | {"published": {}})  # those have a memory
+    print(f"\n{learning.table(summaries)}\n")
+    print(json.dumps({"task": config.task, "memories": summaries, "failed": failed}))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    sys.exit(main(tyro.cli(MemoryConfig, args=words[:split]), words[split + 1 :]))
