@@ -10,6 +10,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from environments import AnySpaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from runs import tiny
 from test_resume import differing, result_of, settings_of, stopped_after
 from test_seeds import SHORT, assert_alike, params_of
@@ -26,6 +28,54 @@ from fastppo.train import console
 SMALL = {"rnn_hidden_size": 8, "hidden_sizes": (8,)}
 LSTM, GRU = ({"rnn": kind, **SMALL} for kind in ("lstm", "gru"))
 PENDULUM = {"env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True}
+
+# --- acting
+
+
+class Told(AnySpaces):
+    """Keeps of each episode the observations it gave and the actions it was given."""
+
+    def __init__(self):
+        super().__init__(action="box")
+        self.episodes = []
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.episodes.append(([obs], []))
+        return obs, info
+
+    def step(self, action):
+        self.episodes[-1][1].append(action)
+        result = super().step(action)
+        self.episodes[-1][0].append(result[0])
+        return result
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
+def test_training_acts_on_what_it_remembers_of_one_episode(mode, restarts, tmp_path):
+    """Over ends of episodes, steps that only reset, and rollouts: the actions of an agent that is shown each episode alone.
+
+    With almost no noise and learning rate they can be foretold.
+    """
+    envs = SyncVectorEnv([Told] * 2, autoreset_mode=AutoresetMode(mode))
+    told = list(envs.envs)
+    settings = {
+        **LSTM,
+        "log_std_init": -16.0,
+        "check_env": False,
+        "learning_rate": 1e-12,
+        "num_minibatches": 2,
+        "reset_each_rollout": restarts,
+    }
+    agent = train(tiny(tmp_path / "run", **settings), envs=envs).policy
+    for env in told:
+        assert len(env.episodes) > 8
+        for seen, done in env.episodes:
+            agent.reset()
+            for obs, action in zip(seen, done, strict=False):  # the last observation is acted on by nobody
+                np.testing.assert_allclose(action, agent.act(obs), rtol=0, atol=2e-6)
+
 
 # --- stopped and resumed
 
@@ -51,6 +101,20 @@ def test_stopped_and_resumed_equals_not_interrupted(case, tmp_path, monkeypatch)
     whole, rows = result_of(tmp_path / "whole")
     assert differing((whole, rows), result_of(tmp_path / "parted")) == []
     assert [row["iteration"] for row in rows] == ["1", "2", "3", "4"]
+
+
+@pytest.mark.slow  # half a minute of compiling each
+@pytest.mark.parametrize("case", ["device, lstm", "exact resume, same-step"])
+def test_a_compiled_run_too(case, tmp_path, monkeypatch):
+    """The same for compiled programs, which keep what is remembered elsewhere."""
+    base, settings = RESUMED[case]
+    settings = {**settings, "compile": "on", "num_envs": 2, "num_steps": 8, "num_minibatches": 2}
+    train(settings_of(base, tmp_path / "whole", **settings))
+    config = settings_of(base, tmp_path / "parted", **settings)
+    stopped_after(3, config, monkeypatch)
+    train(replace(config, resume=config.run_dir))
+    assert "compiled" in (tmp_path / "parted" / "summary.json").read_text()
+    assert differing(result_of(tmp_path / "whole"), result_of(tmp_path / "parted")) == []
 
 
 @pytest.fixture
