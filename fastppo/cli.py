@@ -138,13 +138,15 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
 def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:
     """With --rnn minibatches are of whole environments: a preset has at most as many as there are, unless a flag says."""
     given = _value_of("--rnn", args)
-    if given is None or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
+    if given in (None, "None") or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
         return start
     text = _value_of("--num-envs", args) or str(start.num_envs)
     num_envs = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
     most = min(start.minibatches_per_epoch, num_envs)
     count = next((number for number in range(most, 0, -1) if num_envs % number == 0), None)
-    return start if count is None else replace(start, minibatch_size=None, num_minibatches=count)
+    if count is None:
+        return start
+    return replace(start, num_envs=num_envs, minibatch_size=None, num_minibatches=count)
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:

@@ -35,6 +35,8 @@ def _no_pictures():
     """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastppo.agent_run.plot_curves", lambda *_: None)
+        patched.setattr("fastppo.seeds.draw_page", lambda *_, **__: None)
+        patched.setattr("fastppo.seeds.render", lambda *_: b"")
         yield
 
 

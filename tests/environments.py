@@ -396,6 +396,29 @@ class Forever(gym.Env):
         return np.zeros(1, np.float32), 1.0, False, False, {}
 
 
+class Cue(gym.Env):
+    """The first observation says which action is right until the end, 2 to 9 steps later, and no other does.
+
+    A right step pays its part of 1. Observations: the cue, -1 or 1, or later 0; and whether it is the first one.
+    """
+
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+    action_space = Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.right, self.length = int(self.np_random.integers(2)), int(self.np_random.integers(2, 10))
+        self.truncates = bool(self.np_random.integers(2))
+        self.elapsed = 0
+        return np.array([2 * self.right - 1, 1], np.float32), {}
+
+    def step(self, action):
+        self.elapsed += 1
+        ended = self.elapsed == self.length
+        reward = float(action == self.right) / self.length
+        return np.zeros(2, np.float32), reward, ended and not self.truncates, ended and self.truncates, {}
+
+
 class IdentityDiscrete(gym.Env):
     """Name the number that is lit, 16 times: 1 for each right answer."""
 
@@ -455,6 +478,11 @@ def any_spaces(num_envs, mode="NextStep", **kwargs):
     return SyncVectorEnv([lambda: AnySpaces(**kwargs)] * num_envs, autoreset_mode=AutoresetMode(mode))
 
 
+def cues(num_envs, mode="NextStep"):
+    """Cue in a chosen autoreset mode."""
+    return SyncVectorEnv([Cue] * num_envs, autoreset_mode=AutoresetMode(mode))
+
+
 def _register(env_id, **spec):
     if env_id not in gym.registry:
         gym.register(env_id, disable_env_checker=True, **spec)
@@ -474,12 +502,14 @@ for _id, _class in {
     "ProbeActionDecides-v0": ActionDecides,
     "RiseAndFall-v0": RiseAndFall,
     "ProbeActionMeetsObservation-v0": ActionMeetsObservation,
+    "Cue-v0": Cue,
     "IdentityDiscrete-v0": IdentityDiscrete,
     "IdentityBox-v0": IdentityBox,
     "MaskedIdentity-v0": MaskedIdentity,
 }.items():
     _register(_id, entry_point=_class)
 _register("AnySpacesVector-v0", vector_entry_point=any_spaces)
+_register("CueVector-v0", vector_entry_point=cues)
 _register("ProbeTimeLimit-v0", entry_point=Forever, max_episode_steps=4)
 _register("WalkVector-v0", vector_entry_point=WalkVector)
 _register("FaultyVector-v0", vector_entry_point=FaultyVector)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from fastppo.config import TrainConfig
-from fastppo.plot import plot_curves
+from fastppo.plot import draw_page, plot_curves, render
 
 COLUMNS = {
     "seconds": 1.0,
@@ -38,6 +38,8 @@ def drawn():
     """Runs within it draw their curves.png, which conftest.py spares the others."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastppo.agent_run.plot_curves", plot_curves)
+        patched.setattr("fastppo.seeds.draw_page", draw_page)
+        patched.setattr("fastppo.seeds.render", render)
         yield
 
 

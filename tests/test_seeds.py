@@ -24,7 +24,7 @@ from fastppo.groups import find_runs
 from fastppo.reference import SEEDS_SUMMARY, SUMMARY
 from fastppo.run.checkpoint import load_checkpoint
 from fastppo.run.directory import RunDirectory
-from tests.runs import tiny
+from tests.runs import drawn, tiny
 
 SHORT = {"num_envs": 2, "num_steps": 16, "num_iterations": 3, "num_minibatches": 2, "update_epochs": 2, "anneal_lr": False}
 
@@ -227,7 +227,8 @@ def test_both_ways_of_mapping_agree():
 
 def test_what_a_run_of_seeds_leaves(tmp_path, capsys):
     """A run directory for each seed, and of all of them the settings, a summary with its interval and a picture with a band."""
-    result = train(tiny(tmp_path / "run", num_seeds=3, **SHORT | {"eval_episodes": 4}))
+    with drawn():
+        result = train(tiny(tmp_path / "run", num_seeds=3, **SHORT | {"eval_episodes": 4}))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert list(summary) == [*SUMMARY, *SEEDS_SUMMARY]
     assert [one["seed"] for one in summary["seeds"]] == [1, 2, 3]
