@@ -1,46 +1,45 @@
-"""Policies that remember: acting step by step, replaying whole sequences, and learning from them are one thing."""
+"""Policies that remember: what acts is what learns, over episode ends and over rollouts, however environments reset.
 
+The cells themselves are held against torch.nn in tests/test_recurrence.py.
+"""
+
+import dataclasses
 import functools
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
-from environments import Walk
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from environments import ACTIONS, OBSERVATIONS, VECTOR, Walk, WalkVector
 from test_compilation import SETTINGS, assert_same
-from test_programs import (
-    CONTINUOUS,
-    DISCRETE,
-    OFF,
-    HostSyncs,
-    assert_together,
-    column,
-    make_params,
-    make_permutation,
-    make_rollout,
-    to_meta,
-    update,
-)
+from test_programs import OFF, HostSyncs, assert_same_bits, assert_together, column, make_permutation, to_meta, update
 from test_tensor_envs import TensorTwin
 
+from fastppo import TrainConfig
+from fastppo.core import compilation
 from fastppo.core.adam import init_adam
 from fastppo.core.compilation import compile_program
-from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.programs import (
+    MINIBATCH_METRICS,
     Normalization,
     Schedule,
     act_and_remember,
     act_and_remember_from_params,
     collect,
     learn,
+    normalize_obs,
+    obs_of,
 )
 from fastppo.core.recurrence import STEPS
+from fastppo.core.seeds import Seeds, of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.policy.agent import Agent
-from fastppo.policy.networks import Encoder, MLPActorCritic
+from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.recurrent import RecurrentActorCritic, Rnn
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout import (
@@ -55,19 +54,531 @@ from fastppo.rollout import (
 )
 
 CPU = torch.device("cpu")
-OBS = obs_spec(Walk.observation_space)
+KINDS = pytest.mark.parametrize("kind", ["lstm", "gru"])
+USERS = pytest.mark.parametrize("users", [1, 2])
+LAYERS = pytest.mark.parametrize("layers", [1, 2])
 
 
-def remembering(like, kind="lstm", users=2, layers=1, width=5, obs=OBS):
-    """A network with memory that has the observations, actions and heads of the feed-forward `like`."""
-    mlp = MLPActorCritic(width, like.action_size, like.distribution, (8,), share_backbone=users == 1 and like.share_backbone)
-    return RecurrentActorCritic(Encoder(obs.leaves), Rnn(kind, obs.leaves[0].size, width, layers, users), mlp)
+def make_policy(kind="lstm", users=2, layers=1, hidden=8, observation=VECTOR, action=ACTIONS["discrete"]):
+    """(network, what it observes, what it does), as the trainer makes them."""
+    act_spec = action_spec(action, False)
+    spec = obs_spec(observation, None, act_spec)
+    settings = {"rnn": kind, "rnn_hidden_size": hidden, "rnn_layers": layers, "rnn_shared": users == 1}
+    return make_network(spec, act_spec, TrainConfig(hidden_sizes=(8,), cnn_size=8, **settings)), spec, act_spec
 
 
-FORMS = pytest.mark.parametrize(
-    ("kind", "users", "layers"), [("lstm", 2, 1), ("lstm", 1, 2), ("gru", 2, 2), ("gru", 1, 1)], ids="{0}".format
-)
-HEADS = pytest.mark.parametrize("like", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
+def make_params(policy, seed=0):
+    """Weights and biases away from 0, so that what is remembered, and what was forgotten, shows."""
+    generator = torch.Generator().manual_seed(seed)
+    return policy.init(generator) + 0.3 * torch.randn(policy.num_params, generator=generator)
+
+
+def sampled(spec, space, shape, seed=0):
+    """Observations (*shape, ...) drawn from the space, by key."""
+    space.seed(seed)
+    rows = [space.sample() for _ in range(int(np.prod(shape)))]
+    stacked = {leaf.key: torch.stack([torch.as_tensor(leaf.find(row)).to(leaf.dtype) for row in rows]) for leaf in spec}
+    return {key: x.unflatten(0, shape) for key, x in stacked.items()}
+
+
+# --- weights
+
+
+@KINDS
+@USERS
+@LAYERS
+def test_initial_weights(kind, users, layers):
+    """Orthogonal matrices for each user, all their own, and zero biases; the same generator, the same weights."""
+    rnn = Rnn(kind, 5, 8, layers, users)
+    weights = rnn.weights(rnn.init(torch.Generator().manual_seed(0)))
+    gates = {"lstm": 4, "gru": 3}[kind]
+    matrices = {name: weight for name, weight in weights.items() if name.endswith(".weight")}
+    assert len(matrices) == 2 * layers
+    for name, weight in matrices.items():
+        rows = 5 if name == "rnn.0.input.weight" else 8
+        assert weight.shape == (users, rows, gates * 8), name
+        for matrix in weight:  # wider than high: orthonormal rows
+            torch.testing.assert_close(matrix @ matrix.mT, torch.eye(rows), rtol=0, atol=1e-5)
+        assert users == 1 or (weight[0] - weight[1]).abs().max() > 0.1
+    biases = [weight for name, weight in weights.items() if name.endswith(".bias")]
+    assert len(biases) == layers * (1 if kind == "lstm" else 2)
+    assert not any(bias.any() for bias in biases)
+    assert torch.equal(rnn.init(torch.Generator().manual_seed(0)), rnn.init(torch.Generator().manual_seed(0)))
+
+
+@KINDS
+@USERS
+def test_flatten_is_the_inverse_of_weights(kind, users):
+    """Of the whole network, to the bit; a weight that is missing or of another shape is an error."""
+    policy, *_ = make_policy(kind, users, layers=2)
+    params = make_params(policy)
+    weights = policy.weights(params)
+    assert torch.equal(policy.flatten(weights), params)
+    assert sum(weight.numel() for weight in weights.values()) == policy.num_params
+    with pytest.raises(ValueError, match=r"rnn\.1\.hidden\.weight"):
+        policy.flatten(weights | {"rnn.1.hidden.weight": weights["rnn.1.hidden.weight"].mT})
+    with pytest.raises(KeyError, match=r"rnn\.0\.input\.bias"):
+        policy.flatten({name: weight for name, weight in weights.items() if name != "rnn.0.input.bias"})
+
+
+@KINDS
+@pytest.mark.parametrize("settings", [{"rnn_shared": True}, {"share_backbone": True}, {}], ids=["rnn", "backbone", "apart"])
+def test_who_has_a_memory(kind, settings):
+    """One for both where memory or layers are shared, else one each: S = users x layers x parts x H."""
+    config = TrainConfig(rnn=kind, rnn_hidden_size=8, rnn_layers=2, hidden_sizes=(8,), **settings)
+    spec = action_spec(ACTIONS["discrete"], False)
+    policy = make_network(obs_spec(VECTOR), spec, config)
+    users, parts = (1 if settings else 2), {"lstm": 2, "gru": 1}[kind]
+    assert policy.memory_size == users * 2 * parts * 8
+    assert policy.actor_size == 2 * parts * 8
+
+
+# --- step by step and at once
+
+
+@KINDS
+@USERS
+@LAYERS
+@pytest.mark.parametrize("hidden", [5, 8])
+def test_step_by_step_is_replay(kind, users, layers, hidden):
+    """dist, value and memory after every step, with episodes that begin in the middle, from a memory that is not empty.
+
+    Of the actor's part of the memory alone acting is the same.
+    """
+    policy, *_ = make_policy(kind, users, layers, hidden)
+    params, steps, number = make_params(policy), 7, 3
+    weights = policy.weights(params)
+    generator = torch.Generator().manual_seed(1)
+    obs = torch.randn(steps, number, 3, generator=generator)
+    memory = torch.randn(number, policy.memory_size, generator=generator)
+    first = torch.zeros(steps, number, dtype=torch.bool)
+    first[0, 0] = first[3, 1] = first[4, 1] = first[6, 2] = True
+    dist, value, after = policy.replay(weights, obs, first, memory, STEPS)
+    assert after.shape == (steps, number, policy.memory_size)
+    own = memory[:, : policy.actor_size]
+    for t in range(steps):
+        memory, own = (x.masked_fill(first[t].unsqueeze(1), 0.0) for x in (memory, own))
+        judged = policy.judge(weights, obs[t], memory)
+        (step_dist, memory), (own_dist, own) = (policy.step(weights, obs[t], x) for x in (memory, own))
+        torch.testing.assert_close(dist[t], step_dist, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(value[t], judged, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after[t], memory, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own_dist, step_dist, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(own, memory[:, : policy.actor_size], rtol=1e-5, atol=1e-6)
+    forgotten = policy.replay(weights, obs, torch.ones_like(first), memory, STEPS)[0]
+    assert (forgotten - dist).abs().amax((1, 2)).min() > 1e-4  # what is remembered matters in every step
+
+
+@KINDS
+def test_judging_many_rows_at_once(kind):
+    """V of (T, n, ...) after memories (T, n, S) is V of each by itself, and leaves them as they are."""
+    policy, *_ = make_policy(kind)
+    weights = policy.weights(make_params(policy))
+    obs, memory = torch.randn(4, 3, 3), torch.randn(4, 3, policy.memory_size)
+    before = memory.clone()
+    value = policy.judge(weights, obs, memory)
+    assert value.shape == (4, 3)
+    for t, n in itertools.product(range(4), range(3)):
+        one = policy.judge(weights, obs[t, n : n + 1], memory[t, n : n + 1])
+        torch.testing.assert_close(value[t, n], one[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(memory, before)
+
+
+def test_without_a_memory_there_is_no_acting():
+    """The ways in of a policy without memory are closed: nobody acts as if every step were an episode's first one."""
+    policy, *_ = make_policy()
+    weights = policy.weights(make_params(policy))
+    for way in (policy.actor, policy.critic, policy.actor_critic):
+        with pytest.raises(NotImplementedError):
+            way(weights, torch.zeros(2, 3))
+
+
+# --- through the collectors
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorWalk:
+    """Walk as functions on tensors: lengths of 1 to 7 steps, both ways to end, obs[1] is 0 at an episode's start."""
+
+    max_episode_steps: ClassVar[None] = None
+    num_random: ClassVar[int] = 3
+    observation_space: ClassVar[gym.Space] = Walk.observation_space
+    action_space: ClassVar[gym.Space] = Walk.action_space
+
+    def reset(self, random):
+        elapsed = torch.zeros_like(random[:, 0])
+        state = (2.0 * random[:, 0] - 1.0, elapsed, 1.0 + (7.0 * random[:, 1]).floor(), random[:, 2] < 0.5)
+        return state, self._obs(state)
+
+    def step(self, state, action, random):
+        position, elapsed, length, truncates = state
+        state = (0.9 * position + 0.3 * (action - 1), elapsed + 1.0, length, truncates)
+        ended = state[1] == length
+        return state, self._obs(state), 1.0 + state[0], ended & ~truncates, ended & truncates
+
+    def _obs(self, state):
+        return torch.stack((state[0], state[1] / 8, state[2] / 8), 1)
+
+
+ENGINES = [
+    ("arrays", "NextStep"),
+    ("arrays", "SameStep"),
+    ("arrays", "Disabled"),
+    ("tensors", "NextStep"),
+    ("tensors", "SameStep"),
+    ("tensors", "Disabled"),
+    ("device", "NextStep"),
+]
+EVERY_ENGINE = pytest.mark.parametrize(("engine", "mode"), ENGINES)
+
+
+class Watched:
+    """A policy whose every step is noted: what `act` returned as its memory."""
+
+    def __init__(self, policy):
+        self.policy, self.memories = policy, []
+
+    def __getattr__(self, name):
+        return getattr(self.policy, name)
+
+    def step(self, weights, obs, memory):
+        dist, memory = self.policy.step(weights, obs, memory)
+        self.memories.append(memory.clone())
+        return dist, memory
+
+
+class Bench:
+    """A collector with a memory, as the loop makes it, and a policy on N walks."""
+
+    def __init__(self, engine, mode="NextStep", num_steps=7, num_envs=4, kind="lstm", users=2, layers=1, seed=3):
+        vector = {
+            "arrays": lambda: WalkVector(num_envs, mode),
+            "tensors": lambda: TensorTwin(num_envs, mode),
+            "device": lambda: TorchVectorEnv(TensorWalk(), num_envs),
+        }[engine]()
+        policy, self.obs, self.action = make_policy(kind, users, layers, observation=Walk.observation_space)
+        self.policy = Watched(policy)
+        self.params = make_params(policy)
+        policy.weights(self.params)["actor.head.bias"].zero_()  # no action is the likeliest whatever is seen
+        policy.weights(self.params)["actor.head.weight"].mul_(3.0)
+        self.envs = AutoresetEnvs(vector)
+        self.keeps_final_obs = self.envs.keeps_final_obs
+        shape = (num_steps, num_envs, self.obs, self.action, self.keeps_final_obs, CPU)
+        self.rollout = allocate_rollout(*shape, remembers=True)
+        self.start = torch.zeros(num_envs, policy.memory_size)
+        self.collector = start_collector(self.envs, self.rollout, self.obs, self.action, seed, Memory(self.start))
+        kinds = {"arrays": HostCollector, "tensors": TensorCollector, "device": DeviceCollector}
+        assert type(self.collector) is kinds[engine]
+        weights = policy.weights(self.params)
+        self.act = functools.partial(act_and_remember, self.policy, weights, OFF)
+        if engine == "device":
+            step = env_step_of(vector, self.action)
+            self.act = functools.partial(functools.partial(collect, policy=self.policy, env_step=step), self.params, OFF)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.noise_shape = self.action.noise_shape(num_steps, num_envs)
+
+    def collect(self, greedy=False, cut=False):
+        """The next rollout, copied, with `memory`; and what `act` remembered after each step, (T, N, S)."""
+        noise = self.action.distribution.noise(self.noise_shape, self.generator)
+        self.policy.memories.clear()
+        self.collector.collect(self.act, torch.zeros_like(noise) if greedy else noise, cut)
+        rollout = {key: value.clone() for key, value in self.rollout.items()} | {"memory": self.start.clone()}
+        return rollout, torch.stack(self.policy.memories)
+
+    def running(self):
+        """What `collect` carries from step to step, of environments on the device."""
+        first = self.rollout["first"][-1].clone()
+        return (*pack(self.collector.envs.running), self.collector.memory.now, first)
+
+    def from_nothing(self, obs):
+        """The memory (R, S) after an episode's first observation, (R, ...)."""
+        empty = torch.zeros(len(obs), self.policy.memory_size)
+        return self.policy.policy.step(self.policy.weights(self.params), obs, empty)[1]
+
+    def replay(self, rollout):
+        """As `learn` does it."""
+        weights = self.policy.weights(self.params)
+        return self.policy.replay(weights, obs_of(rollout), rollout["first"], rollout["memory"], STEPS)
+
+
+@EVERY_ENGINE
+@pytest.mark.parametrize(("kind", "users", "layers"), [("lstm", 2, 1), ("gru", 1, 2)])
+def test_replayed_states_are_those_acted_with(engine, mode, kind, users, layers):
+    """Step for step, over episode ends and over ten rollouts; and `first` is true at the starts of episodes and nowhere else.
+
+    A rollout ends, and another begins, with every kind of row: one under way, one that has just ended, one that resets.
+    """
+    bench = Bench(engine, mode, kind=kind, users=users, layers=layers)
+    before, starts, borders = None, 0, set()
+    for _ in range(10):
+        rollout, acted = bench.collect()
+        _, _, replayed = bench.replay(rollout)
+        torch.testing.assert_close(replayed[:-1], acted, rtol=1e-5, atol=1e-5)
+        if before is not None:
+            assert torch.equal(rollout["memory"], before)
+        before = acted[-1]
+        assert torch.equal(rollout["first"], rollout["obs"][..., 1] == 0.0)  # the walk says how old it is
+        first = rollout["first"][:-1]
+        torch.testing.assert_close(acted[first], bench.from_nothing(rollout["obs"][:-1][first]), rtol=1e-5, atol=1e-5)
+        starts += int(first.sum())
+        borders |= set(zip(rollout["valid"][-1].tolist(), rollout["first"][-1].tolist(), strict=True))
+    assert starts > 40
+    under_way, begins, resets = (True, False), (True, True), (False, False)
+    assert borders == {under_way, begins, resets} - ({resets} if bench.keeps_final_obs else set())
+    bench.envs.close()
+
+
+@EVERY_ENGINE
+def test_a_reset_between_rollouts_forgets(engine, mode):
+    """What was remembered of episodes that were broken off has no part in the next ones, whatever row they broke off in."""
+    bench = Bench(engine, mode)
+    for number in range(5):
+        bench.collect(cut=True)
+        bench.collector.reset(None)
+        rollout, acted = bench.collect()
+        assert rollout["first"][0].all(), number
+        assert rollout["valid"][0].all(), number
+        torch.testing.assert_close(acted[0], bench.from_nothing(rollout["obs"][0]), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(bench.replay(rollout)[2][:-1], acted, rtol=1e-5, atol=1e-5)
+    assert rollout["memory"].any()  # and there was something to forget
+    bench.envs.close()
+
+
+@EVERY_ENGINE
+@KINDS
+def test_a_truncated_episode_is_bootstrapped_with_its_own_memory(engine, mode, kind):
+    """Against the policy stepped by hand through that episode alone, from nothing, and judging what the last action led to.
+
+    With gae_lambda 0 the value's target is r + gamma V'; with one row that counts, the loss is (V - r - gamma V')^2. A cut
+    episode is one too, and so is one that goes on after the rollout.
+    """
+    bench = Bench(engine, mode, kind=kind)
+    weights, network = bench.policy.weights(bench.params), bench.policy.policy
+    alone = torch.zeros(4, bench.policy.memory_size)  # of the episodes under way, by hand
+    options = {"gae_lambda": 0.0, "gamma": 0.5, "norm_adv": False, "clip_vloss": False, "minibatch_size": 28}
+    kinds = {"terminated": 0, "truncated": 0, "cut": 0, "under way": 0}
+    for number in range(4):
+        rollout, _ = bench.collect(cut=number == 3)
+        ended = rollout["terminated"] | rollout["truncated"]
+        for t, n in itertools.product(range(7), range(4)):
+            obs = rollout["obs"][t, n : n + 1]
+            if obs[0, 1] == 0.0:
+                alone[n] = 0.0
+            if not rollout["valid"][t, n]:
+                continue
+            value = network.judge(weights, obs, alone[n : n + 1])
+            _, alone[n : n + 1] = network.step(weights, obs, alone[n : n + 1])
+            led_to = (rollout["final_obs"] if bench.keeps_final_obs else rollout["obs"].roll(-1, 0))[t, n : n + 1]
+            if not (ended[t, n] or t == 6):
+                continue
+            bootstrap = network.judge(weights, led_to, alone[n : n + 1]).item()
+            if rollout["terminated"][t, n]:
+                bootstrap, what = 0.0, "terminated"
+            elif ended[t, n]:
+                what = "cut" if number == 3 and t == 6 else "truncated"
+            else:
+                what = "under way"
+            kinds[what] += 1
+            counted = torch.zeros_like(rollout["valid"])
+            counted[t, n] = True
+            learned = update(network, bench.params, rollout | {"valid": counted}, torch.arange(4)[None], **options)
+            expected = (value.item() - rollout["reward"][t, n].item() - 0.5 * bootstrap) ** 2
+            assert column(learned, "value_loss")[0] == pytest.approx(expected, rel=1e-4, abs=1e-5), (number, t, n, what)
+    assert min(kinds.values()) > 0, kinds
+    bench.envs.close()
+
+
+def transitions(rollouts, n):
+    """Of one environment: observation, action, reward and ends of every valid row."""
+    return [
+        tuple(rollout[key][t, n].tolist() for key in ("obs", "action", "reward", "terminated", "truncated"))
+        for rollout in rollouts
+        for t in range(len(rollout["valid"]) - 1)
+        if rollout["valid"][t, n]
+    ]
+
+
+@KINDS
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_mode_gives_the_same_transitions_and_the_same_update(kind, seed):
+    """A policy with memory walks the same way however its environments reset, and learns the same from the same 24 steps.
+
+    One environment; those that reset in a step of their own get as many steps more as there are resets.
+    """
+    rollouts = {}
+    for mode in ("SameStep", "Disabled"):
+        rollouts[mode], _ = Bench("arrays", mode, 24, 1, kind=kind, seed=seed).collect(greedy=True)
+    resets = int((rollouts["SameStep"]["terminated"] | rollouts["SameStep"]["truncated"])[:23].sum())
+    assert resets > 2
+    bench = Bench("arrays", "NextStep", 24 + resets, 1, kind=kind, seed=seed)
+    rollouts["NextStep"], _ = bench.collect(greedy=True)
+    same_step, disabled, next_step = (transitions([rollouts[mode]], 0) for mode in ("SameStep", "Disabled", "NextStep"))
+    assert same_step == disabled == next_step
+    assert len({action for _, action, *_ in same_step}) > 1
+
+    learned, permutation = {}, torch.zeros(3, 1, dtype=torch.int64)
+    for mode, rollout in rollouts.items():
+        size = len(rollout["valid"]) - 1
+        learned[mode] = update(bench.policy.policy, bench.params, rollout, permutation, minibatch_size=size)
+    assert (learned["SameStep"].params - bench.params).abs().max() > 1e-3
+    for mode in ("Disabled", "NextStep"):
+        torch.testing.assert_close(learned[mode].params, learned["SameStep"].params, rtol=0, atol=2e-5)
+        metrics = learned[mode].minibatch_metrics, learned["SameStep"].minibatch_metrics
+        torch.testing.assert_close(*metrics, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["arrays", "tensors", "device"])
+def test_the_ignored_rows_action_changes_nothing(engine):
+    """Any action in a row that only resets, and any reward: not one bit of the update changes."""
+    bench = Bench(engine)
+    bench.collect()
+    rollout, _ = bench.collect()
+    ignored = ~rollout["valid"]
+    assert ignored[:-1].sum() > 2
+    other = rollout | {
+        "action": torch.where(ignored, (rollout["action"] + 1) % 3, rollout["action"]),
+        "reward": torch.where(ignored, 1e6, rollout["reward"]),
+    }
+    one, two = (
+        update(bench.policy.policy, bench.params, x, torch.tensor([[2, 0, 1, 3]] * 2), minibatch_size=14)
+        for x in (rollout, other)
+    )
+    assert torch.equal(one.params, two.params)
+    assert torch.equal(one.minibatch_metrics, two.minibatch_metrics)
+
+
+# --- learn
+
+
+SPACES = {
+    "discrete": (VECTOR, ACTIONS["discrete"]),
+    "continuous": (VECTOR, ACTIONS["box"]),
+    "multi-discrete": (VECTOR, ACTIONS["multi-discrete"]),
+    "masked": (OBSERVATIONS["masked"], ACTIONS["multi-discrete"]),
+    "dict": (OBSERVATIONS["nested"], ACTIONS["discrete"]),
+    "image": (OBSERVATIONS["image (H, W)"], ACTIONS["discrete"]),
+}
+
+
+def make_rollout(policy, spec, action, params, space=VECTOR, num_steps=12, num_envs=4, seed=1, normalization=OFF):
+    """A rollout as next-step autoreset leaves it, acted out by the policy from a memory that is not empty.
+
+    Environment 1 begins with a row that resets; what lies in rows that reset, and in row T, is another's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_steps + 1, num_envs)
+    obs = sampled(spec, space, shape, seed)
+    chance = torch.rand(shape, generator=generator)
+    terminated, truncated = chance < 0.12, (chance > 0.1) & (chance < 0.25)
+    terminated[0, 1:2] = truncated[0, 1:2] = False
+    for t in range(1, num_steps + 1):
+        resetting = (terminated | truncated)[t - 1]
+        terminated[t] &= ~resetting
+        truncated[t] &= ~resetting
+    valid = torch.cat((torch.arange(num_envs)[None] != 1, ~(terminated | truncated)[:-1]))
+    first = torch.cat((torch.arange(num_envs)[None] == 2, ~valid[:-1]))
+    memory = torch.randn(num_envs, policy.memory_size, generator=generator)
+    noise = action.distribution.noise(action.noise_shape(*shape), generator)
+    rollout = {**obs, "terminated": terminated, "truncated": truncated, "valid": valid, "first": first, "memory": memory}
+    rollout["reward"] = torch.where(valid, torch.randn(shape, generator=generator), 100.0)
+    weights, actions, now = policy.weights(params), [], memory
+    seen = obs_of(obs)
+    for t in range(num_steps + 1):
+        row = seen[t] if isinstance(seen, torch.Tensor) else {key: x[t] for key, x in seen.items()}
+        chosen, now = act_and_remember(policy, weights, normalization, row, noise[t], now, first[t])
+        actions.append(chosen)
+    return rollout | {"action": torch.stack(actions)}
+
+
+def setting(spaces="discrete", kind="lstm", users=2, num_steps=12, num_envs=4, seed=1, **options):
+    """(policy, params, rollout)."""
+    space, act_space = SPACES[spaces]
+    policy, spec, action = make_policy(kind, users, observation=space, action=act_space, **options)
+    params = make_params(policy)
+    return policy, params, make_rollout(policy, spec, action, params, space, num_steps, num_envs, seed)
+
+
+@KINDS
+@pytest.mark.parametrize("spaces", list(SPACES))
+@pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalised"])
+def test_first_minibatch_has_ratio_one(kind, spaces, normalized):
+    """Learning sees what acting saw, whatever is observed and done: before anything has moved every ratio is 1, then not."""
+    space, act_space = SPACES[spaces]
+    policy, spec, action = make_policy(kind, observation=space, action=act_space)
+    params, normalization = make_params(policy), OFF
+    if normalized:
+        leaves = {leaf.key: leaf.shape for leaf in spec.normalized}
+        mean, scale = ({key: torch.full(shape, x) for key, shape in leaves.items()} for x in (0.3, 0.7))
+        normalization = Normalization(mean, scale, torch.tensor(0.25), torch.zeros(()), torch.ones(()))
+    rollout = make_rollout(policy, spec, action, params, space, normalization=normalization)
+    permutation = torch.tensor([[3, 1, 0, 2], [2, 3, 1, 0]])  # none in a place of its own
+    learned = update(policy, params, rollout, permutation, normalization, minibatch_size=24)
+    deviation, clipfrac = column(learned, "ratio_deviation"), column(learned, "clipfrac")
+    assert deviation[0] <= 1e-5
+    assert clipfrac[0] == 0.0
+    assert abs(column(learned, "approx_kl")[0]) < 1e-6
+    assert min(deviation[1:]) > 1e-3
+    assert learned.minibatch_metrics.isfinite().all()
+
+
+@KINDS
+def test_statistics_are_those_of_the_rollout_normalised_beforehand(kind):
+    """Observations, the final ones among them, and rewards under frozen statistics: to the bit what normalising first gives."""
+    policy, params, rollout = setting(kind=kind)
+    rollout["reward"] = rollout["reward"].clamp(-30.0, 30.0)
+    rollout["final_obs"] = rollout["obs"].flip(0)
+    offset, scale = torch.tensor([-1.0, 1.0, 0.0]), torch.tensor([0.5, 0.25, 1.0])
+    normalization = Normalization({"obs": offset}, {"obs": scale}, torch.tensor(0.25), torch.zeros(()), torch.ones(()))
+    by_hand = rollout | {key: normalize_obs(rollout[key], normalization) for key in ("obs", "final_obs")}
+    by_hand["reward"] = rollout["reward"] / 4
+    one, two, raw = (
+        update(policy, params, rows, make_permutation(2, 4), under, minibatch_size=24)
+        for rows, under in ((rollout, normalization), (by_hand, OFF), (rollout, OFF))
+    )
+    assert_same_bits(one, two)
+    assert not torch.equal(one.params, raw.params)
+
+
+@pytest.mark.parametrize("spaces", ["discrete", "continuous", "masked"])
+@pytest.mark.parametrize("estimator", ["gae", "monte-carlo"])
+@KINDS
+def test_rows_that_are_no_transitions_have_no_influence(kind, spaces, estimator):
+    """Any reward and any action in a row that resets, and anything but the observation in row T: not one bit changes."""
+    policy, params, rollout = setting(spaces, kind)
+    permutation = make_permutation(2, 4)
+    options = {"minibatch_size": 24, "advantage_estimator": estimator, "norm_returns": estimator == "monte-carlo"}
+    before = update(policy, params, rollout, permutation, **options)
+    other = {name: x.clone() for name, x in rollout.items()}
+    resetting = ~rollout["valid"]
+    assert resetting[:-1].sum() > 3
+    resetting[-1] = True
+    other["reward"][resetting] = -1e5
+    other["action"][resetting] = 1e6 if spaces == "continuous" else 0
+    other["terminated"][-1] = other["truncated"][-1] = True
+    other["valid"][-1] = ~other["valid"][-1]
+    after = update(policy, params, other, permutation, **options)
+    assert_same_bits(before, after)
+    for name in ("minibatch_metrics", "explained_variance", "return_mean", "return_std"):
+        assert torch.equal(getattr(before, name), getattr(after, name)), name
+    step, env = (int(x) for x in torch.nonzero(rollout["valid"][:-1])[-1])  # while that of a transition does
+    other["reward"][step, env] += 1.0
+    assert not torch.equal(update(policy, params, other, permutation, **options).params, before.params)
+
+
+@KINDS
+def test_what_happened_before_an_episode_has_no_influence(kind):
+    """Where rows begin an episode, neither the memory at the rollout's start nor an earlier row's observation reaches them."""
+    policy, params, rollout = setting(kind=kind)
+    rollout["terminated"][:], rollout["truncated"][:], rollout["valid"][:] = False, False, True
+    rollout["first"][:] = False
+    rollout["first"][5] = rollout["terminated"][4] = True
+    rollout["valid"][:5] = False  # what remains are the episodes from row 5 on
+    other = rollout | {"memory": torch.randn(rollout["memory"].shape), "obs": rollout["obs"].clone()}
+    other["obs"][:5] = torch.randn(5, 4, 3)
+    one, two = (update(policy, params, rows, make_permutation(2, 4), minibatch_size=24) for rows in (rollout, other))
+    torch.testing.assert_close(one.params, two.params, rtol=0, atol=1e-6)
+    rollout["first"][5] = False  # and without the start they do
+    assert (update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24).params - one.params).abs().max() > 1e-3
 
 
 class Stepping(RecurrentActorCritic):
@@ -81,321 +592,144 @@ class Stepping(RecurrentActorCritic):
             dist, memory = self.step(weights, obs[t], memory)
             dists.append(dist)
             memories.append(memory)
-        if isinstance(dists[0], tuple):
-            dist = tuple(torch.stack(parts) for parts in zip(*dists, strict=True))
-        else:
-            dist = torch.stack(dists)
+        several = isinstance(dists[0], tuple)
+        dist = tuple(torch.stack(parts) for parts in zip(*dists, strict=True)) if several else torch.stack(dists)
         return dist, torch.stack(values), torch.stack(memories)
 
 
-def sequences(like, policy, num_steps=8, num_envs=4, final_obs=False):
-    """make_rollout's, with where episodes begin and a memory before the first row."""
-    rollout = make_rollout(like, num_steps, num_envs)
-    rollout["first"] = torch.cat((torch.arange(num_envs)[None] == 2, ~rollout["valid"][:-1]))
-    rollout["memory"] = torch.randn(num_envs, policy.memory_size, generator=torch.Generator().manual_seed(11))
-    if final_obs:
-        rollout["final_obs"] = torch.randn(rollout["obs"].shape, generator=torch.Generator().manual_seed(3))
-    return rollout
-
-
-# --- the network
-
-
-@FORMS
-def test_initial_weights(kind, users, layers):
-    """Each user's matrices orthogonal, biases zero; flattening is the inverse of taking apart."""
-    policy = remembering(DISCRETE, kind, users, layers)
-    params = policy.init(torch.Generator().manual_seed(0))
-    weights = policy.weights(params)
-    assert torch.equal(policy.flatten(weights), params)
-    matrices = [name for name in policy.rnn.shapes if name.endswith(".weight")]
-    assert len(matrices) == 2 * layers
-    for name in policy.rnn.shapes:
-        for weight in weights[name]:
-            if name in matrices:
-                small = weight @ weight.mT if weight.shape[0] < weight.shape[1] else weight.mT @ weight
-                torch.testing.assert_close(small, torch.eye(len(small)), rtol=0, atol=1e-5)
-            else:
-                assert not weight.any()
-    with pytest.raises(ValueError, match=r"rnn\.0\.hidden\.weight is"):
-        policy.flatten(weights | {"rnn.0.hidden.weight": torch.zeros(1)})
-
-
-@FORMS
-@HEADS
-def test_replaying_is_stepping(like, kind, users, layers):
-    """Distribution, value and memory of each step, over the beginnings of episodes; of the actor's memory alone too."""
-    policy = remembering(like, kind, users, layers)
-    weights, rollout = policy.weights(make_params(policy)), sequences(like, policy)
-    given = (weights, rollout["obs"], rollout["first"], rollout["memory"], STEPS)
-    assert rollout["first"][1:].any()
-    expected = Stepping(policy.encoder, policy.rnn, policy.mlp).replay(*given)
-    torch.testing.assert_close(policy.replay(*given), expected)
-    dist, memory = policy.step(weights, rollout["obs"][0], rollout["memory"][:, : policy.actor_size].contiguous())
-    whole_dist, whole = policy.step(weights, rollout["obs"][0], rollout["memory"])
-    torch.testing.assert_close((dist, memory), (whole_dist, whole[:, : policy.actor_size]))
-
-
-# --- collecting
-
-
-def started(vector, num_steps, policy):
-    """A collector as the loop starts it, its rollout, its memory, and noise for it."""
-    envs, action = AutoresetEnvs(vector), action_spec(vector.single_action_space, False)
-    space = obs_spec(vector.single_observation_space)
-    rollout = allocate_rollout(num_steps, vector.num_envs, space, action, envs.keeps_final_obs, CPU, remembers=True)
-    memory = Memory(torch.zeros(vector.num_envs, policy.memory_size))
-    noise = torch.rand(num_steps, *action.noise_shape(vector.num_envs), generator=torch.Generator().manual_seed(5))
-    return start_collector(envs, rollout, space, action, 3, memory), rollout, memory, noise
-
-
-HOSTS = {
-    "host": lambda mode: SyncVectorEnv([Walk] * 4, autoreset_mode=mode),
-    "tensors": lambda mode: TensorTwin(4, mode.value),
-}
-
-
-@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize("engine", list(HOSTS))
-def test_what_is_acted_with_is_what_is_replayed(engine, mode):
-    """Step for step over many ends and ten rollouts; and each episode as it is when it is played by itself, from nothing."""
-    policy = remembering(MLPActorCritic(3, 3, DISCRETE.distribution, (8,)))
-    weights = policy.weights(make_params(policy))
-    acted = []
-
-    def act(obs, noise, memory, first):
-        action, memory = act_and_remember(policy, weights, OFF, obs, noise, memory, first)
-        acted.append(memory)
-        return action, memory
-
-    collector, rollout, memory, noise = started(HOSTS[engine](mode), 7, policy)
-    assert isinstance(collector, {"host": HostCollector, "tensors": TensorCollector}[engine])
-    rollouts, starts = [], []
-    with torch.no_grad():
-        for _ in range(10):
-            del acted[:]
-            collector.collect(act, noise)
-            _, _, replayed = policy.replay(weights, rollout["obs"][:-1], rollout["first"][:-1], memory.start, STEPS)
-            torch.testing.assert_close(replayed, torch.stack(acted))
-            assert torch.equal(memory.now, acted[-1])
-            rollouts.append({key: value.clone() for key, value in rollout.items()} | {"acted": torch.stack(acted)})
-            starts.append(memory.start.clone())
-        assert not torch.equal(starts[1], torch.zeros_like(starts[1]))  # episodes go on from rollout to rollout
-
-        alone, ends = None, 0
-        for env in range(4):
-            over, skip = True, False
-            for rows in rollouts:
-                for t in range(7):
-                    if over:  # the environment's own words, not the collector's: an end, or the row after it
-                        alone = torch.zeros(1, policy.memory_size)
-                    done = bool(rows["terminated"][t, env] | rows["truncated"][t, env])
-                    _, alone = policy.step(weights, rows["obs"][t, env][None], alone)
-                    torch.testing.assert_close(rows["acted"][t, env], alone[0])
-                    over, skip = (done, False) if mode is not AutoresetMode.NEXT_STEP else (skip, done)
-                    ends += done
-        assert ends > 40
-
-
-def test_a_reset_begins_with_nothing():
-    """Where the loop resets all environments, rows behind it remember nothing of those before."""
-    policy = remembering(MLPActorCritic(3, 3, DISCRETE.distribution, (8,)))
-    weights = policy.weights(make_params(policy))
-    act = functools.partial(act_and_remember, policy, weights, OFF)
-    collector, rollout, memory, noise = started(HOSTS["host"](AutoresetMode.NEXT_STEP), 5, policy)
-    with torch.no_grad():
-        collector.collect(act, noise, cut=True)
-        collector.reset(9)
-        collector.collect(act, noise)
-    assert rollout["first"][0].all()
-    assert memory.start.abs().sum() > 0  # it is there, and masked
-
-
-def on_device(policy_of):
-    envs = TorchVectorEnv(CartPole(max_episode_steps=6), 4)
-    policy = policy_of(MLPActorCritic(4, 2, DISCRETE.distribution, (8,)))
-    collector, rollout, memory, noise = started(envs, 9, policy)
-    assert isinstance(collector, DeviceCollector)
-    program = functools.partial(
-        collect, policy=policy, env_step=env_step_of(envs, action_spec(envs.single_action_space, False))
-    )
-    return collector, rollout, memory, noise, program, policy
-
-
-def test_environments_on_the_device_are_replayed_as_acted():
-    """What is left after each of six rollouts is what a replay of it leaves, and of each episode what it leaves by itself."""
-    space = obs_spec(CartPole().observation_space)
-    collector, rollout, memory, noise, program, policy = on_device(lambda like: remembering(like, obs=space))
-    params = make_params(policy)
-    weights = policy.weights(params)
-    alone = [torch.zeros(1, policy.memory_size) for _ in range(4)]
-    before = torch.zeros(4, dtype=torch.bool)  # whether the row before was a resetting one
-    with torch.no_grad():
-        for number in range(6):
-            collector.collect(functools.partial(program, params, OFF), noise)
-            _, _, replayed = policy.replay(weights, rollout["obs"][:-1], rollout["first"][:-1], memory.start, STEPS)
-            torch.testing.assert_close(memory.now, replayed[-1])
-            for t in range(9):
-                for env in range(4):
-                    if (number == 0 and t == 0) or before[env]:
-                        alone[env] = torch.zeros(1, policy.memory_size)
-                    alone[env] = policy.step(weights, rollout["obs"][t, env][None], alone[env])[1]
-                torch.testing.assert_close(replayed[t], torch.cat(alone))
-                before = ~rollout["valid"][t]
-    assert not rollout["valid"][:-1].all()
-
-
-# --- learning
-
-
+@KINDS
+@USERS
+@LAYERS
+@pytest.mark.parametrize("spaces", ["discrete", "continuous"])
 @pytest.mark.parametrize("final_obs", [False, True], ids=["next step", "final_obs"])
-@FORMS
-@HEADS
-def test_learning_is_that_of_stepping_with_autograd(like, kind, users, layers, final_obs):
-    """Everything that `learn` returns, with every term of the loss: the written-out gradient, the values, the bootstraps."""
-    policy = remembering(like, kind, users, layers)
-    params, rollout = make_params(policy), sequences(like, policy, final_obs=final_obs)
-    normalization = Normalization(
-        {"obs": torch.full((3,), 0.1)}, {"obs": torch.full((3,), 1.5)}, torch.tensor(0.5), torch.zeros(()), torch.ones(())
-    )
-    results = [
-        update(each, params, rollout, make_permutation(3, 4), normalization, minibatch_size=16)
-        for each in (policy, Stepping(policy.encoder, policy.rnn, policy.mlp))
-    ]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert column(results[0], "ratio_deviation")[0] < 1e-5
-    assert column(results[0], "ratio_deviation")[1] > 1e-3
-    torch.testing.assert_close(
-        update(
-            policy,
-            params,
-            rollout,
-            make_permutation(3, 4),
-            normalization,
-            minibatch_size=16,
-            grad_and_aux=functional_grad_and_aux,
-        ),
-        results[0],
-        rtol=1e-4,
-        atol=1e-5,
-    )
+def test_learning_is_that_of_stepping_with_autograd(kind, users, layers, spaces, final_obs):
+    """All that `learn` returns, with every term of the loss: the written-out gradient, the values, the bootstraps."""
+    policy, params, rollout = setting(spaces, kind, users, num_steps=6, layers=layers)
+    if final_obs:
+        rollout["final_obs"] = rollout["obs"].flip(0)
+    alike = Stepping(policy.encoder, policy.rnn, policy.mlp)
+    one, two = (update(each, params, rollout, make_permutation(2, 4), minibatch_size=12) for each in (policy, alike))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert (one.params - params).abs().max() > 1e-3
 
 
-@HEADS
-def test_rows_that_are_no_transitions_have_no_influence(like):
-    """A resetting row's action and reward may be anything; its observation is the bootstrap's, and stays."""
-    policy = remembering(like)
-    params, rollout = make_params(policy), sequences(like, policy)
-    other = {key: value.clone() for key, value in rollout.items()}
-    invalid = ~rollout["valid"]
-    invalid[-1] = True
-    assert invalid[:-1].any()
-    other["action"][invalid] = 0 if like is DISCRETE else 7.0
-    other["reward"][invalid] = 1e3
-    results = [update(policy, params, rows, make_permutation(2, 4), minibatch_size=16) for rows in (rollout, other)]
-    torch.testing.assert_close(results[0].params, results[1].params, rtol=0, atol=0)
+@KINDS
+@USERS
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_an_episode_that_begins_in_the_middle_equals_the_halves_apart(kind, users, end):
+    """10 rows of 3 environments, all of whose episodes end at row 4, give the losses and the gradient of 5 rows of 6.
+
+    The first moment of a fresh Adam is a tenth of the gradient.
+    """
+    policy, params, rollout = setting(kind=kind, users=users, num_steps=10, num_envs=3)
+    off = torch.zeros(11, 3, dtype=torch.bool)
+    first, ended = off.clone(), off.clone()
+    first[5] = ended[4] = True
+    rollout |= {"terminated": off, "truncated": off, "valid": ~off, "first": first} | {end: ended}
+    rollout["final_obs"] = torch.randn(rollout["obs"].shape, generator=torch.Generator().manual_seed(4))
+    halves = {key: torch.cat((x[:6], x[5:]), 1) for key, x in rollout.items() if key != "memory"}
+    halves["memory"] = torch.cat((rollout["memory"], torch.zeros_like(rollout["memory"])))
+    options = {"minibatch_size": 30, "max_grad_norm": 1e9}
+    whole = update(policy, params, rollout, torch.arange(3)[None], **options)
+    apart = update(policy, params, halves, torch.arange(6)[None], **options)
+    torch.testing.assert_close(whole.adam.exp_avg, apart.adam.exp_avg, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(whole.minibatch_metrics, apart.minibatch_metrics, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whole.explained_variance, apart.explained_variance, rtol=1e-4, atol=1e-5)
+    for name, gradient in policy.weights(whole.adam.exp_avg).items():
+        assert gradient.abs().max() > 1e-6, name  # every weight was compared, the recurrent ones too
+    # without the start in the middle it is another gradient
+    through = update(policy, params, rollout | {"first": off}, torch.arange(3)[None], **options)
+    assert (through.adam.exp_avg - whole.adam.exp_avg).abs().max() > 1e-4
 
 
-def test_the_bootstrap_remembers_the_episode_that_was_cut():
-    """A truncated episode's last value is that of its final observation after all of it, not of an empty memory."""
-    policy = remembering(DISCRETE)
-    params, weights = make_params(policy), policy.weights(make_params(policy))
-    rollout = sequences(DISCRETE, policy, num_steps=4, num_envs=2)
-    rollout = {key: rows[:1] if key == "memory" else rows[:, :1].clone() for key, rows in rollout.items()}
-    for key in ("terminated", "truncated", "first"):
-        rollout[key][:] = False
-    rollout["valid"][:] = True
-    rollout["reward"][:] = 0.0
-    rollout["truncated"][1] = True  # rows 0 and 1; row 2 resets, and shows the final observation; row 3 begins anew
-    rollout["valid"][2], rollout["first"][3] = False, True
-    memory = rollout["memory"]
-    with torch.no_grad():
-        values = []
-        for t in range(3):
-            values.append(policy.judge(weights, rollout["obs"][t], memory))
-            _, memory = policy.step(weights, rollout["obs"][t], memory)
-    one = {"gamma": 0.5, "gae_lambda": 0.0, "norm_adv": False, "clip_vloss": False, "minibatch_size": 4}
-    learned = update(policy, params, rollout, torch.zeros(1, 1, dtype=torch.int64), **one)
-    begun = policy.judge(weights, rollout["obs"][3], torch.zeros_like(memory))
-    _, after = policy.step(weights, rollout["obs"][3], torch.zeros_like(memory))
-    last = policy.judge(weights, rollout["obs"][4], after)
-    errors = [0.5 * values[1] - values[0], 0.5 * values[2] - values[1], 0.5 * last - begun]  # of the three transitions
-    expected = torch.cat(errors).square().mean().item()
-    assert column(learned, "value_loss")[0] == pytest.approx(expected, rel=1e-4)
+class CountingPolicy:
+    """A policy that notes which sequences it was shown. An observation is its row's number, as is its action."""
 
+    memory_size = 1
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_mode_gives_the_same_update(seed):
-    """The same 24 transitions of one environment, with resetting rows between them or final observations beside them."""
-    policy = remembering(MLPActorCritic(3, 3, DISCRETE.distribution, (8,)))
-    params = make_params(policy)
-    weights = policy.weights(params)
+    def __init__(self):
+        self.seen, self.firsts, self.memories, self.actions = [], [], [], []
 
-    def act(obs, noise, memory, first):  # by the memory, so that an action of another episode would be another one
-        _, memory = policy.step(weights, obs, torch.where(first[:, None], 0.0, memory))
-        return (memory.sum(-1) * 1000).long() % 3, memory
+    def weights(self, params):
+        return {"w": params}
 
-    def collected(mode, steps):
-        collector, rollout, memory, noise = started(SyncVectorEnv([Walk], autoreset_mode=mode), steps, policy)
-        with torch.no_grad():
-            collector.reset(seed)
-            collector.collect(act, noise)
-        return {key: value.clone() for key, value in rollout.items()} | {"memory": memory.start}
+    def replay(self, weights, obs, first, memory, cells):
+        number = obs.squeeze(-1)
+        self.seen.append(number.long())
+        self.firsts.append(first)
+        self.memories.append(memory)
+        return number * weights["w"], number * weights["w"], memory.expand(len(obs), *memory.shape)
 
-    rollouts = [collected(mode, 24) for mode in (AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)]
-    resets = int((rollouts[0]["terminated"] | rollouts[0]["truncated"])[:23].sum())
-    assert resets > 2
-    rollouts.append(collected(AutoresetMode.NEXT_STEP, 24 + resets))
-    learned = []
-    for rollout in rollouts:
-        assert int(rollout["valid"][:-1].sum()) == 24
-        permutation = torch.zeros(3, 1, dtype=torch.int64)
-        learned.append(update(policy, params, rollout, permutation, minibatch_size=len(rollout["reward"]) - 1))
-    for other in learned[1:]:
-        torch.testing.assert_close(other.params, learned[0].params, rtol=1e-4, atol=1e-5)
-    assert (learned[0].params - params).abs().max() > 1e-3
+    def log_prob(self, dist, action):
+        self.actions.append(action)
+        return -0.001 * dist
+
+    def entropy(self, dist):
+        return dist
 
 
 def test_every_environment_is_gathered_exactly_once_an_epoch():
-    """Whole sequences, in the order of time, with their own memory: all four numbers of an environment are together."""
-    seen = []
+    """Minibatches are the permutation's environments in order, each with all its rows in theirs, its own actions, episode
 
-    class Noting(RecurrentActorCritic):
-        def replay(self, weights, obs, first, memory, cells):
-            if first.shape[0] == 6:  # not the pass over all T + 1 rows
-                assert torch.equal(obs[:, :, 1], torch.arange(6.0)[:, None].expand(6, first.shape[1]))
-                assert torch.equal(memory[:, 0], obs[0, :, 0])
-                seen.append(obs[0, :, 0].tolist())
-            return super().replay(weights, obs, first, memory, cells)
-
-    policy = remembering(DISCRETE)
-    policy = Noting(policy.encoder, policy.rnn, policy.mlp)
-    rollout = sequences(DISCRETE, policy, num_steps=6, num_envs=4)
-    rollout["obs"][..., 0] = torch.arange(4.0)
-    rollout["obs"][..., 1] = torch.arange(7.0)[:, None]
-    rollout["memory"][:, 0] = torch.arange(4.0)
-    update(policy, make_params(policy), rollout, make_permutation(3, 4), minibatch_size=12)
-    assert len(seen) == 6
-    assert [sorted(seen[2 * epoch] + seen[2 * epoch + 1]) for epoch in range(3)] == [[0.0, 1.0, 2.0, 3.0]] * 3
-
-
-@pytest.mark.parametrize("rows_per_pass", [8, 16, 3])
-def test_parts_of_a_minibatch_add_up_to_it(rows_per_pass):
-    """Of one environment each where two do not fit, and of one where not even that does."""
-    policy = remembering(DISCRETE)
-    params, rollout = make_params(policy), sequences(DISCRETE, policy)
-    options = {"minibatch_size": 32, "rows_per_pass": rows_per_pass}
-    parts = update(policy, params, rollout, make_permutation(2, 4), **options)
-    whole = update(policy, params, rollout, make_permutation(2, 4), minibatch_size=32)
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    starts and memory; each epoch shows each once, and never the bootstrap row T.
+    """
+    num_steps, num_envs, epochs = 6, 4, 3
+    number = torch.arange((num_steps + 1) * num_envs).reshape(num_steps + 1, num_envs)
+    off = torch.zeros_like(number, dtype=torch.bool)
+    rollout = {"obs": number[..., None].float(), "action": number, "reward": torch.zeros_like(number, dtype=torch.float32)}
+    rollout |= {"terminated": off, "truncated": off, "valid": ~off, "first": number % 5 == 0}
+    rollout["memory"] = torch.arange(num_envs)[:, None].float()
+    permutation = make_permutation(epochs, num_envs)
+    policy = CountingPolicy()
+    update(policy, torch.ones(1), rollout, permutation, minibatch_size=2 * num_steps)
+    assert torch.equal(policy.seen[0], number)  # one pass over all T+1 rows
+    assert torch.equal(policy.firsts[0], rollout["first"])
+    assert len(policy.seen) == 1 + 2 * epochs
+    shown = zip(policy.seen[1:], policy.firsts[1:], policy.memories[1:], policy.actions[1:], strict=True)
+    for environments, (seen, first, memory, action) in zip(permutation.reshape(-1, 2), shown, strict=True):
+        assert torch.equal(seen, number[:num_steps, environments])
+        assert torch.equal(action, seen)
+        assert torch.equal(first, seen % 5 == 0)
+        assert torch.equal(memory.squeeze(1), environments.float())
+    for epoch in range(epochs):
+        memories = torch.cat(policy.memories[1 + 2 * epoch : 3 + 2 * epoch])
+        assert memories.flatten().sort().values.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("final_obs", [False, True], ids=["next step", "final_obs"])
-def test_workers_together_make_the_update_of_one(final_obs):
-    """Each replays its own environments, from what is remembered of those."""
-    policy = remembering(DISCRETE)
-    params, rollout = make_params(policy), sequences(DISCRETE, policy, final_obs=final_obs)
-    expected = update(policy, params, rollout, make_permutation(3, 4), minibatch_size=16)
+@pytest.mark.parametrize("spaces", ["continuous", "masked"])
+@pytest.mark.parametrize("rows_per_pass", [1, 12, 26, 1000])
+@KINDS
+def test_parts_of_a_minibatch_add_up_to_it(kind, spaces, rows_per_pass):
+    """Working it off in parts, of environments when learning and of steps when judging, changes neither update nor metrics."""
+    policy, params, rollout = setting(spaces, kind, num_steps=11)
+    rollout |= {"final_" + key: x.flip(0) for key, x in rollout.items() if key.partition(".")[0] == "obs"}
+    for options in ({"target_kl": 0.05}, {"advantage_estimator": "monte-carlo", "norm_adv": False, "clip_vloss": False}):
+        options = {"minibatch_size": 22, **options}
+        whole = update(policy, params, rollout, make_permutation(2, 4), **options)
+        parts = update(policy, params, rollout, make_permutation(2, 4), rows_per_pass=rows_per_pass, **options)
+        torch.testing.assert_close(parts.params, whole.params, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(parts.minibatch_metrics, whole.minibatch_metrics, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parts.explained_variance, whole.explained_variance, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_kl": 0.05},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "rows_per_pass": 6},
+        {"norm_adv": False, "final_obs": True},
+    ],
+    ids=["gae", "monte-carlo", "final_obs"],
+)
+@KINDS
+def test_workers_together_make_the_update_of_one(kind, options):
+    """Each has its own environments, the memory at the start of them included."""
+    options = dict(options)
+    policy, params, rollout = setting(kind=kind, num_steps=6, num_envs=8)
+    if options.pop("final_obs", False):
+        rollout["final_obs"] = rollout["obs"].flip(0)
+    options, permutation = {"minibatch_size": 24, **options}, make_permutation(3, 8)
+    expected = update(policy, params, rollout, permutation, **options)
     barrier, places = threading.Barrier(2, timeout=60), [None] * 2
 
     def all_reduce(x, worker, over_ranks):
@@ -407,125 +741,403 @@ def test_workers_together_make_the_update_of_one(final_obs):
 
     def work(number):
         shared = {"worker": torch.tensor([number, 0]), "num_workers": 2, "all_reduce": all_reduce}
-        return update(policy, params, rollout, make_permutation(3, 4), minibatch_size=16, **shared)
+        return update(policy, params, rollout, permutation, **options, **shared)
 
     with ThreadPoolExecutor(2) as pool:
-        assert_together(list(pool.map(work, range(2))), expected, rtol=1e-5, atol=1e-5)
+        assert_together(list(pool.map(work, range(2))), expected)
 
 
-@FORMS
-def test_programs_with_memory_never_ask_the_host(kind, users, layers):
-    """Neither for a value (no sync in eager mode) nor for data: they run whole on the meta device."""
-    policy = remembering(DISCRETE, kind, users, layers)
-    params, rollout = make_params(policy), sequences(DISCRETE, policy, final_obs=True)
-    acting = (OFF, rollout["obs"][0], torch.zeros(4, 4), rollout["memory"], rollout["first"][0])
+def test_workers_collect_their_own_part():
+    """Two calls of `collect`, each with half of the environments, walk as one call does with all; memory included."""
+    bench, noise = Bench("device"), torch.randn(7, 4, 3, generator=torch.Generator().manual_seed(0))
+    bench.collect()
+    running = bench.running()
+    arguments = (bench.params, OFF, running, noise, torch.rand(7, 4, 3))
+    settings = {"policy": bench.policy.policy, "env_step": bench.collector.env_step}
+    whole = collect(*arguments, **settings)
+    parts = [collect(*arguments, torch.tensor([number, 0]), num_workers=2, **settings) for number in range(2)]
+    assert len(whole.running) == len(running)
+    for index, x in enumerate(whole.running):
+        torch.testing.assert_close(torch.cat([part.running[index] for part in parts]), x)
+    for name in ("obs", "action", "reward", "valid"):
+        torch.testing.assert_close(torch.cat([getattr(part, name) for part in parts], 1), getattr(whole, name))
+
+
+@KINDS
+@USERS
+def test_both_gradients_agree(kind, users):
+    """The eager gradient and torch.func's, through the cells' own backward, give the same update and metrics."""
+    policy, params, rollout = setting(kind=kind, users=users)
+    one, two = (
+        update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24, grad_and_aux=function)
+        for function in (grad_and_aux, functional_grad_and_aux)
+    )
+    torch.testing.assert_close(one.params, two.params, rtol=0, atol=1e-6)
+    torch.testing.assert_close(one.minibatch_metrics, two.minibatch_metrics, rtol=1e-4, atol=1e-6)
+
+
+@KINDS
+def test_learn_writes_nothing_in_place(kind):
+    """The rollout, its memory among the rest, and the parameters are as before."""
+    policy, params, rollout = setting(kind=kind)
+    tensors = [params, *rollout.values()]
+    copies = [x.clone() for x in tensors]
+    learned = update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+    assert not learned.params.requires_grad
+
+
+@KINDS
+def test_learn_works_under_vmap_over_seeds(kind):
+    """Two seeds in one call equal two calls."""
+    policy, *_ = make_policy(kind)
+    seeds = []
+    for seed in (0, 1):
+        _, _, rollout = setting(kind=kind, seed=seed + 5)
+        seeds.append((make_params(policy, seed), rollout, make_permutation(2, 4, seed)))
+
+    def one(params, rollout, permutation):
+        options = {"minibatch_size": 24, "grad_and_aux": functional_grad_and_aux}
+        learned = update(policy, params, rollout, permutation, **options)
+        return learned.params, learned.minibatch_metrics
+
+    params, metrics = torch.func.vmap(one)(*torch.utils._pytree.tree_map(lambda *x: torch.stack(x), *seeds))
+    for index, arguments in enumerate(seeds):
+        expected_params, expected_metrics = one(*arguments)
+        torch.testing.assert_close(params[index], expected_params, rtol=0, atol=1e-5)
+        torch.testing.assert_close(metrics[index], expected_metrics, rtol=1e-3, atol=1e-5)
+
+
+@KINDS
+@pytest.mark.parametrize("gradient", [grad_and_aux, functional_grad_and_aux])
+def test_programs_run_without_data(kind, gradient):
+    """On the meta device there is no value to ask for: a host sync or a shape that depends on data would raise."""
+    policy, params, rollout = setting("masked", kind, layers=2)
+    rollout |= {"final_" + key: x for key, x in rollout.items() if key.partition(".")[0] == "obs"}
+    params, rollout, permutation, normalization = to_meta((params, rollout, make_permutation(2, 4), OFF))
+    options = {"minibatch_size": 24, "target_kl": 0.01, "rows_per_pass": 12, "grad_and_aux": gradient}
+    learned = update(policy, params, rollout, permutation, normalization, **options)
+    assert learned.minibatch_metrics.shape == (4, len(MINIBATCH_METRICS))
+    assert all(x.is_meta for x in (learned.params, *learned.adam, *learned[2:]))
+    row = {key: x[0] for key, x in obs_of(rollout).items()}
+    noise = torch.zeros(4, 5, device="meta")
+    first = rollout["first"][0]
+    action, memory = act_and_remember(policy, policy.weights(params), normalization, row, noise, rollout["memory"], first)
+    assert action.shape == (4, 2)
+    assert memory.shape == rollout["memory"].shape
+
+
+@KINDS
+def test_programs_never_ask_the_host(kind):
+    """No `.item()`, no `bool(tensor)`, no masked selection inside `learn`, `act` or `collect`, with every option on."""
+    policy, params, rollout = setting(kind=kind)
+    rollout["final_obs"] = rollout["obs"]
+    bench = Bench("device", kind=kind)
+    running = bench.running()
+    draws = torch.randn(7, 4, 3), torch.rand(7, 4, 3)
+    with HostSyncs() as probe:
+        bool(rollout["first"].any())
+    assert probe.found == ["_local_scalar_dense"]  # the probe sees it
     with HostSyncs() as syncs:
-        update(policy, params, rollout, make_permutation(2, 4), minibatch_size=16, target_kl=0.01)
-        act_and_remember_from_params(params, *acting, policy=policy)
+        update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24, target_kl=0.01, rows_per_pass=12)
+        weights, first = policy.weights(params), rollout["first"][0]
+        act_and_remember(policy, weights, OFF, rollout["obs"][0], torch.zeros(4, 3), rollout["memory"], first)
+        bench.act(running, *draws)
     assert syncs.found == []
-    params, rollout, permutation, acting, off = to_meta((params, rollout, make_permutation(2, 4), acting, OFF))
-    learned = update(policy, params, rollout, permutation, off, minibatch_size=16, target_kl=0.01)
-    action, memory = act_and_remember_from_params(params, *acting, policy=policy)
-    assert all(x.is_meta for x in (learned.params, learned.minibatch_metrics, action, memory))
+
+
+# --- the agent
+
+
+def make_agent(kind="lstm", spaces="discrete", normalization=OFF, **options):
+    """(agent, network, params) as load_policy makes it."""
+    space, act_space = SPACES[spaces]
+    network, spec, action = make_policy(kind, observation=space, action=act_space, **options)
+    params = make_params(network)
+    return Agent(space, spec, action, network, params, normalization), network, params
+
+
+NORMALIZED = Normalization(
+    {"obs": torch.tensor([0.5, -0.5, 0.0])}, {"obs": torch.tensor([2.0, 0.5, 1.0])}, None, torch.tensor(3.0), torch.tensor(2.0)
+)
+
+
+@KINDS
+@USERS
+def test_an_agent_goes_on_from_call_to_call(kind, users):
+    """Actions and values of three episodes side by side, told of each end by a mask, are those that `learn` replays.
+
+    The value is asked for before the action, twice, and moves nothing; it is in the environment's units.
+    """
+    agent, network, params = make_agent(kind, "continuous", NORMALIZED, users=users)
+    obs = torch.randn(8, 3, 3, generator=torch.Generator().manual_seed(0))
+    first = torch.zeros(8, 3, dtype=torch.bool)
+    first[0] = first[3, 1] = first[5, 0] = first[6, 0] = True
+    nothing = torch.zeros(3, network.memory_size)
+    seen = normalize_obs(obs, NORMALIZED)
+    (mean, _), value, memory = network.replay(network.weights(params), seen, first, nothing, STEPS)
+    for t in range(8):
+        if t:
+            agent.reset(first[t].numpy() if t % 2 else first[t])
+        values = agent.value(obs[t]), agent.value(obs[t])
+        assert torch.equal(*values)
+        torch.testing.assert_close(values[0], value[t] * 2.0 + 3.0, rtol=1e-5, atol=1e-5)
+        low, high = (torch.from_numpy(bound) for bound in (agent.action.space.low, agent.action.space.high))
+        torch.testing.assert_close(agent.act(obs[t]), mean[t].clamp(low, high), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(agent.memory, memory[t], rtol=1e-5, atol=1e-5)
+    agent.reset()
+    torch.testing.assert_close(agent.value(obs[0]), value[0] * 2.0 + 3.0, rtol=1e-5, atol=1e-5)
+
+
+@KINDS
+def test_an_agent_of_one_environment(kind):
+    """Observations without a batch axis are those of one environment, which a single True resets."""
+    one, *_ = make_agent(kind)
+    many, *_ = make_agent(kind)
+    obs = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    for t in range(6):
+        if t == 4:
+            one.reset(True)
+            many.reset([True])
+        value = one.value(obs[t])
+        assert value.shape == ()
+        np.testing.assert_allclose(value, many.value(obs[t : t + 1])[0], rtol=1e-5, atol=1e-6)
+        action = one.act(obs[t])
+        assert one.action.space.contains(action)
+        assert action == many.act(obs[t : t + 1])[0]
+        assert torch.equal(one.memory, many.memory)
+    fresh, *_ = make_agent(kind)
+    fresh.act(obs[4])
+    fresh.act(obs[5])
+    torch.testing.assert_close(fresh.memory, one.memory, rtol=1e-5, atol=1e-6)
+
+
+def test_an_agent_of_other_environments_is_told_so():
+    """Another number of observations, or a mask of another number, than is remembered: an error, and nothing is forgotten."""
+    agent, network, _ = make_agent()
+    agent.reset(np.ones(4, bool))  # nothing to forget yet, of however many
+    obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    agent.act(obs[:3])
+    before = agent.memory.clone()
+    for call in (agent.act, agent.value):
+        with pytest.raises(ValueError, match=r"5 observations; this policy remembers 3 environments: reset\(\) it first"):
+            call(obs)
+        with pytest.raises(ValueError, match="1 observations"):
+            call(obs[0])
+    for mask in (np.ones(2, bool), True):
+        with pytest.raises(ValueError, match="this policy remembers 3"):
+            agent.reset(mask)
+    with pytest.raises(ValueError, match="shape"):
+        agent.act(obs[:3, :2])
+    assert torch.equal(agent.memory, before)
+    agent.reset()
+    agent.act(obs)
+    assert agent.memory.shape == (5, network.memory_size)
+
+
+def test_an_agents_masks_and_samples():
+    """A structured observation with a mask: sampled actions are legal, seeded, and what is remembered does not hang on them."""
+    agent, *_ = make_agent("gru", "masked")
+    space = OBSERVATIONS["masked"]
+    space.seed(0)
+    sampled_obs = [space.sample() for _ in range(12)]
+    batch = {key: np.stack([obs[key] for obs in sampled_obs]) for key in space.spaces}
+    batch["action_mask"] = np.tile(np.array([0, 1, 1, 0, 1], np.int8), (12, 1))
+    taken, memories = [], []
+    for seed in (1, 1, 2):
+        agent.reset()
+        agent.seed(seed)
+        taken.append(np.stack([agent.act(batch, deterministic=False) for _ in range(4)]))
+        memories.append(agent.memory.clone())
+    np.testing.assert_array_equal(taken[0], taken[1])
+    assert (taken[0] != taken[2]).any()
+    assert torch.equal(memories[0], memories[2])
+    assert set(taken[0][..., 0].flatten()) == {1}
+    assert set(taken[0][..., 1].flatten()) == {0, 2}
 
 
 # --- compiled
 
 
-def job(like, policy, num_steps=7, num_envs=6, minibatch=3, **settings):
-    """`learn` as it is compiled, and its arguments: minibatches of 3 environments, of 5 numbers each."""
-    params, rollout = make_params(policy), sequences(like, policy, num_steps, num_envs)
-    schedule = Schedule(torch.tensor(1e-2), torch.tensor(0.2), torch.tensor(0.01))
-    arguments = (params, init_adam(params), rollout, make_permutation(2, num_envs), schedule, OFF)
-    options = SETTINGS | {"minibatch_size": minibatch * num_steps} | settings
-    return functools.partial(learn, policy=policy, **options), arguments
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    cache_dir = tmp_path_factory.mktemp("cache")
+    cache_dir.chmod(0o700)
+    return cache_dir
 
 
-@pytest.fixture
-def cache_dir(tmp_path):
-    torch.set_num_threads(1)
-    tmp_path.chmod(0o700)
-    return tmp_path
+def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_envs=6, per_minibatch=3, **settings):
+    """(learn, arguments): 12 steps, minibatches of whole environments, two epochs."""
+    options = {"users": users, "layers": layers, "hidden": hidden}
+    policy, _, rollout = setting(spaces, kind, num_envs=num_envs, seed=seed + 1, **options)
+    params = make_params(policy, seed)
+    if settings.pop("final_obs", False):
+        rollout |= {"final_" + key: x.flip(0) for key, x in rollout.items() if key.partition(".")[0] == "obs"}
+    schedule = Schedule(torch.tensor(1e-3), torch.tensor(0.2), torch.tensor(0.01))
+    settings = SETTINGS | {"minibatch_size": 12 * per_minibatch} | settings
+    arguments = (params, init_adam(params), rollout, make_permutation(2, num_envs, seed), schedule, OFF)
+    return functools.partial(learn, policy=policy, **settings), arguments
 
 
-SLOW = pytest.mark.slow
-COMPILED = [
-    pytest.param({}, {}, id="lstm"),
-    pytest.param({"kind": "gru", "layers": 2}, {}, id="gru", marks=SLOW),
-    pytest.param({"users": 1, "width": 16}, {"num_envs": 14, "minibatch": 7}, id="shared", marks=SLOW),
-    pytest.param({"kind": "gru", "users": 1, "width": 33}, {"num_envs": 4, "minibatch": 1}, id="one", marks=SLOW),
-    pytest.param({"layers": 2}, {"num_envs": 8, "minibatch": 4, "num_workers": 2}, id="workers", marks=SLOW),
-    pytest.param({}, {"num_envs": 8, "minibatch": 4, "rows_per_pass": 14}, id="parts", marks=SLOW),
-]
+def assert_compiled(job, cache_dir, **shared):
+    """Compiled for one seed's arguments, equal to eager for those of three."""
+    program, arguments = job(seed=0)
+    compiled = compile_program(functools.partial(program, **shared), arguments, cache_dir)
+    for seed in range(3):
+        _, arguments = job(seed=seed)
+        assert_same(compiled(*arguments), program(*arguments))
 
 
-@pytest.mark.parametrize(("form", "settings"), COMPILED)
-def test_compiled_learn_equals_eager(form, settings, cache_dir):
-    """native.cpp's loops against Python's: sizes that fill no vector, numbers of rows that fill no block."""
-    policy = remembering(DISCRETE, **form)
-    program, arguments = job(DISCRETE, policy, **settings)
-    compiled = compile_program(program, arguments, cache_dir)
-    eager = functools.partial(program, num_workers=1)
-    assert_same(compiled(*arguments), eager(*arguments))
+def test_compiled_learn_equals_eager(cache_dir):
+    """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor."""
+    assert_compiled(functools.partial(learn_job, "lstm", target_kl=0.5), cache_dir)
+
+
+@pytest.mark.slow  # most of a minute of compiling each
+@pytest.mark.parametrize(
+    ("kind", "options", "shared"),
+    [
+        ("gru", {"num_envs": 7, "per_minibatch": 1}, {}),
+        ("gru", {"users": 1, "layers": 2, "hidden": 16, "num_envs": 8, "per_minibatch": 4}, {}),
+        ("gru", {"spaces": "continuous", "num_envs": 14, "per_minibatch": 14, "final_obs": True}, {"num_workers": 2}),
+        ("lstm", {"users": 1, "num_envs": 7, "per_minibatch": 7, "final_obs": True}, {}),
+        ("lstm", {"spaces": "continuous", "layers": 2, "hidden": 17, "num_envs": 4, "per_minibatch": 1}, {}),
+        ("lstm", {"num_envs": 12, "per_minibatch": 6}, {"num_workers": 2, "rows_per_pass": 12}),
+        ("lstm", {"spaces": "masked", "num_envs": 4, "per_minibatch": 4}, {"rows_per_pass": 24}),
+        ("lstm", {"advantage_estimator": "monte-carlo", "norm_returns": True, "num_envs": 2, "per_minibatch": 2}, {}),
+        ("gru", {"spaces": "image", "num_envs": 3, "per_minibatch": 3}, {"rows_per_pass": 24}),
+    ],
+    ids=lambda value: " ".join(f"{key}={x}" for key, x in value.items()) if isinstance(value, dict) else value,
+)
+def test_compiled_learn_equals_eager_for(kind, options, shared, cache_dir):
+    """Cells side by side and in layers, 1 to 14 environments at once, workers, parts, final observations, structures."""
+    assert_compiled(functools.partial(learn_job, kind, **options), cache_dir, **shared)
+
+
+@KINDS
+@USERS
+def test_traced_learn_has_the_cells_of_the_library(kind, users):
+    """What the compiler is given goes through the library's loops, forward and backward, and not through a step at a time."""
+    program, arguments = learn_job(kind, users=users, layers=2)
+    graph, _ = compilation._trace(program, arguments)
+    graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+    called = {str(node.target) for one in graphs for node in one.nodes}
+    assert {f"fastppo.{kind}.default", f"fastppo.{kind}_backward.default"} <= called
+
+
+def act_job(kind, number, seed=0, num_seeds=None, **options):
+    """(act, arguments) of `number` environments, some of which begin an episode; of many seeds with those first."""
+    policy, *_ = make_policy(kind, observation=VECTOR, **options)
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if num_seeds is None else (num_seeds,)
+    params = [make_params(policy, seed + index) for index in range(num_seeds or 1)]
+    shape = (*lead, number)
+    noise = torch.randn(*shape, 3, generator=generator)
+    obs = torch.randn(*shape, 3, generator=generator)
+    memory = torch.randn(*shape, policy.memory_size, generator=generator)
+    first = torch.rand(shape, generator=generator) < 0.3
+    normalization = OFF if num_seeds is None else Normalization(None, None, None, torch.zeros(lead), torch.ones(lead))
+    arguments = (torch.stack(params) if lead else params[0], normalization, obs, noise, memory, first)
+    return functools.partial(act_and_remember_from_params, policy=policy), arguments
+
+
+def assert_acts_alike(result, expected):
+    torch.testing.assert_close(result[1], expected[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(result[0], expected[0])
 
 
 def test_compiled_act_equals_eager(cache_dir):
-    """Ten steps, each from what the one before remembered; bound as the loop binds it."""
-    policy = remembering(DISCRETE, "gru")
-    params, rollout = make_params(policy), sequences(DISCRETE, policy, 9)
-    program = functools.partial(act_and_remember_from_params, policy=policy)
-    noise = torch.zeros(4, 4)
-    example = (params, OFF, rollout["obs"][0], noise, rollout["memory"], rollout["first"][0])
-    act = compile_program(program, example, cache_dir).bind(example[:2], example[2:])
-    ours = theirs = rollout["memory"]
-    for t in range(10):
-        action, ours = act(rollout["obs"][t], noise, ours, rollout["first"][t])
-        expected, theirs = program(params, OFF, rollout["obs"][t], noise, theirs, rollout["first"][t])
-        assert torch.equal(action, expected)
-        torch.testing.assert_close(ours, theirs)
+    """Action and memory of 7 environments, step after step; what was remembered at an episode's start is dropped."""
+    act, arguments = act_job("lstm", 7, hidden=5)
+    compiled = compile_program(act, arguments, cache_dir)
+    memory = arguments[4]
+    for seed in range(6):
+        params, normalization, obs, noise, _, first = act_job("lstm", 7, seed, hidden=5)[1]
+        expected = act(params, normalization, obs, noise, memory, first)
+        result = compiled(params, normalization, obs, noise, memory, first)
+        assert_acts_alike(result, expected)
+        memory = result[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_compiled_collect_equals_eager(workers, cache_dir):
-    """Environments on the device: the same rollout, and the same is remembered after it."""
-    space = obs_spec(CartPole().observation_space)
-    collector, _, memory, noise, program, policy = on_device(lambda like: remembering(like, obs=space))
-    running = (*pack(collector.envs.running), memory.now, torch.ones(4, dtype=torch.bool))
-    arguments = (make_params(policy), OFF, running, noise, collector.envs.draw(9))
+@pytest.mark.parametrize(
+    ("kind", "number", "options"),
+    [("gru", 1, {}), ("gru", 3, {"users": 1, "layers": 2}), ("lstm", 4, {"layers": 2}), ("lstm", 1, {"users": 1, "hidden": 5})],
+)
+def test_compiled_act_equals_eager_for(kind, number, options, cache_dir):
+    """Shared, in layers, one environment."""
+    compiled = compile_program(*act_job(kind, number, **options), cache_dir)
+    for seed in range(4):
+        act, arguments = act_job(kind, number, seed, **options)
+        assert_acts_alike(compiled(*arguments), act(*arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "per_call"), [("lstm", 1), ("lstm", 2), ("gru", 3)])
+def test_compiled_act_of_seeds_equals_each_alone(kind, per_call, cache_dir):
+    """Mapped over all seeds, two at a time and one by one."""
+    act, arguments = act_job(kind, 3, num_seeds=3)
+    compiled = compile_program(act, arguments, cache_dir, Seeds(3, per_call, 1))
+    action, memory = compiled(*arguments)
+    for seed in range(3):
+        assert_acts_alike((action[seed], memory[seed]), act(*of_seed(arguments, seed)))
+
+
+def collect_job(kind, num_seeds=None, num_envs=4, **options):
+    """(collect, arguments) of walks under way."""
+    each = []
+    for seed in range(num_seeds or 1):
+        bench = Bench("device", kind=kind, num_envs=num_envs, seed=seed, **options)
+        bench.collect()
+        draws = torch.Generator().manual_seed(seed)
+        noise, random = torch.randn(7, num_envs, 3, generator=draws), torch.rand(7, num_envs, 3, generator=draws)
+        each.append((make_params(bench.policy.policy, seed), OFF, bench.running(), noise, random))
+    settings = {"policy": bench.policy.policy, "env_step": bench.collector.env_step}
+    return functools.partial(collect, **settings), each[0] if num_seeds is None else stack(each)
+
+
+def assert_collected_alike(result, expected):
+    for key in ("action", "terminated", "truncated", "valid", "finite"):
+        assert torch.equal(getattr(result, key), getattr(expected, key)), key
+    for key in ("obs", "reward", "running"):
+        torch.testing.assert_close(getattr(result, key), getattr(expected, key), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "workers"), [("lstm", {}, 2), ("gru", {"users": 1, "layers": 2}, 1)], ids=["lstm", "gru"]
+)
+def test_compiled_collect_equals_eager(kind, options, workers, cache_dir):
+    """Every row, and what is carried on: the environments, what is remembered of them, and which begin an episode."""
+    program, arguments = collect_job(kind, num_envs=6, **options)
     compiled = compile_program(functools.partial(program, num_workers=workers), arguments, cache_dir)
-    torch.testing.assert_close(compiled(*arguments), program(*arguments))
+    ended = 0
+    for _ in range(4):
+        expected = program(*arguments)
+        assert_collected_alike(compiled(*arguments), expected)
+        ended += int((expected.terminated | expected.truncated).sum())
+        arguments = (*arguments[:2], expected.running, *arguments[3:])
+    assert ended > 12
 
 
-# --- as a user holds it
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "seeds"), [("gru", Seeds(3, 1, 2)), ("lstm", Seeds(3, 2, 1)), ("gru", Seeds(3, 3, 1))], ids=str
+)
+def test_compiled_collect_of_seeds_equals_each_alone(kind, seeds, cache_dir):
+    """One by one on two threads, two at a time, and all at once."""
+    program, arguments = collect_job(kind, 3)
+    collected = compile_program(program, arguments, cache_dir, seeds)(*arguments)
+    for seed in range(3):
+        assert_collected_alike(of_seed(collected, seed), program(*of_seed(arguments, seed)))
 
 
-def agent_of(policy):
-    params = make_params(policy)
-    return Agent(Walk.observation_space, OBS, action_spec(Walk.action_space, False), policy, params, OFF)
-
-
-def test_an_agent_remembers_and_forgets():
-    """Between calls; `reset(mask)` forgets some, `reset()` all; `value` asks and remembers nothing."""
-    policy = remembering(MLPActorCritic(3, 3, DISCRETE.distribution, (8,)))
-    agent = agent_of(policy)
-    obs = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
-    memory = torch.zeros(2, policy.memory_size)
-    for t in range(6):
-        torch.testing.assert_close(agent.value(obs[t]), policy.judge(agent.weights, obs[t], memory))
-        dist, memory = policy.step(agent.weights, obs[t], memory)
-        assert torch.equal(agent.act(obs[t]), dist.argmax(-1))
-        torch.testing.assert_close(agent.memory, memory)
-        if t == 2:
-            agent.reset([False, True])
-            memory = torch.stack((memory[0], torch.zeros_like(memory[1])))
-    with pytest.raises(ValueError, match="3 observations; this policy remembers 2 environments"):
-        agent.act(torch.zeros(3, 3))
-    with pytest.raises(ValueError, match="done_mask of 3"):
-        agent.reset([True, False, False])
-    agent.reset()
-    assert agent.memory is None
-    agent.act(obs[0, 0].numpy())  # one by itself
-    torch.testing.assert_close(agent.memory, policy.step(agent.weights, obs[0, :1], torch.zeros(1, policy.memory_size))[1])
-    agent.reset(True)
-    assert not agent.memory.any()
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [Seeds(3, 1, 2), Seeds(3, 2, 1)], ids=str)
+def test_compiled_learn_of_seeds_equals_each_alone(seeds, cache_dir):
+    """Seed by seed on two threads, as runs of many seeds do it, and mapped."""
+    examples = [learn_job("lstm", seed=seed) for seed in range(3)]
+    stacked = stack([arguments for _, arguments in examples])
+    learned = compile_program(examples[0][0], stacked, cache_dir, seeds)(*stacked)
+    for seed, (program, arguments) in enumerate(examples):
+        assert_same(of_seed(learned, seed), program(*arguments))
