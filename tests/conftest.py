@@ -15,7 +15,8 @@ torch.set_num_threads(1)
 
 # Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the
 # other waiting. xdist's own order, by numbers of tests, has those that compile last.
-LONG_FILES = ["torchrun", "compilation", "recurrent", "seeds", "tiers", "collect", "backends", "compiled_spaces", "sweep", "export"]
+LONG_FILES = ["torchrun", "compilation", "recurrent", "seeds", "tiers", "collect", "backends", "compiled_spaces", "sweep"]
+LONG_FILES += ["export", "recurrent_runs"]
 
 
 def pytest_collection_modifyitems(items):

@@ -1005,7 +1005,8 @@ def test_compiled_learn_equals_eager(cache_dir):
         ("lstm", {"num_envs": 12, "per_minibatch": 6}, {"num_workers": 2, "rows_per_pass": 12}),
         ("lstm", {"spaces": "masked", "num_envs": 4, "per_minibatch": 4}, {"rows_per_pass": 24}),
         ("lstm", {"advantage_estimator": "monte-carlo", "norm_returns": True, "num_envs": 2, "per_minibatch": 2}, {}),
-        ("gru", {"spaces": "image", "num_envs": 3, "per_minibatch": 3}, {"rows_per_pass": 24}),
+        # of 73,000 gradients some are as small as their rounding, which Adam divides by itself: not so with this eps
+        ("gru", {"spaces": "image", "num_envs": 3, "per_minibatch": 3, "adam_eps": 1e-3}, {"rows_per_pass": 24}),
     ],
     ids=lambda value: " ".join(f"{key}={x}" for key, x in value.items()) if isinstance(value, dict) else value,
 )
