@@ -96,6 +96,25 @@ def assert_same_bits(one, other):
     assert all(torch.equal(x, y) for x, y in zip(one.adam, other.adam, strict=True))
 
 
+def updates_of(workers, *args, **options):
+    """`update` by so many threads at once, each as one of the workers."""
+    barrier, places = threading.Barrier(workers, timeout=60), [None] * workers
+
+    def all_reduce(x, worker, over_ranks):
+        places[worker[0].item()] = x
+        barrier.wait()
+        total = sum(places[1:], start=places[0])
+        barrier.wait()
+        return total
+
+    def work(number):
+        shared = {"worker": torch.tensor([number, 0]), "num_workers": workers, "all_reduce": all_reduce}
+        return update(*args, **options, **shared)
+
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, range(workers)))
+
+
 def assert_together(results, expected, **tolerance):
     """What each of several has computed: the same bits, and but for rounding what one alone computes.
 
@@ -677,22 +696,7 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
     options = {"minibatch_size": 8, **options}
     expected = update(policy, params, rollout, permutation, **options)
 
-    barrier, places = threading.Barrier(workers, timeout=60), [None] * workers
-
-    def all_reduce(x, worker, over_ranks):
-        places[worker[0].item()] = x
-        barrier.wait()
-        total = sum(places[1:], start=places[0])
-        barrier.wait()
-        return total
-
-    def work(rank):
-        shared = {"worker": torch.tensor([rank, 0]), "num_workers": workers, "all_reduce": all_reduce}
-        return update(policy, params, rollout, permutation, **options, **shared)
-
-    with ThreadPoolExecutor(workers) as pool:
-        results = list(pool.map(work, range(workers)))
-    assert_together(results, expected)
+    assert_together(updates_of(workers, policy, params, rollout, permutation, **options), expected)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (4, 1), (2, 2)])

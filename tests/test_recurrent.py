@@ -6,8 +6,6 @@ The cells themselves are held against torch.nn in tests/test_recurrence.py.
 import dataclasses
 import functools
 import itertools
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import gymnasium as gym
@@ -16,7 +14,17 @@ import pytest
 import torch
 from environments import ACTIONS, OBSERVATIONS, VECTOR, Walk, WalkVector
 from test_compilation import SETTINGS, assert_same
-from test_programs import OFF, HostSyncs, assert_same_bits, assert_together, column, make_permutation, to_meta, update
+from test_programs import (
+    OFF,
+    HostSyncs,
+    assert_same_bits,
+    assert_together,
+    column,
+    make_permutation,
+    to_meta,
+    update,
+    updates_of,
+)
 from test_tensor_envs import TensorTwin
 
 from fastppo import TrainConfig
@@ -730,21 +738,7 @@ def test_workers_together_make_the_update_of_one(kind, options):
         rollout["final_obs"] = rollout["obs"].flip(0)
     options, permutation = {"minibatch_size": 24, **options}, make_permutation(3, 8)
     expected = update(policy, params, rollout, permutation, **options)
-    barrier, places = threading.Barrier(2, timeout=60), [None] * 2
-
-    def all_reduce(x, worker, over_ranks):
-        places[worker[0].item()] = x
-        barrier.wait()
-        total = places[0] + places[1]
-        barrier.wait()
-        return total
-
-    def work(number):
-        shared = {"worker": torch.tensor([number, 0]), "num_workers": 2, "all_reduce": all_reduce}
-        return update(policy, params, rollout, permutation, **options, **shared)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert_together(list(pool.map(work, range(2))), expected)
+    assert_together(updates_of(2, policy, params, rollout, permutation, **options), expected)
 
 
 def test_workers_collect_their_own_part():

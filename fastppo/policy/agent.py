@@ -137,7 +137,7 @@ class Agent:
             ValueError: an observation or a mask of another shape, or of other environments than are remembered.
         """
         batch, kind = self._batch(obs, action_mask)
-        rows = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+        rows = _rows_of(batch)
         seen = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
             dist, self.memory = self.network.step(self.weights, seen, self._remembered(self.network, rows))
@@ -159,8 +159,7 @@ class Agent:
         batch, kind = self._batch(obs, None)
         seen = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            rows = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
-            value = self.network.judge(self.weights, seen, self._remembered(self.network, rows))
+            value = self.network.judge(self.weights, seen, self._remembered(self.network, _rows_of(batch)))
         else:
             value = self.network.critic(self.weights, seen)
         value = value * self.normalization.return_std + self.normalization.return_mean
@@ -202,6 +201,10 @@ class Agent:
                     raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes {leaf.shape} an observation")
                 leaves[leaf.key] = mask.reshape(rows, *leaf.shape)
         return self.obs.join(leaves), kind
+
+
+def _rows_of(batch: Obs) -> int:
+    return len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
 
 
 def _found(leaf: ObsLeaf, obs: Any) -> Any:

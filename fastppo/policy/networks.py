@@ -227,6 +227,17 @@ class Part(Protocol):
         ...
 
 
+class Shaped:
+    """What a `Part` whose weights have these shapes takes of the buffer."""
+
+    shapes: dict[str, tuple[int, ...]]  # name -> shape, in the order of the buffer
+
+    @property
+    def num_params(self) -> int:
+        """Numbers it has in the buffer."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
 class Composed(_Acts):
     """A network of parts, which lie in the flat buffer one behind the other."""
 
@@ -258,7 +269,7 @@ class Composed(_Acts):
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Encoder(Shaped):
     """Any observation as one vector: its leaves become numbers, images through a Nature CNN each (Mnih et al., 2015). A `Part`.
 
     leaves: what `spaces.obs_spec` found.
@@ -288,11 +299,6 @@ class Encoder:
     def size(self) -> int:
         """Length of the vector."""
         return sum(self.cnn_size if leaf.kind == "image" else leaf.size for leaf in self.leaves if leaf.kind != "mask")
-
-    @property
-    def num_params(self) -> int:
-        """Numbers it has in the buffer: 0 where there are no images."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Orthogonal weights, gain sqrt(2), zero biases."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from fastppo.core.programs import Obs, Weights
 from fastppo.core.recurrence import NUM_GATES, NUM_STATES, Cells, gru, gru_step, lstm, lstm_step
-from fastppo.policy.networks import Composed, Encoder, Family, MLPActorCritic, Part, check_shapes, masked
+from fastppo.policy.networks import Composed, Encoder, Family, MLPActorCritic, Part, Shaped, check_shapes, masked
 
 
 @dataclass(frozen=True)
-class Rnn:
+class Rnn(Shaped):
     """Layers of LSTM or GRU cells, one stack for each of K users (an actor and a critic, or both together). A `Part`.
 
     A row of memory holds the first user's numbers, then the second's; of each, layer by layer, h and for an LSTM c: S = K L H
@@ -51,11 +51,6 @@ class Rnn:
     def user_size(self) -> int:
         """Numbers of each user's memory, S / K."""
         return self.num_layers * NUM_STATES[self.kind] * self.hidden_size
-
-    @property
-    def num_params(self) -> int:
-        """Numbers it has in the buffer."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Orthogonal weights of gain 1, zero biases (as CleanRL's ppo_atari_lstm)."""
