@@ -20,6 +20,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 from rich.table import Table
+from yardstick import fastest_sps
 
 WARMUP_ITERATIONS = 3
 
@@ -101,7 +102,7 @@ def run_fastppo(
     launcher: Sequence[str] = ("-m", "fastppo.train"),
     num_seeds: int = 1,
 ) -> dict[str, Any]:
-    """One run in a fresh process; sps of all seeds over all iterations but the first ones.
+    """One run in a fresh process; sps of all seeds over all iterations but the first ones, fastest_sps of one of them.
 
     launcher: Python's words before the flags.
     """
@@ -135,9 +136,12 @@ def run_fastppo(
     last, measured = len(rows) - 1, rows[WARMUP_ITERATIONS:]
     env_steps = sum(int(own[last]["global_step"]) - int(own[WARMUP_ITERATIONS - 1]["global_step"]) for own in seeds)
     seconds = float(rows[last]["seconds"]) - float(rows[WARMUP_ITERATIONS - 1]["seconds"])
+    clock = [float(row["seconds"]) for row in rows[WARMUP_ITERATIONS - 1 :]]
+    steps = [int(row["global_step"]) for row in rows[WARMUP_ITERATIONS - 1 :]]
     shares = {key: statistics.median(float(row[key]) for row in measured) for key in ("env_share", "act_share", "learn_share")}
     return {
         "sps": env_steps / seconds,
+        "fastest_sps": fastest_sps(clock, steps),
         "env_steps": env_steps,
         "seconds": seconds,
         **{key: summary[key] for key in ("compile_seconds", "first_update_seconds", "tier", "peak_memory_mib")},

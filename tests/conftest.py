@@ -48,8 +48,10 @@ def benchmark_script(request):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.parent))  # as for a script: it may import its neighbours
     try:
         spec.loader.exec_module(module)
         yield module
     finally:
+        sys.path.remove(str(path.parent))
         del sys.modules[path.stem]
