@@ -26,6 +26,7 @@ from test_programs import (
     updates_of,
 )
 from test_tensor_envs import TensorTwin
+from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from fastppo import TrainConfig
 from fastppo.core import compilation
@@ -573,6 +574,30 @@ def test_rows_that_are_no_transitions_have_no_influence(kind, spaces, estimator)
     assert not torch.equal(update(policy, params, other, permutation, **options).params, before.params)
 
 
+@pytest.mark.parametrize("estimator", ["gae", "monte-carlo"])
+@pytest.mark.parametrize("spaces", ["discrete", "continuous"])
+@KINDS
+def test_what_a_terminated_episode_led_to_has_no_influence(kind, spaces, estimator):
+    """The observation of a row that only resets is the one that the episode ended with. After a terminal state not one bit
+
+    hangs on it, neither through what is remembered nor through a value; after a truncation it is the bootstrap's.
+    """
+    policy, params, rollout = setting(spaces, kind)
+    options = {"minibatch_size": 24, "advantage_estimator": estimator, "norm_returns": estimator == "monte-carlo"}
+    before = update(policy, params, rollout, make_permutation(2, 4), **options)
+    truncated_only = (rollout["truncated"] & ~rollout["terminated"])[:-1]
+    led_to = ~rollout["valid"]
+    bootstraps = led_to & torch.cat((torch.zeros_like(led_to[:1]), truncated_only))
+    assert (led_to & ~bootstraps)[:-1].sum() > 1
+    other = 3.0 * torch.randn(rollout["obs"].shape, generator=torch.Generator().manual_seed(9))
+    for rows, same in ((led_to & ~bootstraps, True), (bootstraps, False)):
+        changed = rollout | {"obs": torch.where(rows.unsqueeze(-1), other, rollout["obs"])}
+        after = update(policy, params, changed, make_permutation(2, 4), **options)
+        assert torch.equal(before.params, after.params) == same
+        assert torch.equal(before.minibatch_metrics, after.minibatch_metrics) == same
+        assert torch.equal(before.explained_variance, after.explained_variance) == same
+
+
 @KINDS
 def test_what_happened_before_an_episode_has_no_influence(kind):
     """Where rows begin an episode, neither the memory at the rollout's start nor an earlier row's observation reaches them."""
@@ -619,6 +644,91 @@ def test_learning_is_that_of_stepping_with_autograd(kind, users, layers, spaces,
     one, two = (update(each, params, rollout, make_permutation(2, 4), minibatch_size=12) for each in (policy, alike))
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert (one.params - params).abs().max() > 1e-3
+
+
+def by_torch(policy, params, obs, first, memory):
+    """Actor's and critic's output (T, N, ...) from torch.nn.LSTM or GRU, which goes through each episode by itself.
+
+    A gradient to the flat buffer params goes through torch's own backward.
+    """
+    weights, rnn, (steps, number) = policy.weights(params), policy.rnn, first.shape
+    module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[rnn.kind](rnn.input_size, rnn.hidden_size, rnn.num_layers).double()
+    parts, outs = {"lstm": 2, "gru": 1}[rnn.kind], []
+    states = memory.view(number, rnn.num_users, rnn.num_layers, parts, rnn.hidden_size)
+    for user in range(rnn.num_users):
+        named = {}
+        for layer in range(rnn.num_layers):
+            own = {name: weights[f"rnn.{layer}.{name}"][user] for name in ("input.weight", "input.bias", "hidden.weight")}
+            hidden_bias = torch.zeros_like(own["input.bias"])  # torch has two, which an LSTM adds up
+            if rnn.kind == "gru":
+                of_n = weights[f"rnn.{layer}.hidden.bias"][user]
+                hidden_bias = torch.cat((hidden_bias[: -rnn.hidden_size], of_n))
+            named |= {f"weight_ih_l{layer}": own["input.weight"].mT, f"weight_hh_l{layer}": own["hidden.weight"].mT}
+            named |= {f"bias_ih_l{layer}": own["input.bias"], f"bias_hh_l{layer}": hidden_bias}
+        sequences = []
+        for n in range(number):
+            starts = [0, *(t for t in range(1, steps) if first[t, n]), steps]
+            pieces = []
+            for begin, end in itertools.pairwise(starts):
+                before = tuple(states[n, user].transpose(0, 1).contiguous())  # h and c, (L, H) each
+                if begin > 0 or first[0, n]:
+                    before = tuple(torch.zeros_like(part) for part in before)
+                state = before if rnn.kind == "lstm" else before[0]
+                pieces.append(torch.func.functional_call(module, named, (obs[begin:end, n], state))[0])
+            sequences.append(torch.cat(pieces))
+        outs.append(torch.stack(sequences, 1))  # (T, N, H)
+    heads = []
+    for name, x in (("actor", outs[0]), ("critic", outs[-1])):
+        for layer in ("0", "head"):
+            x = torch.nn.functional.linear(x, weights[f"{name}.{layer}.weight"].mT, weights[f"{name}.{layer}.bias"])
+            x = x.tanh() if layer == "0" else x
+        heads.append(x)
+    return heads[0], heads[1].squeeze(-1)
+
+
+@KINDS
+@USERS
+@LAYERS
+@pytest.mark.parametrize("spaces", ["discrete", "continuous"])
+def test_the_first_gradient_is_that_of_torch_on_split_sequences(kind, users, layers, spaces):
+    """torch.nn run on each episode alone, torchrl's advantages, torch's distributions and autograd down to the flat buffer.
+
+    Where no parameter has moved the ratio is 1: the policy's gradient is that of -A log pi. The first moment of a fresh Adam is
+    a tenth of the gradient. Over ends of both kinds and rows that only reset; theirs in double.
+    """
+    policy, own_params, own_rollout = setting(spaces, kind, users, layers=layers, hidden=5)
+    rollout = {key: x.double() if x.is_floating_point() else x for key, x in own_rollout.items()}
+    params = own_params.double().requires_grad_()
+    action, valid = rollout["action"][:12], rollout["valid"][:12]
+    terminated, truncated = rollout["terminated"][:12], rollout["truncated"][:12]
+    assert (terminated & ~truncated & valid).any()
+    assert (truncated & ~terminated & valid).any()
+    out, value = by_torch(policy, params, rollout["obs"], rollout["first"], rollout["memory"])
+    judged = value.detach().unsqueeze(-1)
+    ends = ((terminated | truncated).unsqueeze(-1), terminated.unsqueeze(-1))
+    advantage, target = generalized_advantage_estimate(
+        127 / 128, 61 / 64, judged[:-1], judged[1:], rollout["reward"][:12].unsqueeze(-1), *ends, time_dim=0
+    )
+    if spaces == "discrete":
+        dist = torch.distributions.Categorical(logits=out[:12])
+    else:
+        normal = torch.distributions.Normal(out[:12], policy.weights(params)["actor.log_std"].exp())
+        dist = torch.distributions.Independent(normal, 1)
+    advantage = advantage.squeeze(-1)[valid]
+    advantage = (advantage - advantage.mean()) / advantage.std()
+    policy_loss = -(advantage * dist.log_prob(action)[valid]).mean()
+    value_loss = torch.nn.functional.mse_loss(value[:12][valid], target.squeeze(-1)[valid])
+    (expected,) = torch.autograd.grad(policy_loss + 0.5 * value_loss - 0.02 * dist.entropy()[valid].mean(), params)
+
+    permutation = torch.tensor([[2, 0, 3, 1]])
+    learned = update(policy, own_params, own_rollout, permutation, minibatch_size=48, max_grad_norm=1e9)
+    assert column(learned, "ratio_deviation")[0] < 1e-5
+    for name, gradient in policy.weights(10.0 * learned.adam.exp_avg).items():
+        theirs = policy.weights(expected)[name].float()
+        scale = theirs.abs().max().item()
+        assert scale > 1e-4, name  # every weight has one
+        torch.testing.assert_close(gradient, theirs, rtol=0, atol=1e-4 * scale, msg=lambda text, name=name: f"{name}: {text}")
+    assert column(learned, "value_loss")[0] == pytest.approx(value_loss.item(), rel=1e-5)
 
 
 @KINDS

@@ -5,12 +5,13 @@ import csv
 import math
 import sys
 from dataclasses import replace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from environments import AnySpaces
+from environments import AnySpaces, Cue
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from runs import tiny
 from test_resume import differing, result_of, settings_of, stopped_after
@@ -24,6 +25,7 @@ from fastppo.envs.make import make_vec
 from fastppo.evaluate import evaluate
 from fastppo.search_space import to_settings
 from fastppo.train import console
+from fastppo.video import play
 
 SMALL = {"rnn_hidden_size": 8, "hidden_sizes": (8,)}
 LSTM, GRU = ({"rnn": kind, **SMALL} for kind in ("lstm", "gru"))
@@ -270,6 +272,19 @@ def test_two_processes_are_one(case, tmp_path):
     assert [row["iteration"] for row in rows_of(tmp_path / "two")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow  # two processes more
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as test_torchrun")
+def test_two_processes_take_up_what_one_remembered(tmp_path):
+    """On the device each gets its own environments' rows of a checkpoint that a process alone has left."""
+    flags = [*RANKS, *RANK_CASES["device"]]
+    for name, iterations in (("two", "2"), ("one", "4")):
+        assert console([*flags, "--run-dir", str(tmp_path / name), "--num-iterations", iterations]) == 0
+    started = Started(tmp_path, 2, ["--resume", str(tmp_path / "two"), "--num-iterations", "4"])
+    assert started.wait() == [0, 0], started.said("err")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    assert [row["iteration"] for row in rows_of(tmp_path / "two")] == [1, 2, 3, 4]
+
+
 # --- what is refused, and what is chosen
 
 
@@ -462,6 +477,50 @@ def test_evaluation_remembers_one_episode(cue_run, mode):
             start += len(seen) + gap
     assert returns == expected
     assert len(set(lengths)) > 3
+
+
+class Lives(Cue):
+    """Cue, three of whose episodes are the lives of one game; a picture that is all of one colour."""
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+    number = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.number = 1 if seed is not None else self.number + 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated or truncated, False, {**info, "game_over": self.number % 3 == 0}
+
+    def render(self):
+        return np.full((8, 8, 3), self.elapsed, np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
+def test_what_is_drawn_remembers_one_life(cue_run, mode):
+    """Two games of three lives for a video: each life is played, and remembered, as it would be alone."""
+    watched = Watched(load_policy(cue_run))
+    watched.agent.act(np.ones((1, 2), np.float32))  # of an episode before, which is forgotten
+    envs = AutoresetEnvs(SyncVectorEnv([Lives], autoreset_mode=AutoresetMode(mode)))
+    frames, totals = [], []
+    for seed in (7, 8):
+        total, steps = play(watched, envs, frames.append, seed, True, 1000)
+        totals.append(total)
+        assert len(frames) == steps + 1
+        frames.clear()
+    envs.close()
+    expected = [life for seed in (7, 8) for life in played_alone(load_policy(cue_run), Lives(), 3, seed)]
+    assert totals == pytest.approx([sum(life[0] for life in game) for game in (expected[:3], expected[3:])])
+    start = 0
+    for number, (_, seen, remembered) in enumerate(expected):
+        rows = slice(start, start + len(seen))
+        np.testing.assert_array_equal(np.concatenate(watched.obs[rows]), seen)
+        torch.testing.assert_close(torch.cat(watched.memory[rows]), remembered)
+        # a life that another follows is shown its last observation once more; a game is reset
+        start += len(seen) + (1 if mode == "NextStep" and number % 3 < 2 else 0)
+    assert len(watched.obs) == start
 
 
 @pytest.mark.slow  # of learning
