@@ -5,6 +5,7 @@ vector environment as fastppo, written here so that both can be timed in one run
 fastppo. Run it alone: python benchmarks/yardstick.py --total-timesteps 100000
 """
 
+import itertools
 import json
 import math
 import time
@@ -89,21 +90,13 @@ class Agent(nn.Module):
         return action, log_prob, entropy, self.critic(x)
 
 
-def fastest_sps(seconds: Sequence[float], steps: Sequence[int], window: float = 0.5) -> float:
-    """Steps per second over the fastest `window` seconds: what the machine gives while nobody else uses it.
+def fastest_sps(seconds: Sequence[float], steps: Sequence[int]) -> float:
+    """Steps per second in the fastest iteration: what the machine gives where nobody else uses it for a moment.
 
-    seconds, steps: of the clock and done in all, at the end of each iteration. Windows begin and end with an iteration and last
-    `window` seconds or little more; a shorter run is one window.
+    seconds, steps: of the clock and done in all, at the end of each iteration.
     """
-    last = len(seconds) - 1
-    fastest = (steps[last] - steps[0]) / (seconds[last] - seconds[0])
-    end = 0
-    for start in range(last):
-        while end < last and seconds[end] - seconds[start] < window:
-            end += 1
-        if seconds[end] - seconds[start] >= window:
-            fastest = max(fastest, (steps[end] - steps[start]) / (seconds[end] - seconds[start]))
-    return fastest
+    ended = list(zip(seconds, steps, strict=True))
+    return max((after[1] - before[1]) / (after[0] - before[0]) for before, after in itertools.pairwise(ended))
 
 
 def run(config: YardstickConfig) -> dict[str, float | int | str]:
