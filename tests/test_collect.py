@@ -107,14 +107,14 @@ class Setup:
         return self.params, self.normalization, pack(self.envs.running), self.noise(seed), self.envs.draw(T)
 
 
-def setup(env, squash=False, norm_obs=False):
+def setup(env, squash=False, norm_obs=False, seed=1):
     """A policy that pushes hard enough for the bounds of actions to matter."""
     envs = TorchVectorEnv(env, N)
-    envs.reset(seed=3)
+    envs.reset(seed=2 + seed)
     spec = action_spec(env.action_space, squash)
     size = env.observation_space.shape[0]
     policy = MLPActorCritic(size, spec.size, spec.distribution, (8, 8), log_std_init=0.5)
-    params = policy.init(torch.Generator().manual_seed(1))
+    params = policy.init(torch.Generator().manual_seed(seed))
     params += 0.1 * torch.randn(params.shape, generator=torch.Generator().manual_seed(2))
     mean, scale = (
         ({"obs": torch.linspace(-0.1, 0.2, size)}, {"obs": torch.linspace(2.0, 5.0, size)}) if norm_obs else (None, None)

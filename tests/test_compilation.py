@@ -18,6 +18,7 @@ from fastppo.core.adam import init_adam
 from fastppo.core.compilation import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, learn
+from fastppo.core.seeds import Seeds, of_seed, stack
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
 
@@ -94,7 +95,7 @@ def library(tmp_path_factory):
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
     cache_dir.chmod(0o700)
-    learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01, rows_per_pass=8)
+    learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)
     return compile_program(learn_eagerly, arguments, cache_dir), learn_eagerly, arguments, cache_dir
 
 
@@ -120,6 +121,16 @@ def test_one_program_serves_every_value_of_its_tensors(library):
     expected = learn_eagerly(*as_dict)
     assert_same(compiled(*as_dict), expected)
     assert_same(compiled(*as_tensordict), expected)
+
+
+def test_seeds_share_the_program_of_one(library):
+    """A run of three seeds calls it for one at a time, on two threads: nothing is compiled again, and each learns by itself."""
+    _, learn_eagerly, _, cache_dir = library
+    examples = [job(CATEGORICAL_POLICY, seed=seed, learning_rate=0.01)[1] for seed in range(3)]
+    stacked = stack(examples)
+    learned = load_program(learn_eagerly, stacked, cache_dir, Seeds(3, 1, 2))(*stacked)
+    for seed, example in enumerate(examples):
+        assert_same(of_seed(learned, seed), learn_eagerly(*example))
 
 
 @pytest.fixture(scope="module")
@@ -283,7 +294,7 @@ def test_second_process_loads_without_the_compiler(library):
     script = (
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
         "from test_compilation import *\n"
-        "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01, rows_per_pass=8)\n"
+        "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
         "c = load_program(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
     )

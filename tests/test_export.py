@@ -150,7 +150,9 @@ def test_a_file_acts_as_the_policy_does(case, format, tmp_path):
         assert_same(agent, inputs, play(path, inputs), agent.act(obs, action_mask=mask))
 
 
-@pytest.mark.parametrize("case", MEMORIES)
+@pytest.mark.parametrize(
+    "case", [*list(MEMORIES)[:2], *[pytest.param(case, marks=pytest.mark.slow) for case in list(MEMORIES)[2:]]]
+)
 def test_a_file_remembers_as_the_policy_does(case, tmp_path):
     """In both formats, for 40 environments and for one: actions and memory over eight steps, episodes beginning in between.
 

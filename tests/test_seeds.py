@@ -12,19 +12,25 @@ from functools import partial
 import gymnasium as gym
 import numpy as np
 import pytest
+import test_collect
 import torch
+from runs import drawn, tiny
+from test_compilation import job
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, load_policy, train
+from fastppo.core import compilation
 from fastppo.core.compilation import compile_program
 from fastppo.core.seeds import Seeds, of_seed, one_by_one, over_seeds, stack
+from fastppo.envs.classic import CartPole
 from fastppo.envs.seeds import JoinedVectorEnv, SeededCartPole, SeedsVectorEnv, many
 from fastppo.groups import find_runs
+from fastppo.policy.distributions import CATEGORICAL
+from fastppo.policy.networks import MLPActorCritic
 from fastppo.reference import SEEDS_SUMMARY, SUMMARY
 from fastppo.run.checkpoint import load_checkpoint
 from fastppo.run.directory import RunDirectory
-from tests.runs import drawn, tiny
 
 SHORT = {"num_envs": 2, "num_steps": 16, "num_iterations": 3, "num_minibatches": 2, "update_epochs": 2, "anneal_lr": False}
 
@@ -185,27 +191,43 @@ def test_engines_in_c_are_seeded_one_by_one(backend):
 # --- programs
 
 
-@pytest.mark.parametrize("seeds", [pytest.param(Seeds(3, 1, 2), marks=pytest.mark.slow), Seeds(3, 2, 1)])
-def test_a_compiled_update_of_seeds_equals_each_alone(tmp_path, seeds):
-    """Called seed by seed on two threads, or mapped over two at a time where the last call takes one again: eager's numbers."""
-    from fastppo.policy.distributions import CATEGORICAL
-    from fastppo.policy.networks import MLPActorCritic
-    from tests.test_compilation import job
-
+def learn_jobs():
+    """(learn, the arguments of three seeds)."""
     policy = MLPActorCritic(3, 2, CATEGORICAL, (8,))
-    learn = job(policy)[0]
-    examples = [job(policy, seed=seed)[1] for seed in range(3)]
+    return job(policy)[0], [job(policy, seed=seed)[1] for seed in range(3)]
+
+
+def collect_jobs():
+    """(collect, the arguments of three seeds)."""
+    each = [test_collect.setup(CartPole(max_episode_steps=5), norm_obs=True, seed=seed) for seed in range(3)]
+    return each[0].program(), [one.arguments(seed) for seed, one in enumerate(each)]
+
+
+def assert_same(got, expected):
+    for one, other in zip(tree_leaves(got), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("jobs", [learn_jobs, collect_jobs])
+def test_a_program_traced_over_seeds_is_each_alone(jobs):
+    """What the compiler is given where several seeds go into one call, run by PyTorch: loops carry all seeds along."""
+    program, examples = jobs()
     stacked = stack(examples)
-    expected = [learn(*example) for example in examples]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        learned = compile_program(learn, stacked, tmp_path, seeds)(*stacked)
-        for seed, alone in enumerate(expected):
-            for got, wanted in zip(tree_leaves(of_seed(learned, seed)), tree_leaves(alone), strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4, equal_nan=True)
-    finally:
-        torch.set_num_threads(threads)
+    graph, _ = compilation._trace(program, stacked, mapped=True)
+    results, expected = graph(*compilation._tensors(stacked)), [program(*example) for example in examples]
+    for seed, alone in enumerate(expected):
+        assert_same([x[seed] for x in results], alone)
+
+
+@pytest.mark.slow  # most of a minute of compiling
+@pytest.mark.parametrize("jobs", [learn_jobs, collect_jobs])
+def test_a_program_compiled_over_seeds_is_each_alone(jobs, tmp_path):
+    """Mapped over two at a time, where the last call takes one again."""
+    program, examples = jobs()
+    stacked = stack(examples)
+    results = compile_program(program, stacked, tmp_path, Seeds(3, 2, 1))(*stacked)
+    for seed, example in enumerate(examples):
+        assert_same(of_seed(results, seed), program(*example))
 
 
 def test_both_ways_of_mapping_agree():

@@ -232,6 +232,7 @@ def test_a_rank_that_is_killed(size, lost, tmp_path):
     assert rows_of(run_dir)[-1]["iteration"] == kept + 1
 
 
+@pytest.mark.slow  # torchrun itself, and two processes twice
 def test_torchrun_restarts_and_goes_on(tmp_path):
     """torchrun --max-restarts gives the same command again, which goes on from the checkpoint of the directory it names."""
     run_dir = tmp_path / "run"
