@@ -6,6 +6,7 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    set -- -n "$(nproc)" --dist loadfile --no-loadscope-reorder
+    # one worker more than cores: many tests wait for a process or a clock
+    set -- -n "$(($(nproc) + 1))" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

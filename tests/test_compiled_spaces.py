@@ -80,13 +80,13 @@ def structured_job(observation, action_space, policy=None, seed=0, network_seed=
     return program, (params, init_adam(params), rollout, *rest)
 
 
+@pytest.mark.slow  # half a minute of compiling each: below they are compared as the compiler is given them
 @pytest.mark.parametrize(
     ("observation", "action", "policy"),
     [
         ("tuple", ACTIONS["multi-discrete"], None),
-        # half a minute of compiling each: an image is in the structure, and one's own network compared as it is traced
-        pytest.param("image (H, W, C)", gym.spaces.Discrete(3), None, marks=pytest.mark.slow),
-        pytest.param("float64", ACTIONS["box"], Small, marks=pytest.mark.slow),
+        ("image (H, W, C)", gym.spaces.Discrete(3), None),
+        ("float64", ACTIONS["box"], Small),
     ],
     ids=["structure with an image", "image", "own network"],
 )
@@ -107,10 +107,11 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
     ("observation", "action", "policy"),
     [
         ("nested", ACTIONS["multi-discrete"], None),
+        ("tuple", ACTIONS["multi-discrete"], None),
         ("masked", ACTIONS["multi-discrete"], None),
         ("float64", ACTIONS["box"], Small),
     ],
-    ids=["nested", "masked", "own network"],
+    ids=["nested", "structure with an image", "masked", "own network"],
 )
 def test_traced_program_equals_eager_for(observation, action, policy):
     """As the compiler is given it: leaves of all kinds, in an order that both sides agree on; somebody's module."""

@@ -153,7 +153,9 @@ def test_slow_is_not_hung(tmp_path, monkeypatch, vectorization):
     assert time.monotonic() - started > 0.03 * 3 * NUM_STEPS > 0.5
 
 
-@pytest.mark.parametrize("vectorization", VECTORIZATIONS)
+@pytest.mark.parametrize(
+    "vectorization", ["grouped", pytest.param("sync", marks=pytest.mark.slow), pytest.param("async", marks=pytest.mark.slow)]
+)
 def test_as_the_user_sees_it(tmp_path, vectorization):
     """In a process of its own: exit code 3, and two lines on stderr, in which nobody else has written."""
     flags = flags_of(tmp_path / "run", vectorization, 2, 11, "raise-twice")

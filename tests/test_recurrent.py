@@ -1151,10 +1151,15 @@ def assert_acts_alike(result, expected):
     assert torch.equal(result[0], expected[0])
 
 
-def test_compiled_act_equals_eager(cache_dir):
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "compiled"])
+def test_compiled_act_equals_eager(compiles, cache_dir):
     """Action and memory of 7 environments, step after step; what was remembered at an episode's start is dropped."""
     act, arguments = act_job("lstm", 7, hidden=5)
-    compiled = compile_program(act, arguments, cache_dir)
+    if compiles:
+        compiled = compile_program(act, arguments, cache_dir)
+    else:
+        graph, _ = compilation._trace(act, arguments)
+        compiled = lambda *given: graph(*compilation._tensors(given))  # noqa: E731
     memory = arguments[4]
     for seed in range(6):
         params, normalization, obs, noise, _, first = act_job("lstm", 7, seed, hidden=5)[1]

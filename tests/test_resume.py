@@ -107,7 +107,7 @@ def differing(a, b, name=""):
     return [] if same else [name]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case == "Atari" else ()) for case in CASES])
 def test_stopped_and_resumed_equals_not_interrupted(case, tmp_path, monkeypatch):
     """Parameters, optimiser, statistics, generators, episodes, environments, the best policy and every logged number: the same
 

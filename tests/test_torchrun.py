@@ -161,7 +161,7 @@ def trained(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_train_as_one_process_does(trained, case, size):
     """K processes with N / K environments each are one with N: environments, noise, minibatches, statistics, episodes."""
