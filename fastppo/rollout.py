@@ -374,8 +374,9 @@ class HostCollector:
             else:
                 chosen, memory = act(self.act_rows[t], step_noise, memory, self.rows["first"][t])
             actions.append(chosen)
-            # on a GPU a sync, once per step: the environments need it
-            env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).cpu().numpy().copy()
+            if not self.on_host:
+                chosen = chosen.cpu()  # a sync, once per step: the environments need it
+            env_action = self.action.to_env_array(chosen.flatten(0, 1) if self.seeded else chosen)
             acted = time.perf_counter()
             try:
                 step = self.envs.step(env_action)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +19,7 @@ from fastppo import TrainConfig, UsageError, train
 from fastppo.envs.atari import FIRE, NO_FIRE, NOOP, AtariSettings, EpisodicLife, atari_settings, is_atari
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.backends import engine_name, make_envs
-from fastppo.envs.envpool import task_of
+from fastppo.envs.envpool import EnvPoolVectorEnv, RawPool, task_of
 from fastppo.envs.probe import choose_vectorization
 from fastppo.train import console
 
@@ -157,6 +158,52 @@ def test_envpool_is_seeded_by_reset():
     assert (other.reset()[0] != unseeded).all()
     envs.close()
     other.close()
+
+
+@pytest.mark.parametrize("task", ["CartPole-v1", "HalfCheetah-v4", "Breakout-v5", "Pendulum-v1"])
+def test_envpools_own_step_is_not_missed(task):
+    """Its two functions in C++ give what its step gives, infos included, over ends of episodes; float32 actions too."""
+    pytest.importorskip("envpool")
+    ours, theirs = (EnvPoolVectorEnv(task, N, max_episode_steps=40) for _ in range(2))
+    for envs in (ours, theirs):
+        envs.reset(seed=3)
+    assert ours._raw is not None
+    theirs._raw = None
+    ours.action_space.seed(0)
+    ends = 0
+    for _ in range(100):
+        action = ours.action_space.sample()
+        action = action.astype(np.float32) if action.dtype == np.float64 else action
+        (*got, info), (*expected, other) = ours.step(action), theirs.step(action)
+        for one, two in zip(got, expected, strict=True):
+            assert one.dtype == two.dtype
+            np.testing.assert_array_equal(one, two)
+        assert info.pop("players").keys() == other.pop("players").keys()
+        assert info.keys() == other.keys()
+        for name in info:
+            np.testing.assert_array_equal(info[name], other[name])
+        ends += int((got[2] | got[3]).sum())
+    assert ends >= N
+    with pytest.raises(ValueError, match="shape"):
+        ours.step(action[:2])
+    for envs in (ours, theirs):
+        envs.close()
+
+
+@pytest.mark.parametrize("lacks", ["_recv", "obs", "action", "flat infos"])
+def test_an_envpool_of_another_make_is_stepped_as_it_asks(lacks):
+    """Nothing inside it is called that is not as expected."""
+    keys = ["obs", "reward", "done", "trunc", "elapsed_step", "info:players.env_id", "info:lives"]
+    keys += ["info:of.a.tree"] if lacks == "flat infos" else []
+    spec = SimpleNamespace(_action_keys=["env_id", "players.env_id", "action.left" if lacks == "action" else "action"])
+    pool = SimpleNamespace(_spec=spec, spec=spec, _send=print, _recv=print, _state_keys=keys)
+    spec.action_array_spec = {"action": SimpleNamespace(dtype=np.float32, shape=[-1, 2])}
+    assert RawPool.of(pool, N) is not None or lacks in ("action", "flat infos")
+    if lacks == "_recv":
+        del pool._recv
+    elif lacks == "obs":
+        keys[0] = "obs:left"
+    assert RawPool.of(pool, N) is None
 
 
 # --- Atari

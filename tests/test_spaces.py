@@ -171,7 +171,13 @@ def sampled(name, squash=False, scale=3.0, rows=4000):
     action = spec.distribution.sample(dist, noise)
     assert action.shape == (rows, *spec.shape)
     assert action.dtype is spec.dtype
-    return space, spec.to_env(action).numpy()
+    actions, stored = spec.to_env(action).numpy(), action.clone()
+    array = spec.to_env_array(action)  # as environments of arrays get them
+    assert array.dtype == actions.dtype
+    np.testing.assert_array_equal(array, actions)
+    array.fill(1)  # its own memory
+    assert torch.equal(action, stored)
+    return space, actions
 
 
 @pytest.mark.parametrize("name", ACTIONS)
