@@ -19,7 +19,7 @@ from fastppo import TrainConfig, UsageError, train
 from fastppo.envs.atari import FIRE, NO_FIRE, NOOP, AtariSettings, EpisodicLife, atari_settings, is_atari
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.backends import engine_name, make_envs
-from fastppo.envs.envpool import EnvPoolVectorEnv, RawPool, task_of
+from fastppo.envs.envpool import EnvPoolVectorEnv, RawPool, make_envpool, task_of
 from fastppo.envs.probe import choose_vectorization
 from fastppo.train import console
 
@@ -204,6 +204,21 @@ def test_an_envpool_of_another_make_is_stepped_as_it_asks(lacks):
     elif lacks == "obs":
         keys[0] = "obs:left"
     assert RawPool.of(pool, N) is None
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "cores", "allowed", "tied"),
+    [(8, 2, {0, 1}, True), (2, 2, {0, 1}, True), (8, 16, set(range(16)), False), (8, 4, {0, 1}, False)],
+)
+def test_envpools_threads_are_tied_where_each_core_has_one(num_envs, cores, allowed, tied, monkeypatch):
+    """Not where other runs would be tied to the same cores; what the user says goes before."""
+    pytest.importorskip("envpool")
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: allowed, raising=False)
+    for own, offset in (({}, 0 if tied else -1), ({"thread_affinity_offset": 1}, 1)):
+        envs = make_envpool("CartPole-v1", num_envs, own, AtariSettings())
+        assert envs.config.thread_affinity_offset == offset
+        envs.close()
 
 
 # --- Atari
