@@ -4,8 +4,6 @@ Knows nothing of learning; of Atari only which settings of ours are which of Env
 """
 
 import importlib.util
-import os
-import sys
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -16,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from fastppo.cores import available_cores
+from fastppo.cores import a_thread_a_core
 from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, tell_lives
 from fastppo.envs.make import first_line
 from fastppo.errors import UsageError, brief, nearest
@@ -180,17 +178,6 @@ def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], sett
     if is_atari:
         return tell_lives(envs, settings, has_fire=settings.full_action_space or envs.config.task not in NO_FIRE)
     return envs
-
-
-def a_thread_a_core(num_envs: int) -> dict[str, int]:
-    """Arguments that tie EnvPool's threads to cores, where it starts one for each core of the machine.
-
-    Left to itself Linux now and then runs two of them on one core while another is idle: HalfCheetah on two cores 15,000
-    steps/s, tied 18,100; beside one busy process 11,900 and 12,400, beside two no difference (benchmarks/LOG.md). With fewer
-    threads than cores, or on some of the cores only, several runs would all be tied to the same ones.
-    """
-    has_all = available_cores() == os.cpu_count() and sys.platform == "linux"
-    return {"thread_affinity_offset": 0} if has_all and num_envs >= available_cores() else {}
 
 
 def task_of(env_id: str) -> str:
