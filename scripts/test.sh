@@ -6,7 +6,6 @@ if [ $# -eq 0 ]; then
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     "$python" -m mypy
-    # one worker more than cores: many tests wait for a process or a clock
-    set -- -n "$(($(nproc) + 1))" --dist loadfile --no-loadscope-reorder
+    set -- -n "$(nproc)" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -m pytest "$@"

@@ -148,9 +148,11 @@ def signalled(monkeypatch, *numbers):
     monkeypatch.setattr(Loggers, "log", interrupted)
 
 
-def test_a_terminal_that_is_closed(tmp_path, monkeypatch, capsys):
+def test_a_terminal_that_is_closed(tmp_path, monkeypatch, capsys, request):
     """SIGHUP ends the run in order, as SIGTERM does."""
     signalled(monkeypatch, signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup before the tests leaves it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     with pytest.raises(SystemExit) as end:
         train(tiny(tmp_path / "run"))
     assert end.value.code == 128 + signal.SIGHUP
