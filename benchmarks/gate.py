@@ -2,7 +2,7 @@
 
 `python benchmarks/gate.py` exits with 1 when a workload is below its floor. The ratio of interleaved runs is compared, never an
 absolute speed, and of each side its fastest iteration: others on a shared core slow the two down for a while and by unlike
-shares, so that ratios of medians were anything from 14 to 24 on one day. What slows down some iterations only, sps.py shows.
+shares, so that ratios of medians were anything from 16 to 22 on one day. What slows down some iterations only, sps.py shows.
 `--planted 0.3` makes every iteration of fastppo take 30 % longer, to show that the gate sees it; `--repeat 20` runs the gate as
 often, to show that it does not cry wolf.
 """

@@ -20,6 +20,7 @@ from fastppo.envs.make import first_line
 from fastppo.errors import UsageError, brief, nearest
 
 SEEDS = 2**31  # EnvPool's are below it
+STATE = ("obs", "reward", "done", "trunc", "elapsed_step")  # of what a step brings, the parts that are no infos
 PLAYERS = "players.env_id"  # of each player the environment it is in: one, here
 
 
@@ -110,27 +111,26 @@ class RawPool:
     HalfCheetahs on two cores (benchmarks/LOG.md).
     """
 
-    def __init__(self, pool: Any, num_envs: int) -> None:
+    @classmethod
+    def of(cls, pool: Any, num_envs: int) -> "RawPool | None":
+        """None where observation, action or info is a tree, or this EnvPool is not made as this expects."""
+        keys = list(getattr(pool, "_state_keys", ()))
+        action_keys = list(getattr(getattr(pool, "_spec", None), "_action_keys", ()))
+        infos = {key.removeprefix("info:"): place for place, key in enumerate(keys) if key.startswith("info:")}
+        is_known = {*STATE, f"info:{PLAYERS}"} <= set(keys) and action_keys == ["env_id", PLAYERS, "action"]
+        is_flat = not any("." in name or ":" in name for name in infos if name != PLAYERS)
+        if not (is_known and is_flat and hasattr(pool, "_send") and hasattr(pool, "_recv")):
+            return None
+        return cls(pool, num_envs, [keys.index(key) for key in STATE], infos)
+
+    def __init__(self, pool: Any, num_envs: int, places: list[int], infos: dict[str, int]) -> None:
+        """See `of`. places: of STATE in what is received; infos: place by name, PLAYERS among them."""
         self._send, self._recv = pool._send, pool._recv
         self._ids = np.arange(num_envs, dtype=np.int32)
         action = pool.spec.action_array_spec["action"]
         self._dtype, self._shape = action.dtype, (num_envs, *(size for size in action.shape if size != -1))
-        keys = list(pool._state_keys)
-        self._places = [keys.index(key) for key in ("obs", "reward", "done", "trunc", "elapsed_step")]
-        self._infos = [(key.removeprefix("info:"), keys.index(key)) for key in keys if key.startswith("info:")]
-
-    @classmethod
-    def of(cls, pool: Any, num_envs: int) -> "RawPool | None":
-        """None where observation, action or info is a tree, or this EnvPool is not made as this expects."""
-        inside = ("_send", "_recv", "_state_keys", "_spec")
-        if not all(hasattr(pool, name) for name in inside) or not hasattr(pool._spec, "_action_keys"):
-            return None
-        infos = [key.removeprefix("info:") for key in pool._state_keys if key.startswith("info:")]
-        is_flat = not any("." in name or ":" in name for name in infos if name != PLAYERS)
-        known = {"obs", "reward", "done", "trunc", "elapsed_step"} <= set(pool._state_keys)
-        if not is_flat or not known or list(pool._spec._action_keys) != ["env_id", PLAYERS, "action"]:
-            return None
-        return cls(pool, num_envs)
+        self._places, self._players = places, infos[PLAYERS]
+        self._infos = [(name, place) for name, place in infos.items() if name != PLAYERS]
 
     def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """As the pool's own. Raises ValueError for actions of another shape: what is sent is not looked at again."""
@@ -140,8 +140,7 @@ class RawPool:
         state = self._recv()
         obs, reward, done, truncated, elapsed = (state[place] for place in self._places)
         info: dict[str, Any] = {name: state[place] for name, place in self._infos}
-        info["players"] = {"env_id": info.pop(PLAYERS)} if PLAYERS in info else {}
-        info["elapsed_step"] = elapsed
+        info |= {"players": {"env_id": state[self._players]}, "elapsed_step": elapsed}
         return obs, reward, done & ~truncated, truncated, info
 
 

@@ -207,7 +207,7 @@ class ActionSpec:
     def to_env_array(self, action: Tensor) -> NDArray[Any]:
         """`to_env` for environments of arrays: a new one, of an action on the CPU. The same bits.
 
-        Between two steps of an environment, where nothing is in the cache any more, `to_env` of a Box takes 67 us and this 12.
+        Between two steps of an environment, where nothing is in the cache any more, `to_env` of a Box takes 52 us and this 23.
         """
         stored = action.numpy()
         if isinstance(self.space, Discrete):
