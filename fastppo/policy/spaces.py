@@ -213,7 +213,7 @@ class ActionSpec:
         if isinstance(self.space, Discrete):
             return stored + int(self.space.start)
         if self.squash or isinstance(self.distribution, MultiCategorical):
-            return self.to_env(action).numpy().copy()
+            return self.to_env(action).numpy()  # new already
         low, high = self._bounds
         clipped = np.minimum(np.maximum(stored.astype(low.dtype), low), high)
         return clipped.reshape(*stored.shape[:-1], *(self.space.shape or ()))
