@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Test: sets up .venv on the first run, then lints, type-checks and runs pytest with the arguments given.
+# -P, --config and --confcutdir: what else lies in this folder is neither imported nor read as configuration.
 extra=dev
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ $# -eq 0 ]; then
-    "$python" -m ruff check .
-    "$python" -m ruff format --check .
-    "$python" -m mypy
-    set -- -n "$(nproc)" --dist loadfile --no-loadscope-reorder
+    "$python" -P -m ruff check --config pyproject.toml .
+    "$python" -P -m ruff format --config pyproject.toml --check .
+    "$python" -P -m mypy --config-file pyproject.toml
+    workers=$("$python" -P -c "from fastppo.cores import available_cores; print(available_cores())")
+    set -- -n "$workers" --dist loadfile --no-loadscope-reorder
 fi
-exec "$python" -m pytest "$@"
+exec "$python" -P -m pytest --config-file pyproject.toml --confcutdir tests "$@"

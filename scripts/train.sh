@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: sets up .venv on the first run, then passes its arguments to `python -m fastppo.train`.
+# Train: sets up .venv on the first run, then passes its arguments to `python -m fastppo.train`, in the folder it was called from.
 here=$(pwd)
 extra=
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -33,7 +33,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures():
-    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see runs.drawn."""
+    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see tiny_runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastppo.agent_run.plot_curves", lambda *_: None)
         patched.setattr("fastppo.seeds.draw_page", lambda *_, **__: None)

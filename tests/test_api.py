@@ -8,8 +8,8 @@ import pytest
 import torch
 from environments import WalkVector
 from gymnasium.vector import SyncVectorEnv
-from runs import tiny
 from test_resume import differing, result_of
+from tiny_runs import tiny
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, View, load_policy, train
 from fastppo.envs.make_device import make_device_vec

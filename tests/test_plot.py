@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from runs import write_run
+from tiny_runs import write_run
 
 from fastppo.groups import find_runs, group_runs, read_run
 from fastppo.plot import console

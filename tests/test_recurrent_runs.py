@@ -13,10 +13,10 @@ import pytest
 import torch
 from environments import AnySpaces, Cue
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from runs import tiny
 from test_resume import differing, result_of, settings_of, stopped_after
 from test_seeds import SHORT, assert_alike, params_of
 from test_torchrun import Started, assert_same_run, rows_of
+from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.cli import parse_train

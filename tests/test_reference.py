@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.__main__ import VERBS, console

@@ -6,7 +6,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from runs import write_run
+from tiny_runs import write_run
 
 from fastppo.cli import help_texts
 from fastppo.config import TrainConfig

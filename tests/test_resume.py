@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from runs import tiny
+from tiny_runs import tiny
 
 from fastppo import TrainConfig, TrainingFault, train
 from fastppo.agent_run import read_metrics

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 from rich.cells import cell_len
-from runs import drawn
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import drawn
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
 from fastppo.run.checkpoint import FORMAT, load_checkpoint

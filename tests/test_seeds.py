@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import test_collect
 import torch
-from runs import drawn, tiny
 from test_compilation import job
+from tiny_runs import drawn, tiny
 from torch import nn
 from torch.utils._pytree import tree_leaves
 

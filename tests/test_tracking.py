@@ -4,7 +4,7 @@ import importlib.util
 import sqlite3
 
 import pytest
-from runs import tiny
+from tiny_runs import tiny
 
 from fastppo import UsageError, train
 from fastppo.run import loggers, tracking
