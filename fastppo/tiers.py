@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastppo.core import native
 from fastppo.core.compilation import (
     BackgroundCompile,
     CompiledProgram,
@@ -89,7 +90,11 @@ class Tiers:
             self._give_up(failed)
             return
         self.compile_seconds = time.perf_counter() - started
-        if self._waiting:
+        if self._waiting and not native.has_compiler():
+            self._waiting.clear()
+            self._decided = True
+            note(f"programs: {self.name}; {native.NO_COMPILER}")
+        elif self._waiting:
             note("programs: eager at first; compiled ones are not in the cache")
         else:
             self._decided = True
@@ -185,7 +190,8 @@ class Tiers:
             self.name = "eager"
         if fails:
             return failed or CompileError("another rank could not")
-        return CompileError("not all ranks have them in their caches (--compile on builds them first)") if lacks else None
+        cure = "--compile on builds them first" if native.has_compiler() else native.NO_COMPILER
+        return CompileError(f"not all ranks have them in their caches ({cure})") if lacks else None
 
     def _capture(self) -> None:
         """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""

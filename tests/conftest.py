@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from fastppo.core import native
+
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 
@@ -23,6 +25,13 @@ def pytest_collection_modifyitems(items):
     """The long files first, all else in its order; scripts/test.sh tells xdist to leave it so."""
     order = {f"test_{name}": index for index, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="session")
+def needs_compiler():
+    """For tests that build programs: they are skipped where there is no C++ compiler, and fail there in CI."""
+    if not native.has_compiler():
+        (pytest.fail if os.environ.get("FASTPPO_REQUIRE_COMPILER") else pytest.skip)(native.NO_COMPILER)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -241,6 +241,7 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.mark.slow  # a quarter of a minute of compiling: below two workers are compiled, and this one's graph is compared
+@pytest.mark.usefixtures("needs_compiler")
 def test_compiled_collect_equals_eager(cache_dir):
     """One worker, discrete actions, normalised observations: the same actions, ends and transitions, rollout after rollout."""
     ours = setup(CartPole(max_episode_steps=15), norm_obs=True)
@@ -278,6 +279,7 @@ def test_traced_collect_of_choices_equals_eager():
     assert expected.truncated.any()
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_two_compiled_workers_equal_eager(cache_dir):
     """Each steps half of the environments: bounds and a constant of the environment are tensors of the graph.
 
@@ -416,6 +418,7 @@ for env in (Room(), hidden()):
 """
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_an_environment_of_a_script_is_not_compiled_in_the_background(tmp_path):
     """A class of `__main__`, which may have no file, or inside a function: one line says what to do, and eager goes on."""
     lines = in_a_process(ROOM + IN_A_SCRIPT, tmp_path).splitlines()
@@ -639,7 +642,7 @@ print("failures", failures)
 
 
 @pytest.fixture(scope="module")
-def helpers(tmp_path_factory):
+def helpers(tmp_path_factory, needs_compiler):
     library = tmp_path_factory.mktemp("native") / "native.so"
     native.build(library)
     return library

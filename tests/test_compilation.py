@@ -90,7 +90,7 @@ NORMAL_POLICY = MLPActorCritic(5, 2, DIAGONAL_NORMAL, (16, 16))
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(tmp_path_factory, needs_compiler):
     """One compiled program, its cache directory, and what it was made from. The KL stop fires within it (see the test)."""
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
@@ -134,7 +134,7 @@ def test_seeds_share_the_program_of_one(library):
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory):
+def team(tmp_path_factory, needs_compiler):
     """A compiled program of two workers: (program, eager, its settings)."""
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
@@ -190,7 +190,7 @@ class Rendezvous:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, needs_compiler):
     """(program of one of two processes with two workers each, its example, cache directory, settings of the whole)."""
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")

@@ -80,6 +80,7 @@ def structured_job(observation, action_space, policy=None, seed=0, network_seed=
     return program, (params, init_adam(params), rollout, *rest)
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow  # half a minute of compiling each: below they are compared as the compiler is given them
 @pytest.mark.parametrize(
     ("observation", "action", "policy"),

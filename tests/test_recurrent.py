@@ -1092,11 +1092,13 @@ def assert_compiled(job, cache_dir, **shared):
         assert_same(compiled(*arguments), program(*arguments))
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_compiled_learn_equals_eager(cache_dir):
     """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor."""
     assert_compiled(functools.partial(learn_job, "lstm", target_kl=0.5), cache_dir)
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow  # most of a minute of compiling each
 @pytest.mark.parametrize(
     ("kind", "options", "shared"),
@@ -1152,10 +1154,11 @@ def assert_acts_alike(result, expected):
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "compiled"])
-def test_compiled_act_equals_eager(compiles, cache_dir):
+def test_compiled_act_equals_eager(compiles, cache_dir, request):
     """Action and memory of 7 environments, step after step; what was remembered at an episode's start is dropped."""
     act, arguments = act_job("lstm", 7, hidden=5)
     if compiles:
+        request.getfixturevalue("needs_compiler")
         compiled = compile_program(act, arguments, cache_dir)
     else:
         graph, _ = compilation._trace(act, arguments)
@@ -1169,6 +1172,7 @@ def test_compiled_act_equals_eager(compiles, cache_dir):
         memory = result[1]
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "number", "options"),
@@ -1182,6 +1186,7 @@ def test_compiled_act_equals_eager_for(kind, number, options, cache_dir):
         assert_acts_alike(compiled(*arguments), act(*arguments))
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "per_call"), [("lstm", 1), ("lstm", 2), ("gru", 3)])
 def test_compiled_act_of_seeds_equals_each_alone(kind, per_call, cache_dir):
@@ -1213,6 +1218,7 @@ def assert_collected_alike(result, expected):
         torch.testing.assert_close(getattr(result, key), getattr(expected, key), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "workers"), [("lstm", {}, 2), ("gru", {"users": 1, "layers": 2}, 1)], ids=["lstm", "gru"]
@@ -1230,6 +1236,7 @@ def test_compiled_collect_equals_eager(kind, options, workers, cache_dir):
     assert ended > 12
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "seeds"), [("gru", Seeds(3, 1, 2)), ("lstm", Seeds(3, 2, 1)), ("gru", Seeds(3, 3, 1))], ids=str
@@ -1242,6 +1249,7 @@ def test_compiled_collect_of_seeds_equals_each_alone(kind, seeds, cache_dir):
         assert_collected_alike(of_seed(collected, seed), program(*of_seed(arguments, seed)))
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [Seeds(3, 1, 2), Seeds(3, 2, 1)], ids=str)
 def test_compiled_learn_of_seeds_equals_each_alone(seeds, cache_dir):

@@ -139,6 +139,7 @@ def test_without_exact_resume_it_differs(tmp_path, monkeypatch, capsys):
     assert differing(result_of(tmp_path / "whole")[0], result_of(tmp_path / "parted")[0]) != []
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow  # half a minute of compiling each
 @pytest.mark.parametrize("case", ["device", "entry point"])
 def test_a_compiled_run_too(case, tmp_path, monkeypatch):

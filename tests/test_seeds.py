@@ -219,6 +219,7 @@ def test_a_program_traced_over_seeds_is_each_alone(jobs):
         assert_same([x[seed] for x in results], alone)
 
 
+@pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow  # most of a minute of compiling
 @pytest.mark.parametrize("jobs", [learn_jobs, collect_jobs])
 def test_a_program_compiled_over_seeds_is_each_alone(jobs, tmp_path):

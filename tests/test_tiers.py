@@ -8,7 +8,6 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,14 +30,19 @@ MASKED += ["--norm-obs", "--hidden-sizes", "16"]
 def trained(run_dir, capsys, *flags):
     """(what was printed, summary, rows) of a run."""
     assert console([*FLAGS, "--run-dir", str(run_dir), *flags]) == 0
-    out = capsys.readouterr().out
+    return capsys.readouterr().out, *results_of(run_dir)
+
+
+def results_of(run_dir):
+    """(summary, rows) of a run directory."""
     with (run_dir / "metrics.csv").open(newline="") as file:
-        return out, json.loads((run_dir / "summary.json").read_text()), list(csv.DictReader(file))
+        return json.loads((run_dir / "summary.json").read_text()), list(csv.DictReader(file))
 
 
 def test_auto_stays_eager_where_compiling_would_not_pay(tmp_path, capsys, monkeypatch):
     """A run of a second does not wait for a compiler, nor start one; the line says why and how to have it all the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", sys.executable)  # a program that exists, and is not started
     out, summary, _ = trained(tmp_path / "run", capsys)
     assert summary["tier"] == "eager"
     assert "eager to the end" in out
@@ -66,22 +70,36 @@ def test_a_cache_that_others_can_write_to_is_not_used(mode, tmp_path, capsys, mo
     assert "0700" in out
 
 
-def test_without_a_compiler_training_goes_on(tmp_path, capsys, monkeypatch):
-    """No g++: one line with the reason and the cure, then eager programs."""
+@pytest.mark.parametrize("mode", ["on", "auto"])
+def test_without_a_compiler_training_goes_on(mode, tmp_path, capsys, monkeypatch):
+    """Without g++: one line with the reason and the cure, then eager programs; compiling is not offered."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    out, summary, _ = trained(tmp_path / "run", capsys, "--compile", "on")
+    out, summary, _ = trained(tmp_path / "run", capsys, "--compile", mode)
     assert summary["tier"] == "eager"
-    assert "install g++" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("programs: ")]
+    assert line.endswith("there is no C++ compiler; install g++ or name one in CXX")
+    assert "throughout with --compile" not in out  # nothing changes on the way: the bits are those of --compile off
 
 
-def test_a_compiled_run_is_the_eager_run(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def compiled_run(tmp_path_factory, needs_compiler):
+    """(directory of a run with --compile on, XDG_CACHE_HOME with its programs)."""
+    run_dir, cache_home = tmp_path_factory.mktemp("runs") / "compiled", tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(cache_home))
+        assert console([*FLAGS, *MASKED, "--compile", "on", "--run-dir", str(run_dir)]) == 0
+    return run_dir, str(cache_home)
+
+
+def test_a_compiled_run_is_the_eager_run(compiled_run, tmp_path, capsys, monkeypatch):
     """--compile on: the same run as eager but for rounding; the next run loads both programs, and so does --compile auto.
 
     Nothing is compiled again: the cache holds the same three files afterwards, one a program and the helpers'.
     """
+    monkeypatch.setenv("XDG_CACHE_HOME", compiled_run[1])
     _, _, eager = trained(tmp_path / "eager", capsys, *MASKED, "--compile", "off")
-    _, summary, compiled = trained(tmp_path / "compiled", capsys, *MASKED, "--compile", "on")
+    summary, compiled = results_of(compiled_run[0])
     assert summary["tier"] == "compiled"
     for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "grad_norm", "episodic_return_mean"):
         one, other = ([float(row[key]) for row in rows] for rows in (eager, compiled))
@@ -107,10 +125,12 @@ class Compiler:
         self.cached, self.ready = set(), set()
         self.compiled, self.started, self.stopped = [], [], []
         self.broken = self.distrusted = False
+        self.there = True
         self.threads = set()  # torch's, whenever something was asked for
         monkeypatch.setattr("fastppo.tiers.load_program", self.load)
         monkeypatch.setattr("fastppo.tiers.compile_program", self.compile)
         monkeypatch.setattr("fastppo.tiers.BackgroundCompile", self.start)
+        monkeypatch.setattr("fastppo.core.native.has_compiler", lambda: self.there)
 
     def load(self, program, example, cache_dir, seeds, exchange):
         self.threads.add(torch.get_num_threads())
@@ -268,6 +288,18 @@ def test_cached_programs_are_used_at_once(compiler, mode, second):
     assert 0 < tiers.compile_seconds < 60
 
 
+@pytest.mark.parametrize(("cached", "name"), [(set(), "eager"), ({"learn"}, "compiled")])
+def test_nothing_is_offered_that_cannot_be_built(compiler, cached, name):
+    """Without a compiler "auto" uses what the cache has, says why there is no more, and starts no build in a long run."""
+    compiler.there, compiler.cached = False, cached
+    tiers, notes = tiers_of("auto")
+    assert not tiers.may_change
+    for _ in range(2):
+        tiers.update(TRIAL_ITERATIONS, LONG)
+    assert (tiers.name, in_use(tiers), compiler.started) == (name, (name, "eager"), [])
+    assert notes == [f"programs: {name}; there is no C++ compiler; install g++ or name one in CXX"]
+
+
 @pytest.mark.parametrize("mode", ["on", "auto"])
 def test_without_a_cache_nothing_is_tried(compiler, mode):
     """The reason once, and eager to the end, however long the run."""
@@ -329,6 +361,7 @@ def small_tiers(mode, notes):
     return Tiers(mode, jobs, 1, notes.append), normalization
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):
     """A long run: decided after the first iterations, built by another process, taken up between two iterations.
 
@@ -357,6 +390,7 @@ def built_in(cache):
     return list((cache / "fastppo").glob("build-*"))
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
     """close() leaves no process and no half-built directory behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -374,6 +408,7 @@ def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
     assert not built_in(tmp_path)
 
 
+@pytest.mark.usefixtures("needs_compiler")
 def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
     """A hidden sync cannot slip into a compiled program: there are no graph breaks to hide it in."""
     tmp_path.chmod(0o700)
@@ -391,15 +426,16 @@ def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
         compile_program(partial(programs.act_from_params, policy=policy), example, tmp_path)
 
 
-def test_a_run_with_cached_programs_never_imports_the_compiler(tmp_path):
+def test_a_run_with_cached_programs_never_imports_the_compiler(compiled_run, tmp_path):
     """Start-up is not paid for a compiler that has nothing to do."""
     script = (
         "import sys; from fastppo.train import console\n"
         f"assert console({[*FLAGS, *MASKED, '--compile', 'auto', '--run-dir', str(tmp_path / 'run')]!r}) == 0\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    assert Path(tmp_path / "run" / "summary.json").exists()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": compiled_run[1]}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    assert results_of(tmp_path / "run")[0]["tier"] == "compiled"
 
 
 def test_calls_per_iteration(tmp_path):

@@ -25,7 +25,6 @@ import inspect
 import os
 import pickle
 import platform
-import shutil
 import signal
 import stat
 import subprocess
@@ -210,8 +209,8 @@ def compile_program(
         return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
         raise CompileError("this tier compiles for the CPU only")
-    if shutil.which(native.compiler()) is None:
-        raise CompileError("there is no C++ compiler; install g++ or name one in CXX")
+    if not native.has_compiler():
+        raise CompileError(native.NO_COMPILER)
     with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
         try:
             if _cached(cache_dir, native_key()) is None:

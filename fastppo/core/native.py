@@ -10,6 +10,7 @@
 import ctypes
 import functools
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from fastppo.core.recurrence import Cells
 
 SOURCE = Path(__file__).with_name("native.cpp")
+NO_COMPILER = "there is no C++ compiler; install g++ or name one in CXX"
 
 
 @torch.library.custom_op("fastppo::all_reduce", mutates_args=())
@@ -110,6 +112,11 @@ def declarations() -> dict[Any, list[str]]:
 def compiler() -> str:
     """The C++ compiler: $CXX, or g++."""
     return os.environ.get("CXX", "g++")
+
+
+def has_compiler() -> bool:
+    """Whether there is one to build programs with. Those in the cache load without it."""
+    return shutil.which(compiler()) is not None
 
 
 def build(library: Path) -> None:
