@@ -1,7 +1,7 @@
 # Sourced by train.sh and test.sh: changes to the repository's root, sets up .venv where that has not been done, leaves $python set.
 # Usage: extra=NAME; . scripts/setup.sh      (no positional argument: a sourced script without any sees its caller's)
 #   PYTHON                the interpreter that .venv is made with; python3 if not set
-#   FASTPPO_CONSTRAINTS   a pip constraints file instead of constraints.txt; /dev/null for the newest versions that are allowed
+#   FASTPPO_CONSTRAINTS   a pip constraints file instead of constraints.txt (/dev/null: none), where a version of it cannot be had
 # A file in .venv marks what is installed, and from which folder. It is written last, so an interrupted set-up is continued.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,7 +15,7 @@ fail() {
 }
 
 is_set_up() {
-    [ -x "$python" ] && [ "$(cat "$mark" 2>/dev/null)" = "$PWD" ] &&
+    [ -x "$python" ] && [ "$(cat "$mark" 2>/dev/null)" = "$PWD $constraints" ] &&
         ! [ pyproject.toml -nt "$mark" ] && ! [ "$constraints" -nt "$mark" ]
 }
 
@@ -31,11 +31,11 @@ make_venv() {
 
 # pip's output on a terminal; elsewhere only its larger downloads and its last step
 show_progress() {
-    local line
+    local line words
     while IFS= read -r line; do
         case $line in
             *"Downloading "*" MB)") echo "$line" ;;
-            "Installing collected packages:"*) echo "  installing $(grep -o , <<<"$line" | wc -l) packages" ;;
+            "Installing collected packages:"*) read -ra words <<<"${line#*:}" && echo "  installing ${#words[@]} packages" ;;
         esac
     done
 }
@@ -59,7 +59,7 @@ set_up() {
         echo "setting up .venv (once, some minutes)" >&2
         "$python" -P -m pip --version >/dev/null 2>&1 || "$python" -P -m ensurepip >/dev/null 2>&1 || make_venv
         install || fail "the set-up failed; what pip says is above. The same command tries again"
-        printf '%s' "$PWD" >"$mark"
+        printf '%s' "$PWD $constraints" >"$mark"
     fi
     exec 9<&-
 }
