@@ -185,9 +185,14 @@ def tenth_of(samples: Sequence[Sample]) -> Tenth:
         statistics.median(sample.files for sample in samples),
         statistics.median(sample.threads for sample in samples),
         statistics.median(sample.processes for sample in samples),
-        steps / (last.row_seconds - first.row_seconds),
-        steps / (last.cpu_seconds - first.cpu_seconds),
+        _rate(steps, last.row_seconds - first.row_seconds),
+        _rate(steps, last.cpu_seconds - first.cpu_seconds),
     )
+
+
+def _rate(steps: int, seconds: float) -> float:
+    """0 where no row was written meanwhile, as on a busy machine."""
+    return steps / seconds if seconds > 0 else 0.0
 
 
 def tenths(samples: Sequence[Sample]) -> tuple[Tenth, Tenth]:
@@ -206,7 +211,7 @@ def verdict(first: Tenth, last: Tenth, max_growth_mib: float) -> list[str]:
         before, after = getattr(first, name), getattr(last, name)
         if after > before:
             found.append(f"{name} grew from {before:g} to {after:g}")
-    kept = last.steps_per_cpu_second / first.steps_per_cpu_second
+    kept = last.steps_per_cpu_second / first.steps_per_cpu_second if first.steps_per_cpu_second else 1.0
     if kept < 1.0 - MAX_FALL:
         found.append(f"steps per CPU second fell by {1.0 - kept:.0%}, more than {MAX_FALL:.0%}")
     return found

@@ -2,7 +2,7 @@
 # Lock: writes constraints.txt, the versions that the set-up installs, from the newest that pyproject.toml allows today.
 # Use the oldest Python that is supported (PYTHON=python3.11 scripts/lock.sh), then run scripts/test.sh with the result.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"

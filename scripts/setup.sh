@@ -4,7 +4,7 @@
 #   FASTPPO_CONSTRAINTS   a pip constraints file instead of constraints.txt (/dev/null: none), where a version of it cannot be had
 # A file in .venv marks what is installed, and from which folder. It is written last, so an interrupted set-up is continued.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
 mark=.venv/.installed${extra:+-$extra}
 constraints=${FASTPPO_CONSTRAINTS:-constraints.txt}

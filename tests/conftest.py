@@ -1,11 +1,14 @@
-"""For all tests: one CPU thread (two of them on a busy machine wait for each other), a compile cache of their own, and runs
-without a picture.
+"""For all tests: one CPU thread (two of them on a busy machine wait for each other), a compile cache of their own, runs without
+a picture, and the same random numbers in every run.
 """
 
 import importlib.util
 import os
+import random
 import sys
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,30 @@ from fastppo.core import native
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
+for name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "PYTHONWARNINGS"):
+    os.environ.pop(name, None)  # what is printed, and whether a warning is an error, does not depend on who runs the tests
+
+# Generators without a seed, gymnasium's among them, ask numpy for the system's entropy. Here they get numbers that depend on
+# the test alone. A forked process gets others than its parent, and than the next one.
+entropy = random.Random(0)
+np.random.bit_generator.randbits = entropy.getrandbits
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=entropy.random, after_in_child=lambda: entropy.seed(f"child {entropy.random()}"))
+
+# Hypothesis tries the same examples in every run, and does not mind how long one takes.
+hypothesis.settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("same")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before a test's fixtures: every global generator starts anew, whichever tests ran before."""
+    entropy.seed(item.nodeid)
+    random.seed(item.nodeid)
+    np.random.seed(entropy.getrandbits(32))
+    torch.manual_seed(entropy.getrandbits(63))
 
 
 # Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the

@@ -1,12 +1,17 @@
-"""A limit on somebody else's code: it interrupts what hangs, nothing else, and leaves the process as it was."""
+"""A limit on somebody else's code: it interrupts what hangs, nothing else, and leaves the process as it was.
+
+Most tests run on a clock and a timer of their own, so that they do not depend on how busy the machine is.
+"""
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 
 import pytest
 
+from fastppo.envs import deadline as module
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.errors import NoAnswer
 
@@ -20,6 +25,49 @@ def _timer_as_before():
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+class Clock:
+    """Stands in for `time` and `signal` in envs/deadline.py: the timer rings when `sleep` has moved the clock on so far."""
+
+    SIGALRM, ITIMER_REAL = signal.SIGALRM, signal.ITIMER_REAL
+
+    def __init__(self):
+        self.now, self.handler, self.due, self.interval = 100.0, signal.SIG_DFL, None, 0.0
+        self.rung = []  # when the timer rang
+
+    def monotonic(self):
+        return self.now
+
+    def getsignal(self, number):
+        return self.handler
+
+    def signal(self, number, handler):
+        before, self.handler = self.handler, handler
+        return before
+
+    def setitimer(self, which, delay, interval=0.0):
+        before = (0.0 if self.due is None else self.due - self.now, self.interval)
+        self.due, self.interval = (self.now + delay if delay else None), interval
+        return before
+
+    def sleep(self, seconds):
+        """Move on; the handler is called in between, as often as it is due, and may raise."""
+        end = self.now + seconds
+        while self.due is not None and self.due <= end:
+            self.now, self.due = self.due, self.due + self.interval if self.interval else None
+            self.rung.append(self.now)
+            self.handler(signal.SIGALRM, sys._getframe())
+        self.now = end
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only `clock.sleep` moves on."""
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(module, "signal", clock)
+    return clock
+
+
 @contextlib.contextmanager
 def limit(seconds):
     """A deadline, closed in the end."""
@@ -28,19 +76,27 @@ def limit(seconds):
 
 
 def test_what_hangs_is_interrupted():
-    """After the limit, counted from the entry: not from the first one, nor from when the deadline was made."""
+    """By the operating system's timer, in a call that waits; the message names the limit and the flag."""
+    started = time.monotonic()
+    with limit(0.1) as deadline, pytest.raises(NoAnswer, match=r"^no answer for 0\.1 s \(--env-timeout\)$"), deadline:
+        time.sleep(600)
+    assert 0.1 <= time.monotonic() - started < 300
+
+
+def test_counted_from_each_entry(clock):
+    """Not from the first one, nor from when the deadline was made."""
     with limit(0.3) as deadline:
-        time.sleep(0.2)
+        clock.sleep(0.2)
         for _ in range(2):
             with deadline:
-                time.sleep(0.2)
-        started = time.monotonic()
-        with pytest.raises(NoAnswer, match=r"^no answer for 0\.3 s \(--env-timeout\)$"), deadline:
-            time.sleep(60)
-        assert 0.3 <= time.monotonic() - started < 0.6
+                clock.sleep(0.2)
+        started = clock.now
+        with pytest.raises(NoAnswer), deadline:
+            clock.sleep(60)
+        assert clock.now - started == pytest.approx(0.3, abs=2e-3)
 
 
-def test_nothing_else_is():
+def test_nothing_else_is_interrupted(clock):
     """Code outside takes as long as it likes, after an error inside too, and after the limit has been lifted."""
     with limit(0.1) as deadline:
         with deadline:
@@ -49,24 +105,24 @@ def test_nothing_else_is():
             raise ValueError("inside")
         with deadline:
             deadline.lift()
-            time.sleep(0.2)
-        time.sleep(0.35)
+            clock.sleep(0.2)
+        clock.sleep(0.35)
+    assert len(clock.rung) == 5  # it looked, and found nothing to interrupt
 
 
-def test_again_after_as_long():
+def test_again_after_as_long(clock):
     """Cleaning up may hang as well, and all may be caught."""
 
     def sleep_and_sleep(deadline):
         with deadline:
             try:
-                time.sleep(60)
+                clock.sleep(60)
             finally:
-                time.sleep(60)
+                clock.sleep(60)
 
-    started = time.monotonic()
     with limit(0.2) as deadline, pytest.raises(NoAnswer):
         sleep_and_sleep(deadline)
-    assert 0.4 <= time.monotonic() - started < 0.9
+    assert clock.now == pytest.approx(100.4, abs=2e-3)
 
 
 def test_errors_that_are_caught_to_try_again():
@@ -78,7 +134,7 @@ def test_errors_that_are_caught_to_try_again():
                 with contextlib.suppress(Exception):
                     time.sleep(60)
 
-    with limit(0.2) as deadline, pytest.raises(NoAnswer):
+    with limit(0.1) as deadline, pytest.raises(NoAnswer):
         try_again(deadline)
 
 
@@ -96,37 +152,31 @@ def test_none():
     made[0].close()
 
 
-def test_a_timer_of_the_callers_own():
+@pytest.mark.parametrize(("delay", "wait", "rings"), [(0.6, 0.2, 0.6), (0.1, 0.3, 0.3)])
+def test_a_timer_of_the_callers_own(clock, delay, wait, rings):
     """Comes when it was due, or at once if that was meanwhile; deadlines one within another likewise."""
     rung = []
-    before = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(time.monotonic()))
-    try:
-        for delay, wait in ((0.6, 0.2), (0.1, 0.3)):
-            started = time.monotonic()
-            signal.setitimer(signal.ITIMER_REAL, delay)
-            with limit(5.0), limit(5.0):
-                time.sleep(wait)
-            assert not rung
-            time.sleep(0.6)
-            assert max(delay, wait) <= rung.pop() - started < max(delay, wait) + 0.2
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    clock.signal(signal.SIGALRM, lambda number, frame: rung.append(clock.now))
+    clock.setitimer(signal.ITIMER_REAL, delay)
+    with limit(5.0), limit(5.0):
+        clock.sleep(wait)
+    assert not rung
+    clock.sleep(10.0)
+    assert rung == [pytest.approx(100.0 + rings, abs=2e-3)]
 
 
-def test_taken_over_by_somebody():
+def test_taken_over_by_somebody(clock):
     """Who has set another handler meanwhile keeps it, with its timer."""
-    before = signal.getsignal(signal.SIGALRM)
     rung = []
     with limit(5.0):
-        signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
-        signal.setitimer(signal.ITIMER_REAL, 0.1)
-    time.sleep(0.2)
-    assert rung
-    signal.signal(signal.SIGALRM, before)
+        clock.signal(signal.SIGALRM, lambda number, frame: rung.append(clock.now))
+        clock.setitimer(signal.ITIMER_REAL, 0.1)
+    clock.sleep(0.2)
+    assert rung == [100.1]
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1e300])
 def test_limits_of_any_size(seconds):
     """What the timer itself does not take."""
-    with limit(seconds) as deadline, deadline:
+    with limit(seconds) as deadline, contextlib.suppress(NoAnswer), deadline:
         pass

@@ -26,6 +26,9 @@ from fastppo.envs.make import make_vec, num_processes
 from fastppo.errors import EnvironmentFailed, UsageError
 from fastppo.train import console
 
+HANGS = 600.0  # seconds that an environment sleeps
+SOON = HANGS / 2  # what waits for it takes longer, and nothing else does however busy the machine is
+
 
 class Nested(gym.Env):
     """Observations and actions of every kind that arrays hold; the reward comes from the action before, which is kept."""
@@ -98,7 +101,7 @@ class Misbehaving(Walk):
             raise ValueError("the wheel came off\nand another line")
         if how == "hang":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            time.sleep(600)
+            time.sleep(HANGS)
         if how == "exit":
             sys.exit(7)
 
@@ -243,15 +246,15 @@ def test_environments_that_cannot_be_made():
 
 class NeverMade(Walk):
     def __init__(self):
-        time.sleep(600)
+        time.sleep(HANGS)
 
 
 def test_environments_that_are_never_made():
     """Named, in this process and in another one, and all are gone."""
-    with contextlib.closing(Deadline(0.4)) as deadline:
+    with contextlib.closing(Deadline(1.0)) as deadline:  # enough for starting a process on a busy machine
         for envs in ([Walk, NeverMade, Walk, Walk], [Walk, Walk, Walk, NeverMade]):
             number = envs.index(NeverMade)
-            with pytest.raises(EnvironmentFailed, match=rf"^environment {number}: no answer for 0.4 s"), deadline:
+            with pytest.raises(EnvironmentFailed, match=rf"^environment {number}: no answer for 1 s"), deadline:
                 GroupedVectorEnv(envs, 2, deadline)
             assert not multiprocessing.active_children()
 
@@ -264,7 +267,7 @@ def play_on(envs, options):
 
 
 def fails(envs, options):
-    """The error of a reset with `options` or of one of the steps after it, and how long it took."""
+    """The error of a reset with `options` or of one of the steps after it. No environment that hangs is waited for."""
     started = time.monotonic()
     with pytest.raises(EnvironmentFailed) as error:
         play_on(envs, options)
@@ -273,7 +276,8 @@ def fails(envs, options):
     with pytest.raises(EnvironmentFailed) as again:  # whoever goes on is told the same
         envs.step(np.ones(envs.num_envs, np.int64))
     assert again.value is error.value
-    return error.value, time.monotonic() - started
+    assert time.monotonic() - started < SOON
+    return error.value
 
 
 @pytest.mark.parametrize("where", ["step", "reset"])
@@ -282,34 +286,29 @@ def test_an_environment_that_raises(number, where, capfd):
     """In this process or another: named by its number, type and message in one line, nothing on stderr, the others gone."""
     envs = GroupedVectorEnv([Misbehaving if i == number else Walk for i in range(5)], 2)
     envs.reset(seed=0)
-    error, seconds = fails(envs, {"how": "raise", "in_reset": where == "reset"})
+    error = fails(envs, {"how": "raise", "in_reset": where == "reset"})
     assert str(error) == f"environment {number}: ValueError: the wheel came off"
     traceback = "".join(getattr(error, "__notes__", [])) + repr(error.__cause__)
     assert "and another line" in traceback
-    assert seconds < 5
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_process_that_is_killed():
-    """Noticed at once and named, before a step and in the middle of one."""
+    """Noticed and named, before a step and in the middle of one."""
     envs = GroupedVectorEnv([Walk] * 5, 2)
     envs.reset(seed=0)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    error, seconds = fails(envs, None)
-    assert str(error) == "environments 3 to 4: the process was killed by signal 9"
-    assert seconds < 1
+    assert str(fails(envs, None)) == "environments 3 to 4: the process was killed by signal 9"
 
     envs = GroupedVectorEnv([Walk, Walk, Misbehaving], 2)
-    killer = threading.Timer(1.0, os.kill, (multiprocessing.active_children()[0].pid, signal.SIGKILL))
+    killer = threading.Timer(0.3, os.kill, (multiprocessing.active_children()[0].pid, signal.SIGKILL))
     killer.start()
-    error, seconds = fails(envs, {"how": "hang", "in_reset": True})
-    assert str(error) == "environment 2: the process was killed by signal 9"
-    assert seconds < 2
+    assert str(fails(envs, {"how": "hang", "in_reset": True})) == "environment 2: the process was killed by signal 9"
 
 
 def test_a_process_that_ends_itself(capfd):
     """An environment that exits is a fault like any other."""
-    error, _ = fails(GroupedVectorEnv([Walk, Misbehaving], 2), {"how": "exit", "in_reset": True})
+    error = fails(GroupedVectorEnv([Walk, Misbehaving], 2), {"how": "exit", "in_reset": True})
     assert str(error) == "environment 1: SystemExit: 7"
     assert capfd.readouterr() == ("", "")
 
@@ -323,9 +322,7 @@ def test_close_does_not_wait_for_a_step_that_hangs():
         raise ValueError("now")
 
     envs._group.envs[0].env.reset = raises
-    error, seconds = fails(envs, {"how": "hang", "in_reset": True})
-    assert str(error) == "environment 0: ValueError: now"
-    assert grouped.CLOSE_SECONDS < seconds < grouped.CLOSE_SECONDS + 1.5
+    assert str(fails(envs, {"how": "hang", "in_reset": True})) == "environment 0: ValueError: now"
     envs.close()
 
 
@@ -338,13 +335,13 @@ def test_an_environment_that_fails_to_close():
     assert not multiprocessing.active_children()
 
 
-def test_closed_at_once():
-    """Processes that wait for a command end by themselves, without being asked twice."""
+def test_closed_at_once(monkeypatch):
+    """Processes that wait for a command end by themselves when they are told to close: none has to be killed."""
+    monkeypatch.setattr(grouped, "CLOSE_SECONDS", SOON)
+    monkeypatch.setattr(multiprocessing.Process, "kill", None)
     envs = GroupedVectorEnv([Walk] * 8, 3)
-    started = time.monotonic()
     envs.close()
     envs.close()
-    assert time.monotonic() - started < grouped.CLOSE_SECONDS / 2
     assert not multiprocessing.active_children()
     with pytest.raises(gym.error.ClosedEnvironmentError):
         envs.reset()
@@ -380,7 +377,7 @@ def test_processes_end_with_their_parent(doing):
         time.sleep(0.2)
         assert all(map(is_running, pids))
         parent.kill()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + SOON
         while any(map(is_running, pids)) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert not any(map(is_running, pids))
@@ -423,7 +420,7 @@ envs.close()
 def test_environments_that_use_torch():
     """A model of the world in torch does not hang: after a fork OpenMP has no threads, and would wait for them forever."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", USES_TORCH], check=True, timeout=30, env=environment)
+    subprocess.run([sys.executable, "-c", USES_TORCH], check=True, timeout=SOON, env=environment)
 
 
 TINY = {"num_envs": 4, "num_steps": 32, "num_iterations": 3, "eval_episodes": 3, "compile": "off", "plain": True}

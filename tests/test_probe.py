@@ -47,23 +47,44 @@ def test_a_choice_is_obeyed(wanted):
     assert choose_vectorization("Slow-v0", 4, wanted, {}) == (wanted, "as --vectorization asks")
 
 
+def of_steps(seconds, monkeypatch):
+    """Trials are made and stepped as they are; each is said to take the next of `seconds`, busy machine or not.
+
+    Returns a list of (seconds measured, child processes that are left) of each.
+    """
+    seconds, taken = list(seconds), []
+
+    def timed(envs, deadline):
+        measured = step_seconds(envs, deadline)
+        taken.append((measured, len(multiprocessing.active_children())))
+        return seconds.pop(0)
+
+    monkeypatch.setattr("fastppo.envs.probe.step_seconds", timed)
+    return taken
+
+
 def test_fast_environments_stay_in_one_process(monkeypatch):
     """A step shorter than the cost of handing it over starts no process at all."""
     monkeypatch.setattr(multiprocessing.Process, "start", None)
-    choice, why = choose_vectorization("Pendulum-v1", 2, "auto", {}, num_threads=2)
-    assert choice == "sync"
-    assert "ms" in why
+    taken = of_steps([20e-6], monkeypatch)
+    chosen = choose_vectorization("Pendulum-v1", 2, "auto", {}, num_threads=2)
+    assert chosen == ("sync", "a step takes 0.02 ms, too little to share out")
+    assert 0 < taken[0][0] < float("inf")
 
 
-def test_slow_environments_get_processes():
-    """Eight sleeps at once are shorter than four, and four than eight; each trial takes its processes with it."""
-    assert ASYNC_FROM < 8 * 0.003
-    assert choose_vectorization("Slow-v0", 8, "auto", {}, num_threads=2)[0] == "async"
-    assert ASYNC_FROM > 4 * 0.0005
-    assert choose_vectorization("Slow-v0", 4, "auto", {"seconds": 0.0005}, num_threads=2)[0] == "grouped"
-    assert choose_vectorization("Slow-v0", 1, "auto", {})[0] == "sync"
-    assert not multiprocessing.active_children()
+@pytest.mark.parametrize(("seconds", "choice"), [([0.024, 0.012, 0.003], "async"), ([0.012, 0.006, 0.008], "grouped")])
+def test_slow_environments_get_processes(seconds, choice, monkeypatch):
+    """Real processes step in the trials; each trial takes its processes with it, and the fastest kind is chosen."""
+    taken = of_steps(seconds, monkeypatch)
+    assert choose_vectorization("Slow-v0", 4, "auto", {"seconds": 0.0}, num_threads=2)[0] == choice
+    assert len(taken) == 3
+    assert all(0 < measured < float("inf") and children == 0 for measured, children in taken)
     assert gym.spec("Slow-v0").kwargs == {}
+
+
+def test_one_environment_gets_no_process():
+    """There is nothing to share out."""
+    assert choose_vectorization("Slow-v0", 1, "auto", {})[0] == "sync"
 
 
 FAILS, REFUSED = float("inf"), None
@@ -165,6 +186,6 @@ def test_a_trial_that_fails(fails):
 def test_a_trial_that_hangs():
     """It took forever, but does not."""
     gym.register("Hangs-v0", lambda: Slow(600.0), disable_env_checker=True)
-    with contextlib.closing(Deadline(0.3)) as deadline:
+    with contextlib.closing(Deadline(1.0)) as deadline:
         choice = choose_vectorization("Hangs-v0", 2, "auto", {}, 2, deadline)
     assert choice == ("sync", "a trial step failed")

@@ -70,6 +70,14 @@ def test_rates_and_sizes(soak):
     assert "0.7, 0.3" in soak.table(first, last, samples, 16.0)
 
 
+def test_no_row_meanwhile_is_no_rate(soak):
+    """On a busy machine no iteration may end within a tenth: the rate is 0, and a fall from it is none."""
+    same = [replace(sample, steps=0, row_seconds=0.0, cpu_seconds=1.0) for sample in samples_of(soak, 20)]
+    first, last = soak.tenths(same)
+    assert (first.sps, first.steps_per_cpu_second) == (0.0, 0.0)
+    assert soak.verdict(first, last, 16.0) == []
+
+
 def test_half_a_row_is_none(soak, tmp_path):
     """metrics.csv is read while it is written: the last whole row counts, however long the file."""
     path = tmp_path / "metrics.csv"
@@ -102,11 +110,9 @@ def test_a_run_of_seconds(tmp_path):
     assert done.returncode in (0, 1), done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["passed"] == (result["failures"] == []) == (done.returncode == 0)
-    assert result["minutes"] == pytest.approx(0.05, rel=0.5)
+    assert result["minutes"] >= 0.05
     assert result["first"]["memory_mib"] > 100
     assert result["first"]["processes"] == 1
-    assert result["first"]["sps"] > 0
-    assert result["metrics_mib_per_hour"] > 0
     assert "| resident memory, MiB |" in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["soak.png"]
