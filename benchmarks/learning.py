@@ -24,7 +24,7 @@ import tyro
 from fastppo.statistics import bootstrap_interval, interquartile_mean
 
 # Mean returns that others report for PPO, each with its steps. The zoo's: one agent each, evaluated deterministically (Atari:
-# sampled), MuJoCo v3, LunarLander v2: https://github.com/DLR-RM/rl-baselines3-zoo/blob/master/benchmark.md
+# sampled), MuJoCo v3, LunarLander v2: https://github.com/DLR-RM/rl-baselines3-zoo/blob/22e3ff2/benchmark.md
 ZOO: Mapping[str, tuple[float, str]] = {
     "CartPole": (500.0, "100k"),
     "Acrobot": (-73.5, "1M"),
@@ -33,7 +33,7 @@ ZOO: Mapping[str, tuple[float, str]] = {
     "Pendulum": (-172.2, "100k"),
     "LunarLander": (242.1, "1M"),
     "LunarLanderContinuous": (270.9, "1M"),
-    "BipedalWalker": (213.3, "5M"),
+    "BipedalWalker": (287.9, "5M"),
     "BipedalWalkerHardcore": (122.4, "100M"),
     "HalfCheetah": (5819.1, "1M"),
     "Hopper": (2410.4, "1M"),
@@ -45,7 +45,8 @@ ZOO: Mapping[str, tuple[float, str]] = {
     "CartPoleNoVel": (500.0, "100k"),  # these two: ppo_lstm
     "PendulumNoVel": (-217.9, "100k"),
 }
-# CleanRL's: training returns, mean of three seeds, MuJoCo v4: https://docs.cleanrl.dev/rl-algorithms/ppo
+# CleanRL's: training returns, mean of three seeds, MuJoCo v4: docs/rl-algorithms/ppo.md and
+# docs/benchmark/ppo_continuous_action.md of https://github.com/vwxyzjn/cleanrl at fe8d8a03
 CLEANRL: Mapping[str, tuple[float, str]] = {
     "CartPole": (490.0, "500k"),
     "Acrobot": (-86.4, "500k"),
@@ -59,7 +60,7 @@ CLEANRL: Mapping[str, tuple[float, str]] = {
     "Pong": (20.4, "10M"),
     "Breakout": (414.7, "10M"),
 }
-# OpenAI baselines, training returns as CleanRL's documentation gives them
+# OpenAI baselines, training returns as CleanRL's ppo.md gives them
 BASELINES: Mapping[str, tuple[float, str]] = {
     "CartPole": (497.5, "500k"),
     "Acrobot": (-81.8, "500k"),

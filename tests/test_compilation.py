@@ -262,7 +262,7 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     others = [compilation.Team(compiled._library, 3) for _ in range(4)]
     assert threading.active_count() == before + 8
     del others
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() <= before
@@ -366,7 +366,7 @@ def test_without_a_compiler_the_reason_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(CompileError, match=r"^there is no C\+\+ compiler; install g\+\+ or name one in CXX$"):
         compile_program(learn_eagerly, arguments, tmp_path)
     building = BackgroundCompile(learn_eagerly, arguments, tmp_path)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while building._process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     with pytest.raises(CompileError, match=r"there is no C\+\+ compiler"):

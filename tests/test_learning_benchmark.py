@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,15 @@ def test_a_row_of_the_table(learning):
     assert row.startswith("| Hopper-v5 | Hopper | 1,000,003 | 2.0, 1.0, 6.0 | 3.0 ± 2.6 | 3.0 (")
     assert row.endswith("| 1.5 | 20 | 2,000 | zoo 2410.4 (1M); CleanRL 2382.9 (1M) |")
     assert header.count("|") == rule.count("|") == row.count("|")
+
+
+def test_the_table_quotes_the_published_figures(learning):
+    """Each row of the results has them as the script has them, which says where they are from."""
+    rows = re.findall(r"^\| (\S+-v\d) \|.*\| ([^|]*) \|$", (SCRIPT.parent / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 10
+    for env_id, quoted in rows:
+        figures = learning.published(env_id).items()
+        assert quoted == "; ".join(f"{source} {mean:g} ({steps})" for source, (mean, steps) in figures), env_id
 
 
 @pytest.mark.parametrize("env_id", ["ALE/Pong-v5", "PongNoFrameskip-v4", "ale_py:ALE/Pong-v5"])

@@ -147,6 +147,28 @@ def test_the_tree_is_that_of_the_package():
     assert sorted(named) == sorted(files)
 
 
+def broken_tables(text):
+    """Rows of Markdown tables that would not be shown as such: without a header, or with other numbers of cells than theirs."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    broken = []
+    for table in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        rows = table.splitlines()
+        cells = [len(re.findall(r"(?<!\\)\|", row.strip())) for row in rows]
+        is_ruled = len(rows) > 1 and re.fullmatch(r"\|( *:?-+:? *\|)+", rows[1].strip())
+        broken += [row for row, count in zip(rows, cells, strict=True) if not is_ruled or count != cells[0]]
+    return broken
+
+
+def test_tables_are_whole():
+    """A blank line within a table ends it, and what follows is shown as text."""
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")]
+    assert len(pages) >= 5
+    assert {page.name: rows for page in pages if (rows := broken_tables(page.read_text()))} == {}
+    assert broken_tables("| a | b |\n|---|---|\n| 1 | 2 |\n") == []
+    assert broken_tables("| a | b |\n|---|---|\n\n| 1 | 2 |\n") == ["| 1 | 2 |"]
+    assert broken_tables("| a | b |\n|---|---|\n| 1 |\n") == ["| 1 |"]
+
+
 def test_its_links_lead_somewhere():
     """Files of the repository, and headings of this page."""
     for target in re.findall(r"\]\(([^)]+)\)", README):
