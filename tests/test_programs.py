@@ -333,8 +333,8 @@ def test_every_transition_is_gathered_exactly_once_an_epoch():
     policy = CountingPolicy()
     update(policy, torch.ones(1), rollout, permutation, minibatch_size=minibatch_size)
     everything, *minibatches = policy.seen
-    assert torch.equal(everything, number)  # one forward pass over all T+1 rows
-    assert torch.equal(policy.actions[0], number)  # row T's log-probability is computed and dropped
+    assert torch.equal(everything, number.flatten())  # one forward pass over all T+1 rows
+    assert torch.equal(policy.actions[0], number.flatten())  # row T's log-probability is computed and dropped
     assert [len(seen) for seen in minibatches] == [minibatch_size] * 9
     for epoch in range(epochs):
         shown = torch.cat(minibatches[3 * epoch : 3 * epoch + 3])

@@ -345,9 +345,11 @@ def learn(
             `memory` (N, S), before row 0. It goes through whole sequences: a minibatch has all T rows of M / T environments.
         permutation: (E, B) int64, each row a permutation of range(B); of a policy with memory (E, N), of range(N).
         schedule, normalization: see there.
-        rows_per_pass: the most rows that go through the networks at once; minibatches are worked off in equal parts whose
-            gradients add up. None: whole minibatches. The result is the same but for rounding; parts that fit a core's cache
-            make large compiled minibatches faster (benchmarks/LOG.md).
+        rows_per_pass: the most rows that go through the networks at once, but at least one step of all environments, and in a
+            minibatch one environment, where the policy has a memory. The rollout is evaluated, and minibatches are learned
+            from, in passes of equal size (see `split_evenly`); the gradients of a minibatch's parts add up. None: all rows at
+            once. The result is the same but for rounding; parts that fit a core's cache make large compiled minibatches faster
+            (benchmarks/LOG.md).
         worker, num_workers, all_reduce: several calls at once, in threads of one process, can share the work. Each is given
             the whole and goes through its own part of the environments and of every minibatch's rows, with an exchange
             (`AllReduce`) where they need each other's. All return the same, which but for rounding is the result of one alone.
@@ -388,20 +390,29 @@ def learn(
         return x.transpose(dim, dim + 1) if remembers else x.flatten(dim, dim + 1)
 
     def judged(judge: Callable[..., tuple[Tensor, Tensor]], carry: Tensor, *rows: Tensor) -> Tensor:
-        """The `out` (C, steps, N) of `carry, out = judge(carry, *rows)`, in parts of rows_per_pass rows.
+        """`out`, (C, T+1, N), of `carry, out = judge(carry, *rows)`, in passes of rows_per_pass rows.
 
-        Each worker goes through its own environments, and carry is of those.
+        Each worker goes through its own environments, and carry is of those. A memory is carried from step to step; without
+        one the rows are independent, and a pass may begin and end within a step.
         """
-        rows = tuple(mine(x, 1) for x in rows)  # (steps, N / workers, ...)
-        steps = _largest_divisor(rows[0].shape[0], (rows_per_pass or rows[0].shape[0] * rows[0].shape[1]) // rows[0].shape[1])
-        parts = tuple(x.unflatten(0, (-1, steps)) for x in rows)
+        rows = tuple(mine(x, 1) for x in rows)  # (T+1, n, ...), n = N / workers
+        own_envs, items_per_pass = rows[0].shape[1], rows_per_pass or rows[0].shape[0] * rows[0].shape[1]
+        if remembers:
+            items_per_pass //= own_envs
+        else:
+            rows = tuple(x.flatten(0, 1) for x in rows)  # ((T+1) * n, ...)
+        number = rows[0].shape[0]  # of steps, or rows
+        num_passes, size = split_evenly(number, items_per_pass)
+        parts = tuple(_padded(x, 0, num_passes * size - number, repeat=True).unflatten(0, (num_passes, size)) for x in rows)
 
         def judge_part(carry: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
             carry, out = judge(carry, *part)
             return carry, (out,)
 
         _, (out,) = scan(judge_part, carry, parts)
-        out = out.movedim(1, 0).flatten(1, 2)  # (C, steps, N / workers)
+        out = out.movedim(1, 0).flatten(1, 2)[:, :number]  # without what fills up the last pass
+        if not remembers:
+            out = out.unflatten(1, (-1, own_envs))  # (C, T+1, n)
         if worker is None or num_workers == 1:
             return out
         everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
@@ -471,12 +482,15 @@ def learn(
         if norm_adv:
             advantage = standardize(advantage.flatten(1), weight.flatten(1), total=total).view_as(advantage)
         scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, m[, T])
-        minibatches = (mine(index, 1).contiguous(), mine(scalars, 2).contiguous(), transitions)
+        # each minibatch is learned from in equal parts; units of weight 0, which change no sum, fill up the last one
+        own_units = minibatch_size // rows_per_unit // num_workers
+        num_parts, part_size = split_evenly(own_units, (rows_per_pass or minibatch_size) // rows_per_unit)
+        missing = num_parts * part_size - own_units
+        index = _padded(mine(index, 1), 1, missing, repeat=True).contiguous()
+        minibatches = (index, _padded(mine(scalars, 2), 2, missing, repeat=False).contiguous(), transitions)
 
     obs_unit = [units(leaf[:num_steps]) for leaf in obs]  # (B, ...), views where nothing was normalised, or (N, T, ...)
     action_unit = units(action)
-    own_units = minibatch_size // rows_per_unit // num_workers
-    num_parts = own_units // _largest_divisor(own_units, (rows_per_pass or minibatch_size) // rows_per_unit)
 
     def evaluated(params: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability, V and entropy of the units, (m[, T]) each."""
@@ -513,7 +527,10 @@ def learn(
         return loss, torch.stack([metric.detach() for metric in metrics])
 
     def minibatch_gradient(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradient (P,) and metrics (6,) of one minibatch: index (m,), scalars (5, m[, T]); with workers, m / workers of it."""
+        """Gradient (P,) and metrics (6,) of one minibatch: index (m,), scalars (5, m[, T]); with workers, m / workers of it.
+
+        Both are longer by the units that fill up the last part.
+        """
         if num_parts == 1:
             grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
         else:
@@ -569,6 +586,22 @@ def _summary(minibatch_metrics: Tensor, variance_explained: Tensor, params: Tens
     return torch.cat((means, torch.stack((variance_explained, updates, finite.to(means.dtype)))))
 
 
-def _largest_divisor(number: int, bound: int) -> int:
-    """The largest divisor of `number` that is at most `bound`, and at least 1."""
-    return max(divisor for divisor in range(1, number + 1) if number % divisor == 0 and (divisor <= bound or divisor == 1))
+def split_evenly(number: int, most: int) -> tuple[int, int]:
+    """(passes, size): `number` items in passes of one size, at most `most`, with few places left over in the last.
+
+    passes * size >= number, and fewer than `size` places are left over. There are as few passes as possible, or one more
+    where that leaves fewer places over. A `most` below 1 counts as 1.
+    """
+    fewest = -(-number // max(most, 1))
+    sizes = [-(-number // passes) for passes in (fewest, fewest + 1)]
+    size = min(sizes, key=lambda size: -number % size)  # the larger one where both leave the same
+    return -(-number // size), size
+
+
+def _padded(x: Tensor, dim: int, number: int, repeat: bool) -> Tensor:
+    """`x` with `number` more entries at the end of `dim`: copies of its last one, or zeros. `x` itself where that is 0."""
+    if number == 0:
+        return x
+    last = x.narrow(dim, x.shape[dim] - 1, 1)
+    more = last if repeat else torch.zeros_like(last)
+    return torch.cat((x, more.expand(*x.shape[:dim], number, *x.shape[dim + 1 :])), dim)
