@@ -23,6 +23,7 @@ from fastppo.callbacks import Callback, View
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.losses import Total, alone
+from fastppo.core.modes import ours
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
@@ -442,9 +443,11 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
     rest = 1.0 - progress
     learning_rate = config.learning_rate * (rest if config.anneal_lr else 1.0)
     clip_coef = config.clip_coef * (rest if config.anneal_clip else 1.0)
-    return Schedule(*(torch.tensor(value, device=device) for value in (learning_rate, clip_coef, config.ent_coef)))
+    values = (learning_rate, clip_coef, config.ent_coef)
+    return Schedule(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
 
 
+@ours
 def move_statistics(
     state: TrainState,
     rollout: Mapping[str, Tensor],

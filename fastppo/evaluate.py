@@ -81,32 +81,29 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
     returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
     running, length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
     valid = np.ones(envs.num_envs, bool)
-    import torch  # here, so that --help does not wait for it
-
     agent.seed(seed)
     agent.reset()
-    with torch.inference_mode():  # as training steps them
-        obs, mask = envs.reset_and_mask(seed)
-        while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
-            step = envs.step(agent.act(obs, deterministic, mask))
-            obs, mask = step.obs, step.action_mask
-            reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
-            running += np.where(valid, reward, 0.0)
-            length += valid
-            done = np.logical_or(terminated, truncated) & valid
-            over = done if step.game_over is None else done & _to_host(step.game_over)
-            for index in np.flatnonzero(over | (length >= EPISODE_LIMIT)):
-                returns[index].append(float(running[index]))
-                running[index], length[index] = 0.0, 0
-            agent.reset(done if envs.keeps_final_obs else ~valid)  # whose next observation is a first one
-            valid = ~done if not envs.keeps_final_obs else valid
+    obs, mask = envs.reset_and_mask(seed)
+    while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
+        step = envs.step(agent.act(obs, deterministic, mask))
+        obs, mask = step.obs, step.action_mask
+        reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
+        running += np.where(valid, reward, 0.0)
+        length += valid
+        done = np.logical_or(terminated, truncated) & valid
+        over = done if step.game_over is None else done & _to_host(step.game_over)
+        for index in np.flatnonzero(over | (length >= EPISODE_LIMIT)):
+            returns[index].append(float(running[index]))
+            running[index], length[index] = 0.0, 0
+        agent.reset(done if envs.keeps_final_obs else ~valid)  # whose next observation is a first one
+        valid = ~done if not envs.keeps_final_obs else valid
     agent.reset()
     return [value for played, wanted in zip(returns, quota, strict=True) for value in played[:wanted]]
 
 
 def _to_host(batch: Any) -> NDArray[Any]:
     """An array of one step's results, whatever device they are on."""
-    return np.asarray(batch.cpu() if is_tensor(batch) else batch)
+    return np.asarray(batch.detach().cpu() if is_tensor(batch) else batch)
 
 
 def evaluate_config(

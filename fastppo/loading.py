@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fastppo.config import TrainConfig, read_run_config
+from fastppo.core.modes import ours
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import Agent, agent_from_state
 from fastppo.policy.networks import ModuleFactory
@@ -40,6 +41,7 @@ def load_policy(
     return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)
 
 
+@ours
 def agent_from_checkpoint(
     state: dict[str, Any],
     config: TrainConfig,

@@ -24,6 +24,7 @@ from fastppo.agent_run import AgentRun, TrainResult, make_directory, reopen, sch
 from fastppo.callbacks import Callback
 from fastppo.config import TrainConfig
 from fastppo.core.minibatches import draw_permutation
+from fastppo.core.modes import plain
 from fastppo.core.seeds import of_seed, stack
 from fastppo.envs.autoreset import ResetSeed
 from fastppo.errors import RankLost, TrainingFault
@@ -65,7 +66,11 @@ def train(
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
     with contextlib.ExitStack() as cleanup:
+        if torch.is_inference_mode_enabled():  # no tensor of a run that goes on may be of that kind
+            cleanup.enter_context(torch.inference_mode(False))
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
+        if config.num_threads is not None:  # before the first operation of ours that several threads would share
+            torch.set_num_threads(config.num_threads)
         return _train(config, policy, callbacks, envs, cleanup)
 
 
@@ -91,8 +96,8 @@ def _train(
     rollout_tensors: dict[str, Tensor] = dict(rollout.items())
     memory: Memory | None = None
     if memory_size:
-        seeds_first = (len(runs),) if several else ()
-        rollout_tensors["memory"] = torch.zeros(*seeds_first, task.local.num_envs, memory_size, device=device)
+        lead = (*((len(runs),) if several else ()), task.local.num_envs)
+        rollout_tensors["memory"] = torch.zeros(*lead, memory_size, dtype=torch.float32, device=device)
         memory = Memory(rollout_tensors["memory"])
     rollouts = [of_seed(rollout_tensors, index) for index in range(len(runs))] if several else [rollout_tensors]
     steps_of = [{key: rows[key][:-1] for key in STEP_KEYS} for rows in rollouts]
@@ -116,7 +121,8 @@ def _train(
     normalization, schedule = stack(goes_by) if several else goes_by[0]
     example = (params, adam, rollout_tensors, permutation, schedule, normalization)
     jobs = make_jobs(task, example, joined_noise())
-    tiers = Tiers(config.compile, jobs, 1 if task.workers > 1 else torch.get_num_threads(), display.note, ranks)
+    with plain():
+        tiers = Tiers(config.compile, jobs, 1 if task.workers > 1 else torch.get_num_threads(), display.note, ranks)
     promises = guarantees(device, tiers.may_change, task.restarts or task.on_device)
     for line in promises:
         display.note(line)
@@ -148,7 +154,7 @@ def _train(
             # collect: T steps of N environments under frozen parameters and statistics
             iteration, checkpoints = states[0].iteration, runs[0].checkpoints  # only a run alone restarts at checkpoints
             restart = checkpoints.restarts_at(iteration + 1)
-            with torch.inference_mode(), checked(ranks):
+            with checked(ranks):
                 if iterations > 0 and checkpoints.restarts_at(iteration):
                     collector.reset(environment_seeds(task, runs))
                 elif config.reset_each_rollout and iteration > 0 and not checkpoints.restarts_at(iteration):
@@ -157,7 +163,7 @@ def _train(
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
-            with torch.no_grad():
+            with plain(), torch.no_grad():
                 learned = tiers.learn(params, adam, rollout_tensors, permutation, schedule, normalization)
             adam = learned.adam
             outcomes = of_all(collector.outcomes(), ranks)
@@ -186,7 +192,8 @@ def _train(
                 display.update(joint_row(runs), share_done, eta, f"{task.engine} · {device} · {tiers.name}")
             if display.reader_gone:  # `| head -3`: the end is that of a signal
                 stop.received = signal.SIGPIPE
-            tiers.update(iterations, eta)
+            with plain():
+                tiers.update(iterations, eta)
             for index in metrics:
                 with faults_of(runs[index], rollouts[index], several):
                     runs[index].keep(partial(state_dict_of, collector, index))

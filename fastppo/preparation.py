@@ -20,6 +20,7 @@ from fastppo.agent_run import gather_environments, named_after
 from fastppo.config import TrainConfig, flag
 from fastppo.core import programs
 from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.modes import plain, under
 from fastppo.core.programs import obs_of
 from fastppo.core.seeds import Seeds, one_by_one, over_seeds
 from fastppo.envs.atari import atari_settings
@@ -169,16 +170,19 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         cleanup.callback(drawn.close)
     configs = of_each_seed(config)
     seeds = [derive_seeds(own.seed) for own in configs]
-    networks = [
-        make_network(obs, action, own, policy, numbers["parameters"]) for own, numbers in zip(configs, seeds, strict=True)
-    ]
-    network = networks[0]
-    if not all(alike(network, other) for other in networks[1:]):
-        raise UsageError("policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one")
-    of_seeds = zip(configs, networks, seeds, strict=True)
-    states = [init_state(own, of_seed, obs, device, numbers) for own, of_seed, numbers in of_seeds]
-    workers = choose_workers(local, obs)
-    torch.set_num_threads(choose_threads(local, network))
+    with plain():
+        networks = [
+            make_network(obs, action, own, policy, numbers["parameters"]) for own, numbers in zip(configs, seeds, strict=True)
+        ]
+        network = networks[0]
+        if not all(alike(network, other) for other in networks[1:]):
+            raise UsageError(
+                "policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one"
+            )
+        workers = choose_workers(local, obs)
+        torch.set_num_threads(choose_threads(local, network))  # before the first parallel operation, in `init`
+        of_seeds = zip(configs, networks, seeds, strict=True)
+        states = [init_state(own, of_seed, obs, device, numbers) for own, of_seed, numbers in of_seeds]
     if isinstance(made, TorchVectorEnv):
         made.reset(seed=0)  # for the form of its state; start_collector resets it again
         if config.resume:
@@ -322,6 +326,10 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         fast_learn = partial(fast_learn, num_ranks=ranks.size) if on_cpu else learn
     first_obs: Any = obs_of(rollout)
     number = config.num_seeds
+    # The mode of an eager `act`, entered in each step: the environments between two steps must see none of ours. Inference mode
+    # makes tensors that a module of somebody's own may keep and cannot learn from. Acting for eight environments takes 20 us
+    # under it and 22 without gradients.
+    mode = torch.no_grad if isinstance(network, ModulePolicy) else torch.inference_mode
     act: partial[Any] = partial(programs.act_from_params, policy=network)
     remembered: tuple[Tensor, ...] = ()  # what acting takes beside the observation
     if isinstance(network, RecurrentActorCritic):
@@ -339,7 +347,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         act_now: Any = programs.act_and_remember if remembered else programs.act
         eager = partial(act_now, network, network.weights(params))
         act_example = (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0], *remembered)
-        return {**jobs, "act": Job(eager, act, act_example)}
+        return {**jobs, "act": Job(under(mode, eager), act, act_example)}
 
     # Small operations of all seeds as one: an eager update of ten takes 21 ms a seed instead of 36. A compiled one gains none
     # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain.
@@ -355,7 +363,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         return {**jobs, "collect": Job(over(collect), collect, collect_example, each)}
     act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0], *remembered)
     together = Seeds(number, number if mapped else 1, 1)
-    return {**jobs, "act": Job(partial(over(act), params), act, act_example, together)}
+    return {**jobs, "act": Job(under(mode, partial(over(act), params)), act, act_example, together)}
 
 
 def learn_settings(config: TrainConfig) -> dict[str, Any]:

@@ -20,11 +20,12 @@ import torch
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_structure, tree_unflatten
 
+from fastppo.core.modes import theirs
 from fastppo.core.programs import Collected
 from fastppo.core.seeds import of_seed, stack
-from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
+from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
 from fastppo.envs.seeds import SeededTorchVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, environment_fault
@@ -182,7 +183,9 @@ class EnvStep:
         self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
         """See core.programs.EnvStep."""
-        after, result = autoreset_step(self.env, self.unpack(running), self.action.to_env(action), random)
+        action = self.action.to_env(action)
+        with theirs():
+            after, result = autoreset_step(self.env, self.unpack(running), action, random)
         return pack(after), (result.reward, result.terminated, result.truncated)
 
     def sources(self) -> list[Path] | None:
@@ -264,6 +267,7 @@ class DeviceCollector:
         started = time.perf_counter()
         before = self._remembered()
         collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
+        collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot tell that its results record gradients
         after, tensors = collected.running, self.tensors
         if self.memory is not None:
             self.memory.begin()
@@ -463,10 +467,20 @@ class TensorCollector:
     def begin(self, obs: Any, action_mask: Any = None) -> None:
         """Put first observations (N, ...) where `collect` takes them from; actions will go to the device they came from."""
         self.env_device = self.observed[0].find(obs).device
-        self._write(-1, obs, action_mask)
+        with torch.no_grad():
+            self._write(-1, obs, action_mask)
         self.rows["valid"][-1].fill_(True)
         if self.memory is not None:
             self.rows["first"][-1].fill_(True)
+
+    @torch.inference_mode()  # what the environments return may record gradients of theirs
+    def _write_step(self, t: int, step: Step) -> None:
+        self._write(t + 1, step.obs, step.action_mask)
+        for key in ("reward", "terminated", "truncated"):
+            self.rows[key][t].copy_(self.shaped(getattr(step, key)))
+        if step.final_obs is not None:
+            for leaf in self.observed:
+                self.rows[f"final_{leaf.key}"][t].copy_(self.shaped(leaf.find(step.final_obs)))
 
     def _write(self, row: int, obs: Any, action_mask: Any) -> None:
         for leaf in self.obs:
@@ -475,7 +489,7 @@ class TensorCollector:
             elif action_mask is None:
                 self.rows[leaf.key][row].fill_(True)
             else:
-                self.rows[leaf.key][row].copy_(self.shaped(torch.as_tensor(action_mask)))
+                self.rows[leaf.key][row].copy_(self.shaped(torch.as_tensor(action_mask, device=self.env_device)))
 
     def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
@@ -490,16 +504,12 @@ class TensorCollector:
             else:
                 chosen, memory = act(self.act_rows[t], step_noise, memory, rows["first"][t])
             rows["action"][t].copy_(chosen)
+            chosen = chosen.clone()  # an eager act runs under inference mode, whose tensors must not reach the environments
             env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).to(self.env_device)
             acted = time.perf_counter()
             try:
                 step = self.envs.step(env_action)
-                self._write(t + 1, step.obs, step.action_mask)
-                for key in ("reward", "terminated", "truncated"):
-                    rows[key][t].copy_(self.shaped(getattr(step, key)))
-                if step.final_obs is not None:
-                    for leaf in self.observed:
-                        rows[f"final_{leaf.key}"][t].copy_(self.shaped(leaf.find(step.final_obs)))
+                self._write_step(t, step)
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
             if memory is not None:  # as HostCollector

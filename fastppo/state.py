@@ -49,15 +49,15 @@ def init_state(
     config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device, seeds: Mapping[str, int]
 ) -> TrainState:
     """Fresh parameters and statistics."""
-    params = network.init(torch.Generator().manual_seed(seeds["parameters"])).to(device)
+    params = network.init(torch.Generator("cpu").manual_seed(seeds["parameters"])).to(device)
     return TrainState(
         params=params,
         adam=init_adam(params),
         obs_moments=None if not config.norm_obs else {leaf.key: init_moments(leaf.shape, device) for leaf in obs.normalized},
         return_moments=init_moments((), device) if config.norm_reward else None,
-        return_carry=torch.zeros(config.num_envs, device=device),
-        return_mean=torch.zeros((), device=device),
-        return_std=torch.ones((), device=device),
+        return_carry=torch.zeros(config.num_envs, dtype=torch.float32, device=device),
+        return_mean=torch.zeros((), dtype=torch.float32, device=device),
+        return_std=torch.ones((), dtype=torch.float32, device=device),
         generators={name: torch.Generator(device).manual_seed(seeds[name]) for name in ("actions", "minibatches")},
         episodes=EpisodeStatistics(config.num_envs),
     )

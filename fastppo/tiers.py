@@ -26,6 +26,7 @@ from fastppo.core.compilation import (
     compile_program,
     load_program,
 )
+from fastppo.core.modes import bound
 from fastppo.core.programs import Learned, Normalization
 from fastppo.core.seeds import Seeds, over_seeds
 from fastppo.ranks import ALONE, Ranks
@@ -114,12 +115,12 @@ class Tiers:
         """Under the parameters as they stand: `(obs, noise) -> action`, or `(running, noise, random) -> Collected`."""
         if "collect" in self._jobs:
             job = self._jobs["collect"]
-            return partial(self._compiled.get("collect") or job.eager, job.example[0], normalization)
+            return bound(partial(self._compiled.get("collect") or job.eager, job.example[0], normalization))
         compiled, job = self._compiled.get("act"), self._jobs["act"]
         if compiled is not None:
             params, _, *rest = job.example
-            return compiled.bind((params, normalization), tuple(rest))
-        return partial(job.eager, normalization)
+            return bound(compiled.bind((params, normalization), tuple(rest)))
+        return bound(partial(job.eager, normalization))
 
     def update(self, iterations: int, seconds_left: float) -> None:
         """Between iterations: decide whether to build, and take up what has been built.

@@ -41,20 +41,17 @@ def play(
     Raises:
         TrainingFault: the environment failed.
     """
-    import torch
-
     from fastppo.envs.drawn import draw
 
     total, counts = 0.0, True
     for steps in range(limit + 1):
         try:
-            with torch.inference_mode():
-                if steps == 0:
-                    agent.reset()
-                    obs, mask = envs.reset_and_mask(seed)
-                else:
-                    step = envs.step(agent.act(obs, deterministic, mask))
-                    obs, mask = step.obs, step.action_mask
+            if steps == 0:
+                agent.reset()
+                obs, mask = envs.reset_and_mask(seed)
+            else:
+                step = envs.step(agent.act(obs, deterministic, mask))
+                obs, mask = step.obs, step.action_mask
             frame = draw(envs)
         except UsageError:
             raise

@@ -203,6 +203,7 @@ class Spaces(Recorder):
         )
 
 
+TAXI = next(env_id for env_id in ("Taxi-v4", "Taxi-v3") if env_id in gym.registry)  # v4 came with gymnasium 1.4
 VECTOR = Box(-10.0, 10.0, (3,), np.float32)
 OBSERVATIONS = {
     "float32": VECTOR,

@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from environments import AnySpaces
+from environments import TAXI, AnySpaces
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
@@ -456,7 +456,7 @@ GYMNASIUMS = [
     "Acrobot-v1",
     "MountainCarContinuous-v0",
     "Pendulum-v1",
-    "Taxi-v4",
+    TAXI,
     "Blackjack-v1",
     "FrozenLake-v1",
 ]

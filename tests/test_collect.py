@@ -16,6 +16,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from environments import TAXI
 from gymnasium.spaces import Box
 from torch.utils._pytree import tree_leaves
 
@@ -509,8 +510,8 @@ def test_gymnasiums_engine_steps_from_python():
     ("flags", "named"),
     [
         (["--backend", "torch", "--env-id", "CartPole-v9"], ["--env-id 'CartPole-v9'", "CartPole-v1"]),
-        (["--backend", "torch", "--env-id", "Taxi-v3"], ["--env-id 'Taxi-v3'", "Taxi-v4"]),
-        (["--backend", "torch", "--env-id", "Taxi-v4"], ["--backend torch has no Taxi-v4", "CartPole-v1", "README"]),
+        (["--backend", "torch", "--env-id", "Taxi-v9"], ["--env-id 'Taxi-v9'", TAXI]),
+        (["--backend", "torch", "--env-id", TAXI], [f"--backend torch has no {TAXI}", "CartPole-v1", "README"]),
         (
             ["--backend", "torch", "--env-id", "LunarLander-v3"],
             ["--backend torch has no LunarLander-v3", "CartPole-v1", "README"],

@@ -6,7 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from environments import AnySpaces
+from environments import TAXI, AnySpaces
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from test_compilation import SETTINGS
@@ -23,7 +23,6 @@ from fastppo.rollout import allocate_rollout, start_collector
 
 T, N = 150, 4
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
-TAXI = next(env_id for env_id in ("Taxi-v4", "Taxi-v3") if env_id in gym.registry)
 MODES = list(AutoresetMode)
 TOLD = {
     "info": {"mask": "info", "action": "multi-discrete"},

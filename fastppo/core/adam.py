@@ -17,7 +17,7 @@ class AdamState(NamedTuple):
 
 def init_adam(params: Tensor) -> AdamState:
     """A fresh state for the flat buffer `params`, (P,)."""
-    return AdamState(torch.zeros_like(params), torch.zeros_like(params), torch.zeros((), device=params.device))
+    return AdamState(torch.zeros_like(params), torch.zeros_like(params), params.new_zeros(()))
 
 
 def adam_step(

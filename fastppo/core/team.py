@@ -51,7 +51,7 @@ class Team:
         num_outputs = ctypes.c_size_t()
         self._check(self._library.AOTInductorModelContainerGetNumOutputs(self._container, ctypes.byref(num_outputs)))
         self._num_outputs = num_outputs.value
-        self._place = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64)
+        self._place = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64, device="cpu")
         self._faults: list[BaseException] = []
         self._hook = _EXCHANGE() if exchange is None else _hook(exchange, self._faults)  # kept: C has only its address
         self.workers = [

@@ -163,8 +163,8 @@ def make_drawn_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSe
         game.close()
         raise UsageError(f"drawing {env_id} needs OpenCV: pip install 'fastppo[video]'") from None
     stacked = FrameStackObservation(screens, settings.frame_stack, padding_type="zero")
+    stacked.metadata = {**stacked.metadata, "render_fps": 60 / settings.frame_skip}
     envs: VectorEnv = SyncVectorEnv([lambda: stacked])
-    envs.metadata["render_fps"] = 60 / settings.frame_skip
     return tell_lives(envs if settings.grayscale else _channels_first(envs), settings, has_fire)
 
 

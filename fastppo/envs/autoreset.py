@@ -187,4 +187,4 @@ def _put(obs: Structure, index: int, row: Structure) -> None:
         for part, value in zip(obs, row, strict=True):
             _put(part, index, value)
     else:
-        obs[index] = sys.modules["torch"].as_tensor(row) if is_tensor(obs) else row
+        obs[index] = sys.modules["torch"].as_tensor(row, device=obs.device) if is_tensor(obs) else row

@@ -288,6 +288,7 @@ class _WatchedEnv(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], watch: _Watch) -> None:
         super().__init__(env)
+        self.metadata = dict(env.metadata)  # before gymnasium 1.4 SyncVectorEnv writes to it, and it is its class's
         self._watch = watch
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:

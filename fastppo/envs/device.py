@@ -44,6 +44,7 @@ class DeviceEnv(Protocol):
 
     Both return the same structure, shapes and dtypes on every call, write nothing in place and never ask the host for a value
     (no `.item()`, no `if tensor`, no mask indexing), so that they run eagerly, compiled, captured and under torch.func.vmap.
+    They are called in the caller's own mode: gradients may be taken within, and none are taken through what is returned.
     """
 
     @property
@@ -123,7 +124,7 @@ def start(env: DeviceEnv, random: Tensor) -> Running:
     Like those of `autoreset_step`, its tensors are contiguous and share no memory: compiled programs and captured graphs rely
     on both.
     """
-    state, obs = tree_map(partial(torch.clone, memory_format=torch.contiguous_format), env.reset(random))
+    state, obs = tree_map(partial(torch.clone, memory_format=torch.contiguous_format), _detached(env.reset(random)))
     elapsed = torch.zeros(random.shape[:1], dtype=torch.int32, device=random.device)
     return Running(state, obs, elapsed, torch.zeros_like(elapsed, dtype=torch.bool))
 
@@ -139,8 +140,8 @@ def autoreset_step(env: DeviceEnv, running: Running, action: Tensor, random: Ten
         action: (N, *action_shape). random: (N, K) float32, fresh for this step.
     """
     resetting = running.done
-    first_state, first_obs = env.reset(random)
-    state, obs, reward, terminated, truncated = env.step(running.state, action, random)
+    first_state, first_obs = _detached(env.reset(random))
+    state, obs, reward, terminated, truncated = _detached(env.step(running.state, action, random))
     elapsed = running.elapsed + 1
     if env.max_episode_steps is not None:
         truncated = truncated | (elapsed >= env.max_episode_steps)
@@ -150,6 +151,11 @@ def autoreset_step(env: DeviceEnv, running: Running, action: Tensor, random: Ten
     result = StepResult(obs, reward.masked_fill(resetting, 0.0), terminated, truncated)
     state = tree_map(choose, first_state, state)
     return Running(state, obs, elapsed.masked_fill(resetting, 0), terminated | truncated), result
+
+
+def _detached(tree: Any) -> Any:
+    """Without what the environment has recorded for gradients of its own: a network of its own may be in it."""
+    return tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x.requires_grad else x, tree)
 
 
 def _where(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
@@ -222,7 +228,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         """Random numbers for a reset or a step, (*leading, N, K) float32 in [0, 1), from `generator`."""
         part, parts = self.share
         shape = (*leading, parts * self.num_envs, self.env.num_random)
-        random = torch.rand(shape, generator=self.generator, device=self.device)
+        random = torch.rand(shape, generator=self.generator, dtype=torch.float32, device=self.device)
         return random if parts == 1 else random.unflatten(-2, (parts, -1)).select(-3, part).contiguous()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
@@ -242,8 +248,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         super().reset(seed=seed)
         if seed is not None:
             self.generator.manual_seed(int(seed))
-        with torch.no_grad():
-            self.running = start(self.env, self.draw())
+        self.running = start(self.env, self.draw())
         return self.running.obs, {}
 
     def step(self, actions: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -264,8 +269,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         expected = (self.num_envs, *(self.single_action_space.shape or ()))
         if action.shape != expected:
             raise ValueError(f"{self}: actions must have shape {expected}, not {tuple(action.shape)}")
-        with torch.no_grad():
-            self.running, result = self.advance(running, action)
+        self.running, result = self.advance(running, action)
         return *result, {}
 
     def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
@@ -318,11 +322,10 @@ def _check_contract(env: DeviceEnv, num_envs: int, device: torch.device) -> None
         if not isinstance(found, Tensor) or found.shape != shape or found.dtype != dtype:
             raise ValueError(f"{name}.{what} must be a tensor {shape} {dtype}, not {got}")
 
-    with torch.no_grad():
-        random = torch.zeros((num_envs, env.num_random), device=device)
-        first_state, first_obs = env.reset(random)
-        action = _any_action(env.action_space, num_envs, device)
-        state, obs, reward, terminated, truncated = env.step(first_state, action, random)
+    random = torch.zeros((num_envs, env.num_random), dtype=torch.float32, device=device)
+    first_state, first_obs = env.reset(random)
+    action = _any_action(env.action_space, num_envs, device)
+    state, obs, reward, terminated, truncated = env.step(first_state, action, random)
     obs_shape = (num_envs, *(env.observation_space.shape or ()))
     check("reset: obs", first_obs, obs_shape, _obs_dtype(env.observation_space))
     check("step: obs", obs, obs_shape, _obs_dtype(env.observation_space))

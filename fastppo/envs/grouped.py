@@ -51,7 +51,7 @@ STEP, RESET, CLOSE = b"s", b"r", b"c"  # to a worker
 DONE, INFO, FAILED = b"d", b"i", b"f"  # from a worker; the last two are followed by a message
 
 
-class NumberedVectorEnv(SyncVectorEnv[Any, Any]):
+class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type arguments
     """Environments first, first + 1, ... in this process: gymnasium's, but it names the one that fails, and copies less.
 
     Returned observations are reused between steps: copy what is to be kept. Of infos, only INFO_KEYS are returned.
@@ -71,6 +71,7 @@ class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], number: int) -> None:
         super().__init__(env)
+        self.metadata = dict(env.metadata)  # before gymnasium 1.4 SyncVectorEnv writes to it, and it is its class's
         self.number = number
 
     @classmethod
@@ -132,7 +133,7 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         try:
             exchanged = _exchanged(self.single_observation_space, self.single_action_space)
             context = multiprocessing.get_context(START_METHOD)
-            memory = create_shared_memory(exchanged, self.num_envs, context)  # type: ignore[arg-type]
+            memory = create_shared_memory(_allocated(exchanged), self.num_envs, context)  # type: ignore[arg-type]
             self._batch: Any = read_from_shared_memory(exchanged, memory, self.num_envs)
             self._rows = _rows(self._batch, slice(0, edges[1]))
             for start, stop in pairwise(edges[1:]):
@@ -390,6 +391,15 @@ def _exchanged(obs: Space[Any], action: Space[Any]) -> Dict:
     numbers = {"reward": Box(-np.inf, np.inf, (), np.float64)}
     flags = {name: Box(0, 1, (), np.bool_) for name in ("terminated", "truncated")}  # type: ignore[arg-type]
     return Dict({"obs": obs, "action": action, **numbers, **flags})
+
+
+def _allocated(space: Space[Any]) -> Space[Any]:
+    """A space of the same size in memory without float16, for which gymnasium before 1.4 allocates none."""
+    if isinstance(space, Dict):
+        return Dict({name: _allocated(part) for name, part in space.spaces.items()})
+    if isinstance(space, Tuple):
+        return Tuple([_allocated(part) for part in space.spaces])
+    return Box(0, 1, space.shape, np.uint16) if space.dtype == np.float16 else space
 
 
 def _has_arrays(space: Space[Any]) -> bool:

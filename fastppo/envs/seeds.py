@@ -169,16 +169,17 @@ class SeededTorchVectorEnv(TorchVectorEnv):
     def draw(self, *leading: int) -> Tensor:
         """(S, *leading, N, K), each seed's from its own generator."""
         shape = (*leading, self.num_envs // self.num_seeds, self.env.num_random)
-        return torch.stack([torch.rand(shape, generator=one, device=self.device) for one in self.generators])
+        return torch.stack(
+            [torch.rand(shape, generator=one, dtype=torch.float32, device=self.device) for one in self.generators]
+        )
 
     def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
         """seed: S of them, or the first."""
         if seed is not None:
             for generator, one in zip(self.generators, _each(seed, self.num_seeds), strict=True):
                 generator.manual_seed(one)
-        with torch.no_grad():
-            each = [start(self.env, random) for random in self.draw()]
-            self.running = tree_map(lambda *x: torch.stack(x), *each)
+        each = [start(self.env, random) for random in self.draw()]
+        self.running = tree_map(lambda *x: torch.stack(x), *each)
         return self.running.obs.flatten(0, 1), {}
 
     def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastppo.core.modes import ours
 from fastppo.core.programs import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
 from fastppo.policy.networks import ActorCritic, Encoder, MLPActorCritic, ModuleFactory, ModulePolicy, Network
@@ -95,6 +96,7 @@ class Agent:
         self.generator = torch.Generator(self.params.device)
         self.memory: Tensor | None = None  # (R, S) of R environments; None: nothing is remembered
 
+    @ours
     def reset(self, done_mask: Any = None) -> None:
         """Forget, where the policy has a memory: all, or of each environment whose next observation is an episode's first one.
 
@@ -117,7 +119,7 @@ class Agent:
             raise ValueError(f"{rows} observations; this policy remembers {len(self.memory)} environments: reset() it first")
         return self.memory
 
-    @torch.inference_mode()
+    @ours
     def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
         """Actions as the environment takes them, for one observation or a batch of them.
 
@@ -149,7 +151,7 @@ class Agent:
             action = self.network.sample(dist, self.action.distribution.noise(self.action.noise_shape(rows), self.generator))
         return kind.unbatch(self.action.to_env(action))
 
-    @torch.inference_mode()
+    @ours
     def value(self, obs: Any) -> Any:
         """Expected discounted return in units of the environment's own reward, of its sign with --clip-reward.
 

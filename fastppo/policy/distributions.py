@@ -32,7 +32,7 @@ class Distribution:
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard Gumbel noise, -log(-log(U)) with U uniform in [2^-25, 1): 5 ns each where `exponential_` takes 45."""
-    uniform = torch.rand(shape, generator=generator, device=generator.device)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
     return uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
 
 
@@ -61,7 +61,7 @@ def categorical_entropy(logits: Tensor) -> Tensor:
 
 def normal_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Standard normal noise."""
-    return torch.randn(shape, generator=generator, device=generator.device)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
 
 
 def normal_sample(dist: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:

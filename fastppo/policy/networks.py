@@ -121,7 +121,7 @@ class MLPActorCritic(_Acts):
     def init(self, generator: torch.Generator) -> Tensor:
         """A fresh flat buffer (P,) on the CPU: orthogonal weights, gain sqrt(2), 0.01 for the actor's head and 1 for the
         critic's, zero biases (Andrychowicz et al., 2021, arXiv 2006.05990; Engstrom et al., 2020, arXiv 2005.12729)."""
-        params = torch.zeros(self.num_params)
+        params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
         for name, weight in self.weights(params).items():
             if name.endswith(".weight"):
                 gain = {"actor.head.weight": 0.01, "critic.head.weight": 1.0}.get(name, math.sqrt(2.0))
@@ -302,10 +302,11 @@ class Encoder(Shaped):
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Orthogonal weights, gain sqrt(2), zero biases."""
-        params = torch.zeros(self.num_params)
+        params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
         for name, weight in self.weights(params).items():
             if name.endswith(".weight"):
-                weight.copy_(torch.nn.init.orthogonal_(torch.empty(weight.shape), math.sqrt(2.0), generator=generator))
+                matrix = params.new_empty(weight.shape)
+                weight.copy_(torch.nn.init.orthogonal_(matrix, math.sqrt(2.0), generator=generator))
         return params
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
@@ -320,7 +321,7 @@ class Encoder(Shaped):
         """The inverse of `weights`. Raises KeyError or ValueError where name or shape differ."""
         check_shapes(weights, self.shapes)
         own = (weights[name].permute(0, 2, 3, 1) if len(shape) == 4 else weights[name] for name, shape in self.shapes.items())
-        return torch.cat([torch.empty(0), *(weight.flatten() for weight in own)])
+        return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *(weight.flatten() for weight in own)])
 
     def encode(self, weights: Weights, obs: Obs) -> Tensor:
         """(..., *shape), or leaves of that by key -> (..., size)."""
@@ -440,7 +441,7 @@ class ModulePolicy(_Acts):
         self.distribution = action.distribution
         self.choices = choices(action.distribution, action.size)
         self.log_std_init = log_std_init
-        inputs = {leaf.key: encode(leaf, torch.zeros(2, *leaf.shape, dtype=leaf.dtype)) for leaf in self.leaves}
+        inputs = {leaf.key: encode(leaf, torch.zeros(2, *leaf.shape, dtype=leaf.dtype, device="cpu")) for leaf in self.leaves}
         shapes = {key: tuple(x.shape[1:]) for key, x in inputs.items()}
         given: Any = shapes["obs"] if list(shapes) == ["obs"] else shapes
         try:

@@ -54,7 +54,7 @@ class Rnn(Shaped):
 
     def init(self, generator: torch.Generator) -> Tensor:
         """Orthogonal weights of gain 1, zero biases (as CleanRL's ppo_atari_lstm)."""
-        params = torch.zeros(self.num_params)
+        params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
         for name, weight in self.weights(params).items():
             if name.endswith(".weight"):
                 for users in weight:

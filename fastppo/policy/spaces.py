@@ -233,7 +233,7 @@ class ActionSpec:
 
 def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
     """The policy's side of an action space; raises UsageError for one that is not supported."""
-    none = torch.empty(0)
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
     if squash and not isinstance(space, Box):
         raise UsageError(f"--squash-actions is for Box action spaces; this environment's is {type(space).__name__}")
     if isinstance(space, Discrete):
@@ -243,7 +243,7 @@ def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
             numbers, start = tuple(space.nvec.flatten().tolist()), torch.from_numpy(space.start.flatten().astype(np.int64))
         else:
             numbers = (2,) * math.prod(space.shape)
-            start = torch.zeros(len(numbers), dtype=torch.int64)
+            start = torch.zeros(len(numbers), dtype=torch.int64, device="cpu")
         env_dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
         family = MultiCategorical(numbers)
         return ActionSpec(space, family, sum(numbers), (len(numbers),), torch.int64, env_dtype, start, none, False)
