@@ -604,7 +604,10 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
         step, *where = np.argwhere(~np.isfinite(array))[0][: arrays["reward"].ndim]
         made_by = step - 1 if key.startswith("obs") else step  # obs[t] came out of step t-1
         who = f"environment {where[-1]}" + (f" of seed {where[0] + 1} of {array.shape[1]}" if len(where) > 1 else "")
-        what = f"{key} of {who} is not finite ({array[(step, *where)]})"
+        value = np.ravel(array[(step, *where)])
+        value = value[~np.isfinite(value)][0]
+        how = "not finite" if np.isnan(value) else "infinite or too large for float32"  # which of the two is not known here
+        what = f"{key} of {who} is {how} ({value})"
         if made_by < 0:
             raise TrainingFault(f"{what} after a reset; the update was not made")
         action = arrays["action"][(made_by, *where)]

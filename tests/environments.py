@@ -256,8 +256,9 @@ class AnySpaces(gym.Env):
     """Observations drawn from a space of OBSERVATIONS, episodes of 1 to 7 steps that end in both ways, all as the seed has it.
 
     It raises for an action that is not in its space of ACTIONS or of another type, and for one that is illegal where it tells
-    a mask. mask: "info", "tuple" (of an array for each component), or "sometimes", not in every step; with an observation
-    space that has one, it is told there. `observed` and `masks` keep what it told.
+    a mask. mask: "info", "tuple" (of an array for each component); "until the end", not in the last step of an episode, and so
+    "method" (`action_masks()`); or only "sometimes", after a "reset", after a "step". With an observation space that has one,
+    it is told there. `observed` and `masks` keep what it told.
     """
 
     def __init__(self, observation="float32", action="discrete", mask=None):
@@ -265,6 +266,8 @@ class AnySpaces(gym.Env):
         space = self.action_space
         self.numbers = [int(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))]
         self.mask = mask
+        if mask == "method":
+            self.action_masks = lambda: np.concatenate(self.legal)
         self.observed, self.masks, self.received = [], [], []
 
     def reset(self, *, seed=None, options=None):
@@ -290,13 +293,19 @@ class AnySpaces(gym.Env):
     def _told(self, *result):
         obs, info, self.legal = self.observation_space.sample(), {}, None
         in_obs = isinstance(obs, dict) and "action_mask" in obs
-        silent = self.mask == "sometimes" and (self.elapsed + self.length) % 3 == 0
+        silent = {
+            "sometimes": (self.elapsed + self.length) % 3 == 0,
+            "until the end": self.elapsed == self.length,
+            "method": self.elapsed == self.length,
+            "reset": self.elapsed > 0,
+            "step": self.elapsed == 0,
+        }.get(self.mask, False)
         if in_obs or (self.mask and not silent):
             self.legal = [self._legal(number) for number in self.numbers]
             flat = np.concatenate(self.legal)
             if in_obs:
                 obs["action_mask"] = flat.astype(np.int8)
-            else:
+            elif self.mask != "method":
                 info["action_mask"] = tuple(self.legal) if self.mask == "tuple" else flat.astype(np.int8)
         self.observed.append(obs)
         self.masks.append(None if self.legal is None else np.concatenate(self.legal))

@@ -63,7 +63,7 @@ def played(envs, actions, seed=5):
     for action in actions:
         step = envs.step(action)
         obs.append(numpy_of(step[0]))
-        rows.append([numpy_of(column) for column in step[1:4]] + [step[4].get("game_over", np.zeros(N, bool))])
+        rows.append([numpy_of(column) for column in step[1:4]] + [getattr(envs, "game_over", np.zeros(N, bool))])
     return np.stack(obs), *(np.stack(column) for column in zip(*rows, strict=True))
 
 
@@ -343,7 +343,7 @@ def test_fire_starts_every_life(backend, fire_reset):
 
 @pytest.mark.parametrize("backend", ["auto", "envpool"])
 def test_whole_games_where_lives_end_nothing(backend):
-    """Without episodic_life an end is a game's, and no step says game_over."""
+    """Without episodic_life an end is a game's."""
     pytest.importorskip("ale_py")
     if backend == "envpool":
         pytest.importorskip("envpool")
@@ -353,7 +353,6 @@ def test_whole_games_where_lives_end_nothing(backend):
     ends = 0
     for _ in range(300):
         _, _, terminated, _, info = envs.step(envs.action_space.sample())
-        assert "game_over" not in info
         assert (info["lives"][terminated] == 0).all()
         ends += int(terminated.sum())
     assert ends > 0
@@ -487,8 +486,8 @@ def test_lives_by_hand(lives, rows, told):
     envs.reset()
     found = []
     for _ in rows:
-        _, reward, terminated, truncated, info = envs.step(np.array([3]))
-        columns = (reward, terminated, truncated, info["game_over"])
+        _, reward, terminated, truncated, _ = envs.step(np.array([3]))
+        columns = (reward, terminated, truncated, envs.game_over)
         found.append((game.received[-1], *(column.item() for column in columns)))
     assert found == told
 

@@ -355,7 +355,7 @@ VECTOR_ERRORS = {
     ),
     "no final observation": (
         lambda n: Sounds(n, "SameStep", change=lambda *five: (*five[:4], {})),
-        "ValueError: an episode ended and there is no final_obs in the info, as autoreset within the step has it after a step",
+        "environment 0: an episode ended and its final_obs is not in the info, as autoreset_mode SAME_STEP asks",
     ),
     "nan in a final observation": (
         lambda n: Sounds(n, "SameStep", change=lambda *five: (*five[:4], {"final_obs": list(five[0] * np.nan)})),
@@ -486,7 +486,7 @@ def test_a_sound_vector_class(mode):
     assert found("environments:WalkVector-v0", vectorization="entry-point", mode=mode) == []
 
 
-@pytest.mark.parametrize("mask", [None, "info", "tuple", "sometimes"])
+@pytest.mark.parametrize("mask", [None, "info", "tuple", "until the end", "method"])
 @pytest.mark.parametrize("action", ["discrete", "discrete from -2", "multi-discrete 2-D"])
 def test_masks_are_respected(action, mask):
     """AnySpaces raises for an illegal action; gymnasium's checker, which knows no masks, is kept from it."""

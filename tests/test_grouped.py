@@ -66,7 +66,7 @@ class Nested(gym.Env):
 
 
 class Masked(Walk):
-    """Walks that tell now and then, as the seed has it, which actions are legal, and at an end whether a game is over."""
+    """Walks that tell now and then, as the seed has it, which actions are legal."""
 
     def reset(self, *, seed=None, options=None):
         obs, _ = super().reset(seed=seed)
@@ -74,7 +74,7 @@ class Masked(Walk):
 
     def step(self, action):
         *step, _ = super().step(action)
-        return *step, self._told() | ({"game_over": self.elapsed > 3} if self.elapsed == self.length else {})
+        return *step, self._told()
 
     def _told(self):
         mask = self.np_random.integers(0, 2, 3).astype(np.int8)
@@ -131,7 +131,7 @@ def assert_equal(ours, theirs):
     """Bit for bit, dtypes too; infos as far as they are read."""
     assert len(ours) == len(theirs)
     for (arrays, info), (expected, all_infos) in zip(ours, theirs, strict=True):
-        read = {key: all_infos[key] for key in all_infos if key.removeprefix("_") in ("action_mask", "game_over")}
+        read = {key: all_infos[key] for key in all_infos if key.removeprefix("_") == "action_mask"}
         assert info.keys() == read.keys()
         pairs = [*zip(arrays, expected, strict=True), *((info[key], read[key]) for key in read)]
         for mine, other in pairs:
@@ -167,7 +167,7 @@ def test_nested_spaces_masks_and_kept_actions(env_fn, num_groups):
     assert_equal(played(ours, 40, options=options), theirs)
     if env_fn is Masked:
         told = [frozenset(info) for _, info in theirs]
-        assert len(set(told)) > 2  # with and without each of them
+        assert len(set(told)) > 1  # with and without
 
 
 def test_a_list_of_seeds_and_other_dtypes():

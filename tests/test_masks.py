@@ -1,6 +1,8 @@
 """Action masks: each row's mask is that of the observation acted on, and no illegal action is ever chosen, anywhere."""
 
+import csv
 import functools
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -8,18 +10,23 @@ import pytest
 import torch
 from environments import TAXI, AnySpaces
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from runs import tiny
 from test_compilation import SETTINGS
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.core.adam import init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act, learn
+from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.drawn import make_drawn
+from fastppo.errors import EnvironmentFailed, TrainingFault
 from fastppo.evaluate import evaluate
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.preparation import info_mask_size
 from fastppo.rollout import allocate_rollout, start_collector
+from fastppo.video import play
 
 T, N = 150, 4
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
@@ -27,7 +34,8 @@ MODES = list(AutoresetMode)
 TOLD = {
     "info": {"mask": "info", "action": "multi-discrete"},
     "tuple": {"mask": "tuple", "action": "multi-discrete 2-D"},
-    "sometimes": {"mask": "sometimes", "action": "discrete from -2"},
+    "until the end": {"mask": "until the end", "action": "discrete from -2"},
+    "method": {"mask": "method", "action": "multi-discrete"},
     "observation": {"observation": "masked", "action": "multi-discrete"},
     "structure and info": {"observation": "nested", "mask": "info", "action": "three bits"},
 }
@@ -37,7 +45,6 @@ class Started:
     """Environments, a policy with strong opinions, and a rollout of it."""
 
     def __init__(self, vector):
-        vector.reset(seed=0)  # goes on in info_mask_size: whether a mask is told there is the same each time
         self.envs = AutoresetEnvs(vector)
         self.action = action_spec(vector.single_action_space, False)
         self.obs = obs_spec(vector.single_observation_space, info_mask_size(self.envs), self.action)
@@ -115,7 +122,7 @@ def test_the_first_minibatch_has_ratio_one(mode):
 
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize("told", ["info", "sometimes", "observation"])
+@pytest.mark.parametrize("told", ["info", "until the end", "method", "observation"])
 def test_evaluation_chooses_legal_actions(told, mode, deterministic):
     """150 episodes of an environment that raises for an illegal action, in each autoreset mode."""
     vector = made(mode, **TOLD[told])
@@ -206,23 +213,205 @@ def test_a_matrix_of_masks_is_its_components_in_a_row():
         assert found.shape == (6,)
 
 
-class Lives(gym.Env):
-    """Ends every step in turn with and without its game being over, as one life of it."""
+class Game(gym.Env):
+    """Ten right actions win 10, a wrong one ends the episode; its own `game_over` says whether it was lost."""
 
     observation_space, action_space = Box(-1.0, 1.0, (2,), np.float32), Discrete(2)
-    lives = 0
 
     def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.elapsed = 0
+        return np.zeros(2, np.float32), {"game_over": False}
+
+    def step(self, action):
+        self.elapsed += 1
+        won = action == 1 and self.elapsed == 10
+        return np.full(2, self.elapsed / 10, np.float32), 10.0 * won, bool(action != 1 or won), False, {"game_over": not won}
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_key_of_the_environments_own_ends_no_game(mode, tmp_path):
+    """`game_over` in an info is not Atari's: each end ends an episode, in training, in evaluation and in a video."""
+    vector = SyncVectorEnv([Game] * 2, autoreset_mode=mode)
+    result = train(tiny(tmp_path / "run", num_steps=64, check_env=False), envs=vector)
+    with (result.run_dir / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(int(row["episodes"]) for row in rows) > 100
+    assert all(0.0 <= float(row["episodic_return_mean"]) <= 10.0 for row in rows)
+    returns = evaluate(result.policy, AutoresetEnvs(SyncVectorEnv([Game] * 2, autoreset_mode=mode)), 20, 0, deterministic=False)
+    assert set(returns) <= {0.0, 10.0}
+    alone = AutoresetEnvs(SyncVectorEnv([Drawn], autoreset_mode=mode))
+    total, steps = play(result.policy, alone, lambda frame: None, 0, True, 1000)
+    assert total in (0.0, 10.0)
+    assert steps <= 10
+
+
+class Drawn(Game):
+    """A game with a picture."""
+
+    render_mode = "rgb_array"
+
+    def render(self):
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+# --- masks that are half there
+
+
+@pytest.mark.parametrize("told", ["sometimes", "reset", "step"])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_mask_that_is_half_there_is_refused(told, mode, tmp_path):
+    """By the check before training, and without it in training and evaluation, each time with what to do."""
+    what = "has to give one in the info of every reset and of every step"
+    half = {"mask": told, "action": "discrete"}
+    with pytest.raises(UsageError, match=what):
+        train(tiny(tmp_path / "run", num_envs=N), envs=made(mode, **half))
+    with pytest.raises(TrainingFault, match=rf"(step \d+ of the rollout|to reset): .*{what}"):
+        train(tiny(tmp_path / "other", num_envs=N, check_env=False), envs=made(mode, **half))
+    vector = made(mode, action="discrete", mask="info")
+    agent = Started(vector).agent(vector)
+    with pytest.raises(EnvironmentFailed, match=what):
+        evaluate(agent, AutoresetEnvs(made(mode, **half)), 50, seed=1)
+
+
+class Method(gym.Env):
+    """Action 0 is never legal, as sb3-contrib's users say it. Right: it is never chosen. `how` it is said."""
+
+    observation_space, action_space = Box(-1.0, 1.0, (2,), np.float32), Discrete(4)
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"]}
+    render_mode = None
+
+    def __init__(self, how="method", render_mode=None):
+        self.render_mode = render_mode
+        if how == "attribute":
+            self.action_masks = [False, True, True, True]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.elapsed = 0
         return np.zeros(2, np.float32), {}
 
     def step(self, action):
-        self.lives += 1
-        return np.zeros(2, np.float32), 1.0, True, False, {"game_over": self.lives % 2 == 0}
+        assert action != 0, "an illegal action"
+        self.elapsed += 1
+        return np.full(2, self.elapsed / 10, np.float32), 1.0, self.elapsed == 10, False, {}
+
+    def render(self):
+        return np.zeros((8, 8, 3), np.uint8)
 
 
-def test_a_reset_by_the_caller_keeps_what_the_step_told():
-    """DISABLED: whether a game is over is in the info of the step that ended it, not of the reset."""
-    envs = AutoresetEnvs(SyncVectorEnv([Lives] * 2, autoreset_mode=AutoresetMode.DISABLED))
-    envs.reset(0)
-    told = [envs.step(np.zeros(2, np.int64)).game_over.tolist() for _ in range(4)]
-    assert told == [[False] * 2, [True] * 2, [False] * 2, [True] * 2]
+class Says(Method):
+    """The same by a method; there is nothing to say where an episode has ended."""
+
+    def action_masks(self):
+        assert self.elapsed < 10
+        return np.arange(4) > 0
+
+
+class HasProperty(Method):
+    """The same by a property, which has no value before the first reset."""
+
+    @property
+    def action_masks(self):
+        return [self.elapsed < 0, True, True, True]
+
+
+class Wrapped(gym.Wrapper):
+    """As sb3-contrib's ActionMasker."""
+
+    def action_masks(self):
+        return np.arange(4) > 0
+
+
+METHODS = {
+    "method": Says,
+    "under wrappers": lambda **kwargs: gym.wrappers.TimeLimit(Says(**kwargs), 50),
+    "of a wrapper": lambda **kwargs: gym.wrappers.TimeLimit(Wrapped(Method(**kwargs)), 50),
+    "property": HasProperty,
+    "attribute": lambda **kwargs: Method("attribute", **kwargs),
+}
+for name, entry in METHODS.items():
+    gym.register(f"Masks-{name.replace(' ', '-')}-v0", entry_point=entry)
+
+
+@pytest.mark.parametrize("how", METHODS)
+def test_action_masks_of_a_method(how, tmp_path):
+    """Training, the check, evaluation and a video choose no illegal action: the environment asserts it."""
+    settings = {"env_id": f"Masks-{how.replace(' ', '-')}-v0", "vectorization": "sync", "num_iterations": 2}
+    result = train(tiny(tmp_path / "run", **settings, eval_episodes=2))
+    assert result.policy.obs.info_mask.size == 4
+    assert result.summary["eval_return_mean"] == 10.0
+    drawn = make_drawn(settings["env_id"], "auto", {}, AtariSettings())
+    assert play(result.policy, drawn, lambda frame: None, 0, False, 1000) == (10.0, 10)
+    drawn.close()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_seeds": 2},
+        {"rnn": "gru", "rnn_hidden_size": 8, "num_minibatches": 2},
+        {"vectorization": "grouped", "num_threads": 2},
+    ],
+    ids=["seeds", "memory", "processes"],
+)
+def test_a_method_everywhere(settings, tmp_path):
+    """Many seeds, a memory, and environments in other processes."""
+    config = tiny(tmp_path / "run", env_id="Masks-method-v0", num_iterations=2, **{"vectorization": "sync", **settings})
+    assert train(config).policy.obs.info_mask.size == 4
+
+
+class Whole(SyncVectorEnv):
+    """A vector class of one's own whose method speaks for all, and whose environments do not."""
+
+    def __init__(self, num_envs):
+        super().__init__([Method] * num_envs)
+
+    def action_masks(self):
+        return np.tile(np.arange(4) > 0, (self.num_envs, 1))
+
+
+gym.register("MasksOfAll-v0", vector_entry_point=Whole)
+GIVEN = {
+    **{f"sync {mode}": functools.partial(SyncVectorEnv, [Says] * 2, autoreset_mode=mode) for mode in MODES},
+    "async": functools.partial(AsyncVectorEnv, [HasProperty] * 2),
+    "in wrappers": lambda: gym.wrappers.vector.TransformReward(SyncVectorEnv([Says] * 2), lambda reward: reward),
+    "of all": lambda: Whole(2),
+}
+
+
+@pytest.mark.parametrize("given", GIVEN)
+def test_action_masks_of_given_vector_environments(given, tmp_path):
+    """Each environment is asked, in whatever processes and wrappers; where it has ended it need not answer."""
+    envs = GIVEN[given]()
+    result = train(tiny(tmp_path / "run", num_iterations=2, eval_episodes=2), envs=envs)
+    assert result.summary["eval_return_mean"] == 10.0
+    envs.close()
+
+
+def test_many_seeds_of_a_vector_class_with_a_method(tmp_path):
+    """Several vector environments are asked one after another."""
+    assert train(tiny(tmp_path / "run", env_id="MasksOfAll-v0", num_seeds=2, num_iterations=2)).policy.obs.info_mask.size == 4
+
+
+def test_a_method_of_some_environments_is_refused(tmp_path):
+    """One that has masks beside one that has none."""
+    with pytest.raises(UsageError, match="no action_mask of environment 1 after a reset"):
+        train(tiny(tmp_path / "run"), envs=SyncVectorEnv([Says, lambda: Method()]))
+
+
+def test_a_policy_without_masks_takes_one():
+    """A mask that is given is never ignored: here by a policy that was trained without; for a Box it is refused."""
+    agent, continuous = (
+        Agent(vector.single_observation_space, started.obs, started.action, started.network, started.params, OFF)
+        for vector in (made(action="multi-discrete"), made(action="box"))
+        for started in [Started(vector)]
+    )
+    obs = np.zeros((2, 3), np.float32)
+    mask = np.array([[1, 0, 0, 0, 1], [0, 1, 1, 0, 0]])
+    for deterministic in (True, False):
+        assert agent.act(obs, deterministic, mask).tolist() == [[0, 2], [1, 0]]
+    with pytest.raises(ValueError, match=r"action_mask of shape \(2, 4\)"):
+        agent.act(obs, action_mask=mask[:, :4])
+    with pytest.raises(ValueError, match="action_mask for a policy of continuous actions"):
+        continuous.act(obs, action_mask=mask)

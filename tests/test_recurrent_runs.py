@@ -20,6 +20,7 @@ from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.cli import parse_train
+from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.evaluate import evaluate
@@ -370,7 +371,8 @@ def test_a_sweep_tries_whole_sequences(settings, found, expected):
 SPACES = {
     "mask in a Dict": {"observation": "masked", "action": "multi-discrete"},
     "mask in the info": {"action": "discrete from -2", "mask": "info"},
-    "mask of a tuple, now and then": {"action": "multi-discrete", "mask": "sometimes", "mode": "SameStep"},
+    "mask of a tuple, by component": {"action": "multi-discrete", "mask": "tuple", "mode": "SameStep"},
+    "mask of a method": {"action": "multi-discrete", "mask": "method"},
     "nested": {"observation": "nested", "action": "box half-open"},
     "image": {"observation": "image (H, W)", "action": "multi-binary"},
     "image and more": {"observation": "tuple", "action": "multi-discrete 2-D", "mode": "SameStep"},
@@ -397,7 +399,8 @@ def test_every_space(name, tmp_path):
     alone = envs.envs[0]
     obs, info = alone.reset(seed=1)
     for _ in range(20):
-        obs, _, terminated, truncated, info = alone.step(agent.act(obs, False, info.get("action_mask")))
+        mask = alone.action_masks() if kwargs.get("mask") == "method" else info.get("action_mask")
+        obs, _, terminated, truncated, info = alone.step(agent.act(obs, False, mask))
         if terminated or truncated:
             agent.reset([True])
             obs, info = alone.reset()
@@ -492,10 +495,24 @@ class Lives(Cue):
 
     def step(self, action):
         obs, reward, terminated, truncated, info = super().step(action)
-        return obs, reward, terminated or truncated, False, {**info, "game_over": self.number % 3 == 0}
+        return obs, reward, terminated or truncated, False, info
 
     def render(self):
         return np.full((8, 8, 3), self.elapsed, np.uint8)
+
+
+class Games(EpisodicLife):
+    """Says of one `Lives` which ends are those of a game."""
+
+    def __init__(self, mode):
+        super().__init__(SyncVectorEnv([Lives], autoreset_mode=AutoresetMode(mode)), 0)
+
+    def reset(self, *, seed=None, options=None):
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, actions):
+        self.game_over = np.array([self.env.envs[0].number % 3 == 0])
+        return self.env.step(actions)
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "Disabled"])
@@ -503,7 +520,7 @@ def test_what_is_drawn_remembers_one_life(cue_run, mode):
     """Two games of three lives for a video: each life is played, and remembered, as it would be alone."""
     watched = Watched(load_policy(cue_run))
     watched.agent.act(np.ones((1, 2), np.float32))  # of an episode before, which is forgotten
-    envs = AutoresetEnvs(SyncVectorEnv([Lives], autoreset_mode=AutoresetMode(mode)))
+    envs = AutoresetEnvs(Games(mode))
     frames, totals = [], []
     for seed in (7, 8):
         total, steps = play(watched, envs, frames.append, seed, True, 1000)

@@ -86,8 +86,8 @@ def is_atari(env_id: str) -> bool:
 def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
     """N games in ALE's own vector environment, a thread each as far as there are cores.
 
-    Observations are (N, frame_stack, H, W) uint8, in colour (N, 3 * frame_stack, H, W); with episodic_life, info tells the end
-    of a game as `EpisodicLife` does. Every returned array is a new one.
+    Observations are (N, frame_stack, H, W) uint8, in colour (N, 3 * frame_stack, H, W); with episodic_life they are an
+    `EpisodicLife`. Every returned array is a new one.
 
     Args:
         env_id: an id for which `is_atari`; its own frame skip, sticky actions and action space give way to `settings`.
@@ -218,8 +218,9 @@ def _join_channels(obs: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np
 class EpisodicLife(VectorWrapper):
     """A lost life is told as a termination, and the game goes on.
 
-    Around a NEXT_STEP environment of whole games whose info has "lives", (N,). Its info has "game_over" in addition, (N,) bool
-    at every step: which of the ends just told are those of a game, so that its score is complete; the others are lives.
+    Around a NEXT_STEP environment of whole games whose info has "lives", (N,). `game_over`, (N,) bool, says after every step
+    which of the ends just told are those of a game, so that its score is complete; the others are lives. It is an attribute and
+    no key of the info, where an environment of somebody else's may have one of that name with another meaning.
 
     The row after a lost life is a resetting row like any other: its action is not the agent's but `resume_action`, it is no
     end, and its reward is 0. What the game pays there is told one row later, so that rewards always add up to the score. A game
@@ -233,6 +234,7 @@ class EpisodicLife(VectorWrapper):
 
     def _start(self, lives: NDArray[Any]) -> None:
         none = np.zeros(self.num_envs, bool)
+        self.game_over = none
         self._lives = lives  # (N,) after the last step
         self._ended = none  # (N,) the game ended in the last step: this one starts another
         self._resuming = none  # (N,) an end was told after the last step, and the game goes on
@@ -256,10 +258,11 @@ class EpisodicLife(VectorWrapper):
         reward = reward + self._held
         self._held = np.where(resuming, reward, 0.0)
         self._lives, self._ended, self._resuming, self._late = lives, ended, lost | late, ended & resuming
+        self.game_over = (ended & ~resuming) | late
         return (
             obs,
             np.where(resuming, 0.0, reward),
             (terminated & ~resuming) | lost | late,
             truncated & ~resuming,
-            {**info, "game_over": (ended & ~resuming) | late},
+            info,
         )

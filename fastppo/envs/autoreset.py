@@ -11,9 +11,11 @@ A vector environment goes on after an episode's end in one of three ways (gymnas
 So a step is (obs, reward, terminated, truncated, final_obs): final_obs is None under NEXT_STEP, else it holds the final
 observation in the rows of environments that ended. An environment of tensors is told in tensors: none becomes an array, and
 under NEXT_STEP, or SAME_STEP with a dense final_obs, nothing waits for the device. An observation may be a dict or tuple of
-batches. Two things are read from the info: `action_mask`, the actions that are legal next, and `game_over`, which ends are ends
-of the whole game where an episode is one life of it. Knows nothing of rollouts or policies, and costs no torch where the
-environment brings none.
+batches. Of the info only `action_mask` is read, the actions that are legal next; environments may have `action_masks()` instead
+(envs/masks.py). Knows nothing of rollouts or policies, and costs no torch where the environment brings none.
+
+Masks are given always or never: in the info of every reset and every step, except the last step of an episode. If a missing
+mask allowed everything, a forgotten one would be trained on without a word.
 """
 
 import contextlib
@@ -23,14 +25,24 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
+from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
+from fastppo.envs.masks import MaskSource, source_of
+from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
 Structure = Any  # a batch, or a dict or tuple of such
 ResetSeed = int | Sequence[int] | None  # several: one for each of the seeds of envs/seeds.py
+
+# what the info of a step has where an episode ended in it and the environment is reset already; two of them are of gymnasium 0
+FINAL_KEYS = frozenset({"final_obs", "final_observation", "final_info"})
+UNDECLARED = (
+    "the vector environment resets within the step (its info has {}) but does not say so: set "
+    'metadata["autoreset_mode"] = AutoresetMode.SAME_STEP in its class'
+)
+HALF_MASKED = "{}: an environment with masks has to give one in the info of every reset and of every step"
 
 
 class Step(NamedTuple):
@@ -41,7 +53,7 @@ class Step(NamedTuple):
     terminated: Batch
     truncated: Batch
     final_obs: Structure | None
-    action_mask: Batch | None = None  # (N, A): legal under `obs`; None where the info does not tell
+    action_mask: Batch | None = None  # (N, A): legal under `obs`, all True where an episode ended; None: there are no masks
     game_over: Batch | None = None  # (N,): the end is that of a game, not of one life; None where every end is
 
 
@@ -50,9 +62,10 @@ class AutoresetEnvs:
 
     def __init__(self, envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> None:
         """`deadline` is for each step and reset. Closes `envs` and raises UsageError where they do not say how they reset."""
-        mode = envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)
+        mode = envs.metadata.get("autoreset_mode")
+        self.is_declared = mode is not None
         try:
-            self.mode = AutoresetMode(mode)
+            self.mode = AutoresetMode(AutoresetMode.NEXT_STEP if mode is None else mode)
         except ValueError:
             envs.close()
             raise UsageError(f"--env-id: the vector environment's autoreset_mode {mode!r} is not one of gymnasium's") from None
@@ -60,6 +73,10 @@ class AutoresetEnvs:
         self.num_envs = envs.num_envs
         self.deadline = deadline
         self.closed = False
+        self._lives = _lives_of(envs)
+        self._is_new = True  # until the first reset, which decides whether there are masks
+        self._mask_size: int | None = None  # A; None: there are no masks
+        self._mask_source: MaskSource | None = None
 
     @property
     def keeps_final_obs(self) -> bool:
@@ -71,46 +88,88 @@ class AutoresetEnvs:
         return self.reset_and_mask(seed)[0]
 
     def reset_and_mask(self, seed: ResetSeed) -> tuple[Structure, Batch | None]:
-        """`reset`, and which actions are legal (see Step)."""
+        """`reset`, and which actions are legal (see Step). Raises EnvironmentFailed where only some environments say that."""
         with self.deadline:
             obs, info = self.envs.reset(seed=seed)  # type: ignore[arg-type]  # a list is for environments of many seeds
-        return obs, self._mask(info)
+            if self._is_new:
+                self._mask_source = source_of(self.envs)
+            mask = self._mask(info, np.zeros(self.num_envs, bool), "reset")
+        self._is_new = False
+        return obs, mask
 
     def step(self, action: Batch) -> Step:
-        """Step all environments; see the module's docstring for what `final_obs` is."""
+        """Step all environments; see the module's docstring for what `final_obs` is.
+
+        Raises EnvironmentFailed for a missing mask, for one that comes though the first reset gave none, and for environments
+        that reset within the step without declaring it.
+        """
         with self.deadline:
             obs, reward, terminated, truncated, info = self.envs.step(action)
-        mask, game_over = self._mask(info), info.get("game_over")
+            game_over = None if self._lives is None else self._lives.game_over
+            if not self.is_declared and not FINAL_KEYS.isdisjoint(info):
+                raise EnvironmentFailed(UNDECLARED.format(next(key for key in info if key in FINAL_KEYS)))
+            done: Any = None
+            if self.keeps_final_obs or self._mask_size or self._mask_source or "action_mask" in info:
+                done = np_or_torch(terminated).logical_or(terminated, truncated)
+            if self.mode is AutoresetMode.SAME_STEP:  # what has ended is reset already
+                mask = self._mask(info, np.zeros(self.num_envs, bool), "step")
+                return Step(obs, reward, terminated, truncated, _final_obs(obs, done, info), mask, game_over)
+            mask = self._mask(info, done, "step")
         if self.mode is AutoresetMode.NEXT_STEP:
             return Step(obs, reward, terminated, truncated, None, mask, game_over)
-        done = np_or_torch(terminated).logical_or(terminated, truncated)
-        if self.mode is AutoresetMode.SAME_STEP:
-            final_obs = _final_obs(obs, done, info)
-        elif done.any():  # sync: the caller resets
+        final_obs = obs
+        if done.any():  # sync: the caller resets
             # copies, since an environment may keep what it returned and write to it when it resets
             final_obs, reward, terminated, truncated = map(_copy, (obs, reward, terminated, truncated))
-            game_over = None if game_over is None else _copy(game_over)
             with self.deadline:
                 obs, info = self.envs.reset(options={"reset_mask": done})
-            mask = _mask_after_reset(done, mask, self._mask(info))
-        else:
-            final_obs = obs
+                after = self._mask(info, ~done, "reset")
+            mask = None if mask is None else np_or_torch(mask).where(done[:, None], after, mask)
         return Step(obs, reward, terminated, truncated, final_obs, mask, game_over)
 
-    def _mask(self, info: Mapping[str, Any]) -> Batch | None:
-        """(N, A) of what the environments say is legal; all of an environment that says nothing."""
-        mask = info.get("action_mask")
-        if mask is None:
+    def _mask(self, info: Mapping[str, Any], unneeded: Batch, when: str) -> Batch | None:
+        """(N, A) bool, the legal actions; None: there are no masks.
+
+        unneeded: (N,) bool, environments that may give none, as their next action is ignored; None where there are no masks.
+        when: "reset" or "step", for messages.
+        """
+        given: Any = info.get("action_mask")
+        if given is None and self._mask_source is None and self._mask_size is None:
             return None
-        if is_tensor(mask):
-            return (mask != 0).reshape(self.num_envs, -1)
-        told = np.asarray(info.get("_action_mask", np.ones(self.num_envs, bool)))
-        if mask.dtype == object:  # a tuple of arrays, one for each component of the action
-            parts = [_flat(row) if told[i] else None for i, row in enumerate(mask)]
-            width = next(len(part) for part in parts if part is not None)
-            mask = np.stack([np.ones(width, bool) if part is None else part for part in parts])
-        mask = np.asarray(mask).reshape(self.num_envs, -1) != 0
-        return mask if told.all() else np.where(told[:, None], mask, True)
+        if is_tensor(given):
+            mask, told = (given != 0).reshape(self.num_envs, -1), None
+        else:
+            unneeded = np.asarray(unneeded.cpu() if is_tensor(unneeded) else unneeded)
+            mask, told = self._masks_told(info, unneeded)
+            if not told.any() and self._mask_size is None:  # `action_masks()` returns None, always
+                return None
+        if not self._is_new and self._mask_size is None:
+            raise EnvironmentFailed(HALF_MASKED.format(f"an action_mask after a {when}, and none after the first reset"))
+        if told is not None and not told.all():
+            missing = ~(told | unneeded)
+            if missing.any():
+                raise EnvironmentFailed(HALF_MASKED.format(f"no action_mask of environment {missing.argmax()} after a {when}"))
+            mask = np.ones((self.num_envs, self._mask_size or 0), bool) if mask is None else np.where(told[:, None], mask, True)
+        self._mask_size = mask.shape[1]
+        return mask
+
+    def _masks_told(self, info: Mapping[str, Any], unneeded: Batch) -> tuple[Batch | None, Batch]:
+        """(N, A) bool, None where nobody says anything; and who does, (N,) bool."""
+        given: Any = info.get("action_mask")
+        told = np.zeros(self.num_envs, bool)
+        if given is not None:
+            told = np.asarray(info.get("_action_mask", ~told))
+        if self._mask_source is not None and not (told | unneeded).all():
+            given = self._mask_source(unneeded)
+            given = given.cpu().numpy() if is_tensor(given) else given
+            told = told & False if given is None else np.array([mask is not None for mask in given])
+        if not told.any():
+            return None, told
+        if not isinstance(given, np.ndarray) or given.dtype == object:  # lists, or tuples of an array for each component
+            rows = [_flat(mask) if tells else None for mask, tells in zip(given, told, strict=True)]
+            like = next(row for row in rows if row is not None)
+            given = np.stack([np.ones_like(like) if row is None else row for row in rows])
+        return given.reshape(self.num_envs, -1) != 0, told
 
     def close(self) -> None:
         """Release the environments' processes and windows. One that fails to close, as after a fault, is nothing to report."""
@@ -136,27 +195,28 @@ def _flat(mask: Any) -> np.ndarray[Any, Any]:
     return np.concatenate([_flat(part) for part in mask]) if isinstance(mask, tuple | list) else np.ravel(mask)
 
 
-def _mask_after_reset(done: Batch, step: Batch | None, reset: Batch | None) -> Batch | None:
-    """What is legal in environments of which some have just been reset: the others' masks came with their step."""
-    told = reset if step is None else step
-    if told is None:
-        return None
-    library = np_or_torch(told)
-    step, reset = (library.ones_like(told) if mask is None else mask for mask in (step, reset))
-    return library.where(done[:, None], reset, step)
+def _lives_of(envs: VectorEnv) -> EpisodicLife | None:
+    """The wrapper that says which ends are those of a whole game, where an episode is one life of it."""
+    while isinstance(envs, VectorWrapper):
+        if isinstance(envs, EpisodicLife):
+            return envs
+        envs = envs.env
+    return None
 
 
 def _final_obs(obs: Structure, done: Batch, info: Mapping[str, Any]) -> Structure:
     """What each environment's step led to, under SAME_STEP."""
-    final: Any = info.get("final_obs")
+    final: Any = info.get("final_obs", info.get("final_observation"))  # the latter is gymnasium 0's name
     if is_tensor(final) or isinstance(final, Mapping) or (isinstance(final, tuple) and isinstance(obs, tuple)):
         return _where(done, final, obs)  # of all environments, so that nobody has to ask which have ended
     rows = done.nonzero()
     indices = (rows if is_tensor(rows) else rows[0]).flatten().tolist()  # sync: objects lie on the host
     final_obs = _copy(obs) if indices else obs
-    if indices and final is None:
-        raise ValueError("an episode ended and there is no final_obs in the info, as autoreset within the step has it")
     for index in indices:
+        if final is None or final[index] is None:
+            raise EnvironmentFailed(
+                f"environment {index}: an episode ended and its final_obs is not in the info, as autoreset_mode SAME_STEP asks"
+            )
         _put(final_obs, index, final[index])
     return final_obs
 

@@ -2,10 +2,12 @@
 
 Two degrees, by one rule. An ERROR is what training cannot use or would learn nonsense from, and is refused: a call that raises,
 another form than gymnasium's (observation, info) and five values of a step, an info that is no dict, an observation of another
-structure or shape than its space, numbers that its type would cut off, and numbers that are not finite. A WARNING is what
-training can live with, and is told once: an observation outside its bounds or of another type that loses nothing, a reset(seed)
-that does not repeat itself, environments that all start alike, numbers where `terminated` should be a bool, an end or a reward
-in a step that only resets, a mask that allows nothing, and what else gymnasium's own checker finds.
+structure or shape than its space, numbers that its type would cut off, numbers that are not finite or too large for float32, a
+vector class that resets within the step and declares nothing, a final observation that the reset has overwritten, masks that
+come only sometimes. A WARNING is what training can live with, and is told once: an observation outside its bounds or of
+another type that loses nothing, a reset(seed) that does not repeat itself, environments that all start alike, numbers where
+`terminated` should be a bool, an end or a reward in a step that only resets, a mask that allows nothing, running statistics in
+a wrapper, and what else gymnasium's own checker finds.
 
 Environments that are made one by one (sync, grouped, async) are checked on at most two copies made for it, so that those that
 train are as they were; then gymnasium's checker has one of them, unless resets are slow or actions masked: it acts at random. A
@@ -22,10 +24,9 @@ Knows nothing of policies or learning, and costs no torch where the environment 
 
 import contextlib
 import re
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,14 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.utils import env_checker
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
+from fastppo.envs.check_ends import ACTION_COUNTS, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.errors import NoAnswer, UsageError, brief
+from fastppo.errors import EnvironmentFailed, NoAnswer, UsageError, brief
 
 STEPS = 32  # random ones, at most
 SECONDS = 0.5  # after which no more are begun; gymnasium's checker is left out where it would take longer
@@ -49,6 +51,10 @@ SEED = 123
 # tried where all environments start alike: two that toss a coin are alike in half of the resets
 OTHER_SEEDS = range(1000, 1008)
 GYMNASIUM_RESETS, GYMNASIUM_STEPS = 15, 6  # calls of its checker
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+NO_BOUND = 1e38  # as policy/spaces.py
+# attributes of gymnasium's NormalizeObservation and NormalizeReward, for one environment or many, and of wrappers after them
+STATISTICS = {"obs_rms": "--norm-obs", "return_rms": "--norm-reward", "ret_rms": "--norm-reward"}
 
 ONE_BY_ONE = tuple(f"gymnasium/{vectorization}" for vectorization in ("sync", "grouped", "async"))
 UNSEEDED = ("ale", "envpool")
@@ -114,6 +120,7 @@ def find(envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: st
             return _find_one_by_one(envs.single_observation_space, min(envs.num_envs, 2), make)
         watch = _Watch(envs.single_observation_space, (envs.num_envs,))
         _try_out(_WatchedVectorEnv(envs, watch), watch, seeded=engine not in UNSEEDED)
+        _statistics(envs, watch)
         return list(watch.found.values())
 
 
@@ -125,10 +132,11 @@ def _find_one_by_one(space: gym.Space[Any], num_envs: int, make: Callable[[], gy
         return [Finding(f"left out, since a copy of the environment to try out cannot be made: {brief(error)}", is_error=False)]
     try:
         times = _try_out(copies, watch, seeded=True)
+        _statistics(copies, watch)
         if times is not None and not times.masked:
             seconds = (GYMNASIUM_RESETS * times.reset + GYMNASIUM_STEPS * times.step) / num_envs
             if seconds < SECONDS:
-                _gymnasium(copies.envs[0].env, watch)  # type: ignore[attr-defined]  # not watched
+                _gymnasium(_WithSampled(copies.envs[0].env), watch)  # type: ignore[attr-defined]  # not watched
             else:
                 watch.warn(
                     "slow", f"gymnasium's checker is left out: with {GYMNASIUM_RESETS} resets it would take {seconds:.1f} s"
@@ -154,6 +162,7 @@ class _Watch:
     lead: tuple[int, ...]
     found: dict[str, Finding] = field(default_factory=dict)  # by kind and place: of each the first
     when: str = ""
+    last: Any = None  # what the last step returned
 
     def error(self, key: str, line: str) -> None:
         self.found.setdefault(key, Finding(line, is_error=True))
@@ -196,6 +205,7 @@ class _Watch:
         self._flag("terminated", terminated)
         self._flag("truncated", truncated)
         self.refuse()
+        self.last = result
         return result
 
     def _call(self, what: str, call: Callable[[], Any]) -> Any:
@@ -213,16 +223,16 @@ class _Watch:
             )
 
     def _reward(self, reward: Any) -> None:
-        array = _numbers(reward)
+        array = numbers(reward)
         if array is None:
             self.error("reward", f"reward is {_told(reward)}, not a number")
         elif array.shape != self.lead:
             self.error("reward", f"reward has shape {array.shape}; it has to be {self.lead or 'a number'}")
-        elif not np.isfinite(array).all():
-            self.error("reward", f"reward is not finite ({_first(array, ~np.isfinite(array))}) {self.when}")
+        elif (unusable := _unusable(array)) is not None:
+            self.error("reward", f"reward {unusable} {self.when}")
 
     def _flag(self, name: str, value: Any) -> None:
-        array = _numbers(value)
+        array = numbers(value)
         if array is None or not ((array == 0) | (array == 1)).all():
             self.error(name, f"{name} is {_told(value)}, not True or False")
         elif array.shape != self.lead:
@@ -249,13 +259,13 @@ class _Watch:
             self._leaf(obs, space, name)
 
     def _leaf(self, leaf: Any, space: gym.Space[Any], name: str) -> None:
-        array, expected = _numbers(leaf), (*self.lead, *(space.shape or ()))
+        array, expected = numbers(leaf), (*self.lead, *(space.shape or ()))
         if array is None:
             self.error(name, f"{name} is {_told(leaf)}; its space is {_short(space)}")
         elif array.shape != expected:
             self.error(name, f"{name} has shape {array.shape}; its space, {_short(space)}, says {expected}")
-        elif not np.isfinite(array).all():
-            self.error(name, f"{name} is not finite ({_first(array, ~np.isfinite(array))}) {self.when}")
+        elif (unusable := _unusable(array)) is not None:
+            self.error(name, f"{name} {unusable} {self.when}")
         else:
             self._type(array, leaf, space, name)
             self._bounds(array, space, name)
@@ -298,6 +308,14 @@ class _WatchedEnv(gym.Wrapper[Any, Any, Any, Any]):
         return self._watch.step(lambda: self.env.step(action))
 
 
+class _WithSampled(gym.Wrapper[Any, Any, Any, Any]):
+    """One environment whose action space can be sampled."""
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env)
+        self.action_space = sampled_space(env.action_space)
+
+
 class _WatchedVectorEnv(VectorWrapper):
     """N environments, looked at."""
 
@@ -330,6 +348,9 @@ def _try_out(envs: VectorEnv, watch: _Watch, seeded: bool) -> _Times | None:
         return _resets_and_steps(AutoresetEnvs(envs), watch, seeded)
     except _RefusedError:
         return None
+    except EnvironmentFailed as error:  # against the rules of envs/autoreset.py
+        watch.error("raises", brief(error))
+        return None
     except Exception as error:  # of the class that makes one environment of N
         watch.error("raises", f"{brief(error)} {watch.when}")
         return None
@@ -341,38 +362,46 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool) -> _Time
     obs, mask = envs.reset_and_mask(SEED if seeded else None)
     reset_seconds = time.perf_counter() - started
     if seeded and reset_seconds < SECONDS:
-        first = _arrays(obs, space)
+        first = arrays_of(obs, space)
         again = time.perf_counter()
         obs, mask = envs.reset_and_mask(SEED)
         reset_seconds = time.perf_counter() - again  # without what is made once
-        if not all(map(np.array_equal, first, _arrays(obs, space))):
+        if not all(map(np.array_equal, first, arrays_of(obs, space))):
             watch.warn("seed", "reset with the same seed twice gave two different first observations: runs cannot be repeated")
         if envs.num_envs > 1 and _alike(first):
             _seeds_told_apart(envs, watch, first, started)
             obs, mask = envs.reset_and_mask(SEED)
 
-    single = envs.envs.single_action_space
-    actions = batch_space(single, envs.num_envs)
+    step_seconds, masked = _steps(envs, watch, seeded, obs, mask, started)
+    return _Times(reset_seconds, step_seconds, masked)
+
+
+def _steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, obs: Any, mask: Any, started: float) -> tuple[float, bool]:
+    """Random steps from `obs` and `mask` on; seconds of the slowest, and whether actions are masked."""
+    space, single = envs.envs.single_observation_space, envs.envs.single_action_space
+    actions = batch_space(sampled_space(single), envs.num_envs)
     actions.seed(SEED)
     rng = np.random.default_rng(SEED)
     done, masked, step_seconds = np.zeros(envs.num_envs, bool), False, 0.0
+    final, following = FinalObs(space), NextAction(envs)
     for _ in range(STEPS):
         in_obs = obs.get("action_mask") if isinstance(obs, Mapping) else None
-        legal = _numbers(mask if in_obs is None else in_obs)
+        legal = numbers(mask if in_obs is None else in_obs)
         masked |= legal is not None
         action = actions.sample() if legal is None else _legal(single, legal.reshape(envs.num_envs, -1) != 0, done, rng, watch)
-        like = next(_leaves(obs, space))
-        if is_tensor(like):
-            action = sys.modules["torch"].as_tensor(action, device=like.device)
         began = time.perf_counter()
-        step = envs.step(action)
+        step = envs.step(action_like(action, next(leaves(obs, space))))
         step_seconds = max(step_seconds, time.perf_counter() - began)
+        following.look(action, step, done)
         obs, mask = step.obs, step.action_mask
-        reward, terminated, truncated = (np.asarray(_numbers(x)) for x in (step.reward, step.terminated, step.truncated))
+        reward, terminated, truncated = (np.asarray(numbers(x)) for x in (step.reward, step.terminated, step.truncated))
+        ended = (terminated != 0) | (truncated != 0)
         if step.final_obs is not None:
             _Watch(space, (envs.num_envs,), watch.found, "at an end").obs(step.final_obs, space, "final observation")
             watch.refuse()
-        ended = (terminated != 0) | (truncated != 0)
+        if envs.mode is AutoresetMode.SAME_STEP and (line := final.look(watch.last[0], watch.last[-1], ended)) is not None:
+            watch.error("final_obs", line)
+            watch.refuse()
         if envs.mode is AutoresetMode.NEXT_STEP and (done & (ended | (reward != 0))).any():
             watch.warn(
                 "autoreset",
@@ -382,7 +411,38 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool) -> _Time
         done = ended & (envs.mode is AutoresetMode.NEXT_STEP)
         if time.perf_counter() - started > SECONDS:
             break
-    return _Times(reset_seconds, step_seconds, masked)
+    if (line := final.suspicion()) is not None:
+        watch.warn("final_obs", line)
+    if seeded and not masked and not envs.is_declared and following.counts(SEED, SECONDS):
+        watch.found.pop("autoreset", None)  # of the same cause
+        watch.error("autoreset", ACTION_COUNTS)
+    return step_seconds, masked
+
+
+def sampled_space(space: gym.Space[Any]) -> gym.Space[Any]:
+    """An action space to sample from: a bound beyond NO_BOUND is none. Up to float64's largest gymnasium cannot sample."""
+    if not isinstance(space, Box) or space.dtype.kind != "f":
+        return space
+    low, high = (np.where(np.abs(bound) < NO_BOUND, bound, np.copysign(np.inf, bound)) for bound in (space.low, space.high))
+    return Box(low.astype(space.dtype), high.astype(space.dtype), dtype=space.dtype.type)
+
+
+def _statistics(envs: Any, watch: _Watch) -> None:
+    """Wrappers, of the vector environment or of one of its environments, whose running statistics a run does not keep."""
+    while envs is not None:
+        for name, flag in STATISTICS.items():
+            if isinstance(envs, AsyncVectorEnv):
+                found = "a wrapper" if any(envs.call("has_wrapper_attr", name)) else None
+            else:
+                found = type(envs).__name__ if name in getattr(envs, "__dict__", {}) else None
+            if found is not None and getattr(envs, "update_running_mean", True):
+                watch.warn(
+                    flag,
+                    f"the environment is inside {found}, whose running statistics are not kept with the run and start anew in "
+                    f"evaluation: leave it out and use {flag}",
+                )
+        inside = list(getattr(envs, "envs", ()))[:1]
+        envs = inside[0] if inside else getattr(envs, "env", None)
 
 
 def _seeds_told_apart(envs: AutoresetEnvs, watch: _Watch, first: list[NDArray[Any]], started: float) -> None:
@@ -391,7 +451,7 @@ def _seeds_told_apart(envs: AutoresetEnvs, watch: _Watch, first: list[NDArray[An
     for seed in OTHER_SEEDS:
         if time.perf_counter() - started > SECONDS:
             return
-        other = _arrays(envs.reset_and_mask(seed)[0], envs.envs.single_observation_space)
+        other = arrays_of(envs.reset_and_mask(seed)[0], envs.envs.single_observation_space)
         if not _alike(other):
             return
         differs |= not all(map(np.array_equal, first, other))
@@ -410,10 +470,10 @@ def _legal(
     space: gym.Space[Any], mask: NDArray[np.bool_], done: NDArray[np.bool_], rng: np.random.Generator, watch: _Watch
 ) -> NDArray[Any]:
     """Random actions (N, *shape) among those that mask (N, A) allows; any where it allows none, as at an episode's end."""
-    numbers = [int(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))]
+    sizes = [int(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))]
     if isinstance(space, MultiBinary):
-        numbers = [2] * int(np.prod(space.shape))
-    parts = np.split(mask, np.cumsum(numbers)[:-1], axis=-1)
+        sizes = [2] * int(np.prod(space.shape))
+    parts = np.split(mask, np.cumsum(sizes)[:-1], axis=-1)
     if any((~part.any(-1) & ~done).any() for part in parts):
         watch.warn("mask", "action_mask allows no action in the middle of an episode")
     chosen = np.stack([((1.0 + rng.random(part.shape)) * part).argmax(-1) for part in parts], -1)
@@ -454,35 +514,6 @@ def _said(error: Exception) -> str:
 # --- numbers and words
 
 
-def _numbers(value: Any) -> NDArray[Any] | None:
-    """As an array on the host; None where it is not made of numbers."""
-    if is_tensor(value):
-        value = value.detach().cpu()
-        return np.asarray((value.float() if value.dtype.itemsize == 2 and value.is_floating_point() else value).numpy())
-    try:
-        array = np.asarray(value)
-    except Exception:
-        return None
-    return array if array.dtype.kind in "biuf" else None
-
-
-def _leaves(obs: Any, space: gym.Space[Any]) -> Iterator[Any]:
-    """Arrays or tensors of an observation that is in the form of its space."""
-    if isinstance(space, Dict):
-        for key, part in space.spaces.items():
-            yield from _leaves(obs[key], part)
-    elif isinstance(space, Tuple):
-        for index, part in enumerate(space.spaces):
-            yield from _leaves(obs[index], part)
-    else:
-        yield obs
-
-
-def _arrays(obs: Any, space: gym.Space[Any]) -> list[NDArray[Any]]:
-    """Copies: an environment may write its next observation where this one lies."""
-    return [np.array(_numbers(leaf)) for leaf in _leaves(obs, space)]
-
-
 def _bounds_of(space: gym.Space[Any]) -> tuple[Any, Any]:
     """The least and the greatest values, inclusive."""
     if isinstance(space, Box):
@@ -495,6 +526,14 @@ def _bounds_of(space: gym.Space[Any]) -> tuple[Any, Any]:
     if isinstance(space, MultiDiscrete):
         return space.start, space.start + space.nvec - 1
     return 0, 1
+
+
+def _unusable(array: NDArray[Any]) -> str | None:
+    """What is wrong with numbers that training cannot hold, which is in float32; None: nothing."""
+    for wrong, what in ((~np.isfinite(array), "is not finite"), (np.abs(array) > FLOAT32_MAX, "is too large for float32")):
+        if wrong.any():
+            return f"{what} ({_first(array, wrong)})"
+    return None
 
 
 def _first(array: NDArray[Any], where: NDArray[np.bool_]) -> str:

@@ -35,12 +35,13 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space, create_shared_memory, read_from_shared_memory
 
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.envs.masks import masks_of, owner_of
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, UsageError, brief
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
 
 # The infos that are read (envs/autoreset.py). Others stay where they are: gathering HalfCheetah's takes a seventh of a step.
-INFO_KEYS = ("action_mask", "game_over")
+INFO_KEYS = ("action_mask",)
 # gymnasium's choice too: a forked process shares the imports of this one, which take seconds, and knows every environment that
 # was registered here. Elsewhere than on Linux system libraries do not survive a fork, and Python's own default is taken.
 START_METHOD = "fork" if sys.platform == "linux" else None
@@ -67,12 +68,13 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
 
 
 class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment that says its number when it fails."""
+    """An environment that says its number when it fails, and in its info what `action_masks()` says (envs/masks.py)."""
 
     def __init__(self, env: gym.Env[Any, Any], number: int) -> None:
         super().__init__(env)
         self.metadata = dict(env.metadata)  # before gymnasium 1.4 SyncVectorEnv writes to it, and it is its class's
         self.number = number
+        self._masks = owner_of(env)  # None: not asked
 
     @classmethod
     def make(cls, env_fn: EnvFn, number: int) -> "_Numbered":
@@ -83,15 +85,27 @@ class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         try:
-            return self.env.reset(**kwargs)
+            obs, info = self.env.reset(**kwargs)
+            return obs, info if self._masks is None else self._with_mask(info)
         except ENVIRONMENT_ERRORS as error:
             raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            return self.env.step(action)
+            if self._masks is None:
+                return self.env.step(action)
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            # nobody acts on an episode's last observation, and there may be nothing legal in it
+            info = info if terminated or truncated else self._with_mask(info)
+            return obs, reward, terminated, truncated, info
         except ENVIRONMENT_ERRORS as error:
             raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
+
+    def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
+        if info.get("action_mask") is not None:
+            return info
+        mask = masks_of(self._masks)
+        return info if mask is None else {**info, "action_mask": mask}
 
 
 class GroupedVectorEnv(VectorEnv[Any, Any, Any]):

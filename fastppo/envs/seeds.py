@@ -88,7 +88,7 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
     def _joined_info(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """What is read of the infos (envs/autoreset.py); the mask of environments that tell none allows all."""
         joined: dict[str, Any] = {}
-        for key in (*INFO_KEYS, "final_obs"):
+        for key in (*INFO_KEYS, "final_obs", "final_observation"):
             known = next((info[key] for info in infos if info.get(key) is not None), None)
             if known is not None:
                 joined[key] = _joined([_blank(known) if info.get(key) is None else info[key] for info in infos])

@@ -1,5 +1,6 @@
 """A trained policy as a user holds it: observations in, actions out, normalisation and bounds included."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fastppo.core.modes import ours
 from fastppo.core.programs import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
+from fastppo.policy.distributions import DIAGONAL_NORMAL, choices, mask_logits
 from fastppo.policy.networks import ActorCritic, Encoder, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.normalization import RunningMoments, make_normalization
 from fastppo.policy.recurrent import RecurrentActorCritic, Rnn
@@ -129,8 +131,8 @@ class Agent:
         Args:
             obs: as the environment gives it, with or without a leading batch axis: array, tensor, or dict or tuple of these.
             deterministic: the likeliest action; otherwise one sampled from the policy.
-            action_mask: which actions are legal, where the environment tells it in its info; None: all. A tuple of arrays is
-                taken for one observation.
+            action_mask: which actions are legal, as the environment tells it in its info or by `action_masks()`; None: all. A
+                tuple of arrays is taken for one observation. Applied even where the policy was trained without masks.
 
         Returns:
             Arrays for arrays; for tensors, tensors on their device.
@@ -145,6 +147,8 @@ class Agent:
             dist, self.memory = self.network.step(self.weights, seen, self._remembered(self.network, rows))
         else:
             dist = self.network.actor(self.weights, seen)
+        if action_mask is not None and self.obs.info_mask is None:
+            dist = mask_logits(dist, self._mask(action_mask, rows), choices(self.action.distribution, self.action.size))
         if deterministic:
             action = self.action.distribution.mode(dist)
         else:
@@ -181,7 +185,7 @@ class Agent:
         for leaf in self.obs.observed:
             name = "observation" if leaf.key == "obs" else leaf.key
             given = _found(leaf, obs)
-            x = torch.as_tensor(given, device=self.params.device).to(leaf.dtype)
+            x = to_tensor(given, self.params.device).to(leaf.dtype)
             own = tuple(x.shape[: max(x.ndim - len(leaf.shape), 0)])
             if len(own) > 1 or x.shape != (*own, *leaf.shape):
                 raise ValueError(f"{name} of shape {tuple(x.shape)}; this policy takes {leaf.shape} or a batch")
@@ -189,20 +193,35 @@ class Agent:
                 lead, kind = own, _Kind(not own, given.device if isinstance(given, Tensor) else None)
             if own != lead:
                 raise ValueError(f"{name} of shape {tuple(x.shape)}; another part of the observation has {lead} before its own")
-            leaves[leaf.key] = x.reshape(-1, *leaf.shape)
-        rows = len(next(iter(leaves.values())))
+            leaves[leaf.key] = x.reshape(math.prod(own), *leaf.shape)
+        rows = math.prod(lead or ())
         for leaf in self.obs:
             if leaf.kind == "mask":
-                given = _found(leaf, obs) if leaf.path else action_mask
-                if given is None:
-                    given = torch.ones(rows, *leaf.shape)
-                elif isinstance(given, tuple):
-                    given = np.concatenate([np.ravel(part) for part in tree_leaves(given)])
-                mask = torch.as_tensor(given, device=self.params.device) != 0
-                if mask.numel() != rows * leaf.size:
-                    raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes {leaf.shape} an observation")
-                leaves[leaf.key] = mask.reshape(rows, *leaf.shape)
+                leaves[leaf.key] = self._mask(_found(leaf, obs) if leaf.path else action_mask, rows)
         return self.obs.join(leaves), kind
+
+    def _mask(self, given: Any, rows: int) -> Tensor:
+        """(N, A) bool of a mask as somebody gave it; None: all actions are legal."""
+        size = self.action.size
+        if self.action.distribution is DIAGONAL_NORMAL:
+            raise ValueError("action_mask for a policy of continuous actions: leave it out")
+        if given is None:
+            return torch.ones(rows, size, dtype=torch.bool, device=self.params.device)
+        if isinstance(given, tuple):
+            given = np.concatenate([np.ravel(part) for part in tree_leaves(given)])
+        mask = to_tensor(given, self.params.device) != 0
+        if mask.numel() != rows * size:
+            raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes ({size},) an observation")
+        return mask.reshape(rows, size)
+
+
+def to_tensor(given: Any, device: torch.device) -> Tensor:
+    """A tensor of an array as numpy has them, of whatever strides and byte order, or of numbers or arrays in lists."""
+    if isinstance(given, Tensor):
+        return given.to(device)
+    array = np.asarray(given)
+    native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+    return torch.as_tensor(np.ascontiguousarray(native).reshape(array.shape), device=device)
 
 
 def _rows_of(batch: Obs) -> int:

@@ -1,0 +1,177 @@
+"""Does a vector environment do at an episode's end what it says? A part of envs/check.py, which steps it.
+
+Two things are looked for. Under SAME_STEP, a final observation that the reset has overwritten. Where the metadata has no
+autoreset_mode, so that NEXT_STEP is taken: a step after an end whose action counts, which under NEXT_STEP it does not. Knows
+nothing of policies or learning, and costs no torch where the environment brings none.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Dict, Tuple
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from fastppo.envs.autoreset import AutoresetEnvs, Step, is_tensor
+
+OVERWRITTEN = (
+    "final_obs is overwritten: at an episode's end it holds the next episode's first observation, as both are one buffer; "
+    "copy it before the reset"
+)
+ACTION_COUNTS = (
+    "the action of the step after an end changes what that step returns: without an autoreset_mode NEXT_STEP is taken, which "
+    'ignores that action; set metadata["autoreset_mode"] in the class: AutoresetMode.SAME_STEP if step itself resets, DISABLED '
+    "if nothing does"
+)
+
+
+class FinalObs:
+    """Looks at the final observations of a SAME_STEP environment, step by step."""
+
+    def __init__(self, space: gym.Space[Any]) -> None:
+        """space: of one observation."""
+        self.space = space
+        self._kept: list[tuple[Any, NDArray[Any]]] = []  # final observations of the last step, and copies of then
+        self._equal = self._ends = 0
+        self._moves = False  # whether observations change within an episode
+        self._last: list[NDArray[Any]] = []
+
+    def look(self, obs: Any, info: dict[str, Any], ended: NDArray[np.bool_]) -> str | None:
+        """A line where a final observation is certainly overwritten.
+
+        Args:
+            obs, info: as the step returned them.
+            ended: (N,), whose episode ended in it.
+        """
+        if any(_differ(leaf, copy) for leaf, copy in self._kept):
+            return OVERWRITTEN
+        self._kept = []
+        batches, arrays = list(leaves(obs, self.space)), arrays_of(obs, self.space)
+        self._moves |= not ended.any() and any(map(_differ, self._last, arrays))
+        self._last = arrays
+        final = info.get("final_obs", info.get("final_observation"))
+        for index in np.flatnonzero(ended).tolist() if final is not None else ():
+            rows = _row(final, index, self.space)
+            if any(_share_memory(row, batch[index]) for row, batch in zip(rows, batches, strict=True)):
+                return OVERWRITTEN
+            self._ends += 1
+            if not any(_differ(row, array[index]) for row, array in zip(rows, arrays, strict=True)):
+                self._equal += 1
+                self._kept += [(row, np.array(numbers(row))) for row in rows]
+        return None
+
+    def suspicion(self) -> str | None:
+        """A line where final observations always equal the next first ones, for which there may be another reason."""
+        if self._moves and self._equal == self._ends >= 2:
+            return f"final_obs equals the next episode's first observation in all {self._ends} ends: is it overwritten?"
+        return None
+
+
+class NextAction:
+    """Plays a vector environment again, to see whether the action after an end counts."""
+
+    def __init__(self, envs: AutoresetEnvs) -> None:
+        self.envs = envs
+        self.space = envs.envs.single_observation_space
+        self._actions: list[Any] = []  # of each step, as sampled
+        self._after: list[NDArray[Any]] | None = None  # what the step after the first end returned
+        self._env = 0  # whose end it was
+
+    def look(self, action: Any, step: Step, done: NDArray[np.bool_]) -> None:
+        """A step with `action`; done: (N,) whose episode ended in the step before."""
+        if self._after is None:
+            self._actions.append(action)
+            if done.any():
+                self._env = int(done.argmax())
+                self._after = self._result(step)
+
+    def counts(self, seed: int, seconds: float) -> bool:
+        """Whether it does. False too where nothing ended, where a seed repeats nothing, or where it takes over `seconds`."""
+        if self._after is None:
+            return False
+        *before, last = self._actions
+        began = time.perf_counter()
+        again = self._play(seed, [*before, last])
+        if any(map(_differ, again, self._after)) or time.perf_counter() - began > seconds / 2:
+            return False
+        return any(map(_differ, self._play(seed, [*before, self._another(last)]), again))
+
+    def _play(self, seed: int, actions: Sequence[Any]) -> list[NDArray[Any]]:
+        obs = self.envs.reset(seed)
+        like = next(leaves(obs, self.space))
+        for action in actions:
+            step = self.envs.step(action_like(action, like))
+        return self._result(step)
+
+    def _result(self, step: Step) -> list[NDArray[Any]]:
+        told = [np.array(numbers(x)) for x in (step.reward, step.terminated, step.truncated)]
+        return [array[self._env] for array in (*arrays_of(step.obs, self.space), *told)]
+
+    def _another(self, action: Any) -> Any:
+        """Other actions, of which the one that is meant differs where that can be had."""
+        space = batch_space(self.envs.envs.single_action_space, self.envs.num_envs)
+        space.seed(1)
+        changed = np.array(action)
+        for _ in range(16):
+            changed[self._env] = np.asarray(space.sample())[self._env]
+            if _differ(changed, action):
+                break
+        return changed
+
+
+def action_like(action: Any, like: Any) -> Any:
+    """Sampled actions as an environment takes them whose observations are like that."""
+    if is_tensor(like):
+        import torch
+
+        return torch.as_tensor(action, device=like.device)
+    return action
+
+
+def numbers(value: Any) -> NDArray[Any] | None:
+    """As an array on the host; None where it is not made of numbers."""
+    if is_tensor(value):
+        value = value.detach().cpu()
+        return np.asarray((value.float() if value.dtype.itemsize == 2 and value.is_floating_point() else value).numpy())
+    try:
+        array = np.asarray(value)
+    except Exception:
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def leaves(obs: Any, space: gym.Space[Any]) -> Iterator[Any]:
+    """Arrays or tensors of an observation that is in the form of its space."""
+    if isinstance(space, Dict):
+        for key, part in space.spaces.items():
+            yield from leaves(obs[key], part)
+    elif isinstance(space, Tuple):
+        for index, part in enumerate(space.spaces):
+            yield from leaves(obs[index], part)
+    else:
+        yield obs
+
+
+def arrays_of(obs: Any, space: gym.Space[Any]) -> list[NDArray[Any]]:
+    """Copies: an environment may write its next observation where this one lies."""
+    return [np.array(numbers(leaf)) for leaf in leaves(obs, space)]
+
+
+def _row(final: Any, index: int, space: gym.Space[Any]) -> list[Any]:
+    """Leaves of one environment's final observation, from one for each environment or from batches."""
+    if isinstance(final, list) or (isinstance(final, np.ndarray) and final.dtype == object):
+        return list(leaves(final[index], space))
+    return [batch[index] for batch in leaves(final, space)]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return not np.array_equal(np.asarray(numbers(one)), np.asarray(numbers(other)))
+
+
+def _share_memory(one: Any, other: Any) -> bool:
+    if is_tensor(one) and is_tensor(other):
+        return one.numel() > 0 and one.data_ptr() == other.data_ptr()
+    return isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and np.shares_memory(one, other)
