@@ -10,6 +10,7 @@ from fastppo.errors import UsageError, nearest
 VERBS = {
     "train": "train an agent on a Gymnasium environment",
     "evaluate": "play episodes with a run's policy",
+    "cache": "list or remove the compiled programs that are kept between runs",
     "export": "write a run's policy to one file, for onnxruntime or torch.export",
     "plot": "draw learning curves of many runs, by environment and setting",
     "report": "write a run as one HTML page",

@@ -30,15 +30,17 @@ import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastppo.core import native, programs
+from fastppo.core import cache, native, programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Collected, Learned
@@ -64,8 +66,17 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
 }
 
 
+# what Inductor and the C++ compiler read from the environment, beside CXX
+_INDUCTOR_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "AOT_INDUCTOR_", "AOTINDUCTOR_")
+_COMPILER_VARIABLES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "OMP_PREFIX")
+
+
 class CompileError(RuntimeError):
     """This program cannot be compiled or loaded here. The message is one line; training goes on eagerly."""
+
+
+class LoadError(CompileError):
+    """A library in the cache does not load. It has been removed, so that it is built again."""
 
 
 class CompiledProgram:
@@ -74,7 +85,7 @@ class CompiledProgram:
     def __init__(
         self, library: Path, program: Program, layout: Layout, seeds: Seeds | None = None, exchange: Exchange | None = None
     ) -> None:
-        """Load it. Raises CompileError when it does not load.
+        """Load it. Raises OSError, RuntimeError or AttributeError (a function is missing) when it does not load.
 
         Args:
             layout: shapes, strides and dtypes that the library was compiled for.
@@ -90,13 +101,10 @@ class CompiledProgram:
         self._team: Team | None = None
         self._exchange = exchange
         self._num_ranks = _num_ranks(program)
-        try:
-            if _is_shared(program) or num_workers > 1:
-                self._team = Team(library, num_workers, exchange if self._num_ranks > 1 else None)
-            else:
-                self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
-        except (OSError, RuntimeError) as error:
-            raise CompileError(f"the compiled program does not load: {_first_line(error)}") from error
+        if _is_shared(program) or num_workers > 1:
+            self._team = Team(library, num_workers, exchange if self._num_ranks > 1 else None)
+        else:
+            self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
 
     def __call__(self, *args: Any) -> Any:
         """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
@@ -170,7 +178,7 @@ def load_program(
     seeds: Seeds | None = None,
     exchange: Exchange | None = None,
 ) -> CompiledProgram | None:
-    """The compiled program from the cache, or None. Imports nothing of the compiler.
+    """The compiled program from the cache, or None. Imports nothing of the compiler. One that does not load is removed.
 
     With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py; with `num_ranks`
     above 1 among processes, of which each calls its own, and `exchange` is between them. With `seeds` all tensors of `example`,
@@ -178,21 +186,31 @@ def load_program(
 
     Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
     """
-    return _load(program, example, cache_dir, cache_key(program, example, seeds), seeds, exchange)
+    with contextlib.suppress(LoadError):
+        return _load(program, example, cache_dir, cache_key(program, example, seeds), seeds, exchange)
+    return None
 
 
 def _load(
     program: Program, example: Example, cache_dir: Path, key: str, seeds: Seeds | None, exchange: Exchange | None
 ) -> CompiledProgram | None:
+    """The program under `key`, or None. Raises LoadError, once it has removed what does not load."""
     check_cache_dir(cache_dir)
-    helpers, library = _cached(cache_dir, native_key()), _cached(cache_dir, key)
+    helpers, library = cache.find(cache_dir, native_key()), cache.find(cache_dir, key)
     if helpers is None or library is None:
         return None
+    loading = helpers
     try:
         native.load(helpers)
-    except OSError as error:
-        raise CompileError(f"the compiled helpers do not load: {_first_line(error)}") from error
-    return CompiledProgram(library, program, _layout(_tensors(_of_one_call(example, seeds))), seeds, exchange)
+        loading = library
+        loaded = CompiledProgram(library, program, _layout(_tensors(_of_one_call(example, seeds))), seeds, exchange)
+    except (OSError, RuntimeError, AttributeError) as error:
+        cache.remove(loading)
+        what = "the compiled helpers do" if loading is helpers else "the compiled program does"
+        raise LoadError(f"{what} not load: {_first_line(error)}") from error
+    cache.touch(helpers)
+    cache.touch(library)
+    return loaded
 
 
 def compile_program(
@@ -202,29 +220,37 @@ def compile_program(
     seeds: Seeds | None = None,
     exchange: Exchange | None = None,
 ) -> CompiledProgram:
-    """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason."""
+    """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason.
+
+    One that is in the cache and does not load is built again, once.
+    """
     key = cache_key(program, example, seeds)
-    loaded = _load(program, example, cache_dir, key, seeds, exchange)
-    if loaded is not None:
-        return loaded
+    with contextlib.suppress(LoadError):
+        loaded = _load(program, example, cache_dir, key, seeds, exchange)
+        if loaded is not None:
+            return loaded
     if any(tensor.device.type != "cpu" for tensor in _tensors(example)):
         raise CompileError("this tier compiles for the CPU only")
     if not native.has_compiler():
         raise CompileError(native.NO_COMPILER)
     with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
         try:
-            if _cached(cache_dir, native_key()) is None:
+            if cache.find(cache_dir, native_key()) is None:
                 helpers = Path(build_dir, "native.so")
                 native.build(helpers)
-                _keep(helpers, cache_dir, native_key())
-            _keep(_build(program, example, build_dir, seeds), cache_dir, key)
+                cache.keep(helpers, cache_dir, native_key(), _about("helpers of all programs"))
+            cache.keep(_build(program, example, build_dir, seeds), cache_dir, key, _about(_title(program, example)))
         except subprocess.CalledProcessError as error:
             raise CompileError(
                 f"{native.SOURCE.name} does not compile: {_first_line(RuntimeError(error.stderr or error))}"
             ) from error
         except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
             raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
-    loaded = _load(program, example, cache_dir, key, seeds, exchange)
+    try:
+        loaded = _load(program, example, cache_dir, key, seeds, exchange)
+    except LoadError as error:  # built here and now: another build would not load either
+        cache.refuse(cache_dir, key, str(error))
+        raise
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
     return loaded
@@ -290,15 +316,23 @@ class BackgroundCompile:
         cache_dir: Path,
         seeds: Seeds | None = None,
     ) -> None:
-        """Start it. Raises CompileError when the directory is not to be trusted, or the program cannot be told to a process."""
+        """Start it.
+
+        Raises CompileError when the directory is not to be trusted, the program cannot be told to a process, or it is known
+        that another process cannot build it.
+        """
         check_cache_dir(cache_dir)
         self._program, self._example, self._cache_dir, self._seeds = program, example, cache_dir, seeds
         self._key = cache_key(program, example, seeds)
-        outline = pytree.tree_map_only(Tensor, _outline, example)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            raise CompileError(cache.refusal(cache_dir, self._key).read_text(encoding="utf-8"))
         try:
-            job = pickle.dumps((program, outline, cache_dir, torch.get_num_threads(), seeds))
+            job = pack(program, example, seeds)
+            same = cache_key(*unpack(job)) == self._key
         except Exception as error:  # whatever the pickling of somebody's class may raise
             raise CompileError(_unreachable(error)) from error
+        if not same:
+            raise CompileError(_DIFFERS)
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
             stdin=subprocess.PIPE,
@@ -309,7 +343,7 @@ class BackgroundCompile:
         )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died is reported by poll
-            self._process.stdin.write(job)
+            self._process.stdin.write(pickle.dumps((job, self._key, cache_dir, torch.get_num_threads())))
             self._process.stdin.close()
 
     def poll(self) -> CompiledProgram | None:
@@ -336,17 +370,24 @@ def _serve() -> None:
     """What the other process runs: a job on stdin, the reason of a failure on stdout."""
     os.nice(5)  # training comes first
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
+    job, key, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
+    torch.set_num_threads(num_threads)
     try:
-        program, outline, cache_dir, num_threads, seeds = pickle.loads(sys.stdin.buffer.read())
+        program, example, seeds = unpack(job)
     except Exception as error:  # a class of a script, or a module that raises when it is imported again
         print(_unreachable(error))
         return
-    torch.set_num_threads(num_threads)
-    example = pytree.tree_map_only(_Outline, lambda o: torch.zeros(()).to(o.dtype).expand(o.shape).contiguous(), outline)
     try:
-        compile_program(program, example, cache_dir, seeds)
+        if cache_key(program, example, seeds) != key:  # it would be kept where nobody looks for it
+            cache.refuse(cache_dir, key, _DIFFERS)
+            print(_DIFFERS)
+        else:
+            compile_program(program, example, cache_dir, seeds)
     except CompileError as error:
         print(error)
+
+
+_DIFFERS = "the program looks different in the process that compiles; --compile on compiles it in the process that trains"
 
 
 def _unreachable(error: Exception) -> str:
@@ -355,20 +396,32 @@ def _unreachable(error: Exception) -> str:
     )
 
 
-class _Outline(tuple[Any, ...]):
-    """Shape and dtype of a contiguous tensor."""
+class _Outline(NamedTuple):
+    """A tensor but for its values."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self[1]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def _outline(tensor: Tensor) -> _Outline:
-    return _Outline((tuple(tensor.shape), tensor.dtype))
+def pack(program: Program, example: Example, seeds: Seeds | None) -> bytes:
+    """What another process needs to compile the program: all but the values of `example`. Raises what pickling it raises."""
+    outline = pytree.tree_map_only(Tensor, lambda x: _Outline(tuple(x.shape), x.stride(), x.dtype), example)
+    return pickle.dumps((program, outline, seeds))
+
+
+def unpack(job: bytes) -> tuple[Program, Example, Seeds | None]:
+    """(program, example, seeds) from `pack`; zeros in the example, laid out as its tensors were."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of pytree's own, when one of its descriptions is unpickled
+        program, outline, seeds = pickle.loads(job)
+    return program, pytree.tree_map_only(_Outline, _zeros, outline, is_leaf=lambda x: isinstance(x, _Outline)), seeds
+
+
+def _zeros(outline: _Outline) -> Tensor:
+    """A tensor like the one that `outline` is of."""
+    last = sum((size - 1) * stride for size, stride in zip(outline.shape, outline.stride, strict=True))
+    return torch.zeros(max(last + 1, 0), dtype=outline.dtype).as_strided(outline.shape, outline.stride)
 
 
 # The cache
@@ -388,36 +441,20 @@ def check_cache_dir(cache_dir: Path) -> None:
         raise CompileError(f"cache directory {cache_dir} must be owned by this user, with mode 0700")
 
 
-def _cached(cache_dir: Path, key: str) -> Path | None:
-    """The library under this key, if there is one and it is as it was written."""
-    for library in cache_dir.glob(f"{key}-*.so"):
-        if library.stem == f"{key}-{_digest(library.read_bytes())}":
-            return library
-        library.unlink(missing_ok=True)  # damaged: loading it could kill the process
-    return None
-
-
-def _keep(library: Path, cache_dir: Path, key: str) -> None:
-    """Move a new library to its place: atomic, a reader sees the whole file or none."""
-    os.replace(library, cache_dir / f"{key}-{_digest(library.read_bytes())}.so")
-
-
 def native_key() -> str:
     """Digest of all that shapes the helpers' library."""
     texts = [_digest(path.read_bytes()) for path in (native.SOURCE, Path(native.__file__))]  # what is built, and how
-    facts = (texts, torch.__version__, torch.version.git_version, _processor())
+    facts = (texts, _machine())
     return f"native-{_digest(repr(facts).encode())[:25]}"
 
 
 def cache_key(program: Program, example: Example, seeds: Seeds | None = None) -> str:
-    """Digest of all that shapes the program: sources, versions, the processor, threads, settings, layouts of tensors."""
+    """Digest of all that shapes the program: sources, the machine and its software, threads, settings, layouts of tensors."""
     example = _of_one_call(example, seeds)
     mapped = seeds is not None and seeds.per_call > 1
     facts = (
         (_sources(program, of_seed(example, 0) if mapped else example), mapped),
-        (torch.__version__, torch.version.git_version, sys.version),
-        (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()),
-        sorted(INDUCTOR_OPTIONS.items()),
+        (_machine(), torch.get_num_threads(), _inductor_settings()),
         (program.func.__qualname__, _describe(program.keywords)),
         _layout(_tensors(example)),
     )
@@ -431,8 +468,16 @@ def _describe(value: Any) -> Any:
         return (type(value).__qualname__, _describe(fields))
     if isinstance(value, Tensor):
         return (tuple(value.shape), str(value.dtype), _digest(value.detach().cpu().contiguous().numpy().tobytes()))
+    if isinstance(value, np.ndarray):
+        return (value.shape, value.dtype.str, _digest(np.ascontiguousarray(value).tobytes()))
     if isinstance(value, Mapping):
         return [(key, _describe(value[key])) for key in sorted(value)]
+    if isinstance(value, list | tuple):
+        return [_describe(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(_describe(item)) for item in value)
+    if isinstance(value, functools.partial):
+        return [_describe(part) for part in (value.func, value.args, value.keywords)]
     if callable(value) and hasattr(value, "__qualname__"):
         return (value.__module__, value.__qualname__)
     if isinstance(value, torch.nn.Module):  # its graph is told beside it, and its weights are no part of the program
@@ -488,6 +533,53 @@ def _environment_graph(program: Program, example: Example) -> str:
 def _graph_text(graph: torch.fx.GraphModule) -> str:
     constants = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
     return f"{graph.code}{_describe(constants)}"
+
+
+def _machine() -> tuple[Any, ...]:
+    """What a library depends on beside its source: torch, Python, the processor, the C and C++ libraries, the compiler."""
+    return (
+        (torch.__version__, torch.version.git_version, sys.version),
+        (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability()),
+        (platform.libc_ver(), platform.mac_ver()[0], _cpp_library()),
+        (native.compiler(), _compiler_version(native.compiler())),
+        [(name, os.environ.get(name)) for name in _COMPILER_VARIABLES],
+    )
+
+
+def _inductor_settings() -> tuple[Any, ...]:
+    """Ours, and those of the environment."""
+    names = [name for name in os.environ if name.startswith(_INDUCTOR_VARIABLES) and name != "TORCHINDUCTOR_CACHE_DIR"]
+    return sorted(INDUCTOR_OPTIONS.items()), [(name, os.environ[name]) for name in sorted(names)]
+
+
+@functools.cache
+def _cpp_library() -> str:
+    """The C++ library that this process has loaded, with its version: libstdc++.so.6.0.30. "" where that is not told."""
+    with contextlib.suppress(OSError):
+        names = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        return " ".join(sorted(name for name in names if name.startswith(("libstdc++.so", "libc++.so"))))
+    return ""
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    """The first line of what it says of itself; "" where there is none."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=10)
+        return told.stdout.partition("\n")[0]
+    return ""
+
+
+def _about(title: str) -> dict[str, str]:
+    """For the list of what is in the cache."""
+    return {"program": title, "torch": str(torch.__version__)}
+
+
+def _title(program: Program, example: Example) -> str:
+    """`learn of MLPActorCritic, 9,155 parameters`."""
+    name = program.func.__name__.removesuffix("_from_params")
+    policy = type(program.keywords["policy"]).__name__
+    return f"{name} of {policy}, {example[0].shape[-1]:,} parameters"
 
 
 def _processor() -> str:

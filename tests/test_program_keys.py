@@ -1,0 +1,214 @@
+"""The key of a program: the same in the process that trains and in the one that compiles, and another for another program."""
+
+import dataclasses
+import functools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from runs import tiny
+from test_compilation import CATEGORICAL_POLICY, job
+
+from fastppo import train
+from fastppo.core import cache, compilation, native
+from fastppo.core.compilation import BackgroundCompile, CompileError, cache_key, native_key, pack, unpack
+from fastppo.policy.distributions import CATEGORICAL
+from fastppo.policy.networks import MLPActorCritic
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
+
+ANY_SPACES = {"env_id": "environments:AnySpacesVector-v0", "cnn_size": 8}
+CONFIGURATIONS = [
+    {},
+    {"norm_obs": True, "norm_reward": True},
+    {"num_envs": 1, "num_steps": 32},
+    {"env_id": "environments:Walk-v0", "vectorization": "sync"},
+    {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "SameStep"}},
+    {"rnn": "lstm", "num_minibatches": 2},
+    {"rnn": "gru", "num_minibatches": 1, "env_id": "environments:WalkVector-v0"},
+    {"backend": "torch"},
+    {"backend": "torch", "env_id": "Pendulum-v1", "rnn": "gru", "num_minibatches": 2},
+    {"env_id": "environments:MaskedIdentity-v0"},
+    {**ANY_SPACES, "env_kwargs": {"observation": "masked", "action": "multi-discrete"}},
+    {**ANY_SPACES, "env_kwargs": {"observation": "image (C, H, W)"}},
+    {**ANY_SPACES, "env_kwargs": {"observation": "nested"}},
+    {**ANY_SPACES, "env_kwargs": {"observation": "nested"}, "rnn": "lstm", "num_minibatches": 2},
+]
+
+
+def jobs_of(tmp_path, **settings):
+    """The programs of a run as `train` hands them to whoever compiles."""
+
+    class Captured(Exception):
+        pass
+
+    def capture(mode, jobs, *_):
+        captured.update(jobs)
+        raise Captured
+
+    captured = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastppo.loop.Tiers", capture)
+        with pytest.raises(Captured):
+            train(tiny(tmp_path, check_env=False, **{"num_steps": 4, **settings}))
+    assert len(captured) == 2
+    return captured
+
+
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("settings", CONFIGURATIONS, ids=lambda settings: "-".join(map(str, settings.values()))[:60])
+def test_both_processes_know_a_program_by_one_key(tmp_path, settings, num_seeds):
+    """What the compiler's process is told has the key under which the training process looks for the result.
+
+    With several seeds `act` takes observations whose strides are those of a whole rollout; a program that lost them on its way
+    was compiled for others, kept under another key, and compiled again in every run.
+    """
+    settings = settings if num_seeds == 1 else {**settings, "num_seeds": num_seeds}
+    for one in jobs_of(tmp_path / "run", **settings).values():
+        told = unpack(pack(one.program, one.example, one.seeds))
+        assert cache_key(*told) == cache_key(one.program, one.example, one.seeds)
+
+
+@hypothesis.settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@hypothesis.given(
+    shape=st.lists(st.integers(0, 4), max_size=4),
+    strides=st.lists(st.integers(0, 30), min_size=4, max_size=4),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool, torch.bfloat16]),
+)
+def test_a_tensor_keeps_its_layout_on_the_way(shape, strides, dtype):
+    """Any shape and strides: slices, transposed and expanded tensors, empty ones, and None beside them."""
+    tensor = torch.zeros(4 * 4 * 30 + 1, dtype=dtype).as_strided(shape, strides[: len(shape)])
+    _, (there, nothing), _ = unpack(pack(functools.partial(len), (tensor, None), None))
+    assert nothing is None
+    assert (there.shape, there.stride(), there.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Restless(MLPActorCritic):
+    """A policy that is another one whenever it has been pickled."""
+
+    def __reduce__(self):
+        return Restless, (self.obs_size, self.action_size, self.distribution, (*self.hidden_sizes, 1))
+
+
+def test_a_program_that_changes_on_its_way_is_not_built(tmp_path, monkeypatch):
+    """The result would be kept where nobody looks for it: said at once, in a line, and no process is started."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(subprocess, "Popen", None)
+    program, example = job(CATEGORICAL_POLICY)
+    policy = Restless(4, 3, CATEGORICAL, (16, 16))
+    with pytest.raises(CompileError, match=r"looks different in the process that compiles; --compile on [^\n]*$"):
+        BackgroundCompile(functools.partial(program, policy=policy), example, tmp_path)
+
+
+def served(monkeypatch, capsys, tmp_path, key):
+    """What the compiler's process answers to a job that should have this key."""
+    program, example = job(CATEGORICAL_POLICY)
+    sent = compilation.pickle.dumps((pack(program, example, None), key, tmp_path, 1))
+    monkeypatch.setattr(compilation.sys, "stdin", type("", (), {"buffer": type("", (), {"read": staticmethod(lambda: sent)})}))
+    monkeypatch.setattr(compilation.os, "nice", lambda _: None)
+    monkeypatch.setattr(compilation.signal, "signal", lambda *_: None)
+    built = []
+    monkeypatch.setattr(compilation, "compile_program", lambda *args: built.append(args))
+    compilation._serve()
+    return built, capsys.readouterr().out
+
+
+def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypatch, capsys):
+    """The process that compiles builds nothing under a key that is not its own; the next run does not start one for it."""
+    tmp_path.chmod(0o700)
+    program, example = job(CATEGORICAL_POLICY)
+    key = cache_key(program, example)
+    built, told = served(monkeypatch, capsys, tmp_path, key)
+    assert (len(built), told) == (1, "")
+    monkeypatch.setattr(compilation, "_processor", lambda: "another one")
+    built, told = served(monkeypatch, capsys, tmp_path, key)
+    assert built == []
+    assert "looks different" in told
+    monkeypatch.undo()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    with pytest.raises(CompileError, match="looks different"):
+        BackgroundCompile(program, example, tmp_path)
+    cache.clear(tmp_path)
+    with pytest.raises(TypeError):  # it would start one again
+        BackgroundCompile(program, example, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(compilation.platform, "libc_ver", lambda: ("glibc", "1.0")),
+        lambda patch: patch.setattr(compilation, "_cpp_library", lambda: "libstdc++.so.6.0.1"),
+        lambda patch: patch.setenv("CXX", "some-compiler"),
+        lambda patch: patch.setattr(compilation, "_compiler_version", lambda _: "g++ 1.0"),
+        lambda patch: patch.setenv("CPATH", "/somewhere"),
+        lambda patch: patch.setattr(compilation.sys, "version", "3.99"),
+        lambda patch: patch.setattr(torch, "__version__", "99.0"),
+        lambda patch: patch.setattr(compilation, "_processor", lambda: "another one"),
+        lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
+    ],
+    ids=["glibc", "libstdc++", "CXX", "compiler", "CPATH", "python", "torch", "processor", "instructions"],
+)
+def test_what_a_library_depends_on_is_in_both_keys(monkeypatch, change):
+    """Of programs and of their helpers: after an upgrade they are built anew, not loaded."""
+    program, example = job(CATEGORICAL_POLICY)
+    before = cache_key(program, example), native_key()
+    change(monkeypatch)
+    assert not {*before} & {cache_key(program, example), native_key()}
+
+
+def test_the_settings_of_inductor_are_in_the_key(monkeypatch):
+    """That is, its variables; the directory that it works in is none."""
+    program, example = job(CATEGORICAL_POLICY)
+    before = cache_key(program, example)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    assert cache_key(program, example) == before
+    monkeypatch.setenv("TORCHINDUCTOR_CPP_ENABLE_UNSAFE_MATH_OPT_FLAG", "1")
+    assert cache_key(program, example) != before
+
+
+def test_a_compiler_that_cannot_be_asked_is_no_fault(monkeypatch):
+    """A missing one, and one that fails, have no version."""
+    assert compilation._compiler_version("no-such-compiler-anywhere") == ""
+    assert compilation._compiler_version(sys.executable).startswith("Python")
+    monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
+    assert len(native_key()) > len("native-")
+    assert native.compiler() == "no-such-compiler-anywhere"
+
+
+class Plain:
+    def __init__(self, value):
+        self.value = value
+
+
+def function(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([torch.zeros(2000)], [torch.cat((torch.zeros(1000), torch.ones(1), torch.zeros(999)))]),
+        ((np.zeros(2000), 1), (np.eye(1, 2000, 1000)[0], 1)),
+        ([Plain(1)], [Plain(2)]),
+        ({"a": (Plain(torch.zeros(3)),)}, {"a": (Plain(torch.ones(3)),)}),
+        (functools.partial(function, 1), functools.partial(function, 2)),
+        ({"x", "y"}, {"x", "z"}),
+    ],
+    ids=["tensors", "arrays", "objects", "nested", "partial", "set"],
+)
+def test_a_setting_is_described_by_what_it_is(one, other):
+    """Not by its address, nor by a text that leaves out the middle of an array: equal ones alike, others apart."""
+    copied = compilation.pickle.loads(compilation.pickle.dumps(one))
+    assert compilation._describe(copied) == compilation._describe(one)
+    assert compilation._describe(other) != compilation._describe(one)
+
+
+def test_a_set_is_described_whatever_its_order():
+    """Which depends on how it was made, and for texts on the process's seed of hashes."""
+    one, other = frozenset([0, 8]), frozenset([8, 0])
+    assert list(one) != list(other)
+    assert compilation._describe(one) == compilation._describe(other)
