@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.errors import NoAnswer, UsageError, brief
+from fastppo.random_streams import Stream, seed_of
 
 STEPS = 32  # random ones, at most
 SECONDS = 0.5  # after which no more are begun; gymnasium's checker is left out where it would take longer
@@ -352,8 +353,8 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool) -> _Time
 
     single = envs.envs.single_action_space
     actions = batch_space(single, envs.num_envs)
-    actions.seed(SEED)
-    rng = np.random.default_rng(SEED)
+    actions.seed(seed_of(SEED, Stream.CHECK_ACTIONS))
+    rng = np.random.default_rng(seed_of(SEED, Stream.CHECK_MASKS))
     done, masked, step_seconds = np.zeros(envs.num_envs, bool), False, 0.0
     for _ in range(STEPS):
         in_obs = obs.get("action_mask") if isinstance(obs, Mapping) else None
