@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass
 
+import gymnasium as gym
 import pytest
 import torch
 from fake_gpu import fake_gpus
@@ -20,7 +21,7 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
 from fastppo.preparation import make_jobs, prepare
 from fastppo.ranks import Ranks
-from fastppo.rollout import allocate_rollout
+from fastppo.rollout import Memory, allocate_rollout, start_collector
 from fastppo.state import normalization_of
 
 HOST = {"env_id": "CartPole-v1", "vectorization": "sync"}
@@ -29,6 +30,9 @@ CONTINUOUS = {"env_id": "Pendulum-v1", "vectorization": "sync", "norm_obs": True
 ANY = {"env_id": "environments:AnySpacesVector-v0"}
 DICT = {**ANY, "env_kwargs": {"observation": "masked", "action": "multi-discrete"}}
 IMAGES = {**ANY, "env_kwargs": {"observation": "image (C, H, W)"}}
+
+
+gym.register("OnTensors-v0", vector_entry_point=lambda num_envs: TorchVectorEnv(CartPole(), num_envs))
 
 
 class Module(nn.Module):
@@ -90,7 +94,7 @@ CASES = {
 
 
 def example_of(task):
-    """What `learn` takes, and noise for all steps, as loop.py makes them."""
+    """What `learn` takes, noise for all steps, the rollout and the memory, as loop.py makes them."""
     config, device, seeds = task.config, task.device, len(task.states) if task.several else None
     memory = task.network.memory_size
     keeps_final_obs = task.envs.keeps_final_obs
@@ -101,6 +105,7 @@ def example_of(task):
     lead = () if seeds is None else (seeds,)
     if memory:
         tensors["memory"] = torch.zeros(*lead, task.local.num_envs, memory, device=device)
+    remembered = Memory(tensors["memory"]) if memory else None
     each = [(s.params, s.adam, normalization_of(s), schedule_at(0.0, config, device)) for s in task.states]
     params, adam, normalization, schedule = each[0] if seeds is None else stack(each)
     units = task.local.batch_size // config.rows_per_unit
@@ -110,7 +115,7 @@ def example_of(task):
     noise = task.ranks.share(noise, 1).contiguous()
     if seeds is not None:
         noise = torch.stack([noise] * seeds, 0 if task.on_device else 1)
-    return (params, adam, tensors, permutation, schedule, normalization), noise
+    return (params, adam, tensors, permutation, schedule, normalization), noise, rollout, remembered
 
 
 @contextlib.contextmanager
@@ -145,7 +150,7 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     monkeypatch.setattr("fastppo.preparation.MIN_WORKER_ROWS", 1)
     expected = torch.device("cuda", 1 if ranks else 0)
     with prepared(settings, policy) as (task, _):
-        example, noise = example_of(task)
+        example, noise, _, _ = example_of(task)
         jobs = make_jobs(task, example, noise)
         chosen = tiers.Tiers("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
@@ -159,6 +164,30 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
             for ours, theirs in zip(tree_leaves(tuple(captured.results)), tree_leaves(tuple(results)), strict=True):
                 assert isinstance(ours, Tensor)
                 assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, expected)
+
+
+PYTHON = {"env_id": "OnTensors-v0", "backend": "gymnasium"}
+COLLECTED = {name: case for name, (case, _) in CASES.items() if case.get("backend") == "torch"}
+COLLECTED |= {"tensors of the CPU": PYTHON, "tensors of the CPU, memory": {**PYTHON, "rnn": "gru"}}
+
+
+@pytest.mark.parametrize("case", COLLECTED)
+def test_rollouts_are_filled_on_the_gpu(case, monkeypatch):
+    """By one program, or step by step from tensors of the CPU: no step mixes devices, and a second rollout goes on from it."""
+    if case.startswith("ranks"):
+        monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
+    with prepared(COLLECTED[case], None) as (task, _), torch.no_grad():
+        example, noise, rollout, memory = example_of(task)
+        chosen = tiers.Tiers("off", make_jobs(task, example, noise), 1, print, task.ranks)
+        seed = [1, 2, 3][: task.config.num_seeds] if task.several else 1
+        collector = start_collector(task.envs, rollout, task.obs, task.action, seed, memory)
+        for cut in (False, True):
+            collector.collect(chosen.act(example[-1]), noise, cut)
+        assert {x.device for x in rollout.values()} == {task.device}
+        states = collector.state_dicts()
+        if task.on_device:
+            collector.load_state_dicts(states)
+            assert {x.device for x in tree_leaves(task.made.running)} == {task.device}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from runs import tiny
-from test_fake_gpu import PretendedRanks
+from test_fake_gpu import PretendedRanks  # registers OnTensors-v0 too
 
 from fastppo import load_policy, train
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -43,7 +44,6 @@ class OneGenerator(gym.vector.VectorEnv):
 
 
 gym.register("OneGenerator-v0", vector_entry_point=OneGenerator)
-gym.register("OnTensors-v0", vector_entry_point=lambda num_envs: TorchVectorEnv(CartPole(), num_envs))
 
 
 @pytest.fixture
@@ -113,6 +113,21 @@ def test_evaluation_on_the_device(tmp_path, seeded):
         record_episodes(policy, tiny(tmp_path), tmp_path / "video", ".gif", 2, 0, False)
     assert_no_two_equal(seeded.torch)
     assert len(seeded.torch) == 3 * 2 + 2
+
+
+def test_a_run_that_goes_on_on_another_device(tmp_path, seeded):
+    """Its generators start anew, from numbers that no generator of the run has had."""
+    config = tiny(tmp_path / "run", **DEVICE)
+    train(config)
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    kept = torch.load(path, weights_only=True)
+    kept["made_with"]["device"] = "cuda:0"
+    torch.save(kept, path)
+    before = set(seeded.torch)
+    train(replace(config, resume=config.run_dir, num_iterations=6))
+    new = [seed for seed in seeded.torch if seed not in before]
+    assert_no_two_equal(new)
+    assert len(new) == 3  # of actions, minibatches and environments
 
 
 def test_recorded_episodes(tmp_path, seeded):
