@@ -261,7 +261,6 @@ class AgentRun:
         policy: ModuleFactory | None,
         envs: VectorEnv | None,
         evaluates: bool,
-        seed: int,
     ) -> TrainResult:
         """The last checkpoint, the summary, the picture, and the evaluation of the best policy.
 
@@ -269,7 +268,7 @@ class AgentRun:
             about: the part of the summary that is about how it was made.
             stopped_by: a signal's name.
             policy, envs: as `train` was given them.
-            evaluates: whether to evaluate, with `seed`.
+            evaluates: whether to evaluate.
 
         Raises:
             TrainingFault: the results cannot be written.
@@ -302,7 +301,7 @@ class AgentRun:
                 plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
             agent = load_policy(directory.path, policy=policy)
             if config.eval_episodes and evaluates:
-                result = evaluate_config(agent, config, config.eval_episodes, seed, envs=envs)
+                result = evaluate_config(agent, config, config.eval_episodes, config.seed, envs=envs)
                 summary |= {f"eval_{key}": value for key, value in result.items()}
                 directory.write_json(directory.summary, summary)
                 mean, std = result["return_mean"], result["return_std"]

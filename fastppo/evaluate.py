@@ -20,6 +20,7 @@ from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import Deadline
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, environment_fault
+from fastppo.random_streams import Stream, environment_seed, seed_of
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -81,9 +82,9 @@ def evaluate(agent: "Agent", envs: AutoresetEnvs, episodes: int, seed: int, dete
     returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
     running, length = np.zeros(envs.num_envs), np.zeros(envs.num_envs, np.int64)
     valid = np.ones(envs.num_envs, bool)
-    agent.seed(seed)
+    agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
     agent.reset()
-    obs, mask = envs.reset_and_mask(seed)
+    obs, mask = envs.reset_and_mask(environment_seed(seed, Stream.EVALUATION_ENVIRONMENTS))
     while any(len(played) < wanted for played, wanted in zip(returns, quota, strict=True)):
         step = envs.step(agent.act(obs, deterministic, mask))
         obs, mask = step.obs, step.action_mask
@@ -166,9 +167,9 @@ def show_episodes(agent: "Agent", config: TrainConfig, episodes: int, seed: int,
     from fastppo.video import check_display, play, window
 
     check_display()
-    agent.seed(seed)
+    agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
     with _drawn(config) as envs, window(config.env_id, frames_per_second(envs)) as show:
-        seeds = [seed, *[None] * (episodes - 1)]
+        seeds = [environment_seed(seed, Stream.EVALUATION_ENVIRONMENTS), *[None] * (episodes - 1)]
         returns = [play(agent, envs, show, first, deterministic, EPISODE_LIMIT)[0] for first in seeds]
     return _report(returns)
 
@@ -180,10 +181,11 @@ def record_episodes(
     from fastppo.video import record
 
     paths = [name.with_name(f"{name.name}-episode-{index}{suffix}") for index in range(episodes)]
-    agent.seed(seed)
+    agent.seed(seed_of(seed, Stream.VIDEO_ACTIONS))
+    seeds = [environment_seed(seed, Stream.VIDEO_ENVIRONMENT), *[None] * (episodes - 1)]
     with _drawn(config) as envs:
-        for index, path in enumerate(paths):
-            total, steps = record(agent, envs, path, None if index else seed, deterministic, EPISODE_LIMIT)
+        for path, first in zip(paths, seeds, strict=True):
+            total, steps = record(agent, envs, path, first, deterministic, EPISODE_LIMIT)
             print(f"{path}: return {total:.4g} in {steps} steps")
     return paths
 

@@ -20,6 +20,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from fastppo import random_streams
 from fastppo.agent_run import AgentRun, TrainResult, make_directory, reopen, schedule_at, share_environments
 from fastppo.callbacks import Callback
 from fastppo.config import TrainConfig
@@ -27,10 +28,12 @@ from fastppo.core.minibatches import draw_permutation
 from fastppo.core.modes import plain
 from fastppo.core.seeds import of_seed, stack
 from fastppo.envs.autoreset import ResetSeed
+from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import RankLost, TrainingFault
 from fastppo.policy.networks import ModuleFactory
 from fastppo.preparation import Task, make_jobs, prepare
 from fastppo.presets import describe
+from fastppo.random_streams import Stream
 from fastppo.ranks import Ranks, checked
 from fastppo.reproducibility import guarantees, versions
 from fastppo.rollout import STEP_KEYS, Collector, Memory, Outcomes, allocate_rollout, start_collector
@@ -242,11 +245,7 @@ def _train(
         for run in runs:
             with contextlib.suppress(TrainingFault):
                 run.checkpoints.finish(run.state)
-    results = [
-        run.finish(about, stop.name, policy, given, not stop.received, own["evaluation"])
-        for run, own in zip(runs, task.seeds, strict=True)
-        if run.fault is None
-    ]
+    results = [run.finish(about, stop.name, policy, given, not stop.received) for run in runs if run.fault is None]
     failed = [run for run in runs if run.fault is not None]
     if top is not None and results:
         result = keep_joint(top, config, results, [run.config.seed for run in failed], display.note)
@@ -370,15 +369,16 @@ def tensors_of(outcomes: Outcomes, device: torch.device) -> dict[str, Tensor]:
 
 def environment_seed(seed: int, iteration: int) -> int:
     """Seed of the environments of a run that starts, or goes on, at `iteration`."""
-    return int(np.random.SeedSequence([seed, iteration]).generate_state(1)[0]) % 2**31
+    return random_streams.environment_seed(seed, Stream.ENVIRONMENTS, iteration)
 
 
 def environment_seeds(task: Task, runs: Sequence[AgentRun]) -> ResetSeed:
     """What the environments are reset with where the runs start, go on or restart: of several, one each.
 
-    Of several processes' the i-th one has seed + i, as in one process. Those on the device draw what those of all draw.
+    Of several processes' the i-th one has seed + i, as in one process. Functions on tensors draw what those of all draw.
     """
-    offset = 0 if task.on_device else task.ranks.rank * task.local.num_envs
+    draws_for_all = isinstance(task.made.unwrapped, TorchVectorEnv)
+    offset = 0 if draws_for_all else task.ranks.rank * task.local.num_envs
     each = [environment_seed(run.config.seed, run.state.iteration) + offset for run in runs]
     return each if len(runs) > 1 else each[0]
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
@@ -23,6 +22,7 @@ from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.modes import plain, under
 from fastppo.core.programs import obs_of
 from fastppo.core.seeds import Seeds, one_by_one, over_seeds
+from fastppo.devices import resolved
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import engine_name, make_envs
@@ -37,6 +37,7 @@ from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ModuleFactory, ModulePolicy, Network
 from fastppo.policy.recurrent import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
+from fastppo.random_streams import Stream, seed_of
 from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
 from fastppo.reproducibility import made_with, versions
 from fastppo.rollout import env_step_of, pack, states_of
@@ -60,7 +61,6 @@ class Task:
     config: TrainConfig  # of all seeds and processes
     local: TrainConfig  # of this process's part: N / K environments, M / K rows of a minibatch
     configs: tuple[TrainConfig, ...]  # of each seed's own run
-    seeds: tuple[Mapping[str, int], ...]  # of the generators, of each seed
     ranks: Ranks
     device: torch.device
     envs: AutoresetEnvs
@@ -136,9 +136,12 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     device = choose_device(config.device)
     if config.track is not None:
         check_installed(config.track)
+    if device.type == "cuda":  # the current GPU is where programs are captured; afterwards it is the caller's again
+        cleanup.callback(torch.cuda.set_device, torch.cuda.current_device())
+        torch.cuda.set_device(resolved(device))
     ranks = start_ranks(device, TIMEOUT_SECONDS + (config.env_timeout or ENDLESS_SECONDS))
     cleanup.callback(ranks.close)
-    device = torch.device(ranks.device) if ranks.size > 1 else device
+    device = resolved(ranks.device if ranks.size > 1 else device)
     with checked(ranks):
         check_same(config, ranks.agree(config), ranks)
     config, note = with_strata(config, ranks)
@@ -155,10 +158,10 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
             config = named_after(given, config)
         if made.num_envs != config.num_seeds * local.num_envs:
             raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-        if isinstance(made, TorchVectorEnv):
-            made.share = (ranks.rank, ranks.size)
-            if made.device != device:
-                raise UsageError(f"--device {device}: the environments given are on {made.device}")
+        if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium has it in a wrapper
+            made.unwrapped.share = (ranks.rank, ranks.size)
+        if isinstance(made, TorchVectorEnv) and made.device != device:
+            raise UsageError(f"--device {device}: the environments given are on {made.device}")
         action = action_spec(made.single_action_space, config.squash_actions)
         obs = obs_spec(made.single_observation_space, info_mask_size(envs), action)
         findings = []
@@ -169,22 +172,18 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         drawn = make_recorded(config, given, deadline)
         cleanup.callback(drawn.close)
     configs = of_each_seed(config)
-    seeds = [derive_seeds(own.seed) for own in configs]
     with plain():
-        networks = [
-            make_network(obs, action, own, policy, numbers["parameters"]) for own, numbers in zip(configs, seeds, strict=True)
-        ]
+        networks = [make_network(obs, action, own, policy, seed_of(own.seed, Stream.PARAMETERS)) for own in configs]
         network = networks[0]
         if not all(alike(network, other) for other in networks[1:]):
             raise UsageError(
                 "policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one"
             )
-        workers = choose_workers(local, obs)
+        workers = choose_workers(local, obs) if device.type == "cpu" else 1
         torch.set_num_threads(choose_threads(local, network))  # before the first parallel operation, in `init`
-        of_seeds = zip(configs, networks, seeds, strict=True)
-        states = [init_state(own, of_seed, obs, device, numbers) for own, of_seed, numbers in of_seeds]
+        states = [init_state(own, of_seed, obs, device) for own, of_seed in zip(configs, networks, strict=True)]
     if isinstance(made, TorchVectorEnv):
-        made.reset(seed=0)  # for the form of its state; start_collector resets it again
+        made.reset()  # for the form of its state; start_collector resets it again, with a seed
         if config.resume:
             for state, environments in zip(states, states_of(made, nothing_remembered(network, made)), strict=True):
                 state.environments = gather_environments(environments, ranks)
@@ -192,7 +191,6 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         config=config,
         local=local,
         configs=tuple(configs),
-        seeds=tuple(seeds),
         ranks=ranks,
         device=device,
         envs=envs,
@@ -314,9 +312,9 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         example: arguments of `learn`. noise: of a whole rollout, as the collector takes it.
     """
     config, network, obs, action, made = task.local, task.network, task.obs, task.action, task.made
-    workers, ranks = task.workers, task.ranks
     params, _, rollout, *_, normalization = example
     on_cpu = params.device.type == "cpu"
+    workers, ranks = task.workers if on_cpu else 1, task.ranks  # a graph on a GPU has no threads to share its rows out to
     learn = partial(programs.learn, policy=network, **learn_settings(config))
     if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
         learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
@@ -350,11 +348,15 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         return {**jobs, "act": Job(under(mode, eager), act, act_example)}
 
     # Small operations of all seeds as one: an eager update of ten takes 21 ms a seed instead of 36. A compiled one gains none
-    # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain.
+    # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain. On a
+    # GPU it is the eager program that is captured.
     mapped = not isinstance(network, ModulePolicy) and not obs.has_images
     over = over_seeds if mapped else partial(one_by_one, number=number)
     eager_learn = partial(learn, grad_and_aux=functional_grad_and_aux) if mapped else learn
-    jobs = {"learn": Job(over(eager_learn), fast_learn, example, Seeds(number, 1, workers))}
+    if not on_cpu:
+        fast_learn = eager_learn
+    at_once = 1 if on_cpu or not mapped else number
+    jobs = {"learn": Job(over(eager_learn), fast_learn, example, Seeds(number, at_once, workers))}
     if isinstance(made, TorchVectorEnv):
         collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
         each = Seeds(number, -(-number // workers) if mapped else 1, workers)
@@ -418,10 +420,3 @@ def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
     most = min(cores, config.rows_per_minibatch // MIN_WORKER_ROWS)
     units = config.rows_per_minibatch // config.rows_per_unit
     return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and units % k == 0)
-
-
-def derive_seeds(seed: int) -> dict[str, int]:
-    """Independent streams from one seed: each random generator has its own."""
-    names = ("parameters", "actions", "minibatches", "evaluation")
-    numbers = np.random.SeedSequence(seed).generate_state(len(names))
-    return {name: int(number) % 2**31 for name, number in zip(names, numbers, strict=True)}

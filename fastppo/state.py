@@ -21,6 +21,7 @@ from fastppo.policy.agent import checked, moments_from_state, policy_state, weig
 from fastppo.policy.networks import Network
 from fastppo.policy.normalization import RunningMoments, init_moments, inverse_std, make_normalization
 from fastppo.policy.spaces import ActionSpec, ObsSpec
+from fastppo.random_streams import Stream, seed_of
 from fastppo.run.checkpoint import FORMAT
 from fastppo.run.episodes import EpisodeStatistics
 
@@ -45,11 +46,10 @@ class TrainState:
     environments: dict[str, Any] | None = None  # as they stood when this was kept, where they can tell
 
 
-def init_state(
-    config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device, seeds: Mapping[str, int]
-) -> TrainState:
+def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device) -> TrainState:
     """Fresh parameters and statistics."""
-    params = network.init(torch.Generator("cpu").manual_seed(seeds["parameters"])).to(device)
+    params = network.init(torch.Generator("cpu").manual_seed(seed_of(config.seed, Stream.PARAMETERS))).to(device)
+    drawn_from = {"actions": Stream.ACTIONS, "minibatches": Stream.MINIBATCHES}
     return TrainState(
         params=params,
         adam=init_adam(params),
@@ -58,7 +58,9 @@ def init_state(
         return_carry=torch.zeros(config.num_envs, dtype=torch.float32, device=device),
         return_mean=torch.zeros((), dtype=torch.float32, device=device),
         return_std=torch.ones((), dtype=torch.float32, device=device),
-        generators={name: torch.Generator(device).manual_seed(seeds[name]) for name in ("actions", "minibatches")},
+        generators={
+            name: torch.Generator(device).manual_seed(seed_of(config.seed, stream)) for name, stream in drawn_from.items()
+        },
         episodes=EpisodeStatistics(config.num_envs),
     )
 
@@ -159,7 +161,7 @@ def load_state(
         else:  # another kind of generator; other numbers than those of the start, which have been used
             lost.append(f"random numbers start anew, since those of {made_on} cannot go on on {device}")
             for generator in state.generators.values():
-                generator.manual_seed(generator.initial_seed() + state.iteration)
+                generator.manual_seed(seed_of(generator.initial_seed(), Stream.CONTINUED, state.iteration))
     except UsageError:
         raise
     except Exception as error:  # what the checks let pass, torch refuses as it pleases

@@ -31,6 +31,7 @@ from fastppo.config import TrainConfig, flag
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.random_streams import Stream, seed_of
 from fastppo.run.display import duration, number
 from fastppo.run.files import file_name, lock_directory, replace_file
 from fastppo.run.metrics import read_rows
@@ -309,9 +310,10 @@ def open_study(directory: Path, asked: dict[str, Any], trials: int) -> "optuna.S
         study.set_user_attr(name, value)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    # a seed of its own each time: the same one would draw what has been tried
+    # a seed of its own each time: the same one would draw what has been tried; of 32 bits, as numpy's RandomState takes it
+    sampler_seed = seed_of(len(study.trials), Stream.SWEEP_SAMPLER) % 2**32
     study.sampler = optuna.samplers.TPESampler(
-        n_startup_trials=min(10, max(trials // 4, 5)), seed=len(study.trials), constant_liar=True
+        n_startup_trials=min(10, max(trials // 4, 5)), seed=sampler_seed, constant_liar=True
     )
     return study
 

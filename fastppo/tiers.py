@@ -28,7 +28,7 @@ from fastppo.core.compilation import (
 )
 from fastppo.core.modes import bound
 from fastppo.core.programs import Learned, Normalization
-from fastppo.core.seeds import Seeds, over_seeds
+from fastppo.core.seeds import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
@@ -197,7 +197,11 @@ class Tiers:
     def _capture(self) -> None:
         """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""
         for name, job in self._jobs.items():
-            self._compiled[name] = GraphedProgram(over_seeds(job.program) if job.seeds else job.program, job.example)
+            program: Callable[..., Any] = job.program
+            if job.seeds is not None:
+                number, at_once, _ = job.seeds
+                program = over_seeds(job.program) if at_once > 1 else one_by_one(job.program, number)
+            self._compiled[name] = GraphedProgram(program, job.example)
         self.name = "cuda-graph"
 
     def _adopt(self, name: str, program: CompiledProgram) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from fastppo.callbacks import Callback, View
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, environment_fault
+from fastppo.random_streams import Stream, environment_seed
 
 if TYPE_CHECKING:
     from fastppo.envs.drawn import Frame
@@ -202,8 +203,8 @@ def record(
 class Recorder(Callback):
     """--record-every K: after every K-th iteration the policy plays one episode, which becomes a video in the run directory.
 
-    The environment is another than those trained on, always starts from the run's seed, and the policy takes its likeliest
-    actions: no generator of the run is touched. What fails costs a line.
+    The environment is another than those trained on, starts each video from the same seed, which is nobody else's, and the
+    policy takes its likeliest actions: no generator of the run is touched. What fails costs a line.
     """
 
     def __init__(self, envs: AutoresetEnvs, every: int, note: Callable[[str], None]) -> None:
@@ -220,7 +221,8 @@ class Recorder(Callback):
             return
         path = run.run_dir / "videos" / f"step-{run.global_step}{self.suffix}"
         try:
-            total, steps = record(run.policy(), self.envs, path, run.config.seed, True, RECORD_STEPS)
+            seed = environment_seed(run.config.seed, Stream.RECORDED_ENVIRONMENT)
+            total, steps = record(run.policy(), self.envs, path, seed, True, RECORD_STEPS)
         except UsageError as error:
             self.note(f"no video of this iteration: {error}")
         except ENVIRONMENT_ERRORS as error:

@@ -58,7 +58,7 @@ def test_training_on_the_gpu(env_id, backend, tmp_path):
     ]
     assert console(flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["device"], summary["tier"]) == ("cuda", "cuda-graph")
+    assert (summary["device"], summary["tier"]) == ("cuda:0", "cuda-graph")
 
 
 @pytest.mark.parametrize(("mode", "final"), KINDS)

@@ -14,7 +14,8 @@ from environments import Failing
 
 from fastppo.envs import grouped
 from fastppo.loop import environment_seed
-from fastppo.preparation import derive_seeds
+from fastppo.random_streams import Stream
+from fastppo.random_streams import environment_seed as seed_of_environments
 from fastppo.train import console
 
 NUM_ENVS, NUM_STEPS = 4, 8
@@ -130,7 +131,7 @@ def test_one_that_cannot_be_made(tmp_path, capfd, vectorization, how):
 
 def test_a_fault_in_evaluation(tmp_path, capfd):
     """After training: the line, and all that was learned."""
-    index = derive_seeds(1)["evaluation"] - environment_seed(1, 0) + 2
+    index = seed_of_environments(1, Stream.EVALUATION_ENVIRONMENTS) - environment_seed(1, 0) + 2
     flags = [*flags_of(tmp_path / "run", "grouped", index, 5, "hang"), "--eval-episodes", "4"]
     assert console(flags) == 3
     assert capfd.readouterr().err == (

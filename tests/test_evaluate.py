@@ -10,6 +10,7 @@ from fastppo import TrainConfig, load_policy, train
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.evaluate import console, evaluate
+from fastppo.random_streams import Stream, environment_seed
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_short_episodes_are_not_favoured(lengths_run, num_envs, episodes):
     envs, _ = make_vec("environments:Lengths-v0", num_envs, "auto", {})
     returns = evaluate(load_policy(lengths_run), AutoresetEnvs(envs), episodes, seed=7)
     envs.close()
-    assert returns == episodes_by_hand(7, num_envs, episodes)
+    assert returns == episodes_by_hand(environment_seed(7, Stream.EVALUATION_ENVIRONMENTS), num_envs, episodes)
 
 
 def test_the_last_line_is_json(lengths_run, capsys):
@@ -54,7 +55,7 @@ def test_the_last_line_is_json(lengths_run, capsys):
         lines.append(capsys.readouterr().out.splitlines()[-1])
     report = json.loads(lines[0])
     assert set(report) == {"return_mean", "return_std", "episodes"}
-    returns = episodes_by_hand(0, 8, 30)
+    returns = episodes_by_hand(environment_seed(0, Stream.EVALUATION_ENVIRONMENTS), 8, 30)
     assert report["episodes"] == 30
     assert report["return_mean"] == pytest.approx(np.mean(returns))
     assert report["return_std"] == pytest.approx(np.std(returns))

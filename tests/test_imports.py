@@ -15,13 +15,17 @@ FILES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {
     "fastppo.core": ("fastppo.core",),
     "fastppo.policy": ("fastppo.core", "fastppo.policy", "fastppo.errors"),
-    "fastppo.envs": ("fastppo.core.scan", "fastppo.envs", "fastppo.cores", "fastppo.errors"),
+    "fastppo.envs": (
+        *("fastppo.core.scan", "fastppo.envs", "fastppo.cores", "fastppo.devices", "fastppo.errors", "fastppo.random_streams"),
+    ),
     "fastppo.rollout": ("fastppo.core", "fastppo.envs", "fastppo.policy", "fastppo.errors"),
     "fastppo.ranks": ("fastppo.cores", "fastppo.errors"),
     "fastppo.run": ("fastppo.run", "fastppo.errors"),
     "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
     "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.envs.make", "fastppo.errors"),
     "fastppo.cores": (),
+    "fastppo.devices": (),
+    "fastppo.random_streams": (),
     "fastppo.errors": (),  # a leaf: two exceptions, which every layer above the maths may raise
 }
 

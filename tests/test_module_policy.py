@@ -16,6 +16,7 @@ from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.networks import ModulePolicy
 from fastppo.policy.spaces import action_spec, obs_spec
+from fastppo.random_streams import Stream, seed_of
 from fastppo.train import console
 
 
@@ -139,14 +140,8 @@ def test_what_is_no_parameter_is_kept_and_left_alone(tmp_path):
         assert torch.equal(agent.act(obs), module(obs)[0].argmax(-1))
         torch.testing.assert_close(agent.value(obs), module(obs)[1].squeeze(-1).detach())
     # the first weights of a run without training: what training left alone is what the seed drew
-    network = ModulePolicy(Fixed, agents[0].obs, agents[0].action, 0.0, seed=_parameter_seed(1))
+    network = ModulePolicy(Fixed, agents[0].obs, agents[0].action, 0.0, seed=seed_of(1, Stream.PARAMETERS))
     assert all(torch.equal(network.fixed[name], tensor) for name, tensor in state["fixed"].items())
-
-
-def _parameter_seed(seed):
-    from fastppo.preparation import derive_seeds
-
-    return derive_seeds(seed)["parameters"]
 
 
 def test_a_run_of_ones_own_network_without_it(tmp_path, capsys):

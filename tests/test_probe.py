@@ -13,6 +13,7 @@ from environments import Walk  # noqa: F401 (registers the environments)
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.probe import ASYNC_FROM, GROUPED_FROM, PROBE_SECONDS, PROBE_STEPS, choose_vectorization, step_seconds
 from fastppo.errors import UsageError
+from fastppo.random_streams import Stream, environment_seed, seed_of
 
 
 class Slow(gym.Env):
@@ -170,8 +171,9 @@ def test_a_trial_is_short(monkeypatch, seconds, steps):
     trial = Trial(seconds)
     monkeypatch.setattr("fastppo.envs.probe.time", SimpleNamespace(perf_counter=lambda: trial.now))
     assert step_seconds(trial) == pytest.approx(seconds)
-    assert (len(trial.actions), trial.seed, trial.closed) == (steps, 0, True)
-    space = gym.spaces.Discrete(2, seed=0)
+    assert (len(trial.actions), trial.closed) == (steps, True)
+    assert trial.seed == environment_seed(0, Stream.PROBE_ENVIRONMENTS)
+    space = gym.spaces.Discrete(2, seed=seed_of(0, Stream.PROBE_ACTIONS))
     assert trial.actions == [space.sample() for _ in range(steps)]  # the same each time
 
 

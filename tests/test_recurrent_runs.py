@@ -24,6 +24,7 @@ from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.evaluate import evaluate
+from fastppo.random_streams import Stream, environment_seed
 from fastppo.search_space import to_settings
 from fastppo.train import console
 from fastppo.video import play
@@ -469,7 +470,9 @@ def test_evaluation_remembers_one_episode(cue_run, mode):
     gap = 1 if mode == "NextStep" else 0
     expected, lengths = [], []
     for index in range(3):
-        episodes = played_alone(load_policy(cue_run), gym.make(CUE), 4, seed=7 + index)
+        episodes = played_alone(
+            load_policy(cue_run), gym.make(CUE), 4, seed=environment_seed(7, Stream.EVALUATION_ENVIRONMENTS) + index
+        )
         start = 0
         for total, seen, remembered in episodes:
             expected.append(total)

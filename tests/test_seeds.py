@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -24,7 +23,8 @@ from fastppo.core import compilation
 from fastppo.core.compilation import compile_program
 from fastppo.core.seeds import Seeds, of_seed, one_by_one, over_seeds, stack
 from fastppo.envs.classic import CartPole
-from fastppo.envs.seeds import JoinedVectorEnv, SeededCartPole, SeedsVectorEnv, many
+from fastppo.envs.make import make_vec
+from fastppo.envs.seeds import JoinedVectorEnv, SeedsVectorEnv, many
 from fastppo.groups import find_runs
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
@@ -124,16 +124,15 @@ def test_a_module_whose_frozen_weights_differ_by_seed_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("env_id", "mode", "kind"),
     [
-        ("CartPole-v1", "vector_entry_point", SeededCartPole),
+        ("CartPole-v1", "sync", SeedsVectorEnv),
         ("tests.environments:WalkVector-v0", "vector_entry_point", JoinedVectorEnv),
     ],
 )
 def test_environments_of_a_seed_are_those_of_its_own_vector_environment(env_id, mode, kind):
     """Three times four in one, over many episode ends and a reset in between: each four as gymnasium has them, to the bit."""
-    make = partial(gym.make_vec, env_id, vectorization_mode=mode)
-    envs = many(lambda num_envs: make(num_envs=num_envs), 4, 3)
+    envs = many(lambda num_envs: make_vec(env_id, num_envs, "entry-point", {})[0], 4, 3)
     assert isinstance(envs, kind)
-    alone = [make(num_envs=4) for _ in range(3)]
+    alone = [gym.make_vec(env_id, num_envs=4, vectorization_mode=mode) for _ in range(3)]
     actions = np.random.default_rng(0).integers(2, size=(300, 12))
     for seeds in ([7, 100, 3], None):
         obs, _ = envs.reset(seed=seeds)
@@ -150,8 +149,6 @@ def test_environments_of_a_seed_are_those_of_its_own_vector_environment(env_id, 
 
 def test_processes_are_seeded_one_by_one():
     """In processes there is one pool for all seeds, and the s-th seed's i-th environment has seed + i, as gymnasium does it."""
-    from fastppo.envs.make import make_vec
-
     envs = many(lambda num_envs: make_vec("Acrobot-v1", num_envs, "grouped", {}, 2)[0], 3, 2)
     assert isinstance(envs, SeedsVectorEnv)
     obs, _ = envs.reset(seed=[5, 50])

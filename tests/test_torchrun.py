@@ -27,7 +27,7 @@ TIMES = ("seconds", "sps", "env_share", "act_share", "learn_share")
 COMMON = ["--num-envs", "8", "--num-steps", "16", "--compile", "off", "--plain", "--eval-episodes", "0", "--no-anneal-lr"]
 COMMON += ["--no-check-env"]
 CASES = {
-    "host": ["--env-id", "CartPole-v1", "--backend", "gymnasium", "--vectorization", "sync", "--norm-obs", "--norm-reward"],
+    "host": ["--env-id", "CartPole-v1", "--backend", "gymnasium", "--norm-obs", "--norm-reward"],
     "device": ["--env-id", "CartPole-v1", "--backend", "torch"],
 }
 FOR_EVER = ["--num-iterations", "100000", "--checkpoint-iterations", "2"]

@@ -361,7 +361,14 @@ def learn(
 
     Returns:
         `Learned`: new parameters and state, nothing written in place.
+
+    Raises:
+        ValueError: there is no `worker` where there are several.
     """
+    if worker is None and num_workers * num_ranks > 1:
+        raise ValueError(
+            f"num_workers={num_workers} and num_ranks={num_ranks} need `worker`, which part of the rows is this call's"
+        )
     num_steps = rollout["action"].shape[0] - 1
     remembers, recurrent = policy.memory_size > 0, cast(RecurrentPolicy, policy)
     rows_per_unit = num_steps if remembers else 1  # of what stays together in a minibatch

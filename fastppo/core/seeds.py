@@ -17,7 +17,7 @@ class Seeds(NamedTuple):
     """How a compiled program takes S seeds."""
 
     number: int  # S
-    per_call: int  # C, of which one call of the library works off so many; 1: it is the program of a single agent
+    per_call: int  # C, of which one call of the library or graph works off so many; 1: it is the program of a single agent
     num_threads: int  # calls at once
 
 

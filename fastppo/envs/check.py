@@ -44,6 +44,7 @@ from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.check_ends import ACTION_COUNTS, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.errors import EnvironmentFailed, NoAnswer, UsageError, brief
+from fastppo.random_streams import Stream, seed_of
 
 STEPS = 32  # random ones, at most
 SECONDS = 0.5  # after which no more are begun; gymnasium's checker is left out where it would take longer
@@ -380,8 +381,8 @@ def _steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, obs: Any, mask: Any
     """Random steps from `obs` and `mask` on; seconds of the slowest, and whether actions are masked."""
     space, single = envs.envs.single_observation_space, envs.envs.single_action_space
     actions = batch_space(sampled_space(single), envs.num_envs)
-    actions.seed(SEED)
-    rng = np.random.default_rng(SEED)
+    actions.seed(seed_of(SEED, Stream.CHECK_ACTIONS))
+    rng = np.random.default_rng(seed_of(SEED, Stream.CHECK_MASKS))
     done, masked, step_seconds = np.zeros(envs.num_envs, bool), False, 0.0
     final, following = FinalObs(space), NextAction(envs)
     for _ in range(STEPS):

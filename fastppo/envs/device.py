@@ -36,6 +36,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastppo.devices import resolved
+
 State = Any  # a tensor, or a tuple, dict or NamedTuple of tensors, each (N, ...)
 
 
@@ -199,7 +201,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
             raise ValueError(f"{name} has no render mode {render_mode!r}; it has {has}")
         self.env = env
         self.num_envs = num_envs
-        self.device = torch.device(device)
+        self.device = resolved(device)
         self.render_mode = render_mode
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": modes}
         if isinstance(env, Draws):

@@ -37,7 +37,7 @@ def make_drawn(
     _draw_without_a_display()
     envs = AutoresetEnvs(_make(env_id, backend, env_kwargs, atari), deadline)
     try:
-        envs.reset(0)
+        envs.reset(None)
         draw(envs)
     except ENVIRONMENT_ERRORS as error:
         envs.close()

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import VectorEnv
 
 from fastppo.cores import available_cores
+from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, nearest
@@ -74,7 +76,8 @@ def _make_vec(
 ) -> VectorEnv:
     """As `make_vec`, with the vectorization chosen; raises whatever the environment does."""
     if vectorization == "entry-point":
-        return gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+        made = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
+        return SeededCartPole(made) if type(made) is CartPoleVectorEnv else made
     env_fns = [partial(gym.make, env_id, disable_env_checker=True, **env_kwargs)] * num_envs  # envs/check.py is ours
     if vectorization == "sync":
         return NumberedVectorEnv(env_fns)

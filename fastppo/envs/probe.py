@@ -14,6 +14,7 @@ from fastppo.envs.atari import is_atari
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.make import default_vectorization, make_vec, num_processes
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
+from fastppo.random_streams import Stream, environment_seed, seed_of
 
 PROBE_STEPS = 50
 PROBE_SECONDS = 0.5
@@ -77,9 +78,9 @@ def step_seconds(envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> float:
     An environment that fails here fails in training too, where it is reported.
     """
     try:
-        envs.action_space.seed(0)
+        envs.action_space.seed(seed_of(0, Stream.PROBE_ACTIONS))
         with deadline:
-            envs.reset(seed=0)
+            envs.reset(seed=environment_seed(0, Stream.PROBE_ENVIRONMENTS))
         started = time.perf_counter()
         steps = 0
         while steps < PROBE_STEPS and time.perf_counter() - started < PROBE_SECONDS:

@@ -1,9 +1,9 @@
 """The environments of many seeds as one vector environment: S times N, each seed's as they would be alone.
 
 Environments s * N to (s + 1) * N - 1 are those of the s-th seed; `reset` takes a list of S seeds. Where the environments can be
-seeded one by one (gymnasium's in processes, EnvPool's, ALE's) they are one of S * N; a vector class of an environment's own
-draws for all of its environments from one generator, so there are S of it, and of gymnasium's CartPole one that is given S
-generators: 80 environments step in 105 us, where ten times eight take 740. Knows nothing of policies.
+seeded one by one (gymnasium's in processes, its CartPole, EnvPool's, ALE's) they are one of S * N: 80 CartPoles step in 105 us,
+where ten times eight take 740. A vector class of an environment's own may draw for all of its environments from one generator,
+so there are S of it. Knows nothing of policies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.utils import seeding
 from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastppo.envs.autoreset import is_tensor
+from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.device import DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.envpool import EnvPoolVectorEnv
 from fastppo.envs.grouped import INFO_KEYS, GroupedVectorEnv, NumberedVectorEnv
@@ -126,35 +124,6 @@ def _rows_of(batch: Any, rows: slice) -> Any:
     return tuple(part[rows] for part in batch) if isinstance(batch, tuple) else batch[rows]
 
 
-class SeededCartPole(VectorWrapper):
-    """gymnasium's own CartPoleVectorEnv of S * N environments, whose S parts start episodes as S of N would."""
-
-    def __init__(self, envs: CartPoleVectorEnv, num_seeds: int) -> None:
-        super().__init__(envs)
-        self.cartpole = envs
-        self.num_seeds = num_seeds
-
-    def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """seed: S of them, or the first."""
-        if seed is not None:
-            self.generators = [seeding.np_random(one)[0] for one in _each(seed, self.num_seeds)]
-            self.cartpole._np_random = self  # type: ignore[assignment]
-        return self.cartpole.reset(options=options)
-
-    def uniform(self, low: float, high: float, size: tuple[int, int]) -> NDArray[np.float64]:
-        """What the environment draws, (4, K) for the K that start an episode: each seed's from its own generator."""
-        rows, total = size
-        starting = self.cartpole.prev_done.reshape(self.num_seeds, -1).sum(1)
-        if total == self.num_envs:  # a reset of all, or all have ended
-            starting = np.full(self.num_seeds, self.num_envs // self.num_seeds)
-        draws = [
-            generator.uniform(low, high, (rows, number))
-            for generator, number in zip(self.generators, starting, strict=True)
-            if number
-        ]
-        return np.concatenate(draws, axis=1) if draws else np.empty((rows, 0))
-
-
 class SeededTorchVectorEnv(TorchVectorEnv):
     """Environments on the device, tensors of `running` (S, N, ...), each seed with a generator of its own."""
 
@@ -196,14 +165,10 @@ def many(make: Callable[[int], VectorEnv], num_envs: int, num_seeds: int) -> Vec
         envs = SeededTorchVectorEnv(made.env, num_envs, num_seeds, made.device)
         envs.spec = made.spec
         return envs
-    if type(made.unwrapped) in (NumberedVectorEnv, GroupedVectorEnv, EnvPoolVectorEnv) or _is_ale(made):
+    one_by_one = type(made.unwrapped) in (NumberedVectorEnv, GroupedVectorEnv, EnvPoolVectorEnv)
+    if one_by_one or isinstance(made, SeededCartPole) or _is_ale(made):
         made.close()
         return SeedsVectorEnv(make(num_envs * num_seeds), num_seeds)
-    if type(made) is CartPoleVectorEnv:
-        made.close()
-        whole = make(num_envs * num_seeds)
-        assert isinstance(whole, CartPoleVectorEnv)
-        return SeededCartPole(whole, num_seeds)
     return JoinedVectorEnv([made, *(make(num_envs) for _ in range(num_seeds - 1))])
 
 

@@ -96,6 +96,7 @@ class Agent:
         self.weights = network.weights(self.params)
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
+        self.generator.seed()  # of the system's entropy: by itself every Generator draws the same
         self.memory: Tensor | None = None  # (R, S) of R environments; None: nothing is remembered
 
     @ours
@@ -174,7 +175,7 @@ class Agent:
         return kind.unbatch(value)
 
     def seed(self, seed: int) -> None:
-        """Seed the sampling of `act(deterministic=False)`."""
+        """Seed the sampling of `act(deterministic=False)`; without it, it is another in each policy."""
         self.generator.manual_seed(seed)
 
     def _batch(self, obs: Any, action_mask: Any) -> tuple[Obs, "_Kind"]:

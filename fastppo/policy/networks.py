@@ -446,7 +446,7 @@ class ModulePolicy(_Acts):
         given: Any = shapes["obs"] if list(shapes) == ["obs"] else shapes
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too, and leave them so
                 self.module = factory(given, action.size)
         except Exception as error:  # whatever somebody's module may raise
             raise UsageError(f"policy({given}, {action.size}) failed: {brief(error)}") from error

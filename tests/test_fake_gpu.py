@@ -1,0 +1,237 @@
+"""What runs on a GPU, on a machine without one: tests/fake_gpu.py. Needs no CUDA; tests/test_cuda.py needs a GPU."""
+
+import contextlib
+from dataclasses import dataclass
+
+import gymnasium as gym
+import pytest
+import torch
+from fake_gpu import fake_gpus
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastppo import tiers
+from fastppo.agent_run import schedule_at
+from fastppo.config import TrainConfig
+from fastppo.core.seeds import stack
+from fastppo.devices import resolved
+from fastppo.envs.classic import CartPole
+from fastppo.envs.device import TorchVectorEnv
+from fastppo.errors import UsageError
+from fastppo.preparation import make_jobs, prepare
+from fastppo.ranks import Ranks
+from fastppo.rollout import Memory, allocate_rollout, start_collector
+from fastppo.state import normalization_of
+
+HOST = {"env_id": "CartPole-v1", "vectorization": "sync"}
+DEVICE = {"env_id": "CartPole-v1", "backend": "torch"}
+CONTINUOUS = {"env_id": "Pendulum-v1", "vectorization": "sync", "norm_obs": True, "norm_reward": True}
+ANY = {"env_id": "environments:AnySpacesVector-v0"}
+DICT = {**ANY, "env_kwargs": {"observation": "masked", "action": "multi-discrete"}}
+IMAGES = {**ANY, "env_kwargs": {"observation": "image (C, H, W)"}}
+
+
+gym.register("OnTensors-v0", vector_entry_point=lambda num_envs: TorchVectorEnv(CartPole(), num_envs))
+
+
+class Module(nn.Module):
+    def __init__(self, inputs, num_outputs):
+        super().__init__()
+        self.body, self.head = nn.Linear(*inputs, 8), nn.Linear(8, num_outputs + 1)
+
+    def forward(self, obs):
+        out = self.head(torch.tanh(self.body(obs)))
+        return out[:, :-1], out[:, -1]
+
+
+@dataclass(frozen=True)
+class PretendedRanks(Ranks):
+    """The second of two processes; the other one has found the same."""
+
+    def all_reduce(self, x):
+        return x + x
+
+    def gather(self, x, dim=0):
+        return torch.cat([x, x], dim)
+
+    def highest(self, *numbers):
+        return list(numbers)
+
+    def check(self, error):
+        if error is not None:
+            raise error
+
+    def agree(self, value):
+        return value
+
+
+def two_processes(device, timeout):
+    """start_ranks, in the second of two processes of a machine."""
+    torch.cuda.set_device(1)
+    return PretendedRanks(1, 2, 1, torch.device("cuda", 1))
+
+
+CASES = {
+    "one": (HOST, None),
+    "continuous": (CONTINUOUS, None),
+    "dict": (DICT, None),
+    "images": (IMAGES, None),
+    "module": (HOST, Module),
+    "memory": ({**HOST, "rnn": "lstm"}, None),
+    "device": (DEVICE, None),
+    "device, memory": ({**DEVICE, "rnn": "gru"}, None),
+    "seeds": ({**HOST, "num_seeds": 3}, None),
+    "seeds, device": ({**DEVICE, "num_seeds": 3}, None),
+    "seeds, images": ({**IMAGES, "num_seeds": 2}, None),
+    "seeds, module": ({**HOST, "num_seeds": 2}, Module),
+    "seeds, memory": ({**DEVICE, "num_seeds": 2, "rnn": "lstm"}, None),
+    "ranks": (HOST, None),
+    "ranks, continuous": (CONTINUOUS, None),
+    "ranks, device": (DEVICE, None),
+    "ranks, memory": ({**HOST, "rnn": "gru"}, None),
+}
+
+
+def example_of(task):
+    """What `learn` takes, noise for all steps, the rollout and the memory, as loop.py makes them."""
+    config, device, seeds = task.config, task.device, len(task.states) if task.several else None
+    memory = task.network.memory_size
+    keeps_final_obs = task.envs.keeps_final_obs
+    rollout = allocate_rollout(
+        config.num_steps, task.local.num_envs, task.obs, task.action, keeps_final_obs, device, seeds, memory > 0
+    )
+    tensors = dict(rollout.items())
+    lead = () if seeds is None else (seeds,)
+    if memory:
+        tensors["memory"] = torch.zeros(*lead, task.local.num_envs, memory, device=device)
+    remembered = Memory(tensors["memory"]) if memory else None
+    each = [(s.params, s.adam, normalization_of(s), schedule_at(0.0, config, device)) for s in task.states]
+    params, adam, normalization, schedule = each[0] if seeds is None else stack(each)
+    units = task.local.batch_size // config.rows_per_unit
+    permutation = torch.zeros(*lead, config.update_epochs, units, dtype=torch.int64, device=device)
+    shape = task.action.noise_shape(config.num_steps, config.num_envs)
+    noise = task.action.distribution.noise(shape, task.states[0].generators["actions"])
+    noise = task.ranks.share(noise, 1).contiguous()
+    if seeds is not None:
+        noise = torch.stack([noise] * seeds, 0 if task.on_device else 1)
+    return (params, adam, tensors, permutation, schedule, normalization), noise, rollout, remembered
+
+
+@contextlib.contextmanager
+def prepared(settings, policy, device="cuda:0", current=0):
+    """The task of a run on a pretended GPU, and the list of GPUs that were the current one."""
+    common = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2, "num_threads": 2, "check_env": False}
+    with fake_gpus(current) as chosen, contextlib.ExitStack() as cleanup:
+        yield prepare(TrainConfig(**{**common, "device": device, **settings}), policy, None, cleanup), chosen
+
+
+class Captured:
+    """GraphedProgram without a graph: what was captured, where, and how much work it is."""
+
+    def __init__(self, program, example):
+        self.device = torch.cuda.current_device()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            self.results = program(*example)
+        self.flops = counter.get_total_flops()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_captured_is_the_eager_program(case, monkeypatch):
+    """`learn`, and `act` or `collect`, of each kind of run: nothing mixes devices, results are on the run's GPU, the graph is
+    captured on that GPU, and it works through as many rows as the eager program does. Minibatches are large enough for workers,
+    which are threads of a CPU.
+    """
+    settings, policy = CASES[case]
+    ranks = case.startswith("ranks")
+    if ranks:
+        monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
+    monkeypatch.setattr(tiers, "GraphedProgram", Captured)
+    monkeypatch.setattr("fastppo.preparation.MIN_WORKER_ROWS", 1)
+    expected = torch.device("cuda", 1 if ranks else 0)
+    with prepared(settings, policy) as (task, _):
+        example, noise, _, _ = example_of(task)
+        jobs = make_jobs(task, example, noise)
+        chosen = tiers.Tiers("auto", jobs, 1, print, task.ranks)
+        assert chosen.name == "cuda-graph"
+        for name, job in jobs.items():
+            captured = chosen._compiled[name]
+            assert captured.device == expected.index
+            given = job.example[1:] if name == "act" else job.example  # an eager `act` has its parameters already
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                results = job.eager(*given)
+            assert captured.flops == counter.get_total_flops() > 0
+            for ours, theirs in zip(tree_leaves(tuple(captured.results)), tree_leaves(tuple(results)), strict=True):
+                assert isinstance(ours, Tensor)
+                assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, expected)
+
+
+PYTHON = {"env_id": "OnTensors-v0", "backend": "gymnasium"}
+COLLECTED = {name: case for name, (case, _) in CASES.items() if case.get("backend") == "torch"}
+COLLECTED |= {"tensors of the CPU": PYTHON, "tensors of the CPU, memory": {**PYTHON, "rnn": "gru"}}
+
+
+@pytest.mark.parametrize("case", COLLECTED)
+def test_rollouts_are_filled_on_the_gpu(case, monkeypatch):
+    """By one program, or step by step from tensors of the CPU: no step mixes devices, and a second rollout goes on from it."""
+    if case.startswith("ranks"):
+        monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
+    with prepared(COLLECTED[case], None) as (task, _), torch.no_grad():
+        example, noise, rollout, memory = example_of(task)
+        chosen = tiers.Tiers("off", make_jobs(task, example, noise), 1, print, task.ranks)
+        seed = [1, 2, 3][: task.config.num_seeds] if task.several else 1
+        collector = start_collector(task.envs, rollout, task.obs, task.action, seed, memory)
+        for cut in (False, True):
+            collector.collect(chosen.act(example[-1]), noise, cut)
+        assert {x.device for x in rollout.values()} == {task.device}
+        states = collector.state_dicts()
+        if task.on_device:
+            collector.load_state_dicts(states)
+            assert {x.device for x in tree_leaves(task.made.running)} == {task.device}
+
+
+@pytest.mark.parametrize(
+    ("device", "current", "expected"), [("cuda", 0, 0), ("cuda", 1, 1), ("cuda:1", 0, 1), ("cuda:0", 1, 0)]
+)
+def test_a_run_is_on_one_gpu_and_leaves_the_caller_another(device, current, expected):
+    """--device cuda is the current GPU, cuda:1 the second; it is current during the run, and the caller's afterwards."""
+    with prepared(DEVICE, None, device, current) as (task, chosen):
+        on_it = torch.device("cuda", expected)
+        assert task.device == task.made.device == on_it
+        assert chosen[-1] == expected
+        tensors = [task.states[0].params, task.states[0].return_carry, *tree_leaves(task.made.running)]
+        assert {x.device for x in tensors} == {on_it}
+        assert task.states[0].generators["actions"].device == task.made.generator.device == on_it
+    assert chosen[-1] == current
+
+
+def test_ranks_leave_the_caller_its_gpu(monkeypatch):
+    """torchrun's second process trains on the second GPU."""
+    monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
+    with prepared(DEVICE, None, "cuda") as (task, chosen):
+        assert (task.device, chosen[-1]) == (torch.device("cuda:1"), 1)
+    assert chosen[-1] == 0
+
+
+@pytest.mark.parametrize("wanted", ["cuda", "cuda:0", "cuda:1"])
+@pytest.mark.parametrize("theirs", ["cuda", "cuda:0", "cuda:1"])
+def test_environments_given_on_a_gpu(wanted, theirs):
+    """`cuda` is `cuda:0` where that is the current GPU; environments on another one are refused."""
+    config = TrainConfig(device=wanted, num_envs=8, num_steps=8, check_env=False)
+    with fake_gpus(), contextlib.ExitStack() as cleanup:
+        envs = TorchVectorEnv(CartPole(), 8, theirs)
+        if resolved(wanted) == resolved(theirs):
+            assert prepare(config, None, envs, cleanup).device == envs.device
+        else:
+            with pytest.raises(UsageError, match=f"--device {resolved(wanted)}: the environments given are on {envs.device}"):
+                prepare(config, None, envs, cleanup)
+
+
+def test_auto_is_the_current_gpu(monkeypatch):
+    """--device auto, with environments on cuda:0."""
+    config = TrainConfig(device="auto", num_envs=8, num_steps=8, check_env=False)
+    with fake_gpus(), contextlib.ExitStack() as cleanup:
+        envs = TorchVectorEnv(CartPole(), 8, "cuda:0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda device: None)
+        assert prepare(config, None, envs, cleanup).device == torch.device("cuda:0")
