@@ -16,7 +16,7 @@ from fastppo.core import native
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
-for name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "PYTHONWARNINGS"):
+for name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "PYTHONWARNINGS", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
     os.environ.pop(name, None)  # what is printed, and whether a warning is an error, does not depend on who runs the tests
 
 # Generators without a seed, gymnasium's among them, ask numpy for the system's entropy. Here they get numbers that depend on

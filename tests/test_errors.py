@@ -398,7 +398,7 @@ def test_on_a_terminal(flags, tmp_path):
             break
         shown += part
     os.close(here)
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=600) == 2
     text = shown.decode()
     assert "--num-envs" in text
     assert 1 <= len(text.splitlines()) <= 2, text

@@ -381,7 +381,7 @@ def test_runs_started_at_once_get_directories_of_their_own(tmp_path, monkeypatch
         time.sleep(0.05)
 
     def make():
-        together.wait(timeout=60)
+        together.wait(timeout=600)
         made.append(RunDirectory.create(None, "CartPole-v1", 1, slow).path)
 
     threads = [threading.Thread(target=make) for _ in range(12)]

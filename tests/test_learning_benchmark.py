@@ -57,6 +57,7 @@ def test_published_figures_by_whatever_id(learning, env_id):
     """Version, namespace and module do not matter; what nobody published is empty."""
     assert learning.published(env_id)["zoo"] == (20.99, "10M")
     assert learning.published("mine:Walk-v0") == {}
+    assert learning.published("BipedalWalker-v3") == {"zoo": (287.9, "5M")}  # 287.939 in benchmark.md at 22e3ff2
 
 
 def test_runs_and_failures(tmp_path):

@@ -30,17 +30,13 @@ WORKER = Path(rank_worker.__file__)
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
     """What each of 2, and of 4, ranks found, in their order, and their exit codes."""
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    common["TORCHELASTIC_USE_AGENT_STORE"] = True
     processes = [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(folder / f"{rank}.pt")],
@@ -53,7 +49,7 @@ def ranks(request, tmp_path_factory):
         for rank in range(size)
     ]
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -226,7 +226,7 @@ def test_what_lies_beside_the_code_changes_nothing(clone):
     (clone.path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-flag\n")
     (clone.path / "try.ipynb").write_text('{"cells": []}')
     code, out, err, calls = clone.run("test.sh")
-    assert code == 0, out + err
+    assert code == 0, (out + err)[-2000:]
     assert any(call.startswith("-P -m ruff check") for call in calls)
     assert any(call.startswith("-P -m ruff format") for call in calls)
     assert calls[-1].startswith("-P -m pytest --config-file pyproject.toml --confcutdir tests -n 2")

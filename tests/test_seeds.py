@@ -64,9 +64,9 @@ def assert_alike(seed_dir, alone_dir, rtol=2e-4):
         {"vectorization": "sync", "anneal_lr": True, "norm_obs": True},
         {"vectorization": "grouped", "num_threads": 2},
         {"env_id": "Pendulum-v1", "advantage": "monte-carlo", "norm_returns": True, "reset_each_rollout": True},
-        {"env_id": "tests.environments:WalkVector-v0", "env_kwargs": {"mode": "SameStep"}},
-        {"env_id": "tests.environments:WalkVector-v0", "env_kwargs": {"mode": "Disabled"}},
-        {"env_id": "tests.environments:MaskedIdentity-v0"},
+        {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "SameStep"}},
+        {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "Disabled"}},
+        {"env_id": "environments:MaskedIdentity-v0"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values()))[:60],
 )
@@ -125,7 +125,7 @@ def test_a_module_whose_frozen_weights_differ_by_seed_is_refused(tmp_path):
     ("env_id", "mode", "kind"),
     [
         ("CartPole-v1", "sync", SeedsVectorEnv),
-        ("tests.environments:WalkVector-v0", "vector_entry_point", JoinedVectorEnv),
+        ("environments:WalkVector-v0", "vector_entry_point", JoinedVectorEnv),
     ],
 )
 def test_environments_of_a_seed_are_those_of_its_own_vector_environment(env_id, mode, kind):
@@ -364,7 +364,7 @@ def test_an_environment_that_fails_ends_all_with_their_state_kept(tmp_path):
     kwargs = {"kind": "reward", "index": 1, "at": 40, "marker": str(marker)}
     settings = {
         **SHORT,
-        "env_id": "tests.environments:FaultyVector-v0",
+        "env_id": "environments:FaultyVector-v0",
         "env_kwargs": kwargs,
         "num_seeds": 2,
         "check_env": False,
@@ -384,13 +384,13 @@ def test_a_run_of_seeds_that_is_killed_goes_on(tmp_path):
     command = [sys.executable, "-m", "fastppo.train", *words, "--total-timesteps", "10000000", "--run-dir", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline and not all((run / f"seed-{k}" / "metrics.csv").exists() for k in (1, 2, 3)):
             time.sleep(0.05)
         with pytest.raises(UsageError, match="another run is writing to it"):
             RunDirectory(run / "seed-2").lock()
         os.kill(process.pid, signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 143
