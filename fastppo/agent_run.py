@@ -328,14 +328,14 @@ def share_environments(environments: dict[str, Any], ranks: Ranks) -> dict[str, 
     return {**environments, "running": [ranks.share(x) for x in environments["running"]]}
 
 
-def make_directory(config: TrainConfig, start: Mapping[str, Any], ranks: Ranks = ALONE) -> RunDirectory:
+def make_directory(config: TrainConfig, place: Path, start: Mapping[str, Any], ranks: Ranks = ALONE) -> RunDirectory:
     """The directory of a new run, locked, with its settings and `start`, the checkpoint of iteration 0; raises UsageError."""
     directory: RunDirectory | None = None
     refused: UsageError | None = None
     if ranks.is_main:
         fill = partial(fill_directory, config, start)
         try:
-            directory = RunDirectory.create(config.run_dir, config.env_id, config.seed, fill)
+            directory = RunDirectory.create(config.run_dir, config.env_id, config.seed, fill, place)
         except UsageError as error:
             refused = error
     ranks.check(refused)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import tyro
 
-from fastppo.config import TrainConfig, check_resumable, flag
+from fastppo.config import TrainConfig, absolute, check_resumable, current_directory, flag, with_absolute_paths
 from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import silence_stdout
@@ -82,14 +82,15 @@ def printable(message: str) -> str:
 
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Flags of `fastppo.train` -> settings: the preset (or the resumed run's settings) first, then the other flags."""
+    place = current_directory()  # the choice of a preset imports the environment's module, which may change it
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
         default = replace(_with_whole_sequences(_without_rivals(start, args), args), preset="auto")  # what --help shows
         config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
-        return replace(config, preset=start.preset)
+        return with_absolute_paths(replace(config, preset=start.preset), place)
 
-    run_dir = Path(resume)
+    run_dir = absolute(resume, "--resume", place)
     try:
         found = any((run_dir / "checkpoints").glob("*.pt")) or any(run_dir.glob("seed-*/checkpoints/*.pt"))
     except OSError as error:  # a name that is too long, or a loop of links
@@ -98,10 +99,11 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         raise UsageError(f"--resume {resume}: there is no checkpoint in it to go on from")
     _refuse_ways_out(run_dir)
     try:
-        before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=resume, run_dir=resume)
+        before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=str(run_dir), run_dir=str(run_dir))
     except UsageError as error:
         raise UsageError(f"--resume: {error}") from None
-    config = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
+    given = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
+    config = with_absolute_paths(given, place)
     check_resumable(before, config)
     return config
 

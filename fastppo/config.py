@@ -8,7 +8,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -330,6 +330,34 @@ class TrainConfig:
             return cls(**data)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+
+
+def current_directory() -> Path | None:
+    """The current directory, to be remembered before the code of an environment changes it; None where it has been deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return None
+
+
+def absolute(path: str | Path, name: str, place: Path | None) -> Path:
+    """`path` as seen from `place`; raises UsageError where that has been deleted. name: the flag that `path` was given with."""
+    if place is None and not Path(path).is_absolute():
+        raise UsageError(f"{name} {path}: the current directory has been deleted; give an absolute path")
+    return (place or Path()) / path
+
+
+def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
+    """`config` with its directories as seen from `place`; raises UsageError as `absolute`."""
+    run_dir, resume = (
+        path and str(absolute(path, name, place)) for path, name in ((config.run_dir, "--run-dir"), (config.resume, "--resume"))
+    )
+    return replace(config, run_dir=run_dir, resume=resume)
+
+
+def default_runs(config: TrainConfig, place: Path | None) -> Path:
+    """Where the run directories lie that nobody has named: runs in `place`; raises UsageError as `absolute`."""
+    return Path() if config.run_dir or config.resume else absolute("runs", "--run-dir", place)
 
 
 def read_run_config(run_dir: Path) -> TrainConfig:

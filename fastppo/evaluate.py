@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.cli import parse, run
-from fastppo.config import TrainConfig, read_run_config
+from fastppo.config import TrainConfig, absolute, current_directory, read_run_config
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import Deadline
@@ -192,7 +192,9 @@ def record_episodes(
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
-    directory = Path(settings.run_dir)
+    directory = absolute(
+        settings.run_dir, "RUN_DIR", current_directory()
+    )  # the environment's code may change the current directory
     config = read_run_config(directory)
     import torch  # here, so that --help and wrong flags do not wait for it
 

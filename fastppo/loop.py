@@ -23,7 +23,7 @@ from torch import Tensor
 from fastppo import random_streams
 from fastppo.agent_run import AgentRun, TrainResult, make_directory, reopen, schedule_at, share_environments
 from fastppo.callbacks import Callback
-from fastppo.config import TrainConfig
+from fastppo.config import TrainConfig, current_directory, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.modes import plain
 from fastppo.core.seeds import of_seed, stack
@@ -44,6 +44,8 @@ from fastppo.seeds import joint_row, keep_joint, make_directories, reopen_all
 from fastppo.state import normalization_of
 from fastppo.tiers import Tiers
 from fastppo.video import Recorder
+
+Opened = tuple[list[AgentRun], RunDirectory | None, Display]
 
 
 def train(
@@ -68,24 +70,32 @@ def train(
         KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
+    place = current_directory()  # before the code of an environment changes it
+    config = with_absolute_paths(config, place)
+    return train_in(default_runs(config, place), config, policy, callbacks, envs)
+
+
+def train_in(
+    runs: Path,
+    config: TrainConfig,
+    policy: ModuleFactory | None = None,
+    callbacks: Sequence[Callback] = (),
+    envs: VectorEnv | None = None,
+) -> TrainResult:
+    """`train`, with absolute paths. runs: where a run directory goes that `config` does not name."""
     with contextlib.ExitStack() as cleanup:
         if torch.is_inference_mode_enabled():  # no tensor of a run that goes on may be of that kind
             cleanup.enter_context(torch.inference_mode(False))
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         if config.num_threads is not None:  # before the first operation of ours that several threads would share
             torch.set_num_threads(config.num_threads)
-        return _train(config, policy, callbacks, envs, cleanup)
+        task = prepare(config, policy, envs, cleanup)
+        opened = open_runs(task, runs, callbacks, cleanup)
+        return _train(task, opened, policy, envs)
 
 
-def _train(
-    config: TrainConfig,
-    policy: ModuleFactory | None,
-    callbacks: Sequence[Callback],
-    given: VectorEnv | None,
-    cleanup: contextlib.ExitStack,
-) -> TrainResult:
-    task = prepare(config, policy, given, cleanup)
-    runs, top, display = open_runs(task, callbacks, cleanup)
+def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: VectorEnv | None) -> TrainResult:
+    runs, top, display = opened
     config, ranks, device, action, several = task.config, task.ranks, task.device, task.action, task.several
     states = task.states
 
@@ -263,10 +273,11 @@ def _train(
     return result
 
 
-def open_runs(
-    task: Task, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack
-) -> tuple[list[AgentRun], RunDirectory | None, Display]:
+def open_runs(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack) -> Opened:
     """Make or reopen the directory of a run, or those of all seeds, and tell people what is about to be trained.
+
+    Args:
+        place: where a directory goes that the settings do not name.
 
     Returns:
         A run for each seed; the directory that theirs are in, where there are several; where lines for people go.
@@ -281,12 +292,12 @@ def open_runs(
     if task.several and config.resume:
         top, directories, notes = reopen_all(config, configs, states, task.network, fresh, cleanup)
     elif task.several:
-        top, directories = make_directories(config, configs, fresh, cleanup)
+        top, directories = make_directories(config, place, configs, fresh, cleanup)
     elif config.resume:
         directory, notes = reopen(config, task.restarts, states[0], task.network, fresh[0], cleanup, task.ranks)
         directories = [directory]
     else:
-        directories = [make_directory(config, fresh[0], task.ranks)]
+        directories = [make_directory(config, place, fresh[0], task.ranks)]
         cleanup.callback(directories[0].unlock)
 
     named = f"seeds {configs[0].seed} to {configs[-1].seed}" if task.several else f"seed {config.seed}"

@@ -265,7 +265,8 @@ def check_same(config: TrainConfig, first: TrainConfig, ranks: Ranks) -> None:
     """Refuse settings that are not those of rank 0; raises UsageError."""
     for spec in fields(TrainConfig):
         own, other = getattr(config, spec.name), getattr(first, spec.name)
-        if own != other:
+        is_path = spec.name in ("run_dir", "resume")  # which machines may see from different directories
+        if own != other and not (is_path and own and other):
             raise UsageError(
                 f"rank {ranks.rank} was started with {flag(spec.name)} {own}, rank 0 with {other}: "
                 "give torchrun the same command on all machines"

@@ -46,7 +46,11 @@ def folder(seed: int) -> str:
 
 
 def make_directories(
-    config: TrainConfig, configs: Sequence[TrainConfig], starts: Sequence[Mapping[str, Any]], cleanup: contextlib.ExitStack
+    config: TrainConfig,
+    place: Path,
+    configs: Sequence[TrainConfig],
+    starts: Sequence[Mapping[str, Any]],
+    cleanup: contextlib.ExitStack,
 ) -> tuple[RunDirectory, list[RunDirectory]]:
     """The directory of all and those of each seed, locked until `cleanup`; raises UsageError as RunDirectory.create."""
 
@@ -57,7 +61,7 @@ def make_directories(
             path.mkdir()
             fill_directory(own, start, RunDirectory(path))
 
-    top = RunDirectory.create(config.run_dir, config.env_id, f"{configs[0].seed}-{configs[-1].seed}", fill)
+    top = RunDirectory.create(config.run_dir, config.env_id, f"{configs[0].seed}-{configs[-1].seed}", fill, place)
     cleanup.callback(top.unlock)
     directories = [RunDirectory(top.path / folder(own.seed)) for own in configs]
     for directory in directories:

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from fastppo.cli import parse, parse_train, run
-from fastppo.config import TrainConfig, flag
+from fastppo.config import TrainConfig, absolute, current_directory, flag
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
@@ -95,6 +95,8 @@ class Search:
     steps: int
     seeds: int
     num_threads: int | None
+    place: Path
+    """Where the processes start: the environment's module is found from there."""
 
 
 @dataclass
@@ -120,11 +122,10 @@ class Process:
     It is in a session of its own, so that Ctrl-C reaches us alone.
     """
 
-    def __init__(self, command: Sequence[str], output: Path) -> None:
+    def __init__(self, command: Sequence[str], output: Path, place: Path) -> None:
         self.output = output
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self._process = subprocess.Popen(command, cwd=place, start_new_session=True, **pipes)
         assert self._process.stdout is not None
         self._reader = threading.Thread(target=_keep, args=(self._process.stdout, output), daemon=True)
         self._reader.start()
@@ -216,7 +217,7 @@ def start_seed(search: Search, attempt: Attempt) -> None:
     command += ["--total-timesteps", str(search.steps), "--eval-episodes", "0"]
     if search.num_threads is not None:
         command += ["--num-threads", str(search.num_threads)]
-    attempt.process, attempt.reported = Process(command, run_dir.with_suffix(".txt")), 0
+    attempt.process, attempt.reported = Process(command, run_dir.with_suffix(".txt"), search.place), 0
 
 
 def advance(search: Search, attempt: Attempt) -> tuple[str, float | None, str] | None:
@@ -492,15 +493,18 @@ def _main(args: Sequence[str]) -> None:
         raise UsageError(
             f"{flag(taken)} after --: the sweep sets that itself; before -- there are --env-id, --steps and --seeds"
         )
+    place = absolute(
+        "sweeps", "--study-dir", current_directory()
+    ).parent  # before the environment's module is imported, which may change it
     base = parse_train(["--env-id", config.env_id, *fixed])
     task_of(base.env_id) if base.backend == "envpool" else find_spec(base.env_id)
     steps = config.steps or base.total_timesteps
-    space = built_in_space(base, steps, names) if config.space is None else read_space(Path(config.space), names)
-    directory = Path(config.study_dir or Path("sweeps") / file_name(config.env_id))
+    space = built_in_space(base, steps, names) if config.space is None else read_space(place / config.space, names)
+    directory = place / (config.study_dir or Path("sweeps") / file_name(config.env_id))
     num_threads = None
     if config.jobs > 1 and "num_threads" not in names:
         num_threads = max((os.cpu_count() or 1) // config.jobs, 1)
-    search = Search(directory, config.env_id, base, space, steps, config.seeds, num_threads)
+    search = Search(directory, config.env_id, base, space, steps, config.seeds, num_threads, place)
 
     ranges = {name: [dimension.kind, list(dimension.values)] for name, dimension in space.items()}
     asked = {"--env-id": config.env_id, "--steps": steps, "--seeds": config.seeds, "--space": json.dumps(ranges)}

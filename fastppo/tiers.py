@@ -226,5 +226,6 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastppo"
+    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo where that is no absolute path."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "fastppo"

@@ -7,21 +7,24 @@ from types import ModuleType
 from typing import Any
 
 from fastppo.cli import parse_train, run
+from fastppo.config import current_directory, default_runs
 from fastppo.envs.atari import is_atari
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 
 
 def _main(args: Sequence[str]) -> None:
+    place = current_directory()  # before the environment's module is imported, which may change it
     config = parse_train(args)
+    runs = default_runs(config, place)
     task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
     if config.backend == "envpool" or is_atari(config.env_id):
         # OpenMP's threads would keep a core busy for a millisecond after each operation, and these environments have threads of
         # their own that want it: Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from fastppo.loop import train  # imports torch: --help and wrong flags do not wait for it
+    from fastppo.loop import train_in  # imports torch: --help and wrong flags do not wait for it
 
-    train(config)
+    train_in(runs, config)
 
 
 def console(args: Sequence[str] | None = None) -> int:

@@ -43,8 +43,15 @@ class RunDirectory:
         self._lock: int | None = None
 
     @classmethod
-    def create(cls, path: str | None, env_id: str, seed: int | str, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
-        """Make the directory of a new run, runs/<env>__<seed>__<time> unless named, and lock it.
+    def create(
+        cls,
+        path: str | None,
+        env_id: str,
+        seed: int | str,
+        fill: Callable[["RunDirectory"], object],
+        place: Path = Path("runs"),
+    ) -> "RunDirectory":
+        """Make the directory of a new run, <place>/<env>__<seed>__<time> unless named, and lock it.
 
         Args:
             fill: writes what the run can be resumed from, one file at least. The directory appears with that in it, or not at
@@ -55,7 +62,7 @@ class RunDirectory:
         """
         if path is not None:
             return cls._make(Path(path), fill)
-        start = Path("runs") / f"{file_name(env_id)}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        start = place / f"{file_name(env_id)}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in itertools.count(1):  # several runs started within a second
             directory = start if attempt == 1 else start.with_name(f"{start.name}-{attempt}")
             if not directory.exists():
