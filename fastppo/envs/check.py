@@ -424,8 +424,11 @@ def sampled_space(space: gym.Space[Any]) -> gym.Space[Any]:
     """An action space to sample from: a bound beyond NO_BOUND is none. Up to float64's largest gymnasium cannot sample."""
     if not isinstance(space, Box) or space.dtype.kind != "f":
         return space
-    low, high = (np.where(np.abs(bound) < NO_BOUND, bound, np.copysign(np.inf, bound)) for bound in (space.low, space.high))
-    return Box(low.astype(space.dtype), high.astype(space.dtype), dtype=space.dtype.type)
+    low, high = (
+        np.where(np.abs(bound.astype(np.float64)) < NO_BOUND, bound, np.copysign(np.inf, bound))
+        for bound in (space.low, space.high)
+    )
+    return Box(low, high, dtype=space.dtype.type)
 
 
 def _statistics(envs: Any, watch: _Watch) -> None:

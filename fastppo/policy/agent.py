@@ -145,11 +145,12 @@ class Agent:
         rows = _rows_of(batch)
         seen = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            dist, self.memory = self.network.step(self.weights, seen, self._remembered(self.network, rows))
+            dist, memory = self.network.step(self.weights, seen, self._remembered(self.network, rows))
+            self.memory = memory if kind.rows else self.memory
         else:
             dist = self.network.actor(self.weights, seen)
         if action_mask is not None and self.obs.info_mask is None:
-            dist = mask_logits(dist, self._mask(action_mask, rows), choices(self.action.distribution, self.action.size))
+            dist = mask_logits(dist, self._mask(action_mask, kind.rows), choices(self.action.distribution, self.action.size))
         if deterministic:
             action = self.action.distribution.mode(dist)
         else:
@@ -182,7 +183,7 @@ class Agent:
         """Observations with a leading axis, as the networks take them, and how they were given."""
         leaves: dict[str, Tensor] = {}
         lead: tuple[int, ...] | None = None  # () or (N,)
-        kind = _Kind(True, None)
+        kind = _Kind(True, None, 1)
         for leaf in self.obs.observed:
             name = "observation" if leaf.key == "obs" else leaf.key
             given = _found(leaf, obs)
@@ -191,14 +192,15 @@ class Agent:
             if len(own) > 1 or x.shape != (*own, *leaf.shape):
                 raise ValueError(f"{name} of shape {tuple(x.shape)}; this policy takes {leaf.shape} or a batch")
             if lead is None:
-                lead, kind = own, _Kind(not own, given.device if isinstance(given, Tensor) else None)
+                lead, kind = own, _Kind(not own, given.device if isinstance(given, Tensor) else None, math.prod(own))
             if own != lead:
                 raise ValueError(f"{name} of shape {tuple(x.shape)}; another part of the observation has {lead} before its own")
-            leaves[leaf.key] = x.reshape(math.prod(own), *leaf.shape)
-        rows = math.prod(lead or ())
+            leaves[leaf.key] = x.reshape(kind.rows, *leaf.shape)
         for leaf in self.obs:
             if leaf.kind == "mask":
-                leaves[leaf.key] = self._mask(_found(leaf, obs) if leaf.path else action_mask, rows)
+                leaves[leaf.key] = self._mask(_found(leaf, obs) if leaf.path else action_mask, kind.rows)
+        if kind.rows == 0:  # networks, one of somebody's own too, need not know of empty batches: a row that is not returned
+            leaves = {key: x.new_zeros(1, *x.shape[1:]) for key, x in leaves.items()}
         return self.obs.join(leaves), kind
 
     def _mask(self, given: Any, rows: int) -> Tensor:
@@ -221,7 +223,8 @@ def to_tensor(given: Any, device: torch.device) -> Tensor:
     if isinstance(given, Tensor):
         return given.to(device)
     array = np.asarray(given)
-    native = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
+    dtype = np.dtype(np.float64) if array.dtype == np.longdouble else array.dtype.newbyteorder("=")
+    native = array.astype(dtype, copy=not array.flags.writeable)
     return torch.as_tensor(np.ascontiguousarray(native).reshape(array.shape), device=device)
 
 
@@ -243,10 +246,11 @@ class _Kind(NamedTuple):
 
     single: bool
     device: torch.device | None  # of a tensor; None: an array
+    rows: int  # observations
 
     def unbatch(self, batch: Tensor) -> Any:
         answer = batch.cpu().numpy() if self.device is None else batch.to(self.device)
-        return answer[0] if self.single else answer
+        return answer[0] if self.single else answer[: self.rows]
 
 
 def policy_state(

@@ -25,6 +25,7 @@ from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Distribut
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
 MAX_NUMBERS, MAX_PARTS, MAX_NESTING = 2**24, 1024, 16  # of a space in a checkpoint
+NO_BOUND = 1e38  # a bound of this size or more is how environments say that there is none: float32's largest, float64's
 MIN_IMAGE_SIDE = 36  # the least that the three convolutions of the Nature CNN leave something of
 
 
@@ -133,6 +134,9 @@ def obs_spec(space: gym.Space[Any], info_mask_size: int | None = None, action: "
 
 
 def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Iterator[ObsLeaf]:
+    """The leaves of a space; a part of no numbers, as Box(shape=(0,)), has none."""
+    if isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
+        return
     if isinstance(space, Dict | Tuple):
         parts: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces)
         for name, part in parts:
@@ -153,7 +157,7 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
         yield ObsLeaf(key, path, space.shape, torch.bool, "vector")
     elif isinstance(space, Box):
         is_float = np.issubdtype(space.dtype, np.floating)
-        dtype = torch.float32 if is_float else torch.from_numpy(np.empty(0, space.dtype)).dtype
+        dtype = torch.float32 if is_float else _torch_dtype(space)
         pixels = space.dtype == np.uint8 and bool((space.low == 0).all() and (space.high == 255).all())
         kind: Any = "image" if pixels and is_image_shape(space.shape) else "vector"
         yield ObsLeaf(key, path, space.shape, dtype, kind, 1.0 / 255.0 if pixels else 1.0)
@@ -194,12 +198,12 @@ class ActionSpec:
         Actions of a Box or MultiDiscrete are to be on the device that the bounds are on: the CPU, or where `to` has put them.
         """
         if isinstance(self.space, Discrete):
-            return action + int(self.space.start) if self.space.start else action
+            return (action + int(self.space.start) if self.space.start else action).to(self.env_dtype)
         if isinstance(self.distribution, MultiCategorical):
             action = action + self.low
         else:
             if self.squash:
-                action = self.low + (action.tanh() + 1.0) * (0.5 * (self.high - self.low))
+                action = self.low + (action.tanh() + 1.0) * (0.5 * self.high - 0.5 * self.low)
             # in the environment's own type: rounded to float32 a bound may lie outside
             action = torch.minimum(torch.maximum(action.to(self.env_dtype), self.low), self.high)
         return action.to(self.env_dtype).reshape(*action.shape[:-1], *(self.space.shape or ()))
@@ -211,7 +215,7 @@ class ActionSpec:
         """
         stored = action.numpy()
         if isinstance(self.space, Discrete):
-            return stored + int(self.space.start)
+            return (stored + int(self.space.start)).astype(self.space.dtype, copy=False)
         if self.squash or isinstance(self.distribution, MultiCategorical):
             return self.to_env(action).numpy()  # new already
         low, high = self._bounds
@@ -234,34 +238,40 @@ class ActionSpec:
 def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
     """The policy's side of an action space; raises UsageError for one that is not supported."""
     none = torch.empty(0, dtype=torch.float32, device="cpu")
+    if isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
+        raise UsageError(f"--env-id: action space {space} is of shape {space.shape}, which leaves nothing to choose")
     if squash and not isinstance(space, Box):
         raise UsageError(f"--squash-actions is for Box action spaces; this environment's is {type(space).__name__}")
     if isinstance(space, Discrete):
-        return ActionSpec(space, CATEGORICAL, int(space.n), (), torch.int64, torch.int64, none, none, False)
+        return ActionSpec(space, CATEGORICAL, int(space.n), (), torch.int64, _torch_dtype(space), none, none, False)
     if isinstance(space, MultiDiscrete | MultiBinary):
         if isinstance(space, MultiDiscrete):
             numbers, start = tuple(space.nvec.flatten().tolist()), torch.from_numpy(space.start.flatten().astype(np.int64))
         else:
             numbers = (2,) * math.prod(space.shape)
             start = torch.zeros(len(numbers), dtype=torch.int64, device="cpu")
-        env_dtype = torch.from_numpy(np.empty(0, space.dtype)).dtype
         family = MultiCategorical(numbers)
-        return ActionSpec(space, family, sum(numbers), (len(numbers),), torch.int64, env_dtype, start, none, False)
-    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
+        return ActionSpec(space, family, sum(numbers), (len(numbers),), torch.int64, _torch_dtype(space), start, none, False)
+    if isinstance(space, Box) and space.dtype in (np.float16, np.float32, np.float64):
         size = math.prod(space.shape)
         low, high = torch.from_numpy(space.low).flatten(), torch.from_numpy(space.high).flatten()
-        if squash and not (low.isfinite().all() and high.isfinite().all()):
+        if squash and not ((low.abs() < NO_BOUND).all() and (high.abs() < NO_BOUND).all()):
             raise UsageError("--squash-actions needs finite action bounds; this environment has none: leave it off")
         return ActionSpec(space, DIAGONAL_NORMAL, size, (size,), torch.float32, low.dtype, low, high, squash)
     raise UsageError(
-        f"--env-id: action space {space} is not supported; supported: Discrete, MultiDiscrete, MultiBinary, Box of floats"
+        f"--env-id: action space {space} is not supported; supported: Discrete, MultiDiscrete, MultiBinary, Box of float16, "
+        "float32 or float64"
     )
+
+
+def _torch_dtype(space: gym.Space[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
 def space_to_data(space: gym.Space[Any]) -> dict[str, Any]:
     """A supported space as plain data for a checkpoint."""
     if isinstance(space, Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
     if isinstance(space, MultiDiscrete):
         numbers, start = torch.from_numpy(space.nvec.astype(np.int64)), torch.from_numpy(space.start.astype(np.int64))
         return {"type": "MultiDiscrete", "nvec": numbers, "start": start, "dtype": str(space.dtype)}
@@ -306,7 +316,12 @@ def _space(data: Any) -> gym.Space[Any]:
     if kind == "Discrete":
         n, start = data["n"], data["start"]
         _check_numbers([n], [start])
-        return Discrete(n, start=start)
+        dtype = np.dtype(_dtype({"dtype": "int64", **data}))  # older versions kept none
+        if dtype == np.int64:  # older gymnasium's only type
+            return Discrete(n, start=start)
+        if dtype.kind not in "iu" or not np.iinfo(dtype).min <= start <= start + n - 1 <= n + start <= np.iinfo(dtype).max:
+            raise ValueError(f"a Discrete of {n} numbers from {start} on, of dtype {dtype}")
+        return Discrete(n, start=start, dtype=dtype.type)
     if kind == "MultiDiscrete":
         numbers, start = _array(data["nvec"]), _array(data["start"])
         if numbers.dtype != np.int64 or start.dtype != np.int64 or numbers.shape != start.shape:
