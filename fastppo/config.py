@@ -183,7 +183,7 @@ class TrainConfig:
     device: str = "auto"
     """auto (the GPU when there is one), cpu, cuda or cuda:N."""
     num_threads: int | None = None
-    """Most CPU threads of the programs, and processes of --vectorization grouped; default: all, as far as there is work."""
+    """Most CPU threads of the programs, and processes of --vectorization grouped; default: as many of the cores as help."""
     compile: Literal["off", "auto", "on"] = "auto"
     """Compiled programs: never, when the whole run ends sooner with them, or always."""
 

@@ -42,6 +42,7 @@ from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
 from fastppo.seeds import joint_row, keep_joint, make_directories, reopen_all
 from fastppo.state import normalization_of
+from fastppo.threads import Watch
 from fastppo.tiers import Tiers
 from fastppo.video import Recorder
 
@@ -135,8 +136,11 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
     example = (params, adam, rollout_tensors, permutation, schedule, normalization)
     jobs = make_jobs(task, example, joined_noise())
     with plain():
-        tiers = Tiers(config.compile, jobs, 1 if task.workers > 1 else torch.get_num_threads(), display.note, ranks)
-    promises = guarantees(device, tiers.may_change, task.restarts or task.on_device)
+        tiers = Tiers(config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, ranks)
+    watch = None
+    if task.trial is not None and tiers.name == "eager" and torch.get_num_threads() > 1:
+        watch = Watch(task.trial, display.note, task.provenance)
+    promises = guarantees(device, tiers.may_change, task.restarts or task.on_device, watch is not None)
     for line in promises:
         display.note(line)
 
@@ -187,6 +191,8 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
                 with faults_of(runs[index], rollouts[index], several):
                     metrics[index] = runs[index].learn(update, rollouts[index], everyones)
             learn_seconds = time.perf_counter() - learn_started
+            if watch is not None and tiers.name == "eager":
+                watch.update(iteration, learn_seconds)
 
             # account: from account to account, what logging and checkpoints take is in the next iteration's time
             now = time.perf_counter()

@@ -5,7 +5,7 @@ Knows nothing of the loop, and of run directories only that there will be some.
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.modes import plain, under
 from fastppo.core.programs import obs_of
 from fastppo.core.seeds import Seeds, one_by_one, over_seeds
+from fastppo.cores import available_cores
 from fastppo.devices import resolved
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -44,6 +45,7 @@ from fastppo.rollout import env_step_of, pack, states_of
 from fastppo.run.tracking import check_installed
 from fastppo.seeds import of_each_seed
 from fastppo.state import TrainState, checkpoint_of, init_state, normalization_of
+from fastppo.threads import choose, minibatch_of
 from fastppo.tiers import Job
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
@@ -71,7 +73,9 @@ class Task:
     network: Network
     states: tuple[TrainState, ...]  # fresh, of each seed
     workers: int  # threads of a compiled `learn`
-    provenance: Mapping[str, str]
+    threads: int  # of eager programs, before any trial; and of each worker of compiled ones, where there is one worker
+    trial: Callable[[], object] | None  # what tells whether eager learning gains by its threads; None: they are not changed
+    provenance: dict[str, str]
     findings: tuple[str, ...]  # lines on the environments
     notes: tuple[str, ...]  # other lines that are to be told
     drawn: AutoresetEnvs | None  # an environment for videos
@@ -172,6 +176,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         drawn = make_recorded(config, given, deadline)
         cleanup.callback(drawn.close)
     configs = of_each_seed(config)
+    trial, notes = None, [] if note is None else [note]
     with plain():
         networks = [make_network(obs, action, own, policy, seed_of(own.seed, Stream.PARAMETERS)) for own in configs]
         network = networks[0]
@@ -180,8 +185,15 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
                 "policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one"
             )
         workers = choose_workers(local, obs) if device.type == "cpu" else 1
-        torch.set_num_threads(choose_threads(local, network))  # before the first parallel operation, in `init`
+        threads = choose_threads(local, network)
+        torch.set_num_threads(threads)  # before the first parallel operation, in `init`
         states = [init_state(own, of_seed, obs, device) for own, of_seed in zip(configs, networks, strict=True)]
+        if threads > 1 and config.num_threads is None and config.compile != "on" and device.type == "cpu":
+            rows = min(local.rows_per_minibatch, ROWS_PER_PASS) if obs.has_images else local.rows_per_minibatch
+            trial = minibatch_of(network, states[0].params, obs, action, rows, local.num_steps)
+            choice = choose(trial, threads)
+            torch.set_num_threads(choice.number)
+            notes += [] if choice.note is None else [choice.note]
     if isinstance(made, TorchVectorEnv):
         made.reset()  # for the form of its state; start_collector resets it again, with a seed
         if config.resume:
@@ -201,9 +213,11 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         network=network,
         states=tuple(states),
         workers=workers,
+        threads=threads,
+        trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
         findings=tuple(findings),
-        notes=() if note is None else (note,),
+        notes=tuple(notes),
         drawn=drawn,
     )
 
@@ -405,7 +419,12 @@ def choose_threads(config: TrainConfig, network: Network) -> int:
     """
     if config.num_threads is not None:
         return config.num_threads
-    return 1 if config.rows_per_minibatch * network.num_params < 2**24 else torch.get_num_threads()
+    return 1 if config.rows_per_minibatch * network.num_params < 2**24 else usable_threads()
+
+
+def usable_threads() -> int:
+    """torch's, but no more than there are cores for this process."""
+    return min(torch.get_num_threads(), available_cores())
 
 
 def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
@@ -415,7 +434,7 @@ def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
     """
     if obs.has_images:  # large convolutions share themselves out better
         return 1
-    cores = config.num_threads or torch.get_num_threads()
+    cores = config.num_threads or usable_threads()
     if config.num_seeds > 1:
         return min(cores, config.num_seeds)
     most = min(cores, config.rows_per_minibatch // MIN_WORKER_ROWS)

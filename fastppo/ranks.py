@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from fastppo.cores import available_cores
+from fastppo.cores import machine_cores
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 
 Value = TypeVar("Value")
@@ -281,7 +281,7 @@ def threads_per_rank(local_size: int) -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "1")
     if wanted != "1":
         return torch.get_num_threads()
-    return max(1, available_cores() // local_size)
+    return max(1, machine_cores() // local_size)
 
 
 def check_shares(

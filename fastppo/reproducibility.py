@@ -40,20 +40,25 @@ def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None
     return ", ".join(f"{key} {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in changed) or None
 
 
-def guarantees(device: torch.device, tier_may_change: bool, exact: bool) -> list[str]:
+def guarantees(device: torch.device, tier_may_change: bool, exact: bool, threads_may_change: bool = False) -> list[str]:
     """What the same settings give again, a line each.
 
     Args:
         tier_may_change: the run may go from eager to compiled programs on its way.
         exact: a run that was stopped and resumed equals one that was not.
+        threads_may_change: the run may go on with fewer threads where the machine becomes busy.
     """
+    changes, cures = [], []
+    if tier_may_change:
+        changes.append("--compile auto changes to compiled programs, when the clock says so")
+        cures.append("--compile on or off")
+    if threads_may_change:
+        changes.append("a busy machine makes learning go on with fewer threads, which the run then says")
+        cures.append("--num-threads")
     if device.type != "cpu":
         again = "same seed: the same distribution of results, not the same bits, since sums on a GPU have no fixed order"
-    elif tier_may_change:
-        again = (
-            "same seed: the same bits up to where --compile auto changes to compiled programs, when the clock says so; "
-            "throughout with --compile on or off"
-        )
+    elif changes:
+        again = f"same seed: the same bits up to where {', or '.join(changes)}; throughout with {' and '.join(cures)}"
     else:
         again = "same seed: the same bits"
     needs = (

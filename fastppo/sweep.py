@@ -28,6 +28,7 @@ from rich.table import Table
 
 from fastppo.cli import parse, parse_train, run
 from fastppo.config import TrainConfig, absolute, current_directory, flag
+from fastppo.cores import available_cores
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
@@ -503,7 +504,7 @@ def _main(args: Sequence[str]) -> None:
     directory = place / (config.study_dir or Path("sweeps") / file_name(config.env_id))
     num_threads = None
     if config.jobs > 1 and "num_threads" not in names:
-        num_threads = max((os.cpu_count() or 1) // config.jobs, 1)
+        num_threads = max(available_cores() // config.jobs, 1)
     search = Search(directory, config.env_id, base, space, steps, config.seeds, num_threads, place)
 
     ranges = {name: [dimension.kind, list(dimension.values)] for name, dimension in space.items()}

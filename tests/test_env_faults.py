@@ -28,6 +28,8 @@ FLAGS += ["--compile", "off", "--no-check-env"]  # the check would meet them fir
 def _left_as_it_was(monkeypatch):
     """Two cores to share out to; afterwards no process is left, and SIGALRM is whoever's it was."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr("fastppo.cores.cpu_quota", lambda root: 2.0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
     before = signal.getsignal(signal.SIGALRM)
     yield
     assert multiprocessing.active_children() == []

@@ -18,6 +18,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import TrainConfig, train
+from fastppo.cores import available_cores
 from fastppo.envs import grouped
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
@@ -214,7 +215,7 @@ def test_every_vectorization_is_the_same_engine(vectorization, processes):
 
 def test_made_by_its_name():
     """--vectorization grouped: as many processes as --num-threads or cores, and environments."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     assert [num_processes(8, None), num_processes(8, 1), num_processes(8, 3), num_processes(2, 5)] == [min(8, cores), 1, 3, 2]
     envs, chosen = make_vec("environments:Walk-v0", 3, "grouped", {}, num_threads=2)
     assert (chosen, envs.num_envs, len(multiprocessing.active_children())) == ("grouped", 3, 1)
@@ -430,6 +431,8 @@ TINY = {"num_envs": 4, "num_steps": 32, "num_iterations": 3, "eval_episodes": 3,
 def three_cores(monkeypatch):
     """To share environments out to, whatever this machine has: --num-threads would give torch as many threads too."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
+    monkeypatch.setattr("fastppo.cores.cpu_quota", lambda root: 3.0)
+    monkeypatch.delenv("OMP_NUM_THREADS")
 
 
 def test_a_run_equals_that_of_one_process(tmp_path, three_cores):

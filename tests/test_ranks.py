@@ -14,6 +14,7 @@ import rank_worker
 import torch
 
 from fastppo.core.minibatches import draw_permutation
+from fastppo.cores import machine_cores
 from fastppo.errors import UsageError
 from fastppo.policy.normalization import init_moments, update_moments
 from fastppo.ranks import (
@@ -111,7 +112,7 @@ def test_shares_come_back_together(ranks):
         assert (gathered["numpy"] == (whole.numpy() % 5 == 0)).all()
         assert found["agreed"] == {"run_dir": "of 0"}
         assert found["highest"] == [15, 0]
-        assert found["threads"] == max(1, len(os.sched_getaffinity(0)) // len(ranks))
+        assert found["threads"] == max(1, machine_cores() // len(ranks))
 
 
 def test_a_rank_that_dies_is_a_fault_of_the_others(ranks):
@@ -212,7 +213,7 @@ def test_what_cannot_start_is_one_line(monkeypatch, given, device, said):
 
 def test_threads_are_shared_out(monkeypatch):
     """torchrun's own OMP_NUM_THREADS=1 is nobody's wish; another number is."""
-    cores = len(os.sched_getaffinity(0))
+    cores = machine_cores()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert threads_per_rank(1) == cores
     assert threads_per_rank(10 * cores) == 1

@@ -14,6 +14,7 @@ import pytest
 
 from fastppo import TrainConfig, UsageError, load_preset, preset_for
 from fastppo import sweep as sweep_module
+from fastppo.cores import available_cores
 from fastppo.presets import PRESETS
 from fastppo.search_space import NOT_SEARCHED, OF_THE_SWEEP, SEARCHED, built_in_space, read_space, to_settings
 from fastppo.sweep import at_parts, console, read_curve, score
@@ -283,7 +284,7 @@ def test_what_a_trial_is_trained_with(tmp_path, stub):
                 "--seed": seed,
                 "--total-timesteps": "3000",
                 "--eval-episodes": "0",
-                "--num-threads": str(max(os.cpu_count() // 2, 1)),
+                "--num-threads": str(max(available_cores() // 2, 1)),
             }
         config = load_preset(directory / trial / "preset.json")
         assert (config.env_id, config.gamma) == ("Pendulum-v1", 0.8)

@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
-from fastppo.cores import a_thread_a_core
+from fastppo.cores import engine_threads
 from fastppo.envs.make import find_spec, first_line
 from fastppo.errors import UsageError, brief
 
@@ -115,7 +115,7 @@ def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings
     }
     refuse_own(env_id, env_kwargs, (*own, "game", "num_envs", "batch_size", "autoreset_mode"))
     try:
-        kwargs = {**find_spec(env_id).kwargs, **a_thread_a_core(num_envs), **own, **env_kwargs}
+        kwargs = {**find_spec(env_id).kwargs, **engine_threads(num_envs), **own, **env_kwargs}
         ale = AtariVectorEnv(num_envs=num_envs, **kwargs)
     except TypeError as error:
         raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None

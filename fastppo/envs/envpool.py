@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from fastppo.cores import a_thread_a_core
+from fastppo.cores import engine_threads
 from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, tell_lives
 from fastppo.envs.make import first_line
 from fastppo.errors import UsageError, brief, nearest
@@ -156,7 +156,7 @@ def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], sett
     """
     task = task_of(env_id)
     refuse_own(env_id, env_kwargs, ("num_envs", "batch_size", "seed", "env_seed", "env_type"))
-    env_kwargs = {**a_thread_a_core(num_envs), **env_kwargs}
+    env_kwargs = {**engine_threads(num_envs), **env_kwargs}
     try:
         envs = EnvPoolVectorEnv(task, num_envs, **env_kwargs)
         is_atari = hasattr(envs.config, "repeat_action_probability")
