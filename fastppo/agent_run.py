@@ -19,7 +19,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from fastppo.callbacks import Callback, View
+from fastppo.callbacks import Callback, View, is_yes
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.losses import Total, alone
@@ -495,7 +495,7 @@ def _tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration
     for callback in callbacks:
         name = type(callback).__name__
         try:
-            if getattr(callback, moment)(view) is True:
+            if is_yes(getattr(callback, moment)(view)):
                 enough = enough or f"{name} has seen enough"
         except Exception as error:  # whatever somebody's code may raise
             raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error
