@@ -130,15 +130,27 @@ class AgentRun:
         self._has_all = False
         return normalization_of(self.state), schedule_at(self.progress, self.config, self.state.params.device)
 
-    def learn(self, learned: Learned, rollout: Mapping[str, Tensor], everyones: Mapping[str, Tensor]) -> dict[str, float]:
-        """Take up an update and what the rollout adds to the statistics; the iteration's metrics. Raises TrainingFault.
+    def scale_rewards(self, steps: Mapping[str, Tensor]) -> Normalization:
+        """Add a rollout to the statistics of returns; what it is then learned with. Acting does not depend on these.
 
-        rollout: (T+1, N / K, ...) of this process. everyones: (T, N) `reward terminated truncated valid` of all.
+        steps: (T, N) `reward terminated truncated valid` of all processes.
+        """
+        update_return_moments(self.state, steps, self.config.gamma)
+        return normalization_of(self.state)
+
+    def learn(self, learned: Learned, rollout: Mapping[str, Tensor]) -> dict[str, float]:
+        """Take up an update and add the rollout to the statistics of observations. Raises TrainingFault.
+
+        rollout: (T+1, N / K, ...) of this process.
+
+        Returns:
+            The iteration's metrics.
         """
         metrics = read_metrics(learned)  # sync: once per iteration, for the log
-        self.state.params.copy_(learned.params)
-        self.state.adam = learned.adam
-        move_statistics(self.state, rollout, everyones, learned, self.config, self._ranks.total)
+        state = self.state
+        state.params.copy_(learned.params)
+        state.adam, state.return_mean, state.return_std = learned.adam, learned.return_mean, learned.return_std
+        update_obs_moments(state, rollout, self._ranks.total)
         return metrics
 
     def account(
@@ -445,32 +457,29 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
     return Schedule(*(torch.tensor(value, device=device) for value in (learning_rate, clip_coef, config.ent_coef)))
 
 
-def move_statistics(
-    state: TrainState,
-    rollout: Mapping[str, Tensor],
-    everyones: Mapping[str, Tensor],
-    learned: Learned,
-    config: TrainConfig,
-    total: Total = alone,
-) -> None:
-    """Take the rollout's valid rows into the statistics of observations and returns.
+def update_return_moments(state: TrainState, steps: Mapping[str, Tensor], gamma: float) -> None:
+    """Add a rollout's discounted returns to their statistics, where the state has any.
 
-    Args:
-        rollout: (T+1, N / K, ...) of this process, whose observations are added up with the others' by `total`.
-        everyones: (T, N) `reward terminated truncated valid` of all.
+    steps: (T, N) `reward terminated truncated valid` of all processes.
     """
-    state.return_mean, state.return_std = learned.return_mean, learned.return_std
+    if state.return_moments is not None:
+        reward, valid = steps["reward"], steps["valid"]
+        done = steps["terminated"] | steps["truncated"]
+        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, gamma)
+        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
+
+
+def update_obs_moments(state: TrainState, rollout: Mapping[str, Tensor], total: Total = alone) -> None:
+    """Add a rollout's observations in valid rows to their statistics, where the state has any.
+
+    rollout: (T+1, N / K, ...) of this process, which `total` adds up with those of the others.
+    """
     if state.obs_moments is not None:
-        own_valid = rollout["valid"][:-1].flatten()
+        valid = rollout["valid"][:-1].flatten()
         state.obs_moments = {
-            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), own_valid, total)
+            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid, total)
             for key, moments in state.obs_moments.items()
         }
-    if state.return_moments is not None:
-        reward, valid = everyones["reward"], everyones["valid"]
-        done = everyones["terminated"] | everyones["truncated"]
-        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, config.gamma)
-        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
 
 
 def read_metrics(learned: Learned) -> dict[str, float]:

@@ -157,16 +157,20 @@ def _train(
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
+            outcomes = of_all(collector.outcomes(), ranks)
+            steps = steps_of if ranks.size == 1 else [tensors_of(outcomes, device)]
+            if config.norm_reward:
+                for index in running:
+                    goes_by[index] = (runs[index].scale_rewards(steps[index]), goes_by[index][1])
+                normalization, schedule = stack(goes_by) if several else goes_by[0]
             with torch.no_grad():
                 learned = tiers.learn(params, adam, rollout_tensors, permutation, schedule, normalization)
             adam = learned.adam
-            outcomes = of_all(collector.outcomes(), ranks)
             metrics = {}  # of the seeds that go on
             for index in running:
                 update = of_seed(learned, index) if several else learned
-                everyones = steps_of[index] if ranks.size == 1 else tensors_of(outcomes, device)
                 with faults_of(runs[index], rollouts[index], several):
-                    metrics[index] = runs[index].learn(update, rollouts[index], everyones)
+                    metrics[index] = runs[index].learn(update, rollouts[index])
             learn_seconds = time.perf_counter() - learn_started
 
             # account: from account to account, what logging and checkpoints take is in the next iteration's time
