@@ -38,10 +38,9 @@ from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
 from fastppo.run.tracking import Tracker
-from fastppo.state import TrainState, frozen, load_state, normalization_of, snapshot
+from fastppo.state import PolicySnapshot, TrainState, frozen, load_state, normalization_of, snapshot
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
-MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
 
 Note = Callable[[str], None]
 
@@ -64,7 +63,7 @@ class AgentRun:
         config: TrainConfig,
         state: TrainState,
         directory: RunDirectory,
-        data_of: Callable[[TrainState], dict[str, Any]],
+        data_of: Callable[[TrainState | PolicySnapshot], dict[str, Any]],
         agent_of: Callable[[TrainState], Agent],
         callbacks: Sequence[Callback],
         restarts: bool,
@@ -75,7 +74,7 @@ class AgentRun:
         """Open the logs of a run whose directory has been made, or reopened, and locked.
 
         Args:
-            data_of, agent_of: a state as plain data for a checkpoint, and as a policy.
+            data_of: a state, or the policy of one, as plain data for a checkpoint. agent_of: a state as a policy.
             restarts: its environments restart at checkpoints, see Checkpoints.
             note: takes a line for people.
             top: the directory of all seeds, where this is one of several.
@@ -95,7 +94,7 @@ class AgentRun:
         self.enough: str | None = None  # why training ends before its time
         self.fault: TrainingFault | None = None  # why it cannot go on
         self.row: dict[str, int | float] = {}  # of the last iteration
-        self.new_best = False  # whether that was one
+        self._record = state.best_return  # before the last iteration
         self._data_of, self._agent_of = data_of, agent_of
         self._recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
         self._first_second, self._first_step = state.seconds, state.global_step
@@ -167,28 +166,23 @@ class AgentRun:
         restart = self.checkpoints.restarts_at(state.iteration + 1)
         if restart and not config.reset_each_rollout:
             episode_end[-1] &= ~cut  # half an episode is none
-        finished = state.episodes.update(reward, episode_end, valid)
-        state.iteration += 1
+        state.episodes.update(reward, episode_end, valid)
         if restart:
             state.episodes.forget_running()
+        state.iteration += 1
         state.global_step += int(valid.sum())
         state.seconds += seconds
+        self._record = state.best_return
+        self._keep_best(state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state)))
         self._recent.append((state.seconds - self._first_second, state.global_step - self._first_step))
 
-        return_mean = state.episodes.return_mean
-        best = finished > 0 and len(state.episodes.returns) >= MIN_BEST_EPISODES and return_mean >= state.best_return
-        self.new_best = best and return_mean > state.best_return
-        if best:
-            state.best_return = return_mean
-            # kept are the parameters after this update, one past those that played
-            self.checkpoints.best = snapshot(state)
         (before, steps_before), (now, steps_now) = self._recent[0], self._recent[-1]
         self.row = {
             "iteration": state.iteration,
             "global_step": state.global_step,
             "seconds": round(state.seconds, 6),
             "sps": (steps_now - steps_before) / (now - before),
-            "episodic_return_mean": return_mean,
+            "episodic_return_mean": state.episodes.return_mean,
             "episodic_length_mean": state.episodes.length_mean,
             "episodes": state.episodes.episodes,
             "terminations": int((terminated & valid).sum()),
@@ -200,6 +194,16 @@ class AgentRun:
             "act_share": phases.act / seconds,
             "learn_share": learn / seconds,
         }
+
+    def _keep_best(self, policy: PolicySnapshot | None) -> None:
+        """A new best policy is written with the next checkpoint."""
+        if policy is not None:
+            self.checkpoints.best = replace(policy, best_return=self.state.best_return)
+
+    @property
+    def new_best(self) -> bool:
+        """Whether the last iteration has found a better policy than before."""
+        return self.state.best_return > self._record
 
     def tell(self, environments: Callable[[], dict[str, Any] | None]) -> None:
         """Log the iteration, and ask the callbacks, which may end the run. Raises TrainingFault where one raises.
@@ -229,6 +233,8 @@ class AgentRun:
             self._ranks.check(failed)
         self._due = bool(due)
         self.enough = self.enough or ("another rank has seen enough" if enough else None)
+        if self.over:
+            self._keep_best(state.best.finish())
         if self.enough and not logs:
             self.loggers.log(self.row)
 
@@ -414,7 +420,7 @@ def reopen(
         environments = "the environments go on where they were"
     else:
         environments = "the environments start new episodes"
-        state.episodes.forget_running()  # those of before have no end
+        state.forget_running()  # those of before have no end
         state.return_carry.zero_()
     changed = differences(checkpoint["made_with"], fresh["made_with"])
     length = (config.total_timesteps, config.num_iterations)

@@ -41,7 +41,7 @@ from fastppo.reproducibility import made_with, versions
 from fastppo.rollout import env_step_of, pack, states_of
 from fastppo.run.tracking import check_installed
 from fastppo.seeds import of_each_seed
-from fastppo.state import TrainState, checkpoint_of, init_state, normalization_of
+from fastppo.state import PolicySnapshot, TrainState, checkpoint_of, init_state, normalization_of
 from fastppo.tiers import Job
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
@@ -95,8 +95,8 @@ class Task:
         """Whether environments restart at checkpoints; those on the device are kept in them as they stand."""
         return self.config.exact_resume and not self.on_device
 
-    def data_of(self, state: TrainState) -> dict[str, Any]:
-        """A state as plain data, for a checkpoint."""
+    def data_of(self, state: TrainState | PolicySnapshot) -> dict[str, Any]:
+        """A state, or the policy of one, as plain data for a checkpoint."""
         made_by = {**self.provenance, **versions()}
         return checkpoint_of(self.network, self.made.single_observation_space, self.obs, self.action, made_by, state)
 
