@@ -39,7 +39,7 @@ class PolicySnapshot:
     iteration: int
     global_step: int
     seconds: float
-    best_return: float = -math.inf  # mean return of the episodes that it was judged by, where it was
+    best_return: float = -math.inf  # by which it was the best
 
 
 @dataclass
@@ -63,8 +63,8 @@ class TrainState:
 
     @property
     def best_return(self) -> float:
-        """Mean return of the episodes that the best policy was judged by; -inf where none was judged."""
-        return self.best.return_mean
+        """The return by which the best policy is the best, see BestPolicy; -inf where none could be judged."""
+        return self.best.score
 
     def forget_running(self) -> None:
         """Episodes under way end without counting: the environments start new ones."""
@@ -216,8 +216,7 @@ def load_state(
         if not same_device:
             checkpoint = {**checkpoint, "environments": None}
         if "best" not in checkpoint:  # of an older version, which judged by the last 100 episodes
-            record = {"score": checkpoint["best_return"], "return_mean": checkpoint["best_return"]}
-            checkpoint = {**checkpoint, "best": {**expected["best"], **record}}
+            checkpoint = {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
         check_alike(expected, checkpoint)
         policy, adam = checkpoint["policy"], checkpoint["adam"]
         counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]

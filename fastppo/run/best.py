@@ -1,11 +1,11 @@
 """Which parameters of a run were the best, judged by the episodes that they played. Knows nothing of networks or files.
 
 One iteration seldom has enough episodes to judge its parameters by, and an episode may span several iterations. So iterations
-are joined to spans until MIN_EPISODES are known, and each episode counts in each span by the share of its steps that were
-played in it. The parameters at the boundary of two spans are judged by both: if they had collapsed the span after them would
-be bad, and if they had not learned yet the one before them. Parameters whose own iteration has enough episodes are judged by
-these alone. The best have the highest mean minus a standard error, in the worse of the two spans: the highest of many means
-would mostly be luck.
+are joined to spans until enough episodes are known, and each episode counts in each span by the share of its steps that were
+played in it. The parameters between two spans are judged by the worse of the two: after a collapse the second one is bad, and
+before anything was learned the first one. Parameters whose own iteration has enough episodes may be judged by it alone.
+
+A score is a mean minus its standard error, not a mean: the highest of many means is mostly luck.
 """
 
 import math
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastppo.run.episodes import Finished
 
-MIN_EPISODES = 10  # that judge the parameters of a policy: a mean over fewer is luck
+MIN_EPISODES = 10  # that judge a policy; half of them in each of two spans
+ALONE = 3.0  # standard errors off the mean of a single iteration, which is one of more and compared with no other
 MAX_UNKNOWN = 0.1  # of a span's episodes, by weight, that may still be under way when it is judged
 MAX_WAITING = 2  # policies kept in memory that are not judged yet
 
@@ -50,13 +51,12 @@ class Span(Generic[Policy]):
             self.weight += weight
             self.squares += float(shares @ shares)
 
-    @property
-    def lower(self) -> float:
-        """The mean minus its standard error; -inf of one episode or less."""
-        number = self.weight**2 / self.squares  # effective number of episodes
+    def bound(self, errors: float) -> float:
+        """The mean minus so many of its standard errors; -inf of one episode or less."""
+        number = self.weight**2 / self.squares if self.squares > 0.0 else 0.0  # effective number of episodes
         if number <= 1.0:
             return -math.inf
-        return self.mean - math.sqrt(self.deviation / self.weight / (number - 1.0))
+        return self.mean - errors * math.sqrt(self.deviation / self.weight / (number - 1.0))
 
 
 class BestPolicy(Generic[Policy]):
@@ -64,8 +64,7 @@ class BestPolicy(Generic[Policy]):
 
     def __init__(self, num_envs: int, policy: Policy) -> None:
         """policy: that acts in the first iteration."""
-        self.return_mean = -math.inf  # of the best one, over the episodes that judged it; -inf: none is judged
-        self.score = -math.inf  # by which it is the best
+        self.score = -math.inf  # of the best one; -inf: none could be judged
         self.spans: list[Span[Policy]] = [Span(policy, np.zeros(num_envs, np.int64))]  # the last one is under way
 
     def update(self, finished: Finished, lengths: NDArray[np.int64], next_policy: Callable[[], Policy]) -> Policy | None:
@@ -124,19 +123,23 @@ class BestPolicy(Generic[Policy]):
                 if (under_way / np.maximum(lengths, 1)).sum() > MAX_UNKNOWN * span.weight:
                     break
             policy, span.policy = span.policy, None
-            if span.iterations == 1 and span.weight >= MIN_EPISODES:
-                judges = [span]
-            else:
-                judges = self.spans[max(number - 1, 0) : number + 1]
-                if len(judges) < 2 or min(one.weight for one in judges) < MIN_EPISODES / 2:
-                    continue
-            score = min(one.lower for one in judges)
-            if score >= self.score:
-                self.score, self.return_mean = score, sum(one.mean for one in judges) / len(judges)
-                best = policy
+            score = self._score(number)
+            if score > -math.inf and score >= self.score:
+                self.score, best = score, policy
         judged = sum(span.policy is None for span in self.spans)
         del self.spans[: max(judged - 1, 0)]  # the last one judged is still to judge the next one
         return best
+
+    def _score(self, number: int) -> float:
+        """The score of the policy that acted first in that span; -inf where too few episodes judge it."""
+        span, score = self.spans[number], -math.inf
+        if span.iterations == 1 and span.weight >= MIN_EPISODES:
+            score = span.bound(ALONE)
+        if number > 0:
+            judges = self.spans[number - 1 : number + 1]
+            if min(one.weight for one in judges) >= MIN_EPISODES / 2:
+                score = max(score, min(one.bound(1.0) for one in judges))
+        return score
 
     def state_dict(self, data_of: Callable[[Policy], Any]) -> dict[str, Any]:
         """As plain data. data_of: a policy as such."""
@@ -148,7 +151,7 @@ class BestPolicy(Generic[Policy]):
             }
             for span in self.spans
         ]
-        return {"score": self.score, "return_mean": self.return_mean, "spans": spans}
+        return {"score": self.score, "spans": spans}
 
     def load_state_dict(self, state: Mapping[str, Any], policy_of: Callable[[Any], Policy]) -> None:
         """Take up `state_dict`'s result. Raises ValueError, TypeError or KeyError for something else."""
@@ -165,4 +168,4 @@ class BestPolicy(Generic[Policy]):
             spans.append(Span(**{**data, "policy": policy, "begins": begins.copy()}))
         if not 1 <= len(spans) <= MAX_WAITING + 1:
             raise ValueError(f"best.spans are {len(spans)}")
-        self.spans, self.score, self.return_mean = spans, float(state["score"]), float(state["return_mean"])
+        self.spans, self.score = spans, float(state["score"])
