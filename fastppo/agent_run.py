@@ -129,12 +129,19 @@ class AgentRun:
         self._has_all = False
         return normalization_of(self.state), schedule_at(self.progress, self.config, self.state.params.device)
 
-    def scale_rewards(self, steps: Mapping[str, Tensor]) -> Normalization:
-        """Add a rollout to the statistics of returns; what it is then learned with. Acting does not depend on these.
+    def normalize(self, rollout: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Normalization:
+        """Add a rollout to the statistics that it is learned with.
 
-        steps: (T, N) `reward terminated truncated valid` of all processes.
+        To those of returns always: acting does not depend on the scale of rewards. To those of observations only in the first
+        iteration, which acts before anything is known of them: its policy, whose actions hardly depend on what it sees, learns
+        from normalised observations all the same.
+
+        Args:
+            rollout: (T+1, N / K, ...) of this process. steps: (T, N) `reward terminated truncated valid` of all processes.
         """
         update_return_moments(self.state, steps, self.config.gamma)
+        if self.state.iteration == 0:
+            update_obs_moments(self.state, rollout, self._ranks.total)
         return normalization_of(self.state)
 
     def learn(self, learned: Learned, rollout: Mapping[str, Tensor]) -> dict[str, float]:
@@ -149,7 +156,8 @@ class AgentRun:
         state = self.state
         state.params.copy_(learned.params)
         state.adam, state.return_mean, state.return_std = learned.adam, learned.return_mean, learned.return_std
-        update_obs_moments(state, rollout, self._ranks.total)
+        if state.iteration > 0:  # else see `normalize`
+            update_obs_moments(state, rollout, self._ranks.total)
         return metrics
 
     def account(

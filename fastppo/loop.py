@@ -159,9 +159,9 @@ def _train(
             learn_started = time.perf_counter()
             outcomes = of_all(collector.outcomes(), ranks)
             steps = steps_of if ranks.size == 1 else [tensors_of(outcomes, device)]
-            if config.norm_reward:
+            if config.norm_reward or (config.norm_obs and iteration == 0):
                 for index in running:
-                    goes_by[index] = (runs[index].scale_rewards(steps[index]), goes_by[index][1])
+                    goes_by[index] = (runs[index].normalize(rollouts[index], steps[index]), goes_by[index][1])
                 normalization, schedule = stack(goes_by) if several else goes_by[0]
             with torch.no_grad():
                 learned = tiers.learn(params, adam, rollout_tensors, permutation, schedule, normalization)

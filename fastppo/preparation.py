@@ -159,7 +159,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
             if made.device != device:
                 raise UsageError(f"--device {device}: the environments given are on {made.device}")
         action = action_spec(made.single_action_space, config.squash_actions)
-        obs = obs_spec(made.single_observation_space, info_mask_size(envs), action)
+        obs = obs_spec(made.single_observation_space, info_mask_size(envs), action, config.norm_obs)
         findings = []
         if config.check_env and not config.resume:
             findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline)

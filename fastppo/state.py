@@ -39,6 +39,7 @@ class PolicySnapshot:
     iteration: int
     global_step: int
     seconds: float
+    wide: frozenset[str]  # leaves of the observation that are normalised in float64
     best_return: float = -math.inf  # by which it was the best
 
 
@@ -56,6 +57,7 @@ class TrainState:
     generators: dict[str, torch.Generator]
     episodes: EpisodeStatistics
     best: BestPolicy[PolicySnapshot]
+    wide: frozenset[str]
     iteration: int = 0
     global_step: int = 0
     seconds: float = 0.0
@@ -86,6 +88,7 @@ def init_state(
         iteration=0,
         global_step=0,
         seconds=0.0,
+        wide=obs.wide,
     )
     return TrainState(
         params=params,
@@ -98,13 +101,14 @@ def init_state(
         generators={name: torch.Generator(device).manual_seed(seeds[name]) for name in ("actions", "minibatches")},
         episodes=EpisodeStatistics(config.num_envs),
         best=BestPolicy(config.num_envs, start),
+        wide=start.wide,
     )
 
 
 def normalization_of(state: TrainState | PolicySnapshot) -> Normalization:
     """The statistics as they stand, frozen for one iteration."""
     reward_scale = None if state.return_moments is None else inverse_std(state.return_moments)
-    return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std)
+    return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std, state.wide)
 
 
 def frozen(state: TrainState, environments: dict[str, Any] | None) -> TrainState:
@@ -123,6 +127,7 @@ def snapshot(state: TrainState) -> PolicySnapshot:
         state.iteration,
         state.global_step,
         state.seconds,
+        state.wide,
     )
 
 
@@ -171,6 +176,7 @@ def snapshot_data(policy: PolicySnapshot) -> dict[str, Any]:
     data = tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, vars(policy))
     moments = {} if policy.obs_moments is None else {key: list(kept) for key, kept in data["obs_moments"].items()}
     rewards = [] if policy.return_moments is None else list(data["return_moments"])
+    del data["wide"]
     return {**data, "obs_moments": moments, "return_moments": rewards}
 
 
@@ -178,15 +184,15 @@ def snapshot_from(data: Any, state: TrainState) -> PolicySnapshot:
     """The inverse of `snapshot_data`, for the run of `state`. Raises ValueError for what is none of its policies."""
     check_alike(snapshot_data(snapshot(state)), data, "best.policy")
     device = state.params.device
-    named = {
-        name: checked(data[name], f"best.policy.{name}", torch.float32) for name in ("params", "return_mean", "return_std")
-    }
+    names = ("params", "return_mean", "return_std")
+    named = {name: checked(data[name], f"best.policy.{name}", torch.float32).to(device) for name in names}
     obs_moments = moments_from_state(data["obs_moments"], device)
     rewards = moments_from_state({"reward": data["return_moments"]}, device) if data["return_moments"] else None
     return PolicySnapshot(
         **{
             **data,
             **named,
+            "wide": state.wide,
             "obs_moments": obs_moments or None,
             "return_moments": None if rewards is None else rewards["reward"],
         }

@@ -179,7 +179,7 @@ class Agent:
         for leaf in self.obs.observed:
             name = "observation" if leaf.key == "obs" else leaf.key
             given = _found(leaf, obs)
-            x = torch.as_tensor(given, device=self.params.device).to(leaf.dtype)
+            x = torch.as_tensor(given, dtype=leaf.dtype, device=self.params.device)
             own = tuple(x.shape[: max(x.ndim - len(leaf.shape), 0)])
             if len(own) > 1 or x.shape != (*own, *leaf.shape):
                 raise ValueError(f"{name} of shape {tuple(x.shape)}; this policy takes {leaf.shape} or a batch")
@@ -332,7 +332,7 @@ def agent_from_state(
     mask_size = state["info_mask_size"]
     if mask_size is not None and type(mask_size) is not int:
         raise ValueError(f"info_mask_size is a {type(mask_size).__name__}, not a number")
-    obs = obs_spec(obs_space, mask_size, action)
+    obs = obs_spec(obs_space, mask_size, action, normalize=state["obs_moments"] is not None)
     network = make_network(obs, action, config, policy)
     scales = {name: state[name] for name in ("reward_scale", "return_mean", "return_std")}
     scales = {
@@ -343,6 +343,6 @@ def agent_from_state(
     shapes = {leaf.key: leaf.shape for leaf in obs.normalized}
     if moments is not None and {key: tuple(kept.mean.shape) for key, kept in moments.items()} != shapes:
         raise ValueError("obs_moments are not those of the observation")
-    normalization = make_normalization(moments, **scales)
+    normalization = make_normalization(moments, **scales, wide=obs.wide)
     params = weights_from_state(state, network).to(device)
     return Agent(obs_space, obs, action, network, params, normalization)
