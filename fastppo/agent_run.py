@@ -19,7 +19,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from fastppo.callbacks import Callback, View
+from fastppo.callbacks import Callback, View, is_yes
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.losses import Total, alone
@@ -39,10 +39,9 @@ from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
 from fastppo.run.tracking import Tracker
-from fastppo.state import TrainState, frozen, load_state, normalization_of, snapshot
+from fastppo.state import PolicySnapshot, TrainState, frozen, load_state, normalization_of, snapshot
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
-MIN_BEST_EPISODES = 10  # a mean over fewer episodes is luck, and makes no best model
 
 Note = Callable[[str], None]
 
@@ -65,7 +64,7 @@ class AgentRun:
         config: TrainConfig,
         state: TrainState,
         directory: RunDirectory,
-        data_of: Callable[[TrainState], dict[str, Any]],
+        data_of: Callable[[TrainState | PolicySnapshot], dict[str, Any]],
         agent_of: Callable[[TrainState], Agent],
         callbacks: Sequence[Callback],
         restarts: bool,
@@ -76,7 +75,7 @@ class AgentRun:
         """Open the logs of a run whose directory has been made, or reopened, and locked.
 
         Args:
-            data_of, agent_of: a state as plain data for a checkpoint, and as a policy.
+            data_of: a state, or the policy of one, as plain data for a checkpoint. agent_of: a state as a policy.
             restarts: its environments restart at checkpoints, see Checkpoints.
             note: takes a line for people.
             top: the directory of all seeds, where this is one of several.
@@ -96,7 +95,7 @@ class AgentRun:
         self.enough: str | None = None  # why training ends before its time
         self.fault: TrainingFault | None = None  # why it cannot go on
         self.row: dict[str, int | float] = {}  # of the last iteration
-        self.new_best = False  # whether that was one
+        self._record = state.best_return  # before the last iteration
         self._data_of, self._agent_of = data_of, agent_of
         self._recent: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=SPS_WINDOW + 1)  # (seconds, steps) of this process
         self._first_second, self._first_step = state.seconds, state.global_step
@@ -131,15 +130,35 @@ class AgentRun:
         self._has_all = False
         return normalization_of(self.state), schedule_at(self.progress, self.config, self.state.params.device)
 
-    def learn(self, learned: Learned, rollout: Mapping[str, Tensor], everyones: Mapping[str, Tensor]) -> dict[str, float]:
-        """Take up an update and what the rollout adds to the statistics; the iteration's metrics. Raises TrainingFault.
+    def normalize(self, rollout: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Normalization:
+        """Add a rollout to the statistics that it is learned with.
 
-        rollout: (T+1, N / K, ...) of this process. everyones: (T, N) `reward terminated truncated valid` of all.
+        To those of returns always: acting does not depend on the scale of rewards. To those of observations only in the first
+        iteration, which acts before anything is known of them: its policy, whose actions hardly depend on what it sees, learns
+        from normalised observations all the same.
+
+        Args:
+            rollout: (T+1, N / K, ...) of this process. steps: (T, N) `reward terminated truncated valid` of all processes.
+        """
+        update_return_moments(self.state, steps, self.config.gamma)
+        if self.state.iteration == 0:
+            update_obs_moments(self.state, rollout, self._ranks.total)
+        return normalization_of(self.state)
+
+    def learn(self, learned: Learned, rollout: Mapping[str, Tensor]) -> dict[str, float]:
+        """Take up an update and add the rollout to the statistics of observations. Raises TrainingFault.
+
+        rollout: (T+1, N / K, ...) of this process.
+
+        Returns:
+            The iteration's metrics.
         """
         metrics = read_metrics(learned)  # sync: once per iteration, for the log
-        self.state.params.copy_(learned.params)
-        self.state.adam = learned.adam
-        move_statistics(self.state, rollout, everyones, learned, self.config, self._ranks.total)
+        state = self.state
+        state.params.copy_(learned.params)
+        state.adam, state.return_mean, state.return_std = learned.adam, learned.return_mean, learned.return_std
+        if state.iteration > 0:  # else see `normalize`
+            update_obs_moments(state, rollout, self._ranks.total)
         return metrics
 
     def account(
@@ -156,28 +175,23 @@ class AgentRun:
         restart = self.checkpoints.restarts_at(state.iteration + 1)
         if restart and not config.reset_each_rollout:
             episode_end[-1] &= ~cut  # half an episode is none
-        finished = state.episodes.update(reward, episode_end, valid)
-        state.iteration += 1
+        state.episodes.update(reward, episode_end, valid)
         if restart:
             state.episodes.forget_running()
+        state.iteration += 1
         state.global_step += int(valid.sum())
         state.seconds += seconds
+        self._record = state.best_return
+        self._keep_best(state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state)))
         self._recent.append((state.seconds - self._first_second, state.global_step - self._first_step))
 
-        return_mean = state.episodes.return_mean
-        best = finished > 0 and len(state.episodes.returns) >= MIN_BEST_EPISODES and return_mean >= state.best_return
-        self.new_best = best and return_mean > state.best_return
-        if best:
-            state.best_return = return_mean
-            # kept are the parameters after this update, one past those that played
-            self.checkpoints.best = snapshot(state)
         (before, steps_before), (now, steps_now) = self._recent[0], self._recent[-1]
         self.row = {
             "iteration": state.iteration,
             "global_step": state.global_step,
             "seconds": round(state.seconds, 6),
             "sps": (steps_now - steps_before) / (now - before),
-            "episodic_return_mean": return_mean,
+            "episodic_return_mean": state.episodes.return_mean,
             "episodic_length_mean": state.episodes.length_mean,
             "episodes": state.episodes.episodes,
             "terminations": int((terminated & valid).sum()),
@@ -189,6 +203,16 @@ class AgentRun:
             "act_share": phases.act / seconds,
             "learn_share": learn / seconds,
         }
+
+    def _keep_best(self, policy: PolicySnapshot | None) -> None:
+        """A new best policy is written with the next checkpoint."""
+        if policy is not None:
+            self.checkpoints.best = replace(policy, best_return=self.state.best_return)
+
+    @property
+    def new_best(self) -> bool:
+        """Whether the last iteration has found a better policy than before."""
+        return self.state.best_return > self._record
 
     def tell(self, environments: Callable[[], dict[str, Any] | None]) -> None:
         """Log the iteration, and ask the callbacks, which may end the run. Raises TrainingFault where one raises.
@@ -218,6 +242,8 @@ class AgentRun:
             self._ranks.check(failed)
         self._due = bool(due)
         self.enough = self.enough or ("another rank has seen enough" if enough else None)
+        if self.over:
+            self._keep_best(state.best.finish())
         if self.enough and not logs:
             self.loggers.log(self.row)
 
@@ -402,7 +428,7 @@ def reopen(
         environments = "the environments go on where they were"
     else:
         environments = "the environments start new episodes"
-        state.episodes.forget_running()  # those of before have no end
+        state.forget_running()  # those of before have no end
         state.return_carry.zero_()
     changed = differences(checkpoint["made_with"], fresh["made_with"])
     length = (config.total_timesteps, config.num_iterations)
@@ -447,32 +473,30 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
 
 
 @ours
-def move_statistics(
-    state: TrainState,
-    rollout: Mapping[str, Tensor],
-    everyones: Mapping[str, Tensor],
-    learned: Learned,
-    config: TrainConfig,
-    total: Total = alone,
-) -> None:
-    """Take the rollout's valid rows into the statistics of observations and returns.
+def update_return_moments(state: TrainState, steps: Mapping[str, Tensor], gamma: float) -> None:
+    """Add a rollout's discounted returns to their statistics, where the state has any.
 
-    Args:
-        rollout: (T+1, N / K, ...) of this process, whose observations are added up with the others' by `total`.
-        everyones: (T, N) `reward terminated truncated valid` of all.
+    steps: (T, N) `reward terminated truncated valid` of all processes.
     """
-    state.return_mean, state.return_std = learned.return_mean, learned.return_std
+    if state.return_moments is not None:
+        reward, valid = steps["reward"], steps["valid"]
+        done = steps["terminated"] | steps["truncated"]
+        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, gamma)
+        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
+
+
+@ours
+def update_obs_moments(state: TrainState, rollout: Mapping[str, Tensor], total: Total = alone) -> None:
+    """Add a rollout's observations in valid rows to their statistics, where the state has any.
+
+    rollout: (T+1, N / K, ...) of this process, which `total` adds up with those of the others.
+    """
     if state.obs_moments is not None:
-        own_valid = rollout["valid"][:-1].flatten()
+        valid = rollout["valid"][:-1].flatten()
         state.obs_moments = {
-            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), own_valid, total)
+            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid, total)
             for key, moments in state.obs_moments.items()
         }
-    if state.return_moments is not None:
-        reward, valid = everyones["reward"], everyones["valid"]
-        done = everyones["terminated"] | everyones["truncated"]
-        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, config.gamma)
-        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
 
 
 def read_metrics(learned: Learned) -> dict[str, float]:
@@ -497,7 +521,7 @@ def _tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration
     for callback in callbacks:
         name = type(callback).__name__
         try:
-            if getattr(callback, moment)(view) is True:
+            if is_yes(getattr(callback, moment)(view)):
                 enough = enough or f"{name} has seen enough"
         except Exception as error:  # whatever somebody's code may raise
             raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error

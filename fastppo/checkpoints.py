@@ -16,7 +16,7 @@ from torch import Tensor
 from fastppo.config import TrainConfig
 from fastppo.errors import RankLost, TrainingFault
 from fastppo.run.directory import RunDirectory
-from fastppo.state import TrainState
+from fastppo.state import PolicySnapshot, TrainState
 
 
 class Checkpoints:
@@ -27,7 +27,7 @@ class Checkpoints:
         directory: RunDirectory,
         config: TrainConfig,
         exact: bool,
-        data_of: Callable[[TrainState], dict[str, Any]],
+        data_of: Callable[[TrainState | PolicySnapshot], dict[str, Any]],
         iteration: int,
         note: Callable[[str], None],
         resumed: Path | None = None,
@@ -37,14 +37,14 @@ class Checkpoints:
 
         Args:
             exact: the environments restart at checkpoints.
-            data_of: a state as plain data.
+            data_of: a state, or the policy of one, as plain data.
             iteration: of the checkpoint that is there already.
             note: takes a line.
             resumed: what --resume would be given, if not the directory itself.
             launcher: what starts the run again, before "-m fastppo.train".
         """
         self._resumed, self._launcher = resumed or directory.path, launcher
-        self.best: TrainState | None = None  # the best policy since the last checkpoint, not yet on disk
+        self.best: PolicySnapshot | None = None  # the best policy, where it is not yet on disk
         self.iteration = iteration  # that a resumed run would go on from
         self._directory, self._config, self._exact, self._data_of, self._note = directory, config, exact, data_of, note
         self._last = time.monotonic()

@@ -213,10 +213,8 @@ class TrainConfig:
     """Log lines instead of the live display (always so when the output is no terminal)."""
 
     def __post_init__(self) -> None:
-        for spec in fields(self):  # JSON has no tuples; Python callers may pass lists
-            if isinstance(getattr(self, spec.name), list):
-                object.__setattr__(self, spec.name, tuple(getattr(self, spec.name)))
         for name in _KINDS:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
             check_setting(name, getattr(self, name))
         if self.clip_reward and self.norm_reward:
             raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
@@ -458,6 +456,13 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _KINDS = get_type_hints(TrainConfig)  # name -> type of every setting
+
+
+def _plain(value: Any) -> Any:
+    """A setting as Python callers may pass it: lists become tuples, and NumPy's scalars Python's own."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
 def _is(kind: Any, value: Any) -> bool:

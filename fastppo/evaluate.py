@@ -50,7 +50,7 @@ class EvaluateConfig:
     episodes: int = 20
     """Episodes to play."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which policy: the one with the highest mean return, or the one at the end."""
+    """Which policy: the one whose training episodes returned most, or the one at the end."""
     deterministic: bool = True
     """Take the likeliest action; otherwise sample."""
     seed: int = 0

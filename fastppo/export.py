@@ -58,7 +58,7 @@ class ExportConfig:
     output: str | None = None
     """The file; policy.onnx or policy.pt2 in the run directory if left out."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which policy: the one with the highest mean return, or the one at the end."""
+    """Which policy: the one whose training episodes returned most, or the one at the end."""
 
 
 class Exported(NamedTuple):

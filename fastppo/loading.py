@@ -27,7 +27,7 @@ def load_policy(
     those who play with the policy, `python -m fastppo.evaluate` and `--resume`.
 
     Args:
-        checkpoint: "best" (highest mean episode return) or "last".
+        checkpoint: "best" (the policy whose training episodes returned most) or "last".
         policy: the factory of a network of your own, as `train` was given it.
 
     Raises:

@@ -180,16 +180,20 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
 
             # learn: E epochs of minibatches, one call
             learn_started = time.perf_counter()
+            outcomes = of_all(collector.outcomes(), ranks)
+            steps = steps_of if ranks.size == 1 else [tensors_of(outcomes, device)]
+            if config.norm_reward or (config.norm_obs and iteration == 0):
+                for index in running:
+                    goes_by[index] = (runs[index].normalize(rollouts[index], steps[index]), goes_by[index][1])
+                normalization, schedule = stack(goes_by) if several else goes_by[0]
             with plain(), torch.no_grad():
                 learned = tiers.learn(params, adam, rollout_tensors, permutation, schedule, normalization)
             adam = learned.adam
-            outcomes = of_all(collector.outcomes(), ranks)
             metrics = {}  # of the seeds that go on
             for index in running:
                 update = of_seed(learned, index) if several else learned
-                everyones = steps_of[index] if ranks.size == 1 else tensors_of(outcomes, device)
                 with faults_of(runs[index], rollouts[index], several):
-                    metrics[index] = runs[index].learn(update, rollouts[index], everyones)
+                    metrics[index] = runs[index].learn(update, rollouts[index])
             learn_seconds = time.perf_counter() - learn_started
             if watch is not None and tiers.name == "eager":
                 watch.update(iteration, learn_seconds)

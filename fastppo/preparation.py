@@ -44,7 +44,7 @@ from fastppo.reproducibility import made_with, versions
 from fastppo.rollout import env_step_of, pack, states_of
 from fastppo.run.tracking import check_installed
 from fastppo.seeds import of_each_seed
-from fastppo.state import TrainState, checkpoint_of, init_state, normalization_of
+from fastppo.state import PolicySnapshot, TrainState, checkpoint_of, init_state, normalization_of
 from fastppo.threads import choose, minibatch_of
 from fastppo.tiers import Job
 
@@ -100,8 +100,8 @@ class Task:
         """Whether environments restart at checkpoints; those on the device are kept in them as they stand."""
         return self.config.exact_resume and not self.on_device
 
-    def data_of(self, state: TrainState) -> dict[str, Any]:
-        """A state as plain data, for a checkpoint."""
+    def data_of(self, state: TrainState | PolicySnapshot) -> dict[str, Any]:
+        """A state, or the policy of one, as plain data for a checkpoint."""
         made_by = {**self.provenance, **versions()}
         return checkpoint_of(self.network, self.made.single_observation_space, self.obs, self.action, made_by, state)
 
@@ -167,7 +167,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         if isinstance(made, TorchVectorEnv) and made.device != device:
             raise UsageError(f"--device {device}: the environments given are on {made.device}")
         action = action_spec(made.single_action_space, config.squash_actions)
-        obs = obs_spec(made.single_observation_space, info_mask_size(envs), action)
+        obs = obs_spec(made.single_observation_space, info_mask_size(envs), action, config.norm_obs)
         findings = []
         if config.check_env and not config.resume:
             findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline)

@@ -61,7 +61,7 @@ SUMMARY = {
     "reproducibility": "What the run promises about its bits, in sentences.",
     "made_with": "Hardware and thread numbers that the bits depend on.",
     "versions": "Versions of Python and of packages that the bits depend on.",
-    "best_return_mean": "Highest mean return of the last 100 episodes: the iteration that best.pt is from.",
+    "best_return_mean": "Mean return of the training episodes that chose best.pt, less a standard error; null of too few.",
     "eval_return_mean": "Mean return of the evaluation of best.pt, likeliest actions; null without one.",
     "eval_return_std": "Standard deviation of its episodes' returns.",
     "eval_episodes": "Its episodes.",

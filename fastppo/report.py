@@ -115,7 +115,7 @@ def _results(one: Run, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]
         of = f"± {spread or 0.0:.1f}, {_number(summary.get('eval_episodes')) or 0:.0f} episodes"
         results.append(("evaluation", f"{evaluation:,.1f}", of))
     if best is not None:
-        results.append(("best return", f"{best:,.1f}", "mean of 100 episodes"))
+        results.append(("best return", f"{best:,.1f}", "training episodes of best.pt"))
     if last is not None:
         results.append(("last return", f"{last:,.1f}", "mean of 100 episodes"))
     if steps is not None:

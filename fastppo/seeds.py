@@ -96,13 +96,14 @@ def reopen_all(
 
 
 def joint_row(runs: Sequence[AgentRun]) -> dict[str, int | float]:
-    """What people see of an iteration: a run's row, or what those of several have in common."""
+    """What people see of an iteration: a run's row, or what those of several have in common; and the best return so far."""
     if len(runs) == 1:
-        return {**runs[0].row, "new_best": runs[0].new_best}
+        return {**runs[0].row, "new_best": runs[0].new_best, "best_return": runs[0].state.best_return}
     rows = [run.row for run in runs if run.row]
     joint: dict[str, int | float] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
     joint |= {key: sum(row[key] for row in rows) for key in _SUMS}
-    return {**joint, "iteration": max(row["iteration"] for row in rows), "new_best": any(run.new_best for run in runs)}
+    joint |= {"iteration": max(row["iteration"] for row in rows), "new_best": any(run.new_best for run in runs)}
+    return {**joint, "best_return": _mean([run.state.best_return for run in runs])}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -6,6 +6,7 @@ Knows nothing of files, environments or the command line.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,25 @@ from fastppo.policy.networks import Network
 from fastppo.policy.normalization import RunningMoments, init_moments, inverse_std, make_normalization
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.random_streams import Stream, seed_of
+from fastppo.run.best import BestPolicy
 from fastppo.run.checkpoint import FORMAT
 from fastppo.run.episodes import EpisodeStatistics
+
+
+@dataclass(frozen=True)
+class PolicySnapshot:
+    """A policy as it acted in the iterations after `iteration`, to be used and not to be trained on: copies."""
+
+    params: Tensor  # (P,)
+    obs_moments: dict[str, RunningMoments] | None
+    return_moments: RunningMoments | None
+    return_mean: Tensor  # ()
+    return_std: Tensor
+    iteration: int
+    global_step: int
+    seconds: float
+    wide: frozenset[str]  # leaves of the observation that are normalised in float64
+    best_return: float = -math.inf  # by which it was the best
 
 
 @dataclass
@@ -39,36 +57,60 @@ class TrainState:
     return_std: Tensor
     generators: dict[str, torch.Generator]
     episodes: EpisodeStatistics
+    best: BestPolicy[PolicySnapshot]
+    wide: frozenset[str]
     iteration: int = 0
     global_step: int = 0
     seconds: float = 0.0
-    best_return: float = -math.inf
     environments: dict[str, Any] | None = None  # as they stood when this was kept, where they can tell
+
+    @property
+    def best_return(self) -> float:
+        """The return by which the best policy is the best, see BestPolicy; -inf where none could be judged."""
+        return self.best.score
+
+    def forget_running(self) -> None:
+        """Episodes under way end without counting: the environments start new ones."""
+        self.episodes.forget_running()
+        self.best.forget_running()
 
 
 def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device) -> TrainState:
     """Fresh parameters and statistics."""
     params = network.init(torch.Generator("cpu").manual_seed(seed_of(config.seed, Stream.PARAMETERS))).to(device)
     drawn_from = {"actions": Stream.ACTIONS, "minibatches": Stream.MINIBATCHES}
+    start = PolicySnapshot(
+        params=params.clone(),
+        obs_moments=None if not config.norm_obs else {leaf.key: init_moments(leaf.shape, device) for leaf in obs.normalized},
+        return_moments=init_moments((), device) if config.norm_reward else None,
+        return_mean=torch.zeros((), dtype=torch.float32, device=device),
+        return_std=torch.ones((), dtype=torch.float32, device=device),
+        iteration=0,
+        global_step=0,
+        seconds=0.0,
+        wide=obs.wide,
+    )
     return TrainState(
         params=params,
         adam=init_adam(params),
-        obs_moments=None if not config.norm_obs else {leaf.key: init_moments(leaf.shape, device) for leaf in obs.normalized},
-        return_moments=init_moments((), device) if config.norm_reward else None,
+        obs_moments=start.obs_moments,
+        return_moments=start.return_moments,
         return_carry=torch.zeros(config.num_envs, dtype=torch.float32, device=device),
-        return_mean=torch.zeros((), dtype=torch.float32, device=device),
-        return_std=torch.ones((), dtype=torch.float32, device=device),
+        return_mean=start.return_mean,
+        return_std=start.return_std,
         generators={
             name: torch.Generator(device).manual_seed(seed_of(config.seed, stream)) for name, stream in drawn_from.items()
         },
         episodes=EpisodeStatistics(config.num_envs),
+        best=BestPolicy(config.num_envs, start),
+        wide=start.wide,
     )
 
 
-def normalization_of(state: TrainState) -> Normalization:
+def normalization_of(state: TrainState | PolicySnapshot) -> Normalization:
     """The statistics as they stand, frozen for one iteration."""
     reward_scale = None if state.return_moments is None else inverse_std(state.return_moments)
-    return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std)
+    return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std, state.wide)
 
 
 def frozen(state: TrainState, environments: dict[str, Any] | None) -> TrainState:
@@ -76,10 +118,19 @@ def frozen(state: TrainState, environments: dict[str, Any] | None) -> TrainState
     return replace(state, generators=_clones(state.generators), environments=environments)
 
 
-def snapshot(state: TrainState) -> TrainState:
-    """A copy of the policy and all beside it, for a checkpoint to be made of later: 30 us where `checkpoint_of` takes 250."""
-    generators, episodes = _clones(state.generators), state.episodes.copy()
-    return replace(state, params=state.params.clone(), generators=generators, episodes=episodes, environments=None)
+def snapshot(state: TrainState) -> PolicySnapshot:
+    """A copy of the policy; all but the parameters is replaced, and never written to."""
+    return PolicySnapshot(
+        state.params.clone(),
+        state.obs_moments,
+        state.return_moments,
+        state.return_mean,
+        state.return_std,
+        state.iteration,
+        state.global_step,
+        state.seconds,
+        state.wide,
+    )
 
 
 def _clones(generators: Mapping[str, torch.Generator]) -> dict[str, torch.Generator]:
@@ -92,25 +143,62 @@ def checkpoint_of(
     obs: ObsSpec,
     action: ActionSpec,
     made_with: Mapping[str, str],
-    state: TrainState,
+    state: TrainState | PolicySnapshot,
 ) -> dict[str, Any]:
-    """The state as plain data: tensors, numbers, text, lists and dicts. made_with: see fastppo/reproducibility.py."""
+    """The state as plain data: tensors, numbers, text, lists and dicts; of a snapshot only what a policy needs.
+
+    made_with: see fastppo/reproducibility.py.
+    """
     normalization = normalization_of(state)
-    return {
+    policy = {
         "format": FORMAT,
         "policy": policy_state(network, state.params, obs_space, obs, action.space, state.obs_moments, normalization),
-        "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
-        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
-        "return_carry": state.return_carry.cpu().clone(),
-        "generators": {name: generator.get_state() for name, generator in state.generators.items()},
-        "environments": tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, state.environments),
-        "episodes": state.episodes.state_dict(),
         "iteration": state.iteration,
         "global_step": state.global_step,
         "seconds": state.seconds,
         "best_return": state.best_return,
         "made_with": dict(made_with),
     }
+    if isinstance(state, PolicySnapshot):
+        return policy
+    return {
+        **policy,
+        "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
+        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
+        "return_carry": state.return_carry.cpu().clone(),
+        "generators": {name: generator.get_state() for name, generator in state.generators.items()},
+        "environments": tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, state.environments),
+        "episodes": state.episodes.state_dict(),
+        "best": state.best.state_dict(snapshot_data),
+    }
+
+
+def snapshot_data(policy: PolicySnapshot) -> dict[str, Any]:
+    """A policy that is still to be judged, as plain data."""
+    data = tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, vars(policy))
+    moments = {} if policy.obs_moments is None else {key: list(kept) for key, kept in data["obs_moments"].items()}
+    rewards = [] if policy.return_moments is None else list(data["return_moments"])
+    del data["wide"]
+    return {**data, "obs_moments": moments, "return_moments": rewards}
+
+
+def snapshot_from(data: Any, state: TrainState) -> PolicySnapshot:
+    """The inverse of `snapshot_data`, for the run of `state`. Raises ValueError for what is none of its policies."""
+    check_alike(snapshot_data(snapshot(state)), data, "best.policy")
+    device = state.params.device
+    names = ("params", "return_mean", "return_std")
+    named = {name: checked(data[name], f"best.policy.{name}", torch.float32).to(device) for name in names}
+    obs_moments = moments_from_state(data["obs_moments"], device)
+    rewards = moments_from_state({"reward": data["return_moments"]}, device) if data["return_moments"] else None
+    return PolicySnapshot(
+        **{
+            **data,
+            **named,
+            "wide": state.wide,
+            "obs_moments": obs_moments or None,
+            "return_moments": None if rewards is None else rewards["reward"],
+        }
+    )
 
 
 def load_state(
@@ -135,6 +223,8 @@ def load_state(
         same_device = made_on.partition(":")[0] == device.type
         if not same_device:
             checkpoint = {**checkpoint, "environments": None}
+        if "best" not in checkpoint:  # of an older version, which judged by the last 100 episodes
+            checkpoint = {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
         check_alike(expected, checkpoint)
         policy, adam = checkpoint["policy"], checkpoint["adam"]
         counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
@@ -151,7 +241,8 @@ def load_state(
         state.params.copy_(params)
         state.episodes.load_state_dict(checkpoint["episodes"])
         state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
-        state.seconds, state.best_return = checkpoint["seconds"], checkpoint["best_return"]
+        state.seconds = checkpoint["seconds"]
+        state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
         state.environments = checkpoint["environments"]
         if state.environments is not None:
             torch.Generator(device).set_state(state.environments["generator"])  # refused here, or not at all

@@ -4,6 +4,7 @@ import json
 import math
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from environments import WalkVector
@@ -96,14 +97,32 @@ def test_a_callback_that_has_seen_enough(tmp_path, capsys):
     assert "training ends here: Recorder has seen enough" in capsys.readouterr().out
 
 
-def test_only_true_ends_training(tmp_path):
+class Says(Callback):
+    """Returns the same in every iteration."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def on_iteration(self, run):
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [np.True_, 1, 1.0, np.float32(1.0), torch.tensor(True), torch.tensor([True])], ids=repr)
+def test_every_true_ends_training(tmp_path, answer):
+    """What a comparison of NumPy or torch returns is as good as Python's True."""
+    assert train(tiny(tmp_path / "run"), callbacks=[Says(answer)]).summary["iterations"] == 1
+
+
+@pytest.mark.parametrize("answer", ["fine", np.False_, 0, 2.5, math.nan, torch.tensor(False), [True]], ids=repr)
+def test_only_true_ends_training(tmp_path, answer):
     """A callback that returns something else by accident does not."""
+    assert train(tiny(tmp_path / "run", num_iterations=2), callbacks=[Says(answer)]).summary["iterations"] == 2
 
-    class Chatty(Callback):
-        def on_iteration(self, run):
-            return "fine"
 
-    assert train(tiny(tmp_path / "run"), callbacks=[Chatty()]).summary["iterations"] == 4
+def test_an_answer_of_several_values_is_a_fault(tmp_path):
+    """It is neither yes nor no."""
+    with pytest.raises(TrainingFault, match=r"^after iteration 1: Says\.on_iteration raised ValueError"):
+        train(tiny(tmp_path / "run"), callbacks=[Says(np.array([True, False]))])
 
 
 def test_a_callback_that_raises(tmp_path):

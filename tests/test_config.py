@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
 
 from fastppo import TrainConfig, UsageError
@@ -109,6 +110,17 @@ def test_the_articles_values():
     assert (config.hidden_sizes, config.activation) == ((100, 100), "relu")
     assert (config.advantage, config.norm_returns) == ("monte-carlo", True)
     assert (config.anneal_lr, config.anneal_clip) == (True, True)
+
+
+def test_scalars_of_numpy_are_numbers():
+    """A setting that was computed with NumPy is kept as Python's own number; True is still no number, and 1 not True."""
+    given = {"num_envs": np.int64(4), "learning_rate": np.float32(0.5), "norm_obs": np.True_, "hidden_sizes": [np.int32(8)]}
+    plain = TrainConfig(num_envs=4, learning_rate=0.5, norm_obs=True, hidden_sizes=(8,))
+    assert TrainConfig(**given) == plain
+    assert TrainConfig(**given).to_json() == plain.to_json()
+    for wrong in ({"num_envs": np.True_}, {"num_envs": np.float64(4)}, {"num_envs": np.array([4])}, {"norm_obs": np.int64(1)}):
+        with pytest.raises(UsageError):
+            TrainConfig(**wrong)
 
 
 def test_steps_replace_a_presets_iterations():

@@ -1,15 +1,34 @@
 """Running statistics of observations and returns, held against numpy, Stable-Baselines3, gymnasium and arithmetic by hand."""
 
+from dataclasses import replace
+
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from runs import tiny
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+from test_api import Recorder
+from test_resume import differing, result_of
 
+from fastppo import TrainingFault, load_policy, train
 from fastppo.core.programs import Normalization, normalize_obs
-from fastppo.policy.normalization import RunningMoments, discounted_return, init_moments, inverse_std, update_moments
+from fastppo.export import export_policy
+from fastppo.policy.normalization import (
+    RunningMoments,
+    discounted_return,
+    init_moments,
+    inverse_std,
+    make_normalization,
+    update_moments,
+)
+from fastppo.policy.spaces import obs_spec
+from fastppo.run.metrics import read_rows
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])
@@ -222,3 +241,134 @@ def test_discounted_return_equals_gymnasium_within_an_episode():
     for expected in running:
         env.step(np.zeros(3, int))
         np.testing.assert_allclose(env.accumulated_reward, expected.numpy(), rtol=1e-4, atol=1e-5)  # theirs is float32
+
+
+# --- digits
+
+
+OFFSETS = {"float64": 1.7e9, "int64": 1.7e12, "uint64": 1.7e12, "int32": 1.7e9, "uint32": 4.0e9}
+
+
+@pytest.mark.parametrize("dtype", OFFSETS)
+@given(offset=st.integers(-8, 8), scale=st.sampled_from([1, 1000]))
+@settings(max_examples=5, deadline=None, derandomize=True)
+def test_wide_numbers_keep_their_digits(dtype, offset, scale):
+    """A time in seconds or milliseconds, plus 0 to 9: normalised as 0 to 9 are, whatever float32 would leave of it."""
+    start = int(OFFSETS[dtype]) - 10_000 + offset
+    small = torch.arange(10, dtype=torch.float64).reshape(10, 1) * scale
+    x = torch.from_numpy((small.numpy() + start).astype(dtype))
+    space = obs_spec(gymnasium.spaces.Box(0, np.iinfo(np.int32).max, (1,), np.dtype(dtype).type), normalize=True)
+    (leaf,) = space
+    assert leaf.dtype == x.dtype
+    assert space.wide == {"obs"}
+    moments = update_moments(init_moments((1,)), x, torch.ones(10))
+    seen = normalize_obs(x, make_normalization({"obs": moments}, None, torch.zeros(()), torch.ones(()), space.wide))
+    assert seen.dtype == torch.float32
+    torch.testing.assert_close(seen, ((small - small.mean()) / small.std(correction=0)).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "normalize"), [("float32", True), ("float16", True), ("int16", True), ("float64", False)])
+def test_other_numbers_are_normalised_in_float32(dtype, normalize):
+    """What float32 holds costs no more than before, and 64 bits are stored only where a mean is subtracted from them."""
+    space = obs_spec(gymnasium.spaces.Box(0, 100, (3,), np.dtype(dtype).type), normalize=normalize)
+    (leaf,) = space
+    assert leaf.dtype == (torch.int16 if dtype == "int16" else torch.float32)
+    assert space.wide == set()
+
+
+class Clock(gymnasium.Env):
+    """Twenty steps, each of which pays its number; observed is that number times `scale` plus `offset`."""
+
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, scale=1.0, offset=0.0, dtype=np.float64):
+        self.scale, self.offset, self.dtype = scale, offset, dtype
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), dtype)
+
+    def seen(self):
+        return (np.array([self.t, self.t % 4]) * self.scale + self.offset).astype(self.dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.seen(), {}
+
+    def step(self, action):
+        self.t += 1
+        return self.seen(), float(self.t), self.t == 20, False, {}
+
+
+def clocks(**each):
+    return SyncVectorEnv([lambda: Clock(**each)] * 2)
+
+
+def clock_run(run_dir, each, **changed):
+    """A run on two Clocks made with `each`, whose observations are normalised."""
+    return train(tiny(run_dir, num_steps=60, norm_obs=True, check_env=False, **changed), envs=clocks(**each))
+
+
+def losses(result):
+    return [float(row["value_loss"]) for row in read_rows(result.run_dir / "metrics.csv")]
+
+
+def test_a_run_on_large_numbers(tmp_path):
+    """float64 observations around 1.7e9 are learned from as those around 0, and acted on by the policy that is kept."""
+    far = clock_run(tmp_path / "far", {"offset": 1.7e9})
+    near = clock_run(tmp_path / "near", {})
+    assert losses(far) == pytest.approx(losses(near), rel=1e-3)
+    t = np.arange(20.0)
+    obs = np.stack([t, t % 4], -1)
+    for kept in (far.policy, load_policy(far.run_dir), load_policy(far.run_dir, "last")):
+        values = kept.value(obs + 1.7e9)
+        assert len(set(values.tolist())) == 20
+        assert kept.value((obs + 1.7e9).tolist()).tolist() == values.tolist()  # lists have digits too
+        np.testing.assert_array_equal(kept.value(torch.from_numpy(obs + 1.7e9)).numpy(), values)
+        assert kept.act(obs + 1.7e9).shape == (20,)
+    np.testing.assert_allclose(far.policy.value(obs + 1.7e9), near.policy.value(obs), rtol=1e-2, atol=1e-2)
+
+
+def test_they_go_on_and_are_exported(tmp_path):
+    """The digits come back from a checkpoint, and stand in an exported file."""
+    exact = {"exact_resume": True, "checkpoint_iterations": 1}
+    clock_run(tmp_path / "whole", {"offset": 1.7e9}, **exact)
+    config = tiny(tmp_path / "parted", num_steps=60, norm_obs=True, check_env=False, **exact)
+    with pytest.raises(TrainingFault):
+        train(config, envs=clocks(offset=1.7e9), callbacks=[Recorder(fail=2)])
+    train(replace(config, resume=config.run_dir), envs=clocks(offset=1.7e9))
+    assert differing(result_of(tmp_path / "whole"), result_of(tmp_path / "parted")) == []
+    policy = load_policy(tmp_path / "whole")
+    export_policy(policy, tmp_path / "policy.pt2", "torch")
+    obs = 1.7e9 + torch.arange(40, dtype=torch.float64).reshape(20, 2)
+    acted = torch.export.load(tmp_path / "policy.pt2").module()({"obs": obs})
+    assert acted.tolist() == policy.act(obs).tolist()
+
+
+# --- what the first update sees
+
+
+def test_the_first_update_sees_normalised_observations(tmp_path):
+    """Observations a thousand times as large, and far from 0, give the first update the losses that small ones give."""
+    large = losses(clock_run(tmp_path / "large", {"scale": 1e3, "offset": 5e3}, num_iterations=1))
+    small = losses(clock_run(tmp_path / "small", {}, num_iterations=1))
+    assert large == pytest.approx(small, rel=1e-3)
+
+
+def test_the_first_update_sees_scaled_rewards(tmp_path):
+    """Rewards a hundred thousand times as large give every update, the first one included, the losses that small ones give."""
+    found = []
+    for number in (1.0, 1e5):
+        result = train(tiny(tmp_path / f"{number}", env_id="Pendulum-v1", norm_reward=True), envs=Paid(number))
+        found.append(losses(result))
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+class Paid(gymnasium.vector.VectorWrapper):
+    """Two pendulums whose rewards are `number` times as large."""
+
+    def __init__(self, number):
+        super().__init__(gymnasium.make_vec("Pendulum-v1", num_envs=2, vectorization_mode="sync"))
+        self.number = number
+
+    def step(self, actions):
+        obs, reward, *rest = super().step(actions)
+        return obs, reward * self.number, *rest

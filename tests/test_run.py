@@ -79,6 +79,7 @@ ROW = {
     "act_share": 0.2,
     "learn_share": 1.0,
     "new_best": True,
+    "best_return": -1230.0,
 }
 
 
@@ -303,17 +304,19 @@ def test_log_interval(tmp_path):
 
 
 def test_best_is_the_one_with_the_highest_return(tmp_path):
-    """best.pt is the policy at the highest mean episode return, here half-way up to the run's end, and what train() returns."""
+    """best.pt has the parameters that played the best iteration, here half-way up to the run's end, and train() returns them.
+
+    Of RiseAndFall's 16 episodes an environment the third iteration has the 33rd to the 48th, which cost 7 to 0 and 1 to 8:
+    4 on average, with a variance of 5.5.
+    """
     result = train(tiny(tmp_path / "run", env_id="environments:RiseAndFall-v0", num_iterations=8))
-    returns = [float(row["episodic_return_mean"]) for row in rows_of(result.run_dir)]
     best, last = checkpoint(result.run_dir, "best"), checkpoint(result.run_dir)
-    assert 1 < best["iteration"] < 8
-    assert best["best_return"] == max(returns) == returns[best["iteration"] - 1]
-    assert last["best_return"] == best["best_return"]
+    assert best["iteration"] == 2  # after two updates: before the third
+    assert best["best_return"] == pytest.approx(-4.0 - 3.0 * (5.5 / 63) ** 0.5)
+    assert last["best_return"] == best["best_return"] == result.summary["best_return_mean"]
     assert last["iteration"] == 8
     assert torch.equal(result.policy.params, load_policy(result.run_dir).params)
     assert not torch.equal(result.policy.params, load_policy(result.run_dir, "last").params)
-    assert result.summary["best_return_mean"] == max(returns)
 
 
 def test_a_run_without_one_finished_episode(tmp_path):

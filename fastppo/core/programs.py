@@ -98,7 +98,8 @@ class Normalization(NamedTuple):
     """The frozen statistics that a rollout is acted and learned under; all 0-d or of the observation's shape.
 
     obs_mean, obs_scale: normalised obs = clamp((obs - obs_mean) * obs_scale, -10, 10), by leaf; leaves without one, and all
-        where it is None, stay as they are.
+        where it is None, stay as they are. float32; or float64, in which a leaf is then normalised: float32 has no room for the
+        digits of 1.7e9 + 0.5.
     reward_scale: normalised reward = clamp(reward * reward_scale, -10, 10); None: rewards as they are.
     return_mean, return_std: units of the critic when returns are standardised over the rollout (`norm_returns`).
     """
@@ -145,13 +146,17 @@ SUMMARY = (*MINIBATCH_METRICS, "explained_variance", "updates", "finite")
 
 
 def normalize_obs(obs: Obs, normalization: Normalization) -> Obs:
-    """Observations as the networks see them; shapes as `obs`."""
+    """Observations as the networks see them, float32 where normalised; shapes as `obs`."""
     mean, scale = normalization.obs_mean, normalization.obs_scale
     if mean is None or scale is None:
         return obs
 
     def standardized(key: str, x: Tensor) -> Tensor:
-        return ((x - mean[key]) * scale[key]).clamp(-10.0, 10.0) if key in mean else x
+        if key not in mean:
+            return x
+        if mean[key].dtype is torch.float64:
+            x = x.double()
+        return ((x - mean[key]) * scale[key]).clamp(-10.0, 10.0).float()
 
     return standardized("obs", obs) if isinstance(obs, Tensor) else {key: standardized(key, x) for key, x in obs.items()}
 

@@ -358,7 +358,7 @@ def agent_from_state(
     mask_size = state["info_mask_size"]
     if mask_size is not None and type(mask_size) is not int:
         raise ValueError(f"info_mask_size is a {type(mask_size).__name__}, not a number")
-    obs = obs_spec(obs_space, mask_size, action)
+    obs = obs_spec(obs_space, mask_size, action, normalize=state["obs_moments"] is not None)
     network = make_network(obs, action, config, policy)
     scales = {name: state[name] for name in ("reward_scale", "return_mean", "return_std")}
     scales = {
@@ -369,6 +369,6 @@ def agent_from_state(
     shapes = {leaf.key: leaf.shape for leaf in obs.normalized}
     if moments is not None and {key: tuple(kept.mean.shape) for key, kept in moments.items()} != shapes:
         raise ValueError("obs_moments are not those of the observation")
-    normalization = make_normalization(moments, **scales)
+    normalization = make_normalization(moments, **scales, wide=obs.wide)
     params = weights_from_state(state, network).to(device)
     return Agent(obs_space, obs, action, network, params, normalization)

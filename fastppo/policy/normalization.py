@@ -4,7 +4,7 @@ They stand still while a rollout is collected and learned from, and move once be
 learning see the same numbers: the first minibatch's ratio is 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 import torch
@@ -56,9 +56,9 @@ def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor, total: To
     return RunningMoments(mean, var, count)
 
 
-def inverse_std(moments: RunningMoments, eps: float = 1e-8) -> Tensor:
-    """1 / sqrt(var + eps) as float32; 1 while nothing has been seen."""
-    return (moments.var + eps).rsqrt().float()
+def inverse_std(moments: RunningMoments, eps: float = 1e-8, dtype: torch.dtype = torch.float32) -> Tensor:
+    """1 / sqrt(var + eps); 1 while nothing has been seen."""
+    return (moments.var + eps).rsqrt().to(dtype)
 
 
 def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -82,11 +82,19 @@ def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor
 
 
 def make_normalization(
-    obs_moments: Mapping[str, RunningMoments] | None, reward_scale: Tensor | None, return_mean: Tensor, return_std: Tensor
+    obs_moments: Mapping[str, RunningMoments] | None,
+    reward_scale: Tensor | None,
+    return_mean: Tensor,
+    return_std: Tensor,
+    wide: Container[str] = (),
 ) -> Normalization:
-    """What the programs take: the statistics as they stand, in float32. obs_moments: by leaf of the observation."""
+    """What the programs take: the statistics as they stand, float32, or float64 for the leaves that are `wide`.
+
+    obs_moments: by leaf of the observation.
+    """
     if obs_moments is None:
         return Normalization(None, None, reward_scale, return_mean, return_std)
-    mean = {key: moments.mean.float() for key, moments in obs_moments.items()}
-    scale = {key: inverse_std(moments) for key, moments in obs_moments.items()}
+    dtypes = {key: torch.float64 if key in wide else torch.float32 for key in obs_moments}
+    mean = {key: moments.mean.to(dtypes[key]) for key, moments in obs_moments.items()}
+    scale = {key: inverse_std(moments, dtype=dtypes[key]) for key, moments in obs_moments.items()}
     return Normalization(mean, scale, reward_scale, return_mean, return_std)

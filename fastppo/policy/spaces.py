@@ -85,10 +85,15 @@ class ObsSpec:
         return tuple(leaf for leaf in numbers if leaf.scale == 1.0)
 
     @property
+    def wide(self) -> frozenset[str]:
+        """Keys of the normalised leaves that float32 has no room for: their mean is subtracted in float64."""
+        return frozenset(leaf.key for leaf in self.normalized if leaf.dtype.itemsize >= 4 and leaf.dtype is not torch.float32)
+
+    @property
     def is_plain(self) -> bool:
         """One vector (D,) that networks take as it is."""
         (first, *others) = self.leaves
-        return not others and first.key == "obs" and first.dtype is torch.float32 and len(first.shape) == 1
+        return not others and first.key == "obs" and first.dtype.is_floating_point and len(first.shape) == 1
 
     @property
     def info_mask(self) -> ObsLeaf | None:
@@ -102,12 +107,15 @@ class ObsSpec:
         return {leaf.key: leaves[leaf.key] for leaf in self.leaves}
 
 
-def obs_spec(space: gym.Space[Any], info_mask_size: int | None = None, action: "ActionSpec | None" = None) -> ObsSpec:
+def obs_spec(
+    space: gym.Space[Any], info_mask_size: int | None = None, action: "ActionSpec | None" = None, normalize: bool = False
+) -> ObsSpec:
     """The policy's side of an observation space.
 
     Args:
         info_mask_size: numbers in each environment's info["action_mask"]; None: there is none.
         action: what a mask has to fit.
+        normalize: observations will be normalised, so those of float64 are stored as such; otherwise all floats as float32.
 
     Raises:
         UsageError: a space that is not supported, or a mask that does not fit the actions.
@@ -130,6 +138,8 @@ def obs_spec(space: gym.Space[Any], info_mask_size: int | None = None, action: "
                 f"--env-id: an action_mask of {mask.size} numbers does not fit the action space {action.space}"
                 + ("" if action.distribution is DIAGONAL_NORMAL else f", which has {action.size} choices")
             )
+    if not normalize:
+        leaves = [replace(leaf, dtype=torch.float32) if leaf.dtype is torch.float64 else leaf for leaf in leaves]
     return ObsSpec(tuple(sorted(leaves, key=lambda leaf: leaf.key)))
 
 
@@ -156,8 +166,10 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
     elif isinstance(space, MultiBinary):
         yield ObsLeaf(key, path, space.shape, torch.bool, "vector")
     elif isinstance(space, Box):
-        is_float = np.issubdtype(space.dtype, np.floating)
-        dtype = torch.float32 if is_float else _torch_dtype(space)
+        if np.issubdtype(space.dtype, np.floating):
+            dtype = torch.float64 if np.dtype(space.dtype).itemsize > 4 else torch.float32
+        else:
+            dtype = _torch_dtype(space)
         pixels = space.dtype == np.uint8 and bool((space.low == 0).all() and (space.high == 255).all())
         kind: Any = "image" if pixels and is_image_shape(space.shape) else "vector"
         yield ObsLeaf(key, path, space.shape, dtype, kind, 1.0 / 255.0 if pixels else 1.0)

@@ -125,7 +125,7 @@ class LiveDisplay:
         if math.isfinite(row["episodic_return_mean"]):
             self._returns[min(int(progress * BARS), BARS - 1)] = row["episodic_return_mean"]
         if row["new_best"]:
-            self._best = f"{figure(row['episodic_return_mean'])} at {row['global_step']:,}"
+            self._best = f"{figure(row['best_return'])} at {row['global_step']:,}"
         self._view = (row, progress, eta_seconds, engine)
         if time.monotonic() - self._last >= 0.2:
             self._draw()

@@ -2,12 +2,20 @@
 
 import math
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 100  # episodes behind every mean, as in Stable-Baselines3 and gymnasium's RecordEpisodeStatistics
+
+
+class Finished(NamedTuple):
+    """Episodes in the order in which they ended, (F,) each."""
+
+    env: NDArray[np.int64]
+    returns: NDArray[np.float64]
+    lengths: NDArray[np.int64]
 
 
 class EpisodeStatistics:
@@ -17,8 +25,14 @@ class EpisodeStatistics:
         self.returns: deque[float] = deque(maxlen=WINDOW)
         self.lengths: deque[int] = deque(maxlen=WINDOW)
         self.episodes = 0
+        self.finished = Finished(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))  # in the last rollout
         self._running_return = np.zeros(num_envs)
         self._running_length = np.zeros(num_envs, np.int64)
+
+    @property
+    def running_length(self) -> NDArray[np.int64]:
+        """(N,) steps of each environment's episode under way."""
+        return self._running_length
 
     def update(self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]) -> int:
         """Account for one rollout: (T, N) each, rows that are not valid count for nothing. Returns episodes finished.
@@ -36,14 +50,15 @@ class EpisodeStatistics:
         opening = np.flatnonzero(first % num_steps == 0)  # of each environment, the segment that goes on from the last rollout
         closing = np.append(opening[1:], len(first)) - 1  # and the one that the next rollout may go on with
         by_time = np.argsort(last[finished] % num_steps, kind="stable")
-        for rows, window, running in (
-            (np.where(valid, reward, 0.0), self.returns, self._running_return),
-            (valid, self.lengths, self._running_length),
-        ):
+        ended_with: list[NDArray[Any]] = []
+        for rows, running in ((np.where(valid, reward, 0.0), self._running_return), (valid, self._running_length)):
             totals = np.add.reduceat(rows.T.ravel(), first, dtype=running.dtype)
             totals[opening] += running
-            window.extend(totals[finished][by_time].tolist())
+            ended_with.append(totals[finished][by_time])
             running[:] = np.where(finished[closing], 0, totals[closing])
+        self.finished = Finished(first[finished][by_time] // num_steps, *ended_with)
+        self.returns.extend(self.finished.returns.tolist())
+        self.lengths.extend(self.finished.lengths.tolist())
         self.episodes += len(by_time)
         return len(by_time)
 
@@ -60,12 +75,6 @@ class EpisodeStatistics:
     def forget_running(self) -> None:
         """Episodes under way end here without counting: the environments start new ones."""
         self._running_return[:], self._running_length[:] = 0.0, 0
-
-    def copy(self) -> "EpisodeStatistics":
-        """As it stands."""
-        copy = EpisodeStatistics(len(self._running_return))
-        copy.load_state_dict(self.state_dict())
-        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """As plain data: finished episodes, and what those under way have so far."""
