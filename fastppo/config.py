@@ -449,8 +449,8 @@ def _is(kind: Any, value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text that files and terminals take: torch opens no path with half a character in it."""
-    return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
+    """Whether a value is text that files take; bytes that Python could not decode, of a file's name, are part of it."""
+    return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
 
 
 def _is_json(value: Any, depth: int = 16) -> bool:

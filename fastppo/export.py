@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastppo.cli import parse, run
 from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.run.files import absolute
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -149,7 +150,7 @@ def _check(path: Path, format: str) -> None:
     """Raise UsageError for what cannot work, before anything takes time."""
     if format not in SUFFIXES:
         raise UsageError(f'--format must be "onnx" or "torch", got {format!r}')
-    if not os.path.isdir(path.parent):  # Path.is_dir raises for a name that is too long
+    if not os.path.isdir(absolute(path).parent):  # Path.is_dir raises for a name that is too long
         raise UsageError(f"--output {path}: there is no directory {path.parent}")
     if os.path.isdir(path):
         raise UsageError(f"--output {path} is a directory; nearest: --output {path / ('policy' + SUFFIXES[format])}")
@@ -209,12 +210,12 @@ def _player(path: Path, format: str) -> Callable[[Arrays], Arrays]:
     if format == "onnx":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
     import torch
 
-    module = torch.export.load(path).module()
+    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def play(inputs: Arrays) -> Arrays:
         outputs = module({name: torch.from_numpy(x) for name, x in inputs.items()})

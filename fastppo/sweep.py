@@ -31,8 +31,9 @@ from fastppo.config import TrainConfig, flag
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.platforms import own_group
 from fastppo.run.display import duration, number
-from fastppo.run.files import file_name, lock_directory, replace_file
+from fastppo.run.files import absolute, file_name, lock_directory, replace_file
 from fastppo.run.metrics import read_rows
 from fastppo.run.signals import StopSignals
 from fastppo.search_space import OF_THE_SWEEP, Space, built_in_space, read_space, to_settings
@@ -122,7 +123,7 @@ class Process:
     def __init__(self, command: Sequence[str], output: Path) -> None:
         self.output = output
         self._process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **own_group()
         )
         assert self._process.stdout is not None
         self._reader = threading.Thread(target=_keep, args=(self._process.stdout, output), daemon=True)
@@ -149,7 +150,7 @@ class Process:
 
     def complaint(self) -> str:
         """The line of its output that says what went wrong, or the last one."""
-        lines = self.output.read_text(errors="replace").strip().splitlines() if self.output.exists() else []
+        lines = self.output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.output.exists() else []
         told = [line for line in lines if line.startswith(("fault: ", "error: "))]
         return (told or lines or [""])[-1][:300]
 
@@ -266,6 +267,7 @@ def open_directory(directory: Path) -> int | None:
         import optuna  # noqa: F401
     except ImportError:
         raise UsageError("fastppo sweep needs a package that is not installed: pip install 'fastppo[sweep]'") from None
+    absolute(directory)  # raises UsageError where there is no working directory to find it from
     try:
         if directory.exists() and not (directory / "study.db").exists() and any(directory.iterdir()):
             raise UsageError(f"--study-dir {directory} is not empty and holds no study; choose another")

@@ -26,7 +26,7 @@ def _main(args: Sequence[str]) -> None:
 
 def console(args: Sequence[str] | None = None) -> int:
     """Entry point: the exit code."""
-    return run(_main, sys.argv[1:] if args is None else args)
+    return run(_main, sys.argv[1:] if args is None else args, needs_output=False)  # all that counts is in the run directory
 
 
 class _CallableModule(ModuleType):

@@ -13,15 +13,16 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Under each prefix of ours, the only modules of ours that may be imported. The first prefix that fits counts; a module
 # that fits none (train, evaluate, export, plot, cli, ...) stands at the top and may import everything.
 ALLOWED = {
-    "fastppo.core": ("fastppo.core",),
+    "fastppo.core": ("fastppo.core", "fastppo.platforms"),
     "fastppo.policy": ("fastppo.core", "fastppo.policy", "fastppo.errors"),
-    "fastppo.envs": ("fastppo.core.scan", "fastppo.envs", "fastppo.cores", "fastppo.errors"),
+    "fastppo.envs": ("fastppo.core.scan", "fastppo.envs", "fastppo.cores", "fastppo.errors", "fastppo.platforms"),
     "fastppo.rollout": ("fastppo.core", "fastppo.envs", "fastppo.policy", "fastppo.errors"),
     "fastppo.ranks": ("fastppo.cores", "fastppo.errors"),
-    "fastppo.run": ("fastppo.run", "fastppo.errors"),
+    "fastppo.run": ("fastppo.run", "fastppo.errors", "fastppo.platforms"),
     "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
     "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.envs.make", "fastppo.errors"),
     "fastppo.cores": (),
+    "fastppo.platforms": (),
     "fastppo.errors": (),  # a leaf: two exceptions, which every layer above the maths may raise
 }
 

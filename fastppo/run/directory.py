@@ -23,7 +23,7 @@ import torch
 
 from fastppo.errors import UsageError
 from fastppo.run.checkpoint import load_checkpoint
-from fastppo.run.files import file_name, lock_directory, replace_file
+from fastppo.run.files import absolute, file_name, lock_directory, replace_file
 
 
 class RunDirectory:
@@ -65,6 +65,7 @@ class RunDirectory:
 
     @classmethod
     def _make(cls, path: Path, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
+        absolute(path)  # raises UsageError where there is no working directory to find it from
         taken = UsageError(f"--run-dir {path} exists and is not empty; choose another, or --resume {path} to go on with it")
         made: RunDirectory | None = None
         try:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastppo.errors import UsageError
@@ -35,6 +36,56 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 def file_name(text: str) -> str:
     """`text`, an environment's id for one, as a name that every file system takes."""
     return re.sub(r"[^\w.-]+", "-", text)
+
+
+_deleted = False  # the working directory, before `leave_deleted_directory`
+
+
+def absolute(path: str | Path) -> Path:
+    """The path from the root on, so that code that changes the working directory does not move it.
+
+    Raises UsageError for a relative one where the working directory has been deleted.
+    """
+    try:
+        if _deleted and not Path(path).is_absolute():
+            raise FileNotFoundError
+        return Path(path).absolute()
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: the working directory has been deleted; change to another one, or give the whole path"
+        ) from None
+
+
+def leave_deleted_directory() -> None:
+    """Go to the root directory where the working directory has been deleted: without one MKL ends the process.
+
+    `absolute` refuses relative paths from then on.
+    """
+    global _deleted
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        os.chdir(os.path.abspath(os.sep))
+        _deleted = True
+
+
+@contextlib.contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name of a file or directory that is there for libraries that encode names as UTF-8, as torch does.
+
+    It is another than its own where Python could not decode that: bytes that are no UTF-8, or any letter in the locale C.
+    Raises OSError.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield str(path)
 
 
 def is_inside(path: Path, directory: Path) -> bool:
