@@ -113,7 +113,7 @@ class RunDirectory:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace `path` by `text` in one step."""
-        replace_file(path, text.encode())
+        replace_file(path, text.encode(errors="backslashreplace"))  # a traceback may quote what is no text
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Replace `path` by `data` as JSON; numbers that are not finite become null, which JSON has."""

@@ -128,7 +128,7 @@ class LiveDisplay:
         self._best = "none yet"
 
     def note(self, line: str) -> None:
-        with self._as_long_as_there_is_one():
+        with self._outliving_the_terminal():
             self._erase_wrapped()
             self._console.print(encodable(line, sys.stdout), markup=False, highlight=False)
 
@@ -139,20 +139,18 @@ class LiveDisplay:
             self._best = f"{figure(row['episodic_return_mean'])} at {row['global_step']:,}"
         self._view = (row, progress, eta_seconds, engine)
         if time.monotonic() - self._last >= 0.2:
-            with self._as_long_as_there_is_one():
+            with self._outliving_the_terminal():
                 self._draw()
 
     def close(self) -> None:
-        with self._as_long_as_there_is_one():
+        with self._outliving_the_terminal():
             if self._live.is_started:
                 self._draw()
                 self._live.stop()
 
     @contextlib.contextmanager
-    def _as_long_as_there_is_one(self) -> Iterator[None]:
-        """Nothing more is shown once the terminal is gone (with nohup, training goes on without it)."""
-        if self._console.quiet:
-            return
+    def _outliving_the_terminal(self) -> Iterator[None]:
+        """For what writes to the terminal: once it is gone nothing is shown any more, and training goes on (under nohup)."""
         try:
             yield
         except OSError:
@@ -230,9 +228,9 @@ codecs.register_error("fastppo", _replace)
 
 
 def print_any_letter() -> None:
-    """From here on stdout and stderr replace letters that they cannot encode, where printing one would raise an error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    """From here on this process's own stdout and stderr replace letters that they cannot encode, and raise no error."""
+    for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        if stream is own and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="fastppo")
 
 

@@ -44,8 +44,14 @@ _deleted = False  # the working directory, before `leave_deleted_directory`
 def absolute(path: str | Path) -> Path:
     """The path from the root on, so that code that changes the working directory does not move it.
 
+    Letters that the locale's encoding has not, C's for instance, become the bytes of UTF-8, as they are on a command line.
+
     Raises UsageError for a relative one where the working directory has been deleted.
     """
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        path = os.fsdecode(str(path).encode("utf-8", "surrogateescape"))
     try:
         if _deleted and not Path(path).is_absolute():
             raise FileNotFoundError
