@@ -327,7 +327,12 @@ class AgentRun:
                 plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
             agent = load_policy(directory.path, policy=policy)
             if config.eval_episodes and evaluates:
-                result = evaluate_config(agent, config, config.eval_episodes, config.seed, envs=envs)
+                try:
+                    result = evaluate_config(agent, config, config.eval_episodes, config.seed, envs=envs)
+                except KeyboardInterrupt:
+                    again = f"python -m fastppo.evaluate {directory.path}"
+                    self.note(f"training is over and kept; only its evaluation was interrupted, do it with: {again}")
+                    raise
                 summary |= {f"eval_{key}": value for key, value in result.items()}
                 directory.write_json(directory.summary, summary)
                 mean, std = result["return_mean"], result["return_std"]

@@ -2,12 +2,13 @@
 
 import ast
 import contextlib
+import errno
 import inspect
 import io
 import itertools
+import logging
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,27 +18,35 @@ from typing import TypeVar
 
 import tyro
 
-from fastppo.config import TrainConfig, absolute, check_resumable, current_directory, flag, with_absolute_paths
+from fastppo.config import TrainConfig, check_resumable, flag, with_absolute_paths
 from fastppo.errors import RankLost, TrainingFault, UsageError
+from fastppo.paths import absolute, current_directory, leave_deleted_directory
+from fastppo.platforms import SIGPIPE, open_standard_streams
 from fastppo.presets import choose_preset, find_preset
-from fastppo.run.display import silence_stdout
+from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.run.files import is_inside
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that says why they all end: torchrun ends them once one of them has left
 MAX_LETTERS = 250  # of a value that is quoted in an error
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a terminal that is gone
 
 
-def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
+def run(verb: Callable[[Sequence[str]], object], args: Sequence[str], needs_output: bool = True) -> int:
     """Call `verb(args)`; returns the exit code.
 
     0; 2 for wrong use, 3 for a fault, 130 when interrupted, 141 when stdout is a pipe that nobody reads any more.
+    needs_output: whether it is a fault that the end of what was printed cannot be written, to a full disk for instance.
     """
     try:
         try:
+            open_standard_streams()
+            print_any_letter()
+            leave_deleted_directory()
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home directory it gives advice on its fonts
             verb(args)
         finally:  # --help leaves with SystemExit
-            _flush_stdout()
+            _flush_stdout(needs_output)
     except UsageError as error:
         return _ended(f"error: {error}", 2)
     except RankLost as error:
@@ -48,12 +57,17 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str]) -> int:
         return _ended("interrupted", 130)
     except BrokenPipeError:
         silence_stdout()
-        return 128 + signal.SIGPIPE
+        return 128 + SIGPIPE
+    except OSError as error:
+        if error.errno not in OUTPUT_ERRORS:
+            raise
+        silence_stdout()
+        return _ended(f"fault: the output could not be written: {error.strerror}", 3)
     return 0
 
 
-def _flush_stdout() -> None:
-    """What is still in the buffer; where a full disk has no room for it, it is lost, which makes no run a failed one."""
+def _flush_stdout(needs_output: bool) -> None:
+    """Write what is still in the buffer. Raises OSError where that fails and matters."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -61,6 +75,8 @@ def _flush_stdout() -> None:
         raise
     except OSError:
         silence_stdout()
+        if needs_output:
+            raise
 
 
 def _ended(message: str, code: int, speaks: bool | None = None) -> int:

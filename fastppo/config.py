@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.errors import UsageError, nearest
+from fastppo.paths import absolute
 
 MAX_JSON_BYTES = 2**20  # of a file of settings or results; config.json has two thousand
 MAX_BATCH_SIZE = 2**31 - 1
@@ -330,21 +331,6 @@ class TrainConfig:
             raise UsageError(f"{path}: {error}") from None
 
 
-def current_directory() -> Path | None:
-    """The current directory, to be remembered before the code of an environment changes it; None where it has been deleted."""
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        return None
-
-
-def absolute(path: str | Path, name: str, place: Path | None) -> Path:
-    """`path` as seen from `place`; raises UsageError where that has been deleted. name: the flag that `path` was given with."""
-    if place is None and not Path(path).is_absolute():
-        raise UsageError(f"{name} {path}: the current directory has been deleted; give an absolute path")
-    return (place or Path()) / path
-
-
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
     """`config` with its directories as seen from `place`; raises UsageError as `absolute`."""
     run_dir, resume = (
@@ -482,8 +468,8 @@ def _is(kind: Any, value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is text that files and terminals take: torch opens no path with half a character in it."""
-    return isinstance(value, str) and "\0" not in value and value == value.encode(errors="replace").decode()
+    """Whether a value is text that files take; bytes that Python could not decode, of a file's name, are part of it."""
+    return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
 
 
 def _is_json(value: Any, depth: int = 16) -> bool:

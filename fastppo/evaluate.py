@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.cli import parse, run
-from fastppo.config import TrainConfig, absolute, current_directory, read_run_config
+from fastppo.config import TrainConfig, read_run_config
 from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import Deadline
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, environment_fault
+from fastppo.paths import absolute, current_directory
 from fastppo.random_streams import Stream, environment_seed, seed_of
 
 if TYPE_CHECKING:
@@ -192,9 +193,8 @@ def record_episodes(
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
-    directory = absolute(
-        settings.run_dir, "RUN_DIR", current_directory()
-    )  # the environment's code may change the current directory
+    # the environment's code may change the working directory
+    directory = absolute(settings.run_dir, "RUN_DIR", current_directory())
     config = read_run_config(directory)
     import torch  # here, so that --help and wrong flags do not wait for it
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from fastppo.cli import parse, run
 from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.paths import absolute, current_directory
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -107,7 +108,7 @@ def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exp
         UsageError: no such directory, a package that is missing, a network that cannot be traced.
         TrainingFault: what was written does not run, or does not act as the policy does; it is not kept.
     """
-    path = Path(path)
+    path = absolute(path, "--output", current_directory())
     _check(path, format)
     from fastppo.policy.deployment import DeployedPolicy  # here, so that --help and wrong flags do not wait for torch
 
@@ -209,12 +210,12 @@ def _player(path: Path, format: str) -> Callable[[Arrays], Arrays]:
     if format == "onnx":
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
         names = [output.name for output in session.get_outputs()]
         return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
     import torch
 
-    module = torch.export.load(path).module()
+    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def play(inputs: Arrays) -> Arrays:
         outputs = module({name: torch.from_numpy(x) for name, x in inputs.items()})
@@ -336,7 +337,7 @@ def _main(args: Sequence[str]) -> None:
     settings = parse(ExportConfig, args, prog="python -m fastppo.export")
     output = settings.output or str(Path(settings.run_dir) / f"policy{SUFFIXES[settings.format]}")
     if settings.output is not None:
-        _check(Path(output), settings.format)
+        _check(absolute(output, "--output", current_directory()), settings.format)
     import torch  # here, so that --help and wrong flags do not wait for it
 
     from fastppo.loading import load_policy

@@ -6,9 +6,6 @@ and checkpoints and logs, is in agent_run.py. With --num-seeds S there are S run
 
 import contextlib
 import math
-import os
-import resource
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,13 +20,15 @@ from torch import Tensor
 from fastppo import random_streams
 from fastppo.agent_run import AgentRun, TrainResult, make_directory, reopen, schedule_at, share_environments
 from fastppo.callbacks import Callback
-from fastppo.config import TrainConfig, current_directory, default_runs, with_absolute_paths
+from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.modes import plain
 from fastppo.core.seeds import of_seed, stack
 from fastppo.envs.autoreset import ResetSeed
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import RankLost, TrainingFault
+from fastppo.paths import current_directory
+from fastppo.platforms import SIGPIPE, peak_memory_mib, process_age
 from fastppo.policy.networks import ModuleFactory
 from fastppo.preparation import Task, make_jobs, prepare
 from fastppo.presets import describe
@@ -214,7 +213,7 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
                 share_done = sum(min(run.progress, 1.0) for run in runs) / len(runs)
                 display.update(joint_row(runs), share_done, eta, f"{task.engine} · {device} · {tiers.name}")
             if display.reader_gone:  # `| head -3`: the end is that of a signal
-                stop.received = signal.SIGPIPE
+                stop.received = SIGPIPE
             with plain():
                 tiers.update(iterations, eta)
             for index in metrics:
@@ -232,6 +231,9 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
         ended = reported(fault, runs, {} if collector is None else collector.kept())
         if not isinstance(fault, RankLost):
             leave_together(ranks)
+        if stop.received and ranks.size == 1:  # a signal to all processes of a job has ended those of the environments too
+            display.note(f"{ended}\nstopped by {stop.name}")
+            raise stop.exception() from fault
         raise ended from fault
     except KeyboardInterrupt:
         for run in runs:
@@ -256,7 +258,7 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
         "tier": tiers.name,
         "backend": task.engine,
         "device": str(device),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mib": peak_memory_mib(),
         "reproducibility": promises,
         "made_with": task.provenance,
         "versions": versions(),
@@ -408,12 +410,3 @@ def state_dict_of(collector: Collector, index: int) -> dict[str, Any] | None:
     """That seed's environments as they stand, see Collector.state_dicts."""
     states = collector.state_dicts()
     return None if states is None else states[index]
-
-
-def process_age() -> float:
-    """Seconds since this process was started, imports included; nan where /proc does not tell."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    except OSError:
-        return math.nan
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")

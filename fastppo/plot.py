@@ -15,6 +15,7 @@ import tyro
 from fastppo.cli import parse, printable, run
 from fastppo.errors import UsageError, nearest
 from fastppo.groups import Group, find_runs, group_runs, read_run
+from fastppo.paths import absolute, current_directory
 from fastppo.run.files import file_name, replace_file
 from fastppo.run.metrics import read_rows
 
@@ -274,7 +275,7 @@ def _main(args: Sequence[str]) -> None:
     if settings.metric not in known:
         raise UsageError(f"--metric {settings.metric} is no column of metrics.csv{nearest(settings.metric, known)}")
     output = re.sub(r"\.(png|svg)$", "", settings.output or _default_output(groups, settings.metric))
-    if not Path(output).parent.is_dir():
+    if not absolute(output, "--output", current_directory()).parent.is_dir():
         raise UsageError(f"--output {settings.output}: there is no directory {Path(output).parent}")
     for line in (*notes, *(summary_line(group, settings.metric) for group in groups)):
         print(printable(line), flush=True)

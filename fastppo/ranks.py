@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
 from fastppo.cores import machine_cores
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store  # which some builds of torch lack
 
 Value = TypeVar("Value")
 Rows = TypeVar("Rows", Tensor, NDArray[Any])
@@ -208,6 +209,8 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
         device = torch.device("cuda", local_rank)
     else:
         torch.set_num_threads(threads_per_rank(local_size))
+    from torch.distributed.rendezvous import rendezvous
+
     waits = timedelta(seconds=timeout)
     try:
         store, rank, size = next(rendezvous("env://", timeout=waits))
@@ -229,13 +232,15 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
     return Ranks(rank, size, local_rank, device, store)
 
 
-def _for_this_start(store: Store, rank: int, size: int, timeout: float) -> Store:
+def _for_this_start(store: "Store", rank: int, size: int, timeout: float) -> "Store":
     """A part of the store for the ranks that are there now. Raises RuntimeError where they do not come.
 
     torchrun's own store outlives a restart, and with it the addresses of ranks that are gone; how many restarts there were is
     not the same on every machine (https://github.com/pytorch/pytorch/issues/135712). So rank 0 names each start, and calls it
     complete once all others have answered to that name.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
+
     if rank == 0:
         start = uuid.uuid4().hex
         store.set("start", start)

@@ -27,11 +27,13 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from fastppo.cli import parse, parse_train, run
-from fastppo.config import TrainConfig, absolute, current_directory, flag
+from fastppo.config import TrainConfig, flag
 from fastppo.cores import available_cores
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.paths import absolute, current_directory
+from fastppo.platforms import own_group
 from fastppo.random_streams import Stream, seed_of
 from fastppo.run.display import duration, number
 from fastppo.run.files import file_name, lock_directory, replace_file
@@ -126,7 +128,7 @@ class Process:
     def __init__(self, command: Sequence[str], output: Path, place: Path) -> None:
         self.output = output
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        self._process = subprocess.Popen(command, cwd=place, start_new_session=True, **pipes)
+        self._process = subprocess.Popen(command, cwd=place, **own_group(), **pipes)
         assert self._process.stdout is not None
         self._reader = threading.Thread(target=_keep, args=(self._process.stdout, output), daemon=True)
         self._reader.start()
@@ -152,7 +154,7 @@ class Process:
 
     def complaint(self) -> str:
         """The line of its output that says what went wrong, or the last one."""
-        lines = self.output.read_text(errors="replace").strip().splitlines() if self.output.exists() else []
+        lines = self.output.read_text(encoding="utf-8", errors="replace").strip().splitlines() if self.output.exists() else []
         told = [line for line in lines if line.startswith(("fault: ", "error: "))]
         return (told or lines or [""])[-1][:300]
 
@@ -494,9 +496,8 @@ def _main(args: Sequence[str]) -> None:
         raise UsageError(
             f"{flag(taken)} after --: the sweep sets that itself; before -- there are --env-id, --steps and --seeds"
         )
-    place = absolute(
-        "sweeps", "--study-dir", current_directory()
-    ).parent  # before the environment's module is imported, which may change it
+    # before the environment's module is imported, which may change it
+    place = absolute("sweeps", "--study-dir", current_directory()).parent
     base = parse_train(["--env-id", config.env_id, *fixed])
     task_of(base.env_id) if base.backend == "envpool" else find_spec(base.env_id)
     steps = config.steps or base.total_timesteps

@@ -8,6 +8,7 @@ changes over at an iteration's boundary. Knows nothing of what the programs comp
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from fastppo.core.compilation import (
 from fastppo.core.modes import bound
 from fastppo.core.programs import Learned, Normalization
 from fastppo.core.seeds import Seeds, one_by_one, over_seeds
+from fastppo.platforms import user_number
 from fastppo.ranks import ALONE, Ranks
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
@@ -76,6 +78,8 @@ class Tiers:
         if mode == "off":
             note("programs: eager, as --compile off asks")
             return
+        if not os.environ.get("XDG_CACHE_HOME") and _home_cache() is None:
+            note(f"there is no home directory that can be written: compiled programs are kept in {cache_dir()}")
         started = time.perf_counter()
         failed: CompileError | None = None
         try:
@@ -226,6 +230,22 @@ def _threads(number: int) -> Iterator[None]:
 
 
 def cache_dir() -> Path:
-    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo where that is no absolute path."""
+    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo where that is no absolute path.
+
+    A user without a home directory, or with one that cannot be written, as in many containers, has fastppo-UID among the
+    temporary files. What lies there is loaded only if nobody else can have put it there: see compilation.check_cache_dir.
+    """
     given = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "fastppo"
+    if os.path.isabs(given):
+        return Path(given) / "fastppo"
+    return _home_cache() or Path(tempfile.gettempdir()) / f"fastppo-{user_number()}"
+
+
+def _home_cache() -> Path | None:
+    """~/.cache/fastppo, if it is there or can be made."""
+    try:
+        cache = Path.home() / ".cache" / "fastppo"
+        above = next(place for place in (cache, *cache.parents) if place.exists())
+    except (RuntimeError, OSError):  # no HOME and no entry for the user; no right to look
+        return None
+    return cache if above == cache or os.access(above, os.W_OK) else None

@@ -7,10 +7,11 @@ from types import ModuleType
 from typing import Any
 
 from fastppo.cli import parse_train, run
-from fastppo.config import current_directory, default_runs
+from fastppo.config import default_runs
 from fastppo.envs.atari import is_atari
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
+from fastppo.paths import current_directory
 
 
 def _main(args: Sequence[str]) -> None:
@@ -29,7 +30,7 @@ def _main(args: Sequence[str]) -> None:
 
 def console(args: Sequence[str] | None = None) -> int:
     """Entry point: the exit code."""
-    return run(_main, sys.argv[1:] if args is None else args)
+    return run(_main, sys.argv[1:] if args is None else args, needs_output=False)  # all that counts is in the run directory
 
 
 class _CallableModule(ModuleType):

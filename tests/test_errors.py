@@ -101,7 +101,7 @@ def lines_of(capsys):
         (["--resume", "nowhere"], ["--resume nowhere"]),
         (["--resume", 300 * "x"], ["--resume xxx", "too long"]),
         (["--run-dir", ""], ["--run-dir", "name of a directory"]),  # as a shell's unset variable gives it
-        (["--run-dir", "\udcff"], ["--run-dir", "name of a directory"]),  # bytes that are no UTF-8
+        (["--run-dir", "\ud800"], ["--run-dir", "name of a directory"]),  # half a letter
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
 )

@@ -13,19 +13,22 @@ FILES = sorted(ROOT.rglob("*.py"))
 # Under each prefix of ours, the only modules of ours that may be imported. The first prefix that fits counts; a module
 # that fits none (train, evaluate, export, plot, cli, ...) stands at the top and may import everything.
 ALLOWED = {
-    "fastppo.core": ("fastppo.core",),
+    "fastppo.core": ("fastppo.core", "fastppo.platforms"),
     "fastppo.policy": ("fastppo.core", "fastppo.policy", "fastppo.errors"),
     "fastppo.envs": (
         *("fastppo.core.scan", "fastppo.envs", "fastppo.cores", "fastppo.devices", "fastppo.errors", "fastppo.random_streams"),
+        "fastppo.platforms",
     ),
     "fastppo.rollout": ("fastppo.core", "fastppo.envs", "fastppo.policy", "fastppo.errors"),
     "fastppo.ranks": ("fastppo.cores", "fastppo.errors"),
-    "fastppo.run": ("fastppo.run", "fastppo.errors"),
-    "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors"),
+    "fastppo.run": ("fastppo.run", "fastppo.errors", "fastppo.paths", "fastppo.platforms"),
+    "fastppo.config": ("fastppo.config", "fastppo.presets", "fastppo.errors", "fastppo.paths"),
     "fastppo.presets": ("fastppo.config", "fastppo.presets", "fastppo.envs.make", "fastppo.errors"),
     "fastppo.cores": (),
     "fastppo.devices": (),
     "fastppo.random_streams": (),
+    "fastppo.platforms": (),
+    "fastppo.paths": ("fastppo.errors",),
     "fastppo.errors": (),  # a leaf: two exceptions, which every layer above the maths may raise
 }
 

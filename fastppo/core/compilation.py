@@ -42,10 +42,12 @@ from torch import Tensor
 
 from fastppo.core import cache, native, programs
 from fastppo.core.adam import AdamState
+from fastppo.core.compile_errors import explain
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Collected, Learned
 from fastppo.core.seeds import Seeds, of_seed, over_seeds
 from fastppo.core.team import WORKER_FIELDS, Exchange, Team
+from fastppo.platforms import end_group, is_private, lower_priority, own_group
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
@@ -195,6 +197,8 @@ def _load(
     program: Program, example: Example, cache_dir: Path, key: str, seeds: Seeds | None, exchange: Exchange | None
 ) -> CompiledProgram | None:
     """The program under `key`, or None. Raises LoadError, once it has removed what does not load."""
+    if sys.platform == "win32":
+        raise CompileError("compiled programs are for Linux and macOS")
     check_cache_dir(cache_dir)
     helpers, library = cache.find(cache_dir, native_key()), cache.find(cache_dir, key)
     if helpers is None or library is None:
@@ -233,19 +237,15 @@ def compile_program(
         raise CompileError("this tier compiles for the CPU only")
     if not native.has_compiler():
         raise CompileError(native.NO_COMPILER)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir) as build_dir:
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True) as build_dir:
             if cache.find(cache_dir, native_key()) is None:
                 helpers = Path(build_dir, "native.so")
                 native.build(helpers)
                 cache.keep(helpers, cache_dir, native_key(), _about("helpers of all programs"))
             cache.keep(_build(program, example, build_dir, seeds), cache_dir, key, _about(_title(program, example)))
-        except subprocess.CalledProcessError as error:
-            raise CompileError(
-                f"{native.SOURCE.name} does not compile: {_first_line(RuntimeError(error.stderr or error))}"
-            ) from error
-        except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
-            raise CompileError(f"{type(error).__name__}: {_first_line(error)}") from error
+    except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
+        raise CompileError(explain(error, cache_dir)) from error
     try:
         loaded = _load(program, example, cache_dir, key, seeds, exchange)
     except LoadError as error:  # built here and now: another build would not load either
@@ -333,14 +333,17 @@ class BackgroundCompile:
             raise CompileError(_unreachable(error)) from error
         if not same:
             raise CompileError(_DIFFERS)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # modules are found where this process finds them
-            start_new_session=True,  # Ctrl-C is for the training process, which stops this one and its C++ compiler together
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # modules are found where this process finds them
+                **own_group(),  # Ctrl-C is for the training process, which stops this one and its C++ compiler together
+            )
+        except OSError as error:
+            raise CompileError(f"no process could be started for it: {error.strerror}") from error
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a child that died is reported by poll
             self._process.stdin.write(pickle.dumps((job, self._key, cache_dir, torch.get_num_threads())))
@@ -361,30 +364,35 @@ class BackgroundCompile:
     def stop(self) -> None:
         """Give up. Safe to call at any time, twice too."""
         if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGTERM)
+            end_group(self._process)
         self._process.wait()
 
 
 def _serve() -> None:
     """What the other process runs: a job on stdin, the reason of a failure on stdout."""
-    os.nice(5)  # training comes first
+    lower_priority()  # training comes first
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
     job, key, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
     torch.set_num_threads(num_threads)
     try:
         program, example, seeds = unpack(job)
     except Exception as error:  # a class of a script, or a module that raises when it is imported again
-        print(_unreachable(error))
+        _tell(_unreachable(error))
         return
     try:
         if cache_key(program, example, seeds) != key:  # it would be kept where nobody looks for it
             cache.refuse(cache_dir, key, _DIFFERS)
-            print(_DIFFERS)
+            _tell(_DIFFERS)
         else:
             compile_program(program, example, cache_dir, seeds)
     except CompileError as error:
-        print(error)
+        _tell(str(error))
+
+
+def _tell(reason: str) -> None:
+    """To the other process, whatever the encoding of this one's stdout is."""
+    sys.stdout.buffer.write(reason.encode(errors="replace"))
+    sys.stdout.flush()
 
 
 _DIFFERS = "the program looks different in the process that compiles; --compile on compiles it in the process that trains"
@@ -436,8 +444,8 @@ def check_cache_dir(cache_dir: Path) -> None:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = cache_dir.lstat()
     except OSError as error:
-        raise CompileError(f"no cache directory {cache_dir}: {error.strerror}") from error
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise CompileError(f"no cache directory: {explain(error, cache_dir)}") from error
+    if not stat.S_ISDIR(status.st_mode) or not is_private(status):
         raise CompileError(f"cache directory {cache_dir} must be owned by this user, with mode 0700")
 
 
@@ -586,9 +594,9 @@ def _processor() -> str:
     """Name and instruction sets of the processor: the library is compiled for exactly this one."""
     with contextlib.suppress(OSError):
         wanted = ("model name", "flags", "Features")
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
         return "\n".join(line for line in lines if line.startswith(wanted))
-    return platform.processor()
+    return f"{platform.processor()} of {platform.node()}"  # which of them it is is not told: none of another machine's
 
 
 def _digest(content: bytes) -> str:
@@ -647,7 +655,8 @@ def _layout(tensors: list[Tensor]) -> Layout:
 
 def _build(program: Program, example: Example, build_dir: str, seeds: Seeds | None = None) -> Path:
     """Trace, generate and compile; the library lies in `build_dir`."""
-    with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir):  # its default is a directory under /tmp that it trusts blindly
+    # Inductor's default is a directory under /tmp that it trusts blindly; compilers speak the user's language
+    with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir), _environment("LC_ALL", "C"):
         import torch._inductor.config as inductor_config
         from torch._dynamo.utils import get_metrics_context
         from torch._guards import TracingContext, tracing

@@ -10,6 +10,7 @@
 import ctypes
 import functools
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -122,12 +123,14 @@ def has_compiler() -> bool:
 def build(library: Path) -> None:
     """Compile native.cpp for this processor, 2 s. Raises OSError or subprocess.CalledProcessError with the compiler's words."""
     torch_dir = Path(torch.__file__).parent
+    this_processor = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"  # as clang has it
     command = [
-        *(compiler(), "-std=c++20", "-O3", "-march=native", "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
+        *(compiler(), "-std=c++20", "-O3", this_processor, "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
         "-fno-trapping-math",  # or loops with a clamp in them are no vectors
-        *(str(SOURCE), "-o", str(library), f"-L{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
+        *(str(SOURCE), "-o", str(library), f"-L{torch_dir / 'lib'}", f"-Wl,-rpath,{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
     ]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    environment = {**os.environ, "LC_ALL": "C"}  # errors in English
+    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace", env=environment)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ processes share the rows, the caller's thread of each adds what its workers foun
 what the program computes, nor of how processes talk to each other.
 """
 
+import contextlib
 import ctypes
 import queue
 import threading
@@ -20,6 +21,7 @@ from torch import Tensor
 
 LINE = 8  # int64 numbers a worker has in the meeting place, see native.cpp
 WORKER_FIELDS = 6
+END_SECONDS = 5.0  # that threads have to stop after an error or Ctrl-C: each finishes a minibatch at most
 _EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
 
 
@@ -74,23 +76,40 @@ class Team:
         """Call the library with each of the inputs, as many at once as there are workers, the first with the first, and return
         its outputs in their order.
 
-        Raises RuntimeError, or what the exchange with other processes raised.
+        Raises RuntimeError, what the exchange with other processes raised, or KeyboardInterrupt, after which the other threads
+        have stopped too.
         """
         num_workers = len(self._jobs) + 1
         shares = [list(enumerate(inputs))[worker::num_workers] for worker in range(num_workers)]
-        for job, share in zip(self._jobs, shares[1:], strict=True):
-            job.put(share)
-        results = {number: self._run(tensors) for number, tensors in shares[0]}
-        for _ in self._jobs:
-            results |= self._done.get()
+        results: list[dict[int, list[Tensor]] | BaseException] = []
+        at_work = 0
+        try:
+            for job, share in zip(self._jobs, shares[1:], strict=True):
+                job.put(share)
+                at_work += 1
+            results.append({number: self._run(tensors) for number, tensors in shares[0]})
+            while at_work:
+                results.append(self._done.get())
+                at_work -= 1
+        except BaseException as error:
+            self._place[-LINE] = 1  # the others do not wait for this thread any more
+            with contextlib.suppress(queue.Empty):  # one that still computes while the process ends may crash it
+                for _ in range(at_work):
+                    self._done.get(timeout=END_SECONDS)
+            if not isinstance(error, Exception):
+                raise
+            results.append(error)
         if self._faults:
             raise self._faults[0]
-        for result in results.values():
+        outputs: dict[int, list[Tensor]] = {}
+        for result in results:
             if isinstance(result, BaseException):
                 raise RuntimeError("a worker of the compiled program failed") from result
-        return [result for _, result in sorted(results.items()) if not isinstance(result, BaseException)]
+            outputs |= result
+        return [output for _, output in sorted(outputs.items())]
 
-    def _run(self, tensors: Sequence[Tensor]) -> "list[Tensor] | BaseException":
+    def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """One call of the library. Whatever it raises, the threads that wait for this one are told that it will not come."""
         try:
             given = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
             inputs = (ctypes.c_void_p * len(given))(*(_get_pointer(capsule, None) for capsule in given))
@@ -110,9 +129,9 @@ class Team:
             return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(
                 [_new_capsule(output, None, None) for output in outputs]
             )
-        except BaseException as error:
-            self._place[-LINE] = 1  # nobody waits for this worker any more
-            return error
+        except BaseException:
+            self._place[-LINE] = 1
+            raise
 
     def _check(self, code: int) -> None:
         if code != 0:
@@ -139,7 +158,10 @@ def _work(team: "weakref.ref[Team]", jobs: "queue.SimpleQueue[Any]", done: "queu
     while (share := jobs.get()) is not None:
         alive = team()
         if alive is not None:
-            done.put({number: alive._run(tensors) for number, tensors in share})
+            try:
+                done.put({number: alive._run(tensors) for number, tensors in share})
+            except BaseException as error:
+                done.put(error)
         del alive, share
 
 

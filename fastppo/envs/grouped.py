@@ -14,8 +14,6 @@ nothing of policies, costs no torch.
 import contextlib
 import multiprocessing
 import os
-import select
-import signal
 import sys
 import threading
 import time
@@ -37,14 +35,12 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space, create_share
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import masks_of, owner_of
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, UsageError, brief
+from fastppo.platforms import START_METHOD, interrupts_held, leave_signals_to_parent, poller, receive_byte, send_byte
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
 
 # The infos that are read (envs/autoreset.py). Others stay where they are: gathering HalfCheetah's takes a seventh of a step.
 INFO_KEYS = ("action_mask",)
-# gymnasium's choice too: a forked process shares the imports of this one, which take seconds, and knows every environment that
-# was registered here. Elsewhere than on Linux system libraries do not survive a fork, and Python's own default is taken.
-START_METHOD = "fork" if sys.platform == "linux" else None
 CLOSE_SECONDS = 1.0  # that processes have for closing their environments, or finishing a step, before they are ended
 NAME_SECONDS = 1.0  # that a process has beyond the deadline, its own too, for saying which environment let it pass
 
@@ -242,9 +238,8 @@ class _Worker:
         self.rows, self.num_envs = rows, rows.stop - rows.start
         commands, self._commands = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
-        self._message, self._poll = deadline.message, select.poll()
+        self._message, self._poll = deadline.message, poller(self._answers)
         self._patience = min(deadline.seconds + NAME_SECONDS, 2e6) * 1e3 if deadline.seconds else None  # ms, of 31 bits
-        self._poll.register(self._answers, select.POLLIN)
         # A forked process has copies of these ends, and closes them: that its parent is gone it notices by the end of a pipe
         # that nobody else can write to.
         forked = context.get_start_method() == "fork"
@@ -256,14 +251,15 @@ class _Worker:
             name=f"fastppo-environments-{rows.start}",
             daemon=True,
         )
-        self._process.start()
+        with interrupts_held():
+            self._process.start()
         commands.close()  # the other process has them now: its end is noticed by the end of the pipe of answers
         answers.close()
 
     def send(self, command: bytes, message: Any = None) -> None:
         """Raises EnvironmentFailed where the process is gone."""
         try:
-            os.write(self._commands.fileno(), command)  # half of what Connection.send costs
+            send_byte(self._commands, command)
             if message is not None:
                 self._commands.send(message)
         except BrokenPipeError:
@@ -272,9 +268,9 @@ class _Worker:
     def result(self) -> dict[str, Any]:
         """Wait until it has done what it was told; infos of its environments. Raises EnvironmentFailed."""
         try:
-            if not self._poll.poll(self._patience):
+            if not self._poll(self._patience):
                 raise EnvironmentFailed(f"{_name(self.rows)}: {self._message}")
-            answer = os.read(self._answers.fileno(), 1)
+            answer = receive_byte(self._answers)
             if answer == DONE:
                 return {}
             if answer == INFO:
@@ -296,7 +292,7 @@ class _Worker:
 
     def ask_to_close(self) -> None:
         with contextlib.suppress(OSError):  # gone already
-            os.write(self._commands.fileno(), CLOSE)
+            send_byte(self._commands, CLOSE)
 
     def end(self, latest: float) -> None:
         """Wait for it until `latest`, of time.monotonic, then end it."""
@@ -321,8 +317,7 @@ def _work(
     timeout: float,
 ) -> None:
     """The other process, from its start to its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # control-C goes to all processes of a terminal; the parent answers it
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the parent's handlers
+    leave_signals_to_parent()
     for end in parents:
         end.close()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -339,10 +334,10 @@ def _work(
         own = _rows(read_from_shared_memory(exchanged, memory, num_envs), rows)
         info: dict[str, Any] = {}
         while True:
-            os.write(answers.fileno(), INFO if info else DONE)
+            send_byte(answers, INFO if info else DONE)
             if info:
                 answers.send(info)
-            command = os.read(commands.fileno(), 1)
+            command = receive_byte(commands)
             if command == STEP:
                 with deadline:
                     info = _step(group, own)
@@ -355,7 +350,7 @@ def _work(
     except BaseException as error:
         named = brief(error) if isinstance(error, EnvironmentFailed) else f"{_name(rows)}: {brief(error)}"
         with contextlib.suppress(OSError):  # the parent is gone
-            os.write(answers.fileno(), FAILED)
+            send_byte(answers, FAILED)
             answers.send((named, traceback.format_exc()))
     finally:
         with contextlib.suppress(BaseException):  # which this process would print, and its parent has other things to tell

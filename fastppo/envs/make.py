@@ -78,7 +78,8 @@ def _make_vec(
     if vectorization == "entry-point":
         made = gym.make_vec(env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **env_kwargs)
         return SeededCartPole(made) if type(made) is CartPoleVectorEnv else made
-    env_fns = [partial(gym.make, env_id, disable_env_checker=True, **env_kwargs)] * num_envs  # envs/check.py is ours
+    # the spec and not its id, which a process that does not share this one's imports may not know; envs/check.py is ours
+    env_fns = [partial(gym.make, find_spec(env_id), disable_env_checker=True, **env_kwargs)] * num_envs
     if vectorization == "sync":
         return NumberedVectorEnv(env_fns)
     num_groups = num_envs if vectorization == "async" else num_processes(num_envs, num_threads)

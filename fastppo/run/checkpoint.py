@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import UsageError, brief
+from fastppo.run.files import utf8_name
 
 FORMAT = 2  # of the checkpoints that this version writes and reads
 MAX_PICKLE_BYTES = 2**20  # of a checkpoint's structure; a tensor takes 150 of them, its numbers lie elsewhere
@@ -37,9 +38,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no regular file")
     try:
         _check_pickle(_structure(path))
-        # mmap: no tensor claims more than the file holds, whatever version of torch reads it
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        state = _Copier(path.stat().st_size).copy(loaded)
+        with utf8_name(path) as name:
+            # mmap: no tensor claims more than the file holds, whatever version of torch reads it
+            loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
+            state = _Copier(path.stat().st_size).copy(loaded)
     except _Refused as error:
         raise UsageError(f"{path} is refused, nothing in it was executed: {error}") from None
     except pickle.UnpicklingError:

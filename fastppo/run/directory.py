@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from fastppo.errors import UsageError
+from fastppo.paths import absolute, current_directory
 from fastppo.run.checkpoint import load_checkpoint
 from fastppo.run.files import file_name, lock_directory, replace_file
 
@@ -61,7 +62,7 @@ class RunDirectory:
             UsageError: it holds anything already, is another run's, or cannot be written.
         """
         if path is not None:
-            return cls._make(Path(path), fill)
+            return cls._make(absolute(path, "--run-dir", current_directory()), fill)
         start = place / f"{file_name(env_id)}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in itertools.count(1):  # several runs started within a second
             directory = start if attempt == 1 else start.with_name(f"{start.name}-{attempt}")
@@ -119,7 +120,7 @@ class RunDirectory:
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace `path` by `text` in one step."""
-        replace_file(path, text.encode())
+        replace_file(path, text.encode(errors="backslashreplace"))  # a traceback may quote what is no text
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
         """Replace `path` by `data` as JSON; numbers that are not finite become null, which JSON has."""

@@ -1,11 +1,14 @@
 """What a person sees while training: a live panel on a terminal, log lines elsewhere. Knows nothing of what it shows."""
 
+import codecs
+import contextlib
+import io
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.control import Control
@@ -17,6 +20,7 @@ from rich.text import Text
 Row = Mapping[str, int | float]
 Line = list[str | tuple[str, str]]  # text, or text and style
 SPARKS = "▁▂▃▄▅▆▇█"
+DRAWN = SPARKS + "━─│╭╮╰╯·"  # all that the panel consists of beside ASCII
 BARS = 33  # of the curve, each a share of the run
 COLUMNS, LINES = 80, 8  # of the panel
 
@@ -43,7 +47,13 @@ class Display(Protocol):
 def make_display(plain: bool, title: str) -> Display:
     """A live panel where the output is a terminal that can show it, unless `plain`; log lines in a notebook, pipe or file."""
     is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # what a notebook puts there may have no such method
-    return LiveDisplay(title) if is_terminal and not plain and not Console().is_dumb_terminal else PlainDisplay()
+    if plain or not is_terminal or Console().is_dumb_terminal:
+        return PlainDisplay()
+    try:
+        DRAWN.encode(Console().encoding)
+    except UnicodeError:
+        return PlainDisplay()
+    return LiveDisplay(title)
 
 
 class NoDisplay:
@@ -94,7 +104,7 @@ class PlainDisplay:
 
     def _print(self, line: str) -> None:
         try:
-            print(line, flush=True)
+            print(encodable(line, sys.stdout), flush=True)
         except BrokenPipeError:
             self.reader_gone = True
             silence_stdout()
@@ -118,8 +128,9 @@ class LiveDisplay:
         self._best = "none yet"
 
     def note(self, line: str) -> None:
-        self._erase_wrapped()
-        self._console.print(line, markup=False, highlight=False)
+        with self._outliving_the_terminal():
+            self._erase_wrapped()
+            self._console.print(encodable(line, sys.stdout), markup=False, highlight=False)
 
     def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
         if math.isfinite(row["episodic_return_mean"]):
@@ -128,12 +139,22 @@ class LiveDisplay:
             self._best = f"{figure(row['best_return'])} at {row['global_step']:,}"
         self._view = (row, progress, eta_seconds, engine)
         if time.monotonic() - self._last >= 0.2:
-            self._draw()
+            with self._outliving_the_terminal():
+                self._draw()
 
     def close(self) -> None:
-        if self._live.is_started:
-            self._draw()
-            self._live.stop()
+        with self._outliving_the_terminal():
+            if self._live.is_started:
+                self._draw()
+                self._live.stop()
+
+    @contextlib.contextmanager
+    def _outliving_the_terminal(self) -> Iterator[None]:
+        """For what writes to the terminal: once it is gone nothing is shown any more, and training goes on (under nohup)."""
+        try:
+            yield
+        except OSError:
+            self._console.quiet = True
 
     def _draw(self) -> None:
         self._last = time.monotonic()
@@ -189,6 +210,38 @@ class LiveDisplay:
             height=LINES,
             border_style="dim",
         )
+
+
+ASCII = {"·": "-", "±": "+-", "…": "...", "→": "->", "█": "#", "━": "=", "─": "-"}
+
+
+def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Error handler for codecs: ASCII for a letter that an encoding does not have, and bytes of a file's name as they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    letter = error.object[error.start]
+    escaped = "\udc80" <= letter <= "\udcff"  # how Python keeps a byte that it could not decode
+    return bytes([ord(letter) - 0xDC00]) if escaped else ASCII.get(letter, "?"), error.start + 1
+
+
+codecs.register_error("fastppo", _replace)
+
+
+def print_any_letter() -> None:
+    """From here on this process's own stdout and stderr replace letters that they cannot encode, and raise no error."""
+    for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
+        if stream is own and isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="fastppo")
+
+
+def encodable(text: str, stream: Any) -> str:
+    """The text in letters that the stream can encode."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text.encode(encoding, getattr(stream, "errors", None) or "strict")
+        return text
+    except UnicodeError:
+        return text.encode(encoding, "fastppo").decode(encoding, "replace").replace("\ufffd", "?")
 
 
 def silence_stdout() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastppo.errors import UsageError
@@ -35,6 +36,25 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 def file_name(text: str) -> str:
     """`text`, an environment's id for one, as a name that every file system takes."""
     return re.sub(r"[^\w.-]+", "-", text)
+
+
+@contextlib.contextmanager
+def utf8_name(path: Path) -> Iterator[str]:
+    """A name of a file or directory that is there for libraries that encode names as UTF-8, as torch does.
+
+    It is another than its own where Python could not decode that: bytes that are no UTF-8, or any letter in the locale C.
+    Raises OSError.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+    else:
+        yield str(path)
 
 
 def is_inside(path: Path, directory: Path) -> bool:

@@ -3,6 +3,7 @@
 None of them stops a run: what fails is told once, and training goes on.
 """
 
+import contextlib
 import math
 import threading
 import time
@@ -14,6 +15,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from fastppo.errors import brief
+from fastppo.run.files import utf8_name
 from fastppo.run.metrics import MetricsFile
 from fastppo.run.tracking import Tracker
 
@@ -115,7 +117,8 @@ class TensorBoard:
     """TensorBoard's writer, called as a `Tracker` is."""
 
     def __init__(self, directory: Path, purge_step: int | None) -> None:
-        self.writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
+        self._name = contextlib.ExitStack()
+        self.writer = SummaryWriter(self._name.enter_context(utf8_name(directory)), purge_step=purge_step, flush_secs=10)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One event for all figures: add_scalar for each of 21 takes 1340 us, this takes 137."""
@@ -125,7 +128,8 @@ class TensorBoard:
 
     def close(self) -> None:
         """Flush and close."""
-        self.writer.close()
+        with self._name:
+            self.writer.close()
 
 
 class _Guarded:

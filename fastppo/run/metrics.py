@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fastppo.run.files import replace_file
+
 
 class MetricsFile:
     """Rows of metrics in a CSV file, on disk as soon as they are written. The columns are those of the first row."""
@@ -20,7 +22,7 @@ class MetricsFile:
         self._path = path
         self._kept = [] if resume_at is None else [row for row in read_rows(path) if int(row["iteration"]) <= resume_at]
         self._columns: list[str] | None = None
-        self._temporary = path.with_name(path.name + ".tmp")  # the file of before stays until this one holds as much
+        self._replaced = False  # the file of before stays until there is one that holds as much
         self._file: io.FileIO | None = None
         self._unwritten = b""
 
@@ -37,8 +39,6 @@ class MetricsFile:
             csv.writer(head).writerow(self._columns)
             self._unwritten = head.getvalue().encode() + b"".join(map(self._line, self._kept))
         self._unwritten += self._line(row)
-        if self._file is None:
-            self._file = self._temporary.open("wb", buffering=0)
         self._flush()
 
     def close(self) -> None:
@@ -50,12 +50,15 @@ class MetricsFile:
                 self._file.close()
 
     def _flush(self) -> None:
-        if self._file is None:
+        if not self._unwritten:
             return
+        if not self._replaced:
+            replace_file(self._path, self._unwritten)  # opened after that: Windows renames no open file
+            self._unwritten, self._replaced = b"", True
+        if self._file is None:
+            self._file = self._path.open("ab", buffering=0)
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-        if self._temporary.exists():
-            self._temporary.replace(self._path)
 
     def _line(self, row: Mapping[str, Any]) -> bytes:
         line = io.StringIO()
@@ -66,7 +69,7 @@ class MetricsFile:
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows that are whole, oldest first: an iteration, a step, a value in every column. [] where there is no such file."""
     rows = []
-    with contextlib.suppress(OSError, csv.Error), path.open(newline="", errors="replace") as file:
+    with contextlib.suppress(OSError, csv.Error), path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             if (
                 all(row.values())

@@ -5,6 +5,8 @@ import threading
 from types import FrameType
 from typing import Any
 
+from fastppo.platforms import signal_name
+
 
 class StopSignals:
     """SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) ask the loop to stop after this iteration.
@@ -33,7 +35,7 @@ class StopSignals:
     @property
     def name(self) -> str | None:
         """Of the signal received."""
-        return None if self.received is None else signal.Signals(self.received).name
+        return None if self.received is None else signal_name(self.received)
 
     def exception(self) -> BaseException:
         """What ends the process with 128 + the signal's number."""
