@@ -211,7 +211,7 @@ def _train(
         display.close()
         for run in runs:
             run.close()
-        if given is None:
+        if given is None and task.has_copies:
             task.envs.close()  # evaluation has the machine to itself
         tiers.close()
         stop.restore()
@@ -236,7 +236,7 @@ def _train(
             with contextlib.suppress(TrainingFault):
                 run.checkpoints.finish(run.state)
     results = [
-        run.finish(about, stop.name, policy, given, not stop.received, own["evaluation"])
+        run.finish(about, stop.name, policy, given if task.has_copies else task.made, not stop.received, own["evaluation"])
         for run, own in zip(runs, task.seeds, strict=True)
         if run.fault is None
     ]
