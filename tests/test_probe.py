@@ -64,10 +64,8 @@ gym.register("Pooled-v0", Pooled, disable_env_checker=True)
 
 def chosen(env_id, num_envs, wanted="auto", env_kwargs=None, num_threads=None, tried=None, deadline=NO_DEADLINE):
     """The choice, its environments closed. tried: seconds of a step and the share computed; None: those of a real copy."""
-    try_it = partial(try_copy, env_id, env_kwargs or {}, num_envs, deadline)
-    if tried is not None:
-        try_it = partial(Tried, (), True, *tried)
-    choice = choose_vectorization(env_id, num_envs, wanted, env_kwargs or {}, num_threads, deadline, try_it)
+    copy = None if tried is None else partial(Tried, (), True, *tried)
+    choice = choose_vectorization(env_id, num_envs, wanted, env_kwargs or {}, num_threads, deadline, copy)
     if isinstance(choice.envs, GroupedVectorEnv):
         assert choice.envs.num_envs == num_envs
         choice.envs.close()
@@ -102,14 +100,15 @@ def test_fast_environments_stay_in_one_process(monkeypatch):
     assert "ms, too little to share out" in choice.why
 
 
-@pytest.mark.parametrize(("num_envs", "seconds", "choice"), [(8, 0.003, "async"), (4, 0.0005, "grouped")])
-def test_environments_that_wait_get_processes(monkeypatch, num_envs, seconds, choice):
+@pytest.mark.parametrize(("long", "choice"), [(ASYNC_FROM, "async"), (600.0, "grouped")])
+def test_environments_that_wait_get_processes(monkeypatch, long, choice):
     """From a real copy on: a process each where a step waits long, else as many as cores; the trial's are those that train.
 
     What is measured in processes is not left to how busy this machine is.
     """
+    monkeypatch.setattr("fastppo.envs.probe.ASYNC_FROM", long)
     monkeypatch.setattr("fastppo.envs.probe.step_seconds", lambda envs, deadline: 0.0)
-    assert chosen("Slow-v0", num_envs, env_kwargs={"seconds": seconds}, num_threads=2).vectorization == choice
+    assert chosen("Slow-v0", 8, num_threads=2).vectorization == choice
     assert not multiprocessing.active_children()
     assert gym.spec("Slow-v0").kwargs == {}
 

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.atari import is_atari
-from fastppo.envs.check import Tried
+from fastppo.envs.check import Tried, try_copy
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.make import default_vectorization, make_vec, num_processes
 from fastppo.envs.streams import untouched_streams
@@ -45,14 +45,14 @@ def choose_vectorization(
     num_envs: int,
     wanted: str,
     env_kwargs: Mapping[str, Any],
-    num_threads: int | None,
-    deadline: Deadline,
-    try_copy: Callable[[], Tried],
+    num_threads: int | None = None,
+    deadline: Deadline = NO_DEADLINE,
+    tried: Callable[[], Tried] | None = None,
 ) -> Choice:
     """What "auto" means for this environment on this machine.
 
     Args:
-        try_copy: see fastppo.envs.check; called where there is a choice.
+        tried: what came of trying a copy, asked for where there is a choice; default: one is made for it.
 
     Returns:
         "entry-point", "sync", "grouped" or "async" (`wanted` itself unless that is "auto"), and the reason in a few words.
@@ -71,20 +71,20 @@ def choose_vectorization(
     num_groups = num_processes(num_envs, num_threads)
     if num_groups == 1:
         return Choice("sync", "one core")
-    tried = try_copy()
-    sync = num_envs * tried.step_seconds
+    copy = try_copy(env_id, env_kwargs, num_envs, deadline) if tried is None else tried()
+    sync = num_envs * copy.step_seconds
     if sync == float("inf"):
         return Choice("sync", "a trial step failed")
     if sync < GROUPED_FROM:
         return Choice("sync", f"a step takes {sync * 1e3:.2f} ms, too little to share out")
-    waits = sync >= ASYNC_FROM and tried.computing < WAITS_BELOW
+    waits = sync >= ASYNC_FROM and copy.computing < WAITS_BELOW
     vectorization, count = ("async", num_envs) if waits else ("grouped", num_groups)
     told = f"a step takes {sync * 1e3:.2f} ms in one process"
     envs: VectorEnv | None = None
     try:
         envs, _ = make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline, is_trial=True)
         with untouched_streams():
-            same = start_alike(envs, -(-num_envs // count), tried.varies, deadline)
+            same = start_alike(envs, -(-num_envs // count), copy.varies, deadline)
             taken = step_seconds(envs, deadline)
     except ENVIRONMENT_ERRORS as error:  # one that fails here fails in training too, where it is reported
         _close(envs, deadline)
