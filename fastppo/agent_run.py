@@ -25,7 +25,7 @@ from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.losses import Total, alone
 from fastppo.core.modes import ours
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
-from fastppo.errors import RankLost, TrainingFault, UsageError, brief
+from fastppo.errors import RankLost, TrainingFault, UsageError, brief, located
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
@@ -42,6 +42,7 @@ from fastppo.run.tracking import Tracker
 from fastppo.state import PolicySnapshot, TrainState, frozen, load_state, normalization_of, snapshot
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
+ENDLESS_STEPS = 1_000  # of each environment without an end of an episode, after which that is told
 
 Note = Callable[[str], None]
 
@@ -102,6 +103,7 @@ class AgentRun:
         self._first_progress = self.progress
         self._ranks = ranks
         self._due = False  # a checkpoint
+        self._told_endless = False
         # the state before what is under way; of its environments this process's, or those of all
         self._resting, self._stage, self._has_all = state, f"iteration {state.iteration + 1}", True
         self._view: View | None = None
@@ -223,6 +225,7 @@ class AgentRun:
         solved = config.stop_at_return is not None and state.episodes.return_mean >= config.stop_at_return
         if solved and len(state.episodes.returns) == WINDOW:
             self.enough = f"the last {WINDOW} episodes return {state.episodes.return_mean:.4g}, as --stop-at-return asks"
+        self._tell_endless()
         logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0
         if logs:
             self.loggers.log(self.row)
@@ -246,6 +249,17 @@ class AgentRun:
             self._keep_best(state.best.finish())
         if self.enough and not logs:
             self.loggers.log(self.row)
+
+    def _tell_endless(self) -> None:
+        """Say it once where no episode ends, as in an environment without a time limit."""
+        state = self.state
+        many = state.global_step >= ENDLESS_STEPS * self.config.num_envs or self.progress >= 1.0
+        if many and state.episodes.episodes == 0 and not self._told_endless:
+            self._told_endless = True
+            self.note(
+                f"no episode has ended in {state.global_step:,} steps, so there is no episodic_return_mean yet "
+                "(for a time limit: --env-kwargs max_episode_steps=1000)"
+            )
 
     def keep(self, environments: Callable[[], dict[str, Any] | None]) -> None:
         """Write a checkpoint where one is due. environments: as they stand. Raises TrainingFault where a callback does."""
@@ -293,7 +307,7 @@ class AgentRun:
         Args:
             about: the part of the summary that is about how it was made.
             stopped_by: a signal's name.
-            policy, envs: as `train` was given them.
+            policy: as `train` was given it. envs: to evaluate in, as evaluate_config takes them.
             evaluates: whether to evaluate.
 
         Raises:
@@ -328,21 +342,34 @@ class AgentRun:
             agent = load_policy(directory.path, policy=policy)
             if config.eval_episodes and evaluates:
                 try:
-                    result = evaluate_config(agent, config, config.eval_episodes, config.seed, envs=envs)
+                    result = self._evaluated(agent, envs)
                 except KeyboardInterrupt:
                     again = f"python -m fastppo.evaluate {directory.path}"
                     self.note(f"training is over and kept; only its evaluation was interrupted, do it with: {again}")
                     raise
                 summary |= {f"eval_{key}": value for key, value in result.items()}
                 directory.write_json(directory.summary, summary)
-                mean, std = result["return_mean"], result["return_std"]
-                self.note(f"best model: return {mean:.1f} +- {std:.1f} in {result['episodes']} episodes")
         except OSError as error:
             raise TrainingFault(
                 f"training is over and kept, but its results could not be written ({error.strerror}); once they can be, "
                 f"{self.checkpoints.go_on}"
             ) from None
         return TrainResult(directory.path, summary, agent)
+
+    def _evaluated(self, agent: Agent, envs: VectorEnv | None) -> dict[str, Any]:
+        """What `evaluate_config` says of best.pt; nothing, and a line, where there can be no environments for it."""
+        try:
+            config, trained = self.config, self.state.global_step
+            result = evaluate_config(
+                agent, config, config.eval_episodes, config.seed, envs=envs, trained=trained, note=self.note
+            )
+        except UsageError as error:  # those that trained could be made: this one may exist only once
+            self.note(f"best.pt was not evaluated: {error}; later: python -m fastppo.evaluate {self.directory.path}")
+            return {}
+        if result["episodes"]:
+            mean, std = result["return_mean"], result["return_std"]
+            self.note(f"best model: return {mean:.1f} +- {std:.1f} in {result['episodes']} episodes")
+        return result
 
 
 def gather_environments(environments: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any] | None:
@@ -529,5 +556,5 @@ def _tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration
             if is_yes(getattr(callback, moment)(view)):
                 enough = enough or f"{name} has seen enough"
         except Exception as error:  # whatever somebody's code may raise
-            raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error
+            raise TrainingFault(f"{name}.{moment} raised {located(error)}") from error
     return enough

@@ -1,6 +1,10 @@
 """The two ways a run can end badly, and how environments do. Knows nothing of what went wrong: the message says that."""
 
 import difflib
+import os
+import sys
+import sysconfig
+import traceback
 from collections.abc import Iterable
 
 
@@ -31,6 +35,10 @@ class EnvironmentFailed(Exception):
     """An environment raised, or its process died: "environment 3: ValueError: ...". A note has the traceback from elsewhere."""
 
 
+class ForkHangs(EnvironmentFailed):
+    """A process of environments that was forked waits for something that only its parent has; names the alternative."""
+
+
 class NoAnswer(BaseException):
     """Environments took longer than --env-timeout; says for how long.
 
@@ -45,7 +53,7 @@ ENVIRONMENT_ERRORS = (Exception, SystemExit, NoAnswer)
 def environment_fault(error: BaseException, when: str) -> TrainingFault:
     """What ENVIRONMENT_ERRORS are told as. A vector environment of others does not say which of them it was."""
     who = "an environment" if isinstance(error, EnvironmentFailed) else "the environments"
-    return TrainingFault(f"{who} failed {when}: {brief(error)}")
+    return TrainingFault(f"{who} failed {when}: {located(error)}")
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
@@ -63,3 +71,38 @@ def brief(error: BaseException) -> str:
         return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def located(error: BaseException) -> str:
+    """`brief`, and the place in the user's code or a package: 'ValueError: the first line of its message (file.py:12)'.
+
+    The place is the innermost line outside Python, numpy, torch and fastppo, one that the user can look up. Of an error without
+    a message it is quoted.
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
+    if isinstance(error, EnvironmentFailed) or not frames:
+        return brief(error)
+    place = shown_place(frames[-1].filename, frames[-1].lineno)
+    if isinstance(error, NoAnswer):
+        return f"{error}, at {place}"
+    quoted = "" if str(error).strip() else f": {frames[-1].line}"
+    return f"{brief(error)}{quoted} ({place})"
+
+
+def shown_place(filename: str, line: int | None) -> str:
+    """'gymnasium/core.py:344': the file as it is found on sys.path, where that is shorter than its whole path."""
+    folders = [os.path.join(folder, "") for folder in sys.path if os.path.isabs(folder)]
+    longest = max((folder for folder in folders if filename.startswith(folder)), key=len, default="")
+    return f"{filename[len(longest) :]}:{line}"
+
+
+def _is_library(filename: str) -> bool:
+    paths = sysconfig.get_paths()
+    packages = [os.path.join(paths[name], "") for name in ("purelib", "platlib")]
+    own = [
+        os.path.join(os.path.dirname(__file__), ""),
+        *(folder + name for folder in packages for name in ("numpy/", "torch/")),
+    ]
+    if filename.startswith(("<", *own)):
+        return True
+    return filename.startswith(os.path.join(paths["stdlib"], "")) and not filename.startswith(tuple(packages))

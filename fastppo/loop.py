@@ -243,7 +243,7 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
         display.close()
         for run in runs:
             run.close()
-        if given is None:
+        if given is None and task.has_copies:
             task.envs.close()  # evaluation has the machine to itself
         tiers.close()
         stop.restore()
@@ -267,7 +267,8 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
         for run in runs:
             with contextlib.suppress(TrainingFault):
                 run.checkpoints.finish(run.state)
-    results = [run.finish(about, stop.name, policy, given, not stop.received) for run in runs if run.fault is None]
+    evaluated_in = given if task.has_copies else task.made
+    results = [run.finish(about, stop.name, policy, evaluated_in, not stop.received) for run in runs if run.fault is None]
     failed = [run for run in runs if run.fault is not None]
     if top is not None and results:
         result = keep_joint(top, config, results, [run.config.seed for run in failed], display.note)

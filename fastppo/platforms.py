@@ -99,11 +99,11 @@ def leave_signals_to_parent() -> None:
 
     SIGTERM ends it, whatever handler it was forked with.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # a function and not SIG_IGN, which programs that an environment starts would inherit
+    for name in ("SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, frame: None)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "SIGHUP"):
-        # a function and not SIG_IGN, which programs that an environment starts would inherit
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 

@@ -24,15 +24,15 @@ from fastppo.core.programs import obs_of
 from fastppo.core.seeds import Seeds, one_by_one, over_seeds
 from fastppo.cores import available_cores
 from fastppo.devices import resolved
-from fastppo.envs.atari import atari_settings
+from fastppo.envs.atari import atari_settings, is_atari
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import engine_name, make_envs
-from fastppo.envs.check import check_envs
+from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.drawn import make_drawn
-from fastppo.envs.probe import choose_vectorization
-from fastppo.envs.seeds import many
+from fastppo.envs.probe import Choice, choose_vectorization
+from fastppo.envs.seeds import SeedsVectorEnv, many
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ModuleFactory, ModulePolicy, Network
@@ -79,6 +79,7 @@ class Task:
     findings: tuple[str, ...]  # lines on the environments
     notes: tuple[str, ...]  # other lines that are to be told
     drawn: AutoresetEnvs | None  # an environment for videos
+    has_copies: bool  # False: there can be no other environments beside these, so far as is known
 
     @property
     def made(self) -> VectorEnv:
@@ -152,8 +153,9 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     with checked(ranks):
+        copy = Copy(local, deadline)
         if given is None:
-            made, engine, why = make_own(local, device, deadline)
+            made, engine, why = make_own(local, device, deadline, copy)
             envs = AutoresetEnvs(made, deadline)
             cleanup.callback(envs.close)
         else:
@@ -167,10 +169,11 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         if isinstance(made, TorchVectorEnv) and made.device != device:
             raise UsageError(f"--device {device}: the environments given are on {made.device}")
         action = action_spec(made.single_action_space, config.squash_actions)
-        obs = obs_spec(made.single_observation_space, info_mask_size(envs), action, config.norm_obs)
-        findings = []
-        if config.check_env and not config.resume:
-            findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline)
+        checks = config.check_env and not config.resume
+        tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
+        mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
+        obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
+        findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
     drawn = None
     if config.record_every is not None and ranks.is_main:
         drawn = make_recorded(config, given, deadline)
@@ -219,6 +222,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         findings=tuple(findings),
         notes=tuple(notes),
         drawn=drawn,
+        has_copies=tried is None or tried.was_made,
     )
 
 
@@ -228,25 +232,35 @@ def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, 
     return (first.new_zeros(*first.shape, network.memory_size, dtype=torch.float32), first) if network.memory_size else ()
 
 
-def make_own(config: TrainConfig, device: torch.device, deadline: Deadline) -> tuple[VectorEnv, str, str]:
+class Copy:
+    """One environment beside those of a run, to try out; made where its `result` is asked for, once."""
+
+    def __init__(self, config: TrainConfig, deadline: Deadline) -> None:
+        self.config, self.deadline = config, deadline
+        self.result: Tried | None = None
+
+    def tried(self) -> Tried:
+        """What came of trying it."""
+        if self.result is None:
+            config = self.config
+            self.result = try_copy(config.env_id, config.env_kwargs, config.num_envs * config.num_seeds, self.deadline)
+        return self.result
+
+
+def make_own(config: TrainConfig, device: torch.device, deadline: Deadline, copy: Copy) -> tuple[VectorEnv, str, str]:
     """The environments that `config` names, which engine runs them, and why that one; raises UsageError."""
-    vectorization, why = "auto", f"as --backend {config.backend} asks"
+    choice = Choice("auto", f"as --backend {config.backend} asks")
+    total = config.num_envs * config.num_seeds
     if config.backend in ("auto", "gymnasium"):
-        vectorization, why = choose_vectorization(
-            config.env_id,
-            config.num_envs * config.num_seeds,
-            config.vectorization,
-            config.env_kwargs,
-            config.num_threads,
-            deadline,
-        )
+        wanted, kwargs = config.vectorization, config.env_kwargs
+        choice = choose_vectorization(config.env_id, total, wanted, kwargs, config.num_threads, deadline, copy.tried)
 
     def make(num_envs: int) -> VectorEnv:
         return make_envs(
             config.env_id,
             num_envs,
             config.backend,
-            vectorization,
+            choice.vectorization,
             config.env_kwargs,
             device,
             atari_settings(config),
@@ -254,8 +268,13 @@ def make_own(config: TrainConfig, device: torch.device, deadline: Deadline) -> t
             deadline,
         )
 
-    made = make(config.num_envs) if config.num_seeds == 1 else many(make, config.num_envs, config.num_seeds)
-    return made, engine_name(made, config.env_id, config.backend, vectorization), why
+    engine = f"gymnasium/{choice.vectorization}"
+    if engine in ONE_BY_ONE and not is_atari(config.env_id):
+        made = make(total) if choice.envs is None else choice.envs
+        made = made if config.num_seeds == 1 else SeedsVectorEnv(made, config.num_seeds)
+        return made, engine, choice.why
+    made = make(total) if config.num_seeds == 1 else many(make, config.num_envs, config.num_seeds)
+    return made, engine_name(made, config.env_id, config.backend, choice.vectorization), choice.why
 
 
 def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:

@@ -14,7 +14,8 @@ import numpy as np
 
 from fastppo.callbacks import Callback, View
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, environment_fault
+from fastppo.envs.streams import untouched_streams
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, environment_fault, located
 from fastppo.random_streams import Stream, environment_seed
 
 if TYPE_CHECKING:
@@ -222,10 +223,11 @@ class Recorder(Callback):
         path = run.run_dir / "videos" / f"step-{run.global_step}{self.suffix}"
         try:
             seed = environment_seed(run.config.seed, Stream.RECORDED_ENVIRONMENT)
-            total, steps = record(run.policy(), self.envs, path, seed, True, RECORD_STEPS)
+            with untouched_streams():
+                total, steps = record(run.policy(), self.envs, path, seed, True, RECORD_STEPS)
         except UsageError as error:
             self.note(f"no video of this iteration: {error}")
         except ENVIRONMENT_ERRORS as error:
-            self.note(f"no video of this iteration: {brief(error)}")
+            self.note(f"no video of this iteration: {located(error)}")
         else:
             self.note(f"{path}: return {total:.4g} in {steps} steps")

@@ -6,6 +6,7 @@ Their ids work as `environments:Id-v0` wherever the tests directory is on the pa
 import contextlib
 import copy
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
@@ -77,6 +78,30 @@ class FaultyVector(SyncVectorEnv):
             (obs if self.kind == "obs" else reward)[self.index] = np.nan
         self.steps += 1
         return obs, reward, terminated, truncated, info
+
+
+class WithProcess(Walk):
+    """Walks with a process of its own, whose id it prints; `close` ends it."""
+
+    def __init__(self, daemon=True):
+        self.pipe, other = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=_echo, args=(other,), daemon=daemon)
+        self.process.start()
+        print(self.process.pid, flush=True)
+
+    def step(self, action):
+        self.pipe.send(1.5)
+        assert self.pipe.recv() == 1.5
+        return super().step(action)
+
+    def close(self):
+        self.pipe.send(None)
+        self.process.join()
+
+
+def _echo(pipe):
+    while (said := pipe.recv()) is not None:
+        pipe.send(said)
 
 
 class Fragile(gym.Env):

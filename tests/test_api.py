@@ -128,7 +128,8 @@ def test_an_answer_of_several_values_is_a_fault(tmp_path):
 def test_a_callback_that_raises(tmp_path):
     """A fault that names it; the iteration it was told of is kept whole, and what goes on from there is as without one."""
     train(tiny(tmp_path / "whole", backend="torch"))
-    with pytest.raises(TrainingFault, match=r"^after iteration 2: Recorder\.on_iteration raised ValueError: no more\n"):
+    said = r"^after iteration 2: Recorder\.on_iteration raised ValueError: no more \(test_api.py:\d+\)\n"
+    with pytest.raises(TrainingFault, match=said):
         train(tiny(tmp_path / "run", backend="torch"), callbacks=[Recorder(fail=2)])
     assert "of this" in (tmp_path / "run" / "fault.txt").read_text()
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] == 2

@@ -4,6 +4,7 @@ environment gives none, and trains to the same bits whether it was tried or not.
 """
 
 import multiprocessing
+import re
 import subprocess
 import sys
 import time
@@ -146,13 +147,13 @@ TWO = Tuple([Discrete(3), Sound.observation_space])
 PIXELS = Box(0, 255, (2,), np.uint8)
 ERRORS = {
     # what the calls are
-    "reset raises": (resetting(_fail), "reset raised RuntimeError: the wheel came off"),
-    "step raises": (stepping(lambda *five: 1 / 0), "step raised ZeroDivisionError: division by zero"),
-    "a later step raises": (stepping(_fail_later), "step raised RuntimeError: the wheel came off at the end"),
+    "reset raises": (resetting(_fail), "reset raised RuntimeError: the wheel came off (PLACE)"),
+    "step raises": (stepping(lambda *five: 1 / 0), "step raised ZeroDivisionError: division by zero (PLACE)"),
+    "a later step raises": (stepping(_fail_later), "step raised RuntimeError: the wheel came off at the end (PLACE)"),
     "reset without options": (
         resetting(_without_options),
-        "reset raised TypeError: _without_options() got an unexpected keyword argument 'options'; wanted is reset(self, *, "
-        "seed=None, options=None)",
+        "reset raised TypeError: _without_options() got an unexpected keyword argument 'options' (PLACE); it has to be "
+        "reset(self, *, seed=None, options=None) at PLACE",
     ),
     "reset returns the observation only": (
         resetting(lambda self, **kwargs: Sound.reset(self, **kwargs)[0]),
@@ -244,7 +245,7 @@ WARNINGS = {
         resetting(_of_the_clock),
         "reset with the same seed twice gave two different first observations: runs cannot be repeated",
     ),
-    "alike": (OneSeedForAll, "all 2 environments start alike whatever the seed: each needs random numbers of its own"),
+    "alike": (OneSeedForAll, "all 3 environments start alike whatever the seed: each needs random numbers of its own"),
     "terminated is a number": (
         stepping(lambda obs, reward, ended, *rest: (obs, reward, int(ended), *rest)),
         "terminated is 0; a bool is meant",
@@ -272,7 +273,9 @@ def found(env_id, num_envs=3, vectorization="sync", **env_kwargs):
 @pytest.mark.parametrize("which", ERRORS)
 def test_an_error(which):
     """One line, and nothing that follows from it."""
-    assert found("Checked-v0", which=which) == [Finding(ERRORS[which][1], is_error=True)]
+    (finding,) = found("Checked-v0", which=which)
+    assert finding.is_error
+    assert re.sub(r"[\w/]+\.py:\d+", "PLACE", finding.line) == ERRORS[which][1]
 
 
 @pytest.mark.parametrize("which", WARNINGS)
@@ -404,7 +407,8 @@ def test_a_vector_class(which):
     is_error = which in VECTOR_ERRORS
     line = (VECTOR_ERRORS if is_error else VECTOR_WARNINGS)[which][1]
     env_id = f"CheckedVector-{which.replace(' ', '-')}-v0"
-    assert found(env_id, vectorization="entry-point") == [Finding(line, is_error)]
+    (finding,) = found(env_id, vectorization="entry-point")
+    assert (finding.line, finding.is_error) == (line, is_error)
 
 
 class Tensors(VectorEnv):
@@ -546,13 +550,13 @@ def config(tmp_path, **settings):
 
 
 def test_errors_are_refused(tmp_path, capsys):
-    """Exit code 2, a line an error and how to train all the same; nothing is written."""
+    """Exit code 2 and a line an error; nothing is written."""
     with pytest.raises(UsageError) as raised:
         train(config(tmp_path / "run", env_id="Checked-v0", env_kwargs={"which": "no reward"}))
-    assert str(raised.value) == "--env-id Checked-v0: reward is None, not a number (--no-check-env trains all the same)"
+    assert str(raised.value) == "--env-id Checked-v0: reward is None, not a number"
     flags = ["--env-id", "test_check:Checked-v0", "--env-kwargs", "which=a key is missing", "--run-dir", str(tmp_path / "run")]
     assert console(flags) == 2
-    assert "observation has the keys b; its space is a Dict of a, b (--no-check-env" in capsys.readouterr().err
+    assert "observation has the keys b; its space is a Dict of a, b\n" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -565,7 +569,18 @@ def test_several_errors():
         check_envs(envs, "Checked-v0", {"which": "both"}, "gymnasium/sync")
     first, second = str(raised.value).splitlines()
     assert first == "--env-id Checked-v0: reward is 'much', not a number"
-    assert second == "--env-id Checked-v0: terminated is None, not True or False (--no-check-env trains all the same)"
+    assert second == "--env-id Checked-v0: terminated is None, not True or False"
+
+
+@pytest.mark.parametrize("which", ["terminated is none", "truncated is two"])
+def test_the_way_round_an_error_is_told_where_there_is_one(which, tmp_path):
+    """What the message says of --no-check-env is true: of these two errors, and of no other, since training would fault."""
+    settings = {"env_id": "Checked-v0", "env_kwargs": {"which": which}}
+    with pytest.raises(UsageError, match=r"\(--no-check-env trains all the same\)$"):
+        train(config(tmp_path / "refused", **settings))
+    train(config(tmp_path / "run", check_env=False, **settings))
+    for other in ERRORS.keys() - {"terminated is none", "truncated is two"}:
+        assert not any(finding.trains for finding in found("Checked-v0", which=other)), other
 
 
 def test_warnings_are_told_once_and_training_goes_on(tmp_path, capsys):
@@ -626,8 +641,8 @@ def test_a_copy_that_cannot_be_made():
     BROKEN["only one"] = (lambda: 1 / 0, "")
     (finding,) = find(envs, "Checked-v0", {"which": "only one"}, "gymnasium/sync")
     assert not finding.is_error
-    assert finding.line == (
-        "left out, since a copy of the environment to try out cannot be made: ZeroDivisionError: division by zero"
+    assert re.sub(r"[\w/]+\.py:\d+", "PLACE", finding.line) == (
+        "left out, since a copy of the environment to try out cannot be made: ZeroDivisionError: division by zero (PLACE)"
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -288,7 +289,7 @@ def test_an_environment_that_raises(number, where, capfd):
     envs = GroupedVectorEnv([Misbehaving if i == number else Walk for i in range(5)], 2)
     envs.reset(seed=0)
     error = fails(envs, {"how": "raise", "in_reset": where == "reset"})
-    assert str(error) == f"environment {number}: ValueError: the wheel came off"
+    assert re.fullmatch(rf"environment {number}: ValueError: the wheel came off \(test_grouped.py:\d+\)", str(error))
     traceback = "".join(getattr(error, "__notes__", [])) + repr(error.__cause__)
     assert "and another line" in traceback
     assert capfd.readouterr() == ("", "")
@@ -310,7 +311,7 @@ def test_a_process_that_is_killed():
 def test_a_process_that_ends_itself(capfd):
     """An environment that exits is a fault like any other."""
     error = fails(GroupedVectorEnv([Walk, Misbehaving], 2), {"how": "exit", "in_reset": True})
-    assert str(error) == "environment 1: SystemExit: 7"
+    assert re.fullmatch(r"environment 1: SystemExit: 7 \(test_grouped.py:\d+\)", str(error))
     assert capfd.readouterr() == ("", "")
 
 
@@ -323,7 +324,8 @@ def test_close_does_not_wait_for_a_step_that_hangs():
         raise ValueError("now")
 
     envs._group.envs[0].env.reset = raises
-    assert str(fails(envs, {"how": "hang", "in_reset": True})) == "environment 0: ValueError: now"
+    error = fails(envs, {"how": "hang", "in_reset": True})
+    assert str(error).startswith("environment 0: ValueError: now (test_grouped.py:")
     envs.close()
 
 

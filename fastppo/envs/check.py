@@ -5,13 +5,16 @@ another form than gymnasium's (observation, info) and five values of a step, an 
 structure or shape than its space, numbers that its type would cut off, numbers that are not finite or too large for float32, a
 vector class that resets within the step and declares nothing, a final observation that the reset has overwritten, masks that
 come only sometimes. A WARNING is what training can live with, and is told once: an observation outside its bounds or of
-another type that loses nothing, a reset(seed) that does not repeat itself, environments that all start alike, numbers where
-`terminated` should be a bool, an end or a reward in a step that only resets, a mask that allows nothing, running statistics in
-a wrapper, and what else gymnasium's own checker finds.
+another type that loses nothing, a reset(seed) that does not repeat itself, random numbers that --seed does not reach,
+environments that all start alike, numbers where `terminated` should be a bool, an end or a reward in a step that only resets, a
+mask that allows nothing, running statistics in a wrapper, and what else gymnasium's own checker finds.
 
-Environments that are made one by one (sync, grouped, async) are checked on at most two copies made for it, so that those that
-train are as they were; then gymnasium's checker has one of them, unless resets are slow or actions masked: it acts at random. A
-vector class may be the only one that its machine can hold (a simulator on a GPU): that very one is reset and stepped, and
+Environments that are made one by one (sync, grouped, async) are checked on one copy made for it, so that those that train are
+as they were; then gymnasium's checker has it, unless resets are slow or actions masked: it acts at random. The copy also tells
+how long a step takes (envs/probe.py) and how wide masks are. It is reset once where that takes half a second, else four times,
+and 15 times more by gymnasium's checker where all of these take no longer than that. The global random generators are put back.
+
+A vector class may be the only one that its machine can hold (a simulator on a GPU): that very one is reset and stepped, and
 training resets it with a seed of its own. ALE and EnvPool load every game anew when they are seeded (0.1 s each) and are seeded
 as tests of ours hold, so that is not tried here.
 
@@ -23,12 +26,13 @@ Knows nothing of policies or learning, and costs no torch where the environment 
 """
 
 import contextlib
+import math
 import re
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,8 @@ from numpy.typing import NDArray
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.check_ends import ACTION_COUNTS, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.errors import EnvironmentFailed, NoAnswer, UsageError, brief
+from fastppo.envs.streams import draw_from_streams, moved_streams, states_of_streams, untouched_streams
+from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, UsageError, brief, located, shown_place
 from fastppo.random_streams import Stream, seed_of
 
 STEPS = 32  # random ones, at most
@@ -80,20 +85,47 @@ _NOT_TOLD = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, in one line; is_error: see the module's docstring."""
+    """One thing that is wrong, in one line; is_error: see the module's docstring.
+
+    trains: an error that --no-check-env trains with all the same.
+    """
 
     line: str
     is_error: bool
+    trains: bool = False
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of trying one copy of an environment."""
+
+    findings: tuple[Finding, ...]
+    was_made: bool = True  # False: there cannot be another one, or none at all
+    step_seconds: float = math.inf  # the median of its steps; inf: they could not be made
+    computing: float = 1.0  # share of these seconds in which this process computed, and did not wait
+    mask_size: int | None = None  # numbers in its info's action_mask; None: there is none
+    varies: bool = False  # it is known to start in different ways
+
+    @property
+    def ran(self) -> bool:
+        """Whether it could be reset and stepped."""
+        return math.isfinite(self.step_seconds)
 
 
 def check_envs(
-    envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: str, deadline: Deadline = NO_DEADLINE
+    envs: VectorEnv,
+    env_id: str,
+    env_kwargs: Mapping[str, Any],
+    engine: str,
+    deadline: Deadline = NO_DEADLINE,
+    tried: Tried | None = None,
 ) -> list[str]:
     """Check the environments of a run before it starts.
 
     Args:
         envs: those that will be trained on, `engine` who runs them: see fastppo.envs.backends.engine_name.
         deadline: for all of it.
+        tried: what `try_copy` returned, where that has been called already.
 
     Returns:
         Lines to tell, one a warning.
@@ -101,51 +133,82 @@ def check_envs(
     Raises:
         UsageError: there are errors, one a line.
     """
-    try:
-        with deadline:
-            findings = find(envs, env_id, env_kwargs, engine)
-    except NoAnswer as error:
-        raise UsageError(f"--env-id {env_id}: tried before training, it gives {error}") from None
-    errors = [f"--env-id {env_id}: {finding.line}" for finding in findings if finding.is_error]
+    if tried is not None:
+        findings = list(tried.findings)
+    else:
+        try:
+            with deadline:
+                findings = find(envs, env_id, env_kwargs, engine)
+        except NoAnswer as error:
+            findings = [_no_answer(error)]
+    errors = [finding for finding in findings if finding.is_error]
     if errors:
-        raise UsageError("\n".join(errors) + " (--no-check-env trains all the same)")
+        hint = " (--no-check-env trains all the same)" if all(error.trains for error in errors) else ""
+        raise UsageError("\n".join(f"--env-id {env_id}: {error.line}" for error in errors) + hint)
     return [f"check: {finding.line}" for finding in findings]
+
+
+def _no_answer(error: NoAnswer) -> Finding:
+    return Finding(f"tried before training, it gives {located(error)}", is_error=True)
 
 
 def find(envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: str) -> list[Finding]:
     """What is wrong with environments made as `check_envs` says; nothing is printed, and no process started."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if engine in ONE_BY_ONE:
-            make = partial(gym.make, env_id, disable_env_checker=True, **env_kwargs)
-            return _find_one_by_one(envs.single_observation_space, min(envs.num_envs, 2), make)
-        watch = _Watch(envs.single_observation_space, (envs.num_envs,))
+    if engine in ONE_BY_ONE:
+        return list(try_copy(env_id, env_kwargs, envs.num_envs).findings)
+    watch = _Watch(envs.single_observation_space, (envs.num_envs,))
+    with _unseen():
         _try_out(_WatchedVectorEnv(envs, watch), watch, seeded=engine not in UNSEEDED)
         _statistics(envs, watch)
-        return list(watch.found.values())
-
-
-def _find_one_by_one(space: gym.Space[Any], num_envs: int, make: Callable[[], gym.Env]) -> list[Finding]:
-    watch = _Watch(space, ())
-    try:
-        copies = SyncVectorEnv([lambda: _WatchedEnv(make(), watch)] * num_envs)
-    except Exception as error:  # one that may exist only once, perhaps
-        return [Finding(f"left out, since a copy of the environment to try out cannot be made: {brief(error)}", is_error=False)]
-    try:
-        times = _try_out(copies, watch, seeded=True)
-        _statistics(copies, watch)
-        if times is not None and not times.masked:
-            seconds = (GYMNASIUM_RESETS * times.reset + GYMNASIUM_STEPS * times.step) / num_envs
-            if seconds < SECONDS:
-                _gymnasium(_WithSampled(copies.envs[0].env), watch)  # type: ignore[attr-defined]  # not watched
-            else:
-                watch.warn(
-                    "slow", f"gymnasium's checker is left out: with {GYMNASIUM_RESETS} resets it would take {seconds:.1f} s"
-                )
-    finally:
-        with contextlib.suppress(Exception):  # those that train are closed where it is seen
-            copies.close()
     return list(watch.found.values())
+
+
+@contextlib.contextmanager
+def _unseen() -> Iterator[None]:
+    """No warnings are shown, and the global random generators are put back."""
+    with warnings.catch_warnings(), untouched_streams():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def try_copy(env_id: str, env_kwargs: Mapping[str, Any], num_envs: int, deadline: Deadline = NO_DEADLINE) -> Tried:
+    """Make one environment as a run of `num_envs` has them, look at what it does, and close it. Its failures are findings."""
+    copies: VectorEnv | None = None
+    try:
+        with _unseen(), deadline:
+            env = gym.make(env_id, disable_env_checker=True, **env_kwargs)
+            watch = _Watch(env.observation_space, ())
+            copies = SyncVectorEnv([lambda: _WatchedEnv(env, watch)])
+            return _tried(copies, watch, num_envs)
+    except NoAnswer as error:
+        return Tried((_no_answer(error),), was_made=copies is not None)
+    except (Exception, SystemExit) as error:  # one that may exist only once, perhaps
+        line = f"left out, since a copy of the environment to try out cannot be made: {located(error)}"
+        return Tried((Finding(line, is_error=False),), was_made=False)
+    finally:
+        if copies is not None:
+            with (
+                contextlib.suppress(*ENVIRONMENT_ERRORS),
+                untouched_streams(),
+                deadline,
+            ):  # those that train are closed where it is seen
+                copies.close()
+
+
+def _tried(copies: VectorEnv, watch: "_Watch", num_envs: int) -> Tried:
+    times = _try_out(copies, watch, seeded=True, num_envs=num_envs)
+    _statistics(copies, watch)
+    if times is None:
+        return Tried(tuple(watch.found.values()))
+    if not times.masked:
+        seconds = GYMNASIUM_RESETS * times.reset + GYMNASIUM_STEPS * times.step
+        if seconds < SECONDS:
+            _gymnasium(_WithSampled(copies.envs[0].env), watch)  # type: ignore[attr-defined]  # not watched
+        else:
+            watch.warn("slow", f"gymnasium's checker is left out: with {GYMNASIUM_RESETS} resets it would take {seconds:.1f} s")
+    step_seconds = statistics.median(watch.seconds)
+    computing = min(statistics.median(watch.cpu_seconds) / step_seconds, 1.0)
+    return Tried(tuple(watch.found.values()), True, step_seconds, computing, times.mask_size, times.varies)
 
 
 # --- what each call returns
@@ -164,9 +227,12 @@ class _Watch:
     found: dict[str, Finding] = field(default_factory=dict)  # by kind and place: of each the first
     when: str = ""
     last: Any = None  # what the last step returned
+    seconds: list[float] = field(default_factory=list)  # of each step
+    cpu_seconds: list[float] = field(default_factory=list)  # of this process in it
+    signature: str = "reset(self, *, seed=None, options=None)"  # that its reset has to have, and where that is written
 
-    def error(self, key: str, line: str) -> None:
-        self.found.setdefault(key, Finding(line, is_error=True))
+    def error(self, key: str, line: str, trains: bool = False) -> None:
+        self.found.setdefault(key, Finding(line, is_error=True, trains=trains))
 
     def warn(self, key: str, line: str) -> None:
         self.found.setdefault(key, Finding(line, is_error=False))
@@ -192,7 +258,10 @@ class _Watch:
     def step(self, call: Callable[[], Any]) -> Any:
         """What `call()`, a step, returns, looked at."""
         self.when = "after a step"
+        began, cpu_began = time.perf_counter(), time.process_time()
         result = self._call("step", call)
+        self.seconds.append(time.perf_counter() - began)
+        self.cpu_seconds.append(time.process_time() - cpu_began)
         if not isinstance(result, tuple) or len(result) != 5:
             self.error(
                 "step",
@@ -213,8 +282,8 @@ class _Watch:
         try:
             return call()
         except Exception as error:
-            hint = "; wanted is reset(self, *, seed=None, options=None)" if "unexpected keyword" in str(error) else ""
-            self.error("raises", f"{what} raised {brief(error)}{hint}")
+            hint = f"; it has to be {self.signature}" if "unexpected keyword" in str(error) else ""
+            self.error("raises", f"{what} raised {located(error)}{hint}")
             raise _RefusedError from error
 
     def _info(self, what: str, info: Any) -> None:
@@ -235,7 +304,7 @@ class _Watch:
     def _flag(self, name: str, value: Any) -> None:
         array = numbers(value)
         if array is None or not ((array == 0) | (array == 1)).all():
-            self.error(name, f"{name} is {_told(value)}, not True or False")
+            self.error(name, f"{name} is {_told(value)}, not True or False", trains=value is None or array is not None)
         elif array.shape != self.lead:
             self.error(name, f"{name} has shape {array.shape}; it has to be {self.lead or 'a bool'}")
         elif array.dtype != bool:
@@ -281,6 +350,7 @@ class _Watch:
                 f"type {name}",
                 f"{name} is of type {array.dtype}, which does not fit its space's {space.dtype}: "
                 "convert it, or declare another",
+                trains=bool(self.lead),
             )
         elif not fits or (isinstance(space, Box) and not (array.dtype.kind == "f" and is_tensor(leaf))):
             self.warn(f"type {name}", f"{name} is of type {array.dtype}; its space says {space.dtype}")
@@ -301,6 +371,9 @@ class _WatchedEnv(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self.metadata = dict(env.metadata)  # before gymnasium 1.4 SyncVectorEnv writes to it, and it is its class's
         self._watch = watch
+        code = getattr(getattr(env.unwrapped, "reset", None), "__code__", None)
+        if code is not None:
+            watch.signature += f" at {shown_place(code.co_filename, code.co_firstlineno)}"
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         return self._watch.reset(lambda: self.env.reset(seed=seed, options=options))
@@ -341,49 +414,66 @@ class _Times:
     reset: float
     step: float
     masked: bool
+    mask_size: int | None  # see Tried
+    varies: bool
 
 
-def _try_out(envs: VectorEnv, watch: _Watch, seeded: bool) -> _Times | None:
-    """Reset and step `envs`, which are watched; None where that had to be given up for an error."""
+def _try_out(envs: VectorEnv, watch: _Watch, seeded: bool, num_envs: int = 0) -> _Times | None:
+    """Reset and step `envs`, which are watched; None where that had to be given up for an error.
+
+    num_envs: of the run, where `envs` is one copy.
+    """
     try:
-        return _resets_and_steps(AutoresetEnvs(envs), watch, seeded)
+        return _resets_and_steps(AutoresetEnvs(envs), watch, seeded, num_envs)
     except _RefusedError:
         return None
     except EnvironmentFailed as error:  # against the rules of envs/autoreset.py
         watch.error("raises", brief(error))
         return None
     except Exception as error:  # of the class that makes one environment of N
-        watch.error("raises", f"{brief(error)} {watch.when}")
+        watch.error("raises", f"{located(error)} {watch.when}")
         return None
 
 
-def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool) -> _Times:
+def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, num_envs: int) -> _Times:
+    streams = states_of_streams()
     started = time.perf_counter()
     space = envs.envs.single_observation_space
     obs, mask = envs.reset_and_mask(SEED if seeded else None)
-    reset_seconds = time.perf_counter() - started
+    mask_size = None if mask is None else math.prod(mask.shape[1:])
+    reset_seconds, varies = time.perf_counter() - started, False
+    drawn_from, seeded_by_env = set(moved_streams(streams, states_of_streams())), set[str]()
     if seeded and reset_seconds < SECONDS:
-        first = arrays_of(obs, space)
+        first, streams = arrays_of(obs, space), states_of_streams()
+        draw_from_streams()
         again = time.perf_counter()
         obs, mask = envs.reset_and_mask(SEED)
         reset_seconds = time.perf_counter() - again  # without what is made once
-        if not all(map(np.array_equal, first, arrays_of(obs, space))):
+        seeded_by_env = set(streams) - set(moved_streams(streams, states_of_streams()))
+        varies = not _equal(first, arrays_of(obs, space))
+        if varies:
             watch.warn("seed", "reset with the same seed twice gave two different first observations: runs cannot be repeated")
         if envs.num_envs > 1 and _alike(first):
             _seeds_told_apart(envs, watch, first, started)
             obs, mask = envs.reset_and_mask(SEED)
+        elif num_envs > 1 and not varies:
+            varies = _copy_varies(envs, watch, first, num_envs, started)
+            obs, mask = envs.reset_and_mask(SEED)
+    streams = states_of_streams()
+    step_seconds, masked = _steps(envs, watch, seeded, obs, mask)
+    drawn_from |= set(moved_streams(streams, states_of_streams()))
+    _streams_told(watch, drawn_from - seeded_by_env)
+    return _Times(reset_seconds, step_seconds, masked, mask_size, varies)
 
-    step_seconds, masked = _steps(envs, watch, seeded, obs, mask, started)
-    return _Times(reset_seconds, step_seconds, masked)
 
-
-def _steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, obs: Any, mask: Any, started: float) -> tuple[float, bool]:
+def _steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, obs: Any, mask: Any) -> tuple[float, bool]:
     """Random steps from `obs` and `mask` on; seconds of the slowest, and whether actions are masked."""
     space, single = envs.envs.single_observation_space, envs.envs.single_action_space
     actions = batch_space(sampled_space(single), envs.num_envs)
     actions.seed(seed_of(SEED, Stream.CHECK_ACTIONS))
     rng = np.random.default_rng(seed_of(SEED, Stream.CHECK_MASKS))
     done, masked, step_seconds = np.zeros(envs.num_envs, bool), False, 0.0
+    started = time.perf_counter()
     final, following = FinalObs(space), NextAction(envs)
     for _ in range(STEPS):
         in_obs = obs.get("action_mask") if isinstance(obs, Mapping) else None
@@ -449,6 +539,16 @@ def _statistics(envs: Any, watch: _Watch) -> None:
         envs = inside[0] if inside else getattr(envs, "env", None)
 
 
+def _streams_told(watch: _Watch, drawn_from: set[str]) -> None:
+    if drawn_from:
+        watch.found.pop("seed", None)  # which is why
+        watch.warn(
+            "streams",
+            f"it draws from {' and '.join(sorted(drawn_from))}, which --seed does not reach, so a run cannot be repeated: "
+            "draw from self.np_random",
+        )
+
+
 def _seeds_told_apart(envs: AutoresetEnvs, watch: _Watch, first: list[NDArray[Any]], started: float) -> None:
     """All environments started alike: is it that they always start so, or that they share one seed?"""
     differs = False
@@ -458,11 +558,30 @@ def _seeds_told_apart(envs: AutoresetEnvs, watch: _Watch, first: list[NDArray[An
         other = arrays_of(envs.reset_and_mask(seed)[0], envs.envs.single_observation_space)
         if not _alike(other):
             return
-        differs |= not all(map(np.array_equal, first, other))
+        differs |= not _equal(first, other)
     if differs:
         watch.warn(
             "alike", f"all {envs.num_envs} environments start alike whatever the seed: each needs random numbers of its own"
         )
+
+
+def _copy_varies(envs: AutoresetEnvs, watch: _Watch, first: list[NDArray[Any]], num_envs: int, started: float) -> bool:
+    """Whether one environment starts in different ways; the same question of seeds that N environments of a run would have."""
+    differs, space = False, envs.envs.single_observation_space
+    for seed in (SEED, *OTHER_SEEDS):
+        if time.perf_counter() - started > SECONDS:
+            return differs
+        one = first if seed == SEED else arrays_of(envs.reset_and_mask(seed)[0], space)
+        if not _equal(one, arrays_of(envs.reset_and_mask(seed + 1)[0], space)):
+            return True
+        differs |= not _equal(first, one)
+    if differs:
+        watch.warn("alike", f"all {num_envs} environments start alike whatever the seed: each needs random numbers of its own")
+    return differs
+
+
+def _equal(one: list[NDArray[Any]], other: list[NDArray[Any]]) -> bool:
+    return all(map(np.array_equal, one, other))
 
 
 def _alike(arrays: list[NDArray[Any]]) -> bool:
@@ -512,7 +631,7 @@ def _said(error: Exception) -> str:
     folder = Path(env_checker.__file__).parent
     if innermost is not None and Path(innermost.tb_frame.f_code.co_filename).parent == folder:
         return str(error).replace("\n", " ")
-    return f"the environment raised {brief(error)} under its checker"
+    return f"the environment raised {located(error)} under its checker"
 
 
 # --- numbers and words

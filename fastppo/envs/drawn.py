@@ -18,7 +18,7 @@ from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.make import find_spec, make_vec
 from fastppo.envs.make_device import make_device_vec
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
 
 Frame = NDArray[np.uint8]  # (H, W, 3)
 
@@ -41,7 +41,7 @@ def make_drawn(
         draw(envs)
     except ENVIRONMENT_ERRORS as error:
         envs.close()
-        reason = str(error) if isinstance(error, UsageError) else brief(error)
+        reason = str(error) if isinstance(error, UsageError) else located(error)
         raise UsageError(f"--env-id {env_id} cannot be drawn: {reason}") from None
     return envs
 

@@ -7,13 +7,18 @@ which would only wait otherwise; what they exchange lies in shared memory, and a
 through a socket 13, and spinning before blocking keeps a core busy to save 4).
 
 An environment that raises, exits or hangs is named by its number, whichever process it is in; where its process was killed, or
-hangs in C, by the numbers of its group. Same seed, same bits as gymnasium's SyncVectorEnv, however many groups there are. Knows
-nothing of policies, costs no torch.
+hangs in C, by the numbers of its group. Same seed, same bits as gymnasium's SyncVectorEnv, whatever the number of groups. An
+environment that draws from a global generator is the exception: each process has its own (envs/streams.py).
+
+Environments may start processes themselves. Each of our processes leads a process group, which is ended with it. It ends when
+it is told to, when its parent is gone, and when the interpreter exits. Knows nothing of policies, costs no torch.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -22,9 +27,11 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -34,7 +41,8 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space, create_share
 
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import masks_of, owner_of
-from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, UsageError, brief
+from fastppo.envs.streams import seed_streams
+from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, ForkHangs, NoAnswer, UsageError, located
 from fastppo.platforms import START_METHOD, interrupts_held, leave_signals_to_parent, poller, receive_byte, send_byte
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
@@ -43,6 +51,13 @@ EnvFn = Callable[[], gym.Env[Any, Any]]
 INFO_KEYS = ("action_mask",)
 CLOSE_SECONDS = 1.0  # that processes have for closing their environments, or finishing a step, before they are ended
 NAME_SECONDS = 1.0  # that a process has beyond the deadline, its own too, for saying which environment let it pass
+PARENT_SECONDS = 0.5  # between looks whether the parent is still there
+# A forked process has none of its parent's threads, and waits forever for a thread pool that it inherited. That is assumed of
+# one that has not answered for so long, or SLOWER times as long as this process took, and is not computing: in being made, the
+# first reset and the first step, which are about as long for all environments.
+HANG_SECONDS, TRIAL_HANG_SECONDS, SLOWER = 10.0, 2.0, 20.0
+TRIAL_SECONDS = 10.0  # for each of these three in a trial, computing or not
+UNGUARDED = 86  # exit code of a process that finds its parent's script without a main guard
 
 STEP, RESET, CLOSE = b"s", b"r", b"c"  # to a worker
 DONE, INFO, FAILED = b"d", b"i", b"f"  # from a worker; the last two are followed by a message
@@ -55,8 +70,20 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
     """
 
     def __init__(self, env_fns: Sequence[EnvFn], first: int = 0) -> None:
-        """Make the environments; `first` is the number of env_fns[0]. Raises whatever making one does."""
-        super().__init__([partial(_Numbered.make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False)
+        """Make the environments; `first` is the number of env_fns[0]. Raises whatever making one does, the others closed."""
+        made: list[_Numbered] = []
+
+        def make(env_fn: EnvFn, number: int) -> _Numbered:
+            made.append(_Numbered.make(env_fn, number))
+            return made[-1]
+
+        try:
+            super().__init__([partial(make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False)
+        except BaseException:
+            for env in made:
+                with contextlib.suppress(*ENVIRONMENT_ERRORS):
+                    env.close()
+            raise
 
     def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
         read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
@@ -77,14 +104,14 @@ class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
         try:
             return cls(env_fn(), number)
         except NoAnswer as error:  # what it raises says by its type which flag is wrong
-            raise EnvironmentFailed(f"environment {number}: {brief(error)}") from error
+            raise EnvironmentFailed(f"environment {number}: {located(error)}") from error
 
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         try:
             obs, info = self.env.reset(**kwargs)
             return obs, info if self._masks is None else self._with_mask(info)
         except ENVIRONMENT_ERRORS as error:
-            raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
+            raise EnvironmentFailed(f"environment {self.number}: {located(error)}") from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
@@ -95,7 +122,7 @@ class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
             info = info if terminated or truncated else self._with_mask(info)
             return obs, reward, terminated, truncated, info
         except ENVIRONMENT_ERRORS as error:
-            raise EnvironmentFailed(f"environment {self.number}: {brief(error)}") from error
+            raise EnvironmentFailed(f"environment {self.number}: {located(error)}") from error
 
     def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
         if info.get("action_mask") is not None:
@@ -113,7 +140,9 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
     error arrives, which arrives again should anybody go on.
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn], num_groups: int, deadline: Deadline = NO_DEADLINE) -> None:
+    def __init__(
+        self, env_fns: Sequence[EnvFn], num_groups: int, deadline: Deadline = NO_DEADLINE, is_trial: bool = False
+    ) -> None:
         """Make the environments, each where it will run; env_fns[0] says which spaces all of them have.
 
         Args:
@@ -121,9 +150,10 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             num_groups: K, at most N.
             deadline: the one that steps and resets are called under. Other processes have one of as many seconds, and when one
                 of them lets even that pass it is given up.
+            is_trial: whether these processes are any good; less patience for those that hang.
 
         Raises:
-            UsageError: a space that arrays cannot hold.
+            UsageError: a space that arrays cannot hold, or a script without a main guard where processes import it.
             EnvironmentFailed: an environment of another process could not be made.
             Exception: whatever making one in this process raised.
         """
@@ -132,7 +162,13 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         self._workers: list[_Worker] = []
         self._failure: BaseException | None = None
         self._deadline = deadline
+        self._is_trial = is_trial
+        self._answered: set[bytes] = set()  # the commands that all processes have answered at least once
+        if getattr(multiprocessing.current_process(), "_inheriting", False):  # a process of ours that imports the user's script
+            os._exit(UNGUARDED)
+        began = time.monotonic()
         self._group = NumberedVectorEnv(env_fns[: edges[1]])
+        own_seconds = time.monotonic() - began
         deadline.lift()  # what follows waits for processes that have their own
         self.metadata = {**self._group.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
         self.render_mode = self._group.render_mode
@@ -147,9 +183,10 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             self._batch: Any = read_from_shared_memory(exchanged, memory, self.num_envs)
             self._rows = _rows(self._batch, slice(0, edges[1]))
             for start, stop in pairwise(edges[1:]):
-                self._workers.append(_Worker(context, env_fns, slice(start, stop), exchanged, memory, self._workers, deadline))
+                rows, shared = slice(start, stop), _spaces_of(self._group)
+                self._workers.append(_Worker(context, env_fns, rows, exchanged, memory, self._workers, deadline, shared))
             for worker in self._workers:
-                worker.result()
+                worker.first_result(own_seconds, is_trial)
         except BaseException:
             self._give_up()
             raise
@@ -178,9 +215,17 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         try:
             for worker in self._workers:
                 worker.send(command, message)
-            infos = [own() if message is None else own(message)]
-            self._deadline.lift()
-            infos += [worker.result() for worker in self._workers]
+            if command in self._answered:
+                infos = [own() if message is None else own(message)]
+                self._deadline.lift()
+                infos += [worker.result() for worker in self._workers]
+            else:
+                began = time.monotonic()
+                infos = [own() if message is None else own(message)]
+                own_seconds = time.monotonic() - began
+                self._deadline.lift()
+                infos += [worker.first_result(own_seconds, self._is_trial) for worker in self._workers]
+                self._answered.add(command)
         except BaseException as error:
             self._failure = error if isinstance(error, ENVIRONMENT_ERRORS) else None
             self._give_up()
@@ -233,26 +278,34 @@ class _Worker:
         memory: Any,
         earlier: "Sequence[_Worker]",
         deadline: Deadline,
+        shared: Mapping[int, Space[Any]],
     ) -> None:
-        """Start it on environments `rows`; `result` then says whether they could be made."""
+        """Start it on environments `rows`; `result` then says whether they could be made.
+
+        shared: by their ids the spaces of environments that there are already, as `_spaces_of` returns them.
+        """
         self.rows, self.num_envs = rows, rows.stop - rows.start
         commands, self._commands = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
         self._message, self._poll = deadline.message, poller(self._answers)
+        self._is_forked = context.get_start_method() == "fork"
         self._patience = min(deadline.seconds + NAME_SECONDS, 2e6) * 1e3 if deadline.seconds else None  # ms, of 31 bits
         # A forked process has copies of these ends, and closes them: that its parent is gone it notices by the end of a pipe
         # that nobody else can write to.
-        forked = context.get_start_method() == "fork"
-        parents = [end for worker in (*earlier, self) for end in (worker._commands, worker._answers)] if forked else []
+        parents = [end for worker in (*earlier, self) for end in (worker._commands, worker._answers)] if self._is_forked else []
         wrapped = [CloudpickleWrapper(env_fn) for env_fn in env_fns[rows]]
+        copied = frozenset(shared) if self._is_forked else frozenset[int]()
+        share = _Share(rows, len(env_fns), exchanged, memory, deadline.seconds, _entropy(rows), copied)
         self._process = context.Process(  # type: ignore[attr-defined]
             target=_work,
-            args=(commands, answers, parents, wrapped, rows, len(env_fns), exchanged, memory, deadline.seconds),
+            args=(commands, answers, parents, wrapped, share),
             name=f"fastppo-environments-{rows.start}",
-            daemon=True,
+            daemon=False,  # environments may start processes of their own
         )
         with interrupts_held():
             self._process.start()
+        # before multiprocessing waits for it at the interpreter's exit
+        self._at_exit = util.Finalize(self, _end, (self._process, self._commands), exitpriority=100)
         commands.close()  # the other process has them now: its end is noticed by the end of the pipe of answers
         answers.close()
 
@@ -284,9 +337,31 @@ class _Worker:
             pass
         raise self._death()
 
-    def _death(self) -> EnvironmentFailed:
+    def first_result(self, own_seconds: float, is_trial: bool) -> dict[str, Any]:
+        """`result` of something done for the first time, which took this process `own_seconds`; also raises ForkHangs."""
+        idle = max(TRIAL_HANG_SECONDS if is_trial else HANG_SECONDS, SLOWER * own_seconds)
+        most = max(TRIAL_SECONDS, SLOWER * own_seconds) if is_trial else math.inf
+        patience = math.inf if self._patience is None else self._patience / 1e3
+        started, waited = time.monotonic(), 0.0
+        before: int | None = None
+        while self._is_forked and waited + idle < patience and not self._poll(idle * 1e3 / 2):
+            waited, now = time.monotonic() - started, _computed(self._process.pid)
+            if waited > most or (now is not None and now == before):
+                raise ForkHangs(
+                    f"{_name(self.rows)}: no answer for {waited:.0f} s: a forked process lacks its parent's threads, such as a "
+                    "thread pool of the environment's module; use --vectorization sync"
+                )
+            before = now
+        return self.result()
+
+    def _death(self) -> Exception:
         self._process.join(CLOSE_SECONDS)
         code = self._process.exitcode
+        if code == UNGUARDED:
+            return UsageError(
+                "--vectorization grouped and async start processes, which import your script: put what it does under "
+                'if __name__ == "__main__":, or use --vectorization sync'
+            )
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
         return EnvironmentFailed(f"{_name(self.rows)}: the process {how}")
 
@@ -295,43 +370,86 @@ class _Worker:
             send_byte(self._commands, CLOSE)
 
     def end(self, latest: float) -> None:
-        """Wait for it until `latest`, of time.monotonic, then end it."""
-        self._process.join(max(latest - time.monotonic(), 0.0))
-        if self._process.is_alive():
-            self._process.kill()  # an environment may hold on to SIGTERM
-            self._process.join()
+        """Wait for it until `latest`, of time.monotonic, then end it, and what its environments have left running."""
+        self._at_exit.cancel()
+        _end(self._process, None, latest)
         self._process.close()
         self._commands.close()
         self._answers.close()
 
 
+def _end(process: Any, commands: Connection | None, latest: float | None = None) -> None:
+    """End another process: by asking through `commands` first, then, after `latest`, by force; and all of its group."""
+    if commands is not None:
+        with contextlib.suppress(OSError):
+            send_byte(commands, CLOSE)
+    process.join(CLOSE_SECONDS if latest is None else max(latest - time.monotonic(), 0.0))
+    if process.is_alive():
+        process.kill()  # an environment may hold on to SIGTERM
+    if hasattr(os, "killpg") and process.pid is not None:
+        with contextlib.suppress(OSError):  # nobody is left, as a rule
+            os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def _computed(group: int | None) -> int | None:
+    """Ticks that the processes of a group have computed; None where one of them is at it, or the system does not tell."""
+    total = None
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            state, *fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == group:
+                if state in "RD":
+                    return None
+                total = (total or 0) + int(fields[10]) + int(fields[11])
+    return total
+
+
+def _entropy(rows: slice) -> list[int]:
+    """Of a process's streams before its first reset: repeatable where the user has seeded numpy's, else of this run alone."""
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    return [rows.start, int(position), *map(int, keys[:4])]
+
+
+class _Share(NamedTuple):
+    """What another process has to do."""
+
+    rows: slice  # of its environments
+    num_envs: int  # of all
+    exchanged: Dict  # what an environment exchanges in a step, as a space
+    memory: Any  # where that lies, for all environments
+    timeout: float  # seconds of its deadline
+    entropy: Sequence[int]  # of its global generators, until a reset with a seed
+    copied: frozenset[int]  # ids of spaces that the fork has copied with their generators, of a class for instance
+
+
 def _work(
-    commands: Connection,
-    answers: Connection,
-    parents: Sequence[Connection],
-    env_fns: Sequence[EnvFn],
-    rows: slice,
-    num_envs: int,
-    exchanged: Dict,
-    memory: Any,
-    timeout: float,
+    commands: Connection, answers: Connection, parents: Sequence[Connection], env_fns: Sequence[EnvFn], share: _Share
 ) -> None:
     """The other process, from its start to its end."""
+    rows, exchanged = share.rows, share.exchanged
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)  # what its environments start is ended with it
     leave_signals_to_parent()
     for end in parents:
         end.close()
+    seed_streams(share.entropy)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch = sys.modules.get("torch")
     if torch is not None:  # there is a core for each process, and after a fork OpenMP waits forever for threads it has not
         torch.set_num_threads(1)
-    deadline = Deadline(timeout)
+    deadline = Deadline(share.timeout)
     group = None
     try:
         with deadline:
             group = NumberedVectorEnv(env_fns, rows.start)
         if (group.single_observation_space, group.single_action_space) != (exchanged["obs"], exchanged["action"]):
             raise EnvironmentFailed(f"{_name(rows)}: other spaces than those of environment 0")
-        own = _rows(read_from_shared_memory(exchanged, memory, num_envs), rows)
+        for identity, space in _spaces_of(group).items():
+            if identity in share.copied:  # else its samples would be those of other processes
+                of_space = np.random.SeedSequence([int(space.np_random.integers(2**32)), rows.start])
+                space.seed(int(of_space.generate_state(1)[0]))
+        own = _rows(read_from_shared_memory(exchanged, share.memory, share.num_envs), rows)
         info: dict[str, Any] = {}
         while True:
             send_byte(answers, INFO if info else DONE)
@@ -343,12 +461,14 @@ def _work(
                     info = _step(group, own)
             elif command == RESET:
                 seeds, options = commands.recv()
+                if seeds[rows.start] is not None:
+                    seed_streams(int(seeds[rows.start]))
                 with deadline:
                     info = _reset(group, own, (seeds[rows], options))
             else:  # CLOSE, or nothing: the parent is gone
                 break
     except BaseException as error:
-        named = brief(error) if isinstance(error, EnvironmentFailed) else f"{_name(rows)}: {brief(error)}"
+        named = str(error) if isinstance(error, EnvironmentFailed) else f"{_name(rows)}: {located(error)}"
         with contextlib.suppress(OSError):  # the parent is gone
             send_byte(answers, FAILED)
             answers.send((named, traceback.format_exc()))
@@ -359,12 +479,25 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """Wait for the parent's end, then leave this process the time to close its environments, even if it hangs in a step."""
+    """Wait for the parent's end, then leave this process the time to close its environments, even if it hangs in a step.
+
+    Not by the end of a pipe alone: processes that an environment has started may hold copies of its other end.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        time.sleep(CLOSE_SECONDS)
-        os._exit(1)
+    if parent is None:
+        return
+    while parent.is_alive() and (os.name == "nt" or os.getppid() == parent.pid):
+        parent.join(PARENT_SECONDS)
+    time.sleep(CLOSE_SECONDS)
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)  # with what its environments have started
+    os._exit(1)
+
+
+def _spaces_of(group: NumberedVectorEnv) -> dict[int, Space[Any]]:
+    """The spaces of environments themselves, without wrappers, by their ids."""
+    spaces = [space for env in group.envs for space in (env.unwrapped.observation_space, env.unwrapped.action_space)]
+    return {id(space): space for space in spaces}
 
 
 def _name(rows: slice) -> str:

@@ -14,7 +14,7 @@ from fastppo.cores import available_cores
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, nearest
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
 
 
 def make_vec(
@@ -24,6 +24,7 @@ def make_vec(
     env_kwargs: Mapping[str, Any],
     num_threads: int | None = None,
     deadline: Deadline = NO_DEADLINE,
+    is_trial: bool = False,
 ) -> tuple[VectorEnv, str]:
     """N environments as one.
 
@@ -33,6 +34,7 @@ def make_vec(
             `num_processes` says), "async" (a process each), or "auto": as `default_vectorization` says.
         num_threads: --num-threads, for "grouped".
         deadline: for making them, and for each process that runs some of them by itself.
+        is_trial: as `GroupedVectorEnv` takes it.
 
     Returns:
         The vector environment and the vectorization chosen.
@@ -54,15 +56,15 @@ def make_vec(
     try:
         with warnings.catch_warnings(), deadline:
             warnings.simplefilter("ignore")  # gymnasium's advice on newer versions: the user chose this one
-            envs = _make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline)
+            envs = _make_vec(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline, is_trial)
     except UsageError as error:  # ours: of an adapter inside the entry point, or of spaces that cannot be shared out
         raise UsageError(f"--env-id {env_id}: {error}") from None
     except gym.error.DependencyNotInstalled as error:
         raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_remedy(spec, error)}") from None
-    except TypeError as error:
-        raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
     except ENVIRONMENT_ERRORS as error:
-        raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
+        if isinstance(error, TypeError) and "argument" in str(error):
+            raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
+        raise UsageError(f"--env-id {env_id} cannot be made: {located(error)}") from None
     return envs, vectorization
 
 
@@ -73,6 +75,7 @@ def _make_vec(
     env_kwargs: Mapping[str, Any],
     num_threads: int | None,
     deadline: Deadline,
+    is_trial: bool,
 ) -> VectorEnv:
     """As `make_vec`, with the vectorization chosen; raises whatever the environment does."""
     if vectorization == "entry-point":
@@ -83,7 +86,7 @@ def _make_vec(
     if vectorization == "sync":
         return NumberedVectorEnv(env_fns)
     num_groups = num_envs if vectorization == "async" else num_processes(num_envs, num_threads)
-    return GroupedVectorEnv(env_fns, num_groups, deadline)
+    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial)
 
 
 def num_processes(num_envs: int, num_threads: int | None) -> int:
@@ -115,7 +118,7 @@ def import_module_of(env_id: str) -> str:
         try:
             importlib.import_module(module)
         except ENVIRONMENT_ERRORS as error:  # whatever somebody's module may raise; a script exits
-            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {brief(error)}") from None
+            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {located(error)}") from None
     return name
 
 
