@@ -9,6 +9,27 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def is_forked() -> bool:
+    """Whether this process was forked from one that had imported fastppo.
+
+    OpenMP's threads do not survive a fork: where the parent had used some, the first operation that is shared out among several
+    waits for them forever.
+    """
+    return _forked
+
+
 def a_thread_a_core(num_envs: int) -> dict[str, int]:
     """Arguments that tie the threads of EnvPool or ALE to cores, where they start one for each core of the machine.
 

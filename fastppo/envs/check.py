@@ -136,6 +136,7 @@ def _find_one_by_one(space: gym.Space[Any], num_envs: int, make: Callable[[], gy
     finally:
         with contextlib.suppress(Exception):  # those that train are closed where it is seen
             copies.close()
+        copies.closed = True  # gymnasium before 1.4 tries again, and prints what is raised, when they are collected
     return list(watch.found.values())
 
 
