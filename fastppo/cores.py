@@ -10,6 +10,27 @@ from pathlib import Path
 ROOT = Path("/")  # where /proc and the control groups are
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def is_forked() -> bool:
+    """Whether this process was forked from one that had imported fastppo.
+
+    OpenMP's threads do not survive a fork: where the parent had used some, the first operation that is shared out among several
+    waits for them forever.
+    """
+    return _forked
+
+
 def available_cores() -> int:
     """Cores for this process: for its threads together, or for its worker processes together. At least 1.
 

@@ -24,6 +24,7 @@ from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.modes import plain
 from fastppo.core.seeds import of_seed, stack
+from fastppo.cores import is_forked
 from fastppo.envs.autoreset import ResetSeed
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import RankLost, TrainingFault
@@ -87,8 +88,8 @@ def train_in(
         if torch.is_inference_mode_enabled():  # no tensor of a run that goes on may be of that kind
             cleanup.enter_context(torch.inference_mode(False))
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
-        if config.num_threads is not None:  # before the first operation of ours that several threads would share
-            torch.set_num_threads(config.num_threads)
+        if config.num_threads is not None or is_forked():  # before the first operation that threads would share
+            torch.set_num_threads(config.num_threads or 1)
         task = prepare(config, policy, envs, cleanup)
         opened = open_runs(task, runs, callbacks, cleanup)
         return _train(task, opened, policy, envs)

@@ -187,12 +187,10 @@ def try_copy(env_id: str, env_kwargs: Mapping[str, Any], num_envs: int, deadline
         return Tried((Finding(line, is_error=False),), was_made=False)
     finally:
         if copies is not None:
-            with (
-                contextlib.suppress(*ENVIRONMENT_ERRORS),
-                untouched_streams(),
-                deadline,
-            ):  # those that train are closed where it is seen
+            # a failure to close is seen where those that train are closed
+            with contextlib.suppress(*ENVIRONMENT_ERRORS), untouched_streams(), deadline:
                 copies.close()
+            copies.closed = True  # gymnasium before 1.4 tries again, and prints what is raised, when they are collected
 
 
 def _tried(copies: VectorEnv, watch: "_Watch", num_envs: int) -> Tried:

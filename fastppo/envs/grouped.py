@@ -89,6 +89,11 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
         read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
         return super()._add_info(vector_infos, read, env_num) if read else vector_infos
 
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environments, once: gymnasium before 1.4 tries again, and prints what is raised, when this is collected."""
+        self.closed = True
+        super().close_extras(**kwargs)
+
 
 class _Numbered(gym.Wrapper[Any, Any, Any, Any]):
     """An environment that says its number when it fails, and in its info what `action_masks()` says (envs/masks.py)."""
