@@ -22,8 +22,6 @@ from torch import Tensor
 from fastppo.callbacks import Callback, View, is_yes
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
-from fastppo.core.losses import Total, alone
-from fastppo.core.modes import ours
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief, located
 from fastppo.evaluate import evaluate_config
@@ -31,7 +29,6 @@ from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
 from fastppo.policy.agent import Agent
 from fastppo.policy.networks import ModuleFactory, Network
-from fastppo.policy.normalization import discounted_return, update_moments
 from fastppo.ranks import ALONE, Ranks
 from fastppo.reproducibility import differences
 from fastppo.rollout import Outcomes, Phases
@@ -39,7 +36,16 @@ from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
 from fastppo.run.tracking import Tracker
-from fastppo.state import PolicySnapshot, TrainState, frozen, load_state, normalization_of, snapshot
+from fastppo.state import (
+    PolicySnapshot,
+    TrainState,
+    frozen,
+    load_state,
+    normalization_of,
+    snapshot,
+    update_obs_moments,
+    update_return_moments,
+)
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 ENDLESS_STEPS = 1_000  # of each environment without an end of an episode, after which that is told
@@ -184,7 +190,8 @@ class AgentRun:
         state.global_step += int(valid.sum())
         state.seconds += seconds
         self._record = state.best_return
-        self._keep_best(state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state)))
+        found = state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state))
+        self.checkpoints.best = found or self.checkpoints.best  # written with the next checkpoint
         self._recent.append((state.seconds - self._first_second, state.global_step - self._first_step))
 
         (before, steps_before), (now, steps_now) = self._recent[0], self._recent[-1]
@@ -205,11 +212,6 @@ class AgentRun:
             "act_share": phases.act / seconds,
             "learn_share": learn / seconds,
         }
-
-    def _keep_best(self, policy: PolicySnapshot | None) -> None:
-        """A new best policy is written with the next checkpoint."""
-        if policy is not None:
-            self.checkpoints.best = replace(policy, best_return=self.state.best_return)
 
     @property
     def new_best(self) -> bool:
@@ -246,7 +248,7 @@ class AgentRun:
         self._due = bool(due)
         self.enough = self.enough or ("another rank has seen enough" if enough else None)
         if self.over:
-            self._keep_best(state.best.finish())
+            self.checkpoints.best = state.best.finish() or self.checkpoints.best
         if self.enough and not logs:
             self.loggers.log(self.row)
 
@@ -502,33 +504,6 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
     clip_coef = config.clip_coef * (rest if config.anneal_clip else 1.0)
     values = (learning_rate, clip_coef, config.ent_coef)
     return Schedule(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
-
-
-@ours
-def update_return_moments(state: TrainState, steps: Mapping[str, Tensor], gamma: float) -> None:
-    """Add a rollout's discounted returns to their statistics, where the state has any.
-
-    steps: (T, N) `reward terminated truncated valid` of all processes.
-    """
-    if state.return_moments is not None:
-        reward, valid = steps["reward"], steps["valid"]
-        done = steps["terminated"] | steps["truncated"]
-        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, gamma)
-        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
-
-
-@ours
-def update_obs_moments(state: TrainState, rollout: Mapping[str, Tensor], total: Total = alone) -> None:
-    """Add a rollout's observations in valid rows to their statistics, where the state has any.
-
-    rollout: (T+1, N / K, ...) of this process, which `total` adds up with those of the others.
-    """
-    if state.obs_moments is not None:
-        valid = rollout["valid"][:-1].flatten()
-        state.obs_moments = {
-            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid, total)
-            for key, moments in state.obs_moments.items()
-        }
 
 
 def read_metrics(learned: Learned) -> dict[str, float]:

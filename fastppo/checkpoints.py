@@ -122,7 +122,7 @@ class Checkpoints:
 
     def _write(self, state: TrainState) -> None:
         if self.best is not None:
-            self._directory.save(self._directory.best, self._data_of(self.best))
+            self._directory.save(self._directory.best, {**self._data_of(self.best), "best_return": state.best_return})
             self.best = None
         if self._exact and not self.restarts_at(state.iteration):
             self._directory.save(self._directory.last, self._data_of(state))

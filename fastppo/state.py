@@ -3,7 +3,6 @@
 Knows nothing of files, environments or the command line.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,11 +15,20 @@ from torch.utils._pytree import tree_map
 
 from fastppo.config import TrainConfig
 from fastppo.core.adam import AdamState, init_adam
+from fastppo.core.losses import Total, alone
+from fastppo.core.modes import ours
 from fastppo.core.programs import Normalization
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import checked, moments_from_state, policy_state, weights_from_state
 from fastppo.policy.networks import Network
-from fastppo.policy.normalization import RunningMoments, init_moments, inverse_std, make_normalization
+from fastppo.policy.normalization import (
+    RunningMoments,
+    discounted_return,
+    init_moments,
+    inverse_std,
+    make_normalization,
+    update_moments,
+)
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.run.best import BestPolicy
@@ -41,7 +49,6 @@ class PolicySnapshot:
     global_step: int
     seconds: float
     wide: frozenset[str]  # leaves of the observation that are normalised in float64
-    best_return: float = -math.inf  # by which it was the best
 
 
 @dataclass
@@ -113,6 +120,33 @@ def normalization_of(state: TrainState | PolicySnapshot) -> Normalization:
     return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std, state.wide)
 
 
+@ours
+def update_return_moments(state: TrainState, steps: Mapping[str, Tensor], gamma: float) -> None:
+    """Add a rollout's discounted returns to their statistics, where the state has any.
+
+    steps: (T, N) `reward terminated truncated valid` of all processes.
+    """
+    if state.return_moments is not None:
+        reward, valid = steps["reward"], steps["valid"]
+        done = steps["terminated"] | steps["truncated"]
+        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, gamma)
+        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
+
+
+@ours
+def update_obs_moments(state: TrainState, rollout: Mapping[str, Tensor], total: Total = alone) -> None:
+    """Add a rollout's observations in valid rows to their statistics, where the state has any.
+
+    rollout: (T+1, N / K, ...) of this process, which `total` adds up with those of the others.
+    """
+    if state.obs_moments is not None:
+        valid = rollout["valid"][:-1].flatten()
+        state.obs_moments = {
+            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid, total)
+            for key, moments in state.obs_moments.items()
+        }
+
+
 def frozen(state: TrainState, environments: dict[str, Any] | None) -> TrainState:
     """The state between two iterations, which a fault in the next one leaves as it is: 8 us."""
     return replace(state, generators=_clones(state.generators), environments=environments)
@@ -156,13 +190,13 @@ def checkpoint_of(
         "iteration": state.iteration,
         "global_step": state.global_step,
         "seconds": state.seconds,
-        "best_return": state.best_return,
         "made_with": dict(made_with),
     }
     if isinstance(state, PolicySnapshot):
         return policy
     return {
         **policy,
+        "best_return": state.best_return,
         "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
         "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
         "return_carry": state.return_carry.cpu().clone(),
