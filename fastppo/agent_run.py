@@ -23,7 +23,7 @@ from fastppo.callbacks import Callback, View, is_yes
 from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
-from fastppo.errors import RankLost, TrainingFault, UsageError, brief, located
+from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
 from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
@@ -531,5 +531,5 @@ def _tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration
             if is_yes(getattr(callback, moment)(view)):
                 enough = enough or f"{name} has seen enough"
         except Exception as error:  # whatever somebody's code may raise
-            raise TrainingFault(f"{name}.{moment} raised {located(error)}") from error
+            raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error
     return enough

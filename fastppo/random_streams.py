@@ -31,6 +31,7 @@ class Stream(IntEnum):
     PROBE_ACTIONS = 12
     PROBE_ENVIRONMENTS = 13
     SWEEP_SAMPLER = 14
+    WORKER = 15  # the global generators of a process that runs environments; the seed is that of its first environment
 
 
 def seed_of(seed: int, stream: Stream, *indices: int) -> int:

@@ -87,7 +87,7 @@ class WithProcess(Walk):
         self.pipe, other = multiprocessing.Pipe()
         self.process = multiprocessing.Process(target=_echo, args=(other,), daemon=daemon)
         self.process.start()
-        print(self.process.pid, flush=True)
+        os.write(1, f"{self.process.pid}\n".encode())  # at once, whoever else writes
 
     def step(self, action):
         self.pipe.send(1.5)

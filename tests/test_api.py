@@ -128,8 +128,7 @@ def test_an_answer_of_several_values_is_a_fault(tmp_path):
 def test_a_callback_that_raises(tmp_path):
     """A fault that names it; the iteration it was told of is kept whole, and what goes on from there is as without one."""
     train(tiny(tmp_path / "whole", backend="torch"))
-    said = r"^after iteration 2: Recorder\.on_iteration raised ValueError: no more \(test_api.py:\d+\)\n"
-    with pytest.raises(TrainingFault, match=said):
+    with pytest.raises(TrainingFault, match=r"^after iteration 2: Recorder\.on_iteration raised ValueError: no more\n"):
         train(tiny(tmp_path / "run", backend="torch"), callbacks=[Recorder(fail=2)])
     assert "of this" in (tmp_path / "run" / "fault.txt").read_text()
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] == 2
@@ -231,6 +230,6 @@ def test_what_does_not_fit(tmp_path):
         def step(self, actions):
             return super().step(actions)[:4]
 
-    with pytest.raises(UsageError, match="no-check-env"):
+    with pytest.raises(UsageError, match="step returned 4 values"):
         train(tiny(tmp_path / "run"), envs=Wrong([lambda: gym.make("CartPole-v1")] * 2))
     assert not (tmp_path / "run").exists()

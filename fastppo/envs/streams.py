@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-WORKER_STREAMS = 0x5EED_E27  # of all that is derived from an environment's seed, what these streams have to themselves
+from fastppo.random_streams import Stream
 
 
 def seed_streams(entropy: int | Sequence[int]) -> None:
     """Seed the three generators of this process, each independently of the others and of whatever else `entropy` seeds."""
-    for_random, for_numpy, for_torch = np.random.SeedSequence(entropy, spawn_key=(WORKER_STREAMS,)).spawn(3)
+    for_random, for_numpy, for_torch = np.random.SeedSequence(entropy, spawn_key=(Stream.WORKER,)).spawn(3)
     random.seed(int.from_bytes(for_random.generate_state(8).tobytes(), "little"))
     np.random.seed(for_numpy.generate_state(8))
     torch = sys.modules.get("torch")

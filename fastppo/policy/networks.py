@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.core.programs import Obs, Policy, Weights
-from fastppo.errors import UsageError, located
+from fastppo.errors import UsageError, brief
 from fastppo.policy.distributions import DIAGONAL_NORMAL, Distribution, MultiCategorical, choices, mask_logits
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsLeaf, ObsSpec
 
@@ -449,7 +449,7 @@ class ModulePolicy(_Acts):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too, and leave them so
                 self.module = factory(given, action.size)
         except Exception as error:  # whatever somebody's module may raise
-            raise UsageError(f"policy({given}, {action.size}) failed: {located(error)}") from error
+            raise UsageError(f"policy({given}, {action.size}) failed: {brief(error)}") from error
         if not isinstance(self.module, nn.Module):
             raise UsageError(f"policy({given}, {action.size}) must return a torch.nn.Module, not {type(self.module).__name__}")
         trained = {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
@@ -465,7 +465,7 @@ class ModulePolicy(_Acts):
         try:
             result = self.module(inputs["obs"] if list(shapes) == ["obs"] else inputs)
         except Exception as error:
-            raise UsageError(f"policy: its module failed on float32 inputs {given}, two at once: {located(error)}") from error
+            raise UsageError(f"policy: its module failed on float32 inputs {given}, two at once: {brief(error)}") from error
         parts = result if isinstance(result, tuple) else (result,)
         got = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x).__name__, None) for x in parts]
         value_shapes = [((2,), torch.float32), ((2, 1), torch.float32)]
