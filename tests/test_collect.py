@@ -542,7 +542,8 @@ def test_a_number_that_is_not_finite_ends_the_run(what, tmp_path, capsys):
     assert console([*ON_DEVICE, *flags]) == 3
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 2, error
-    assert error.startswith(f"fault: iteration 2: {what} of environment 2 is not finite ("), error
+    how = {"reward": "not finite (nan)", "obs": "infinite or too large for float32 (inf)"}[what]
+    assert error.startswith(f"fault: iteration 2: {what} of environment 2 is {how} after step 8 of the rollout"), error
     assert "after step 8 of the rollout, action " in error
     assert f"--resume {run_dir}" in error
     assert torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["iteration"] == 1

@@ -169,7 +169,8 @@ ROOM = "there is no room left in "
         (failed("Cannot create temporary file in /nowhere/: No such file or directory"), "there is no directory for"),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/x']"), "there is no directory for"),
         (from_inductor("fatal error: 'omp.h' file not found"), "the C++ compiler has no OpenMP: install it"),
-        (failed("In file included from x.cpp:1:", "x.cpp:3:1: error: expected ';'"), "x.cpp:3:1: error: expected ';'"),
+        (failed("In file included from x.cpp:1:", "x.cpp:3:1: error: expected ';'"),
+         "native.cpp does not compile: x.cpp:3:1: error: expected ';'"),
         (KeyError("nothing"), "KeyError: 'nothing'"),
     ],
 )  # fmt: skip

@@ -38,7 +38,9 @@ def explain(error: BaseException, cache_dir: Path) -> str:
     if any(("omp.h" in line and "not found" in line) or "omp.h: No such file" in line for line in lines):
         return "the C++ compiler has no OpenMP: install it (libomp-dev, on macOS libomp), or name another compiler in CXX"
     first = next((line for line in lines if re.search(r"\berror: ", line)), lines[0] if lines else "no reason given")
-    name = "" if isinstance(error, subprocess.CalledProcessError) else f"{type(error).__name__}: "
+    # only the helpers of all programs are built by a command of ours
+    is_ours = isinstance(error, subprocess.CalledProcessError)
+    name = "native.cpp does not compile: " if is_ours else f"{type(error).__name__}: "
     return (first if first.startswith(name) else name + first)[:300]
 
 
