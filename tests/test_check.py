@@ -133,6 +133,8 @@ class Clock:
     def perf_counter(cls):
         return cls.now
 
+    process_time = perf_counter
+
 
 class SlowResets(Sound):
     """0.05 s a reset: gymnasium's checker resets too often for that."""

@@ -53,7 +53,7 @@ def test_short_episodes_are_not_favoured(lengths_run, num_envs, episodes):
 def test_the_last_line_is_json(lengths_run, capsys):
     """What scripts read: return_mean, return_std, episodes; the same seed gives the same line."""
     lines = []
-    for seed in ("0", "0", "1"):
+    for seed in ("0", "0", "2"):
         assert console([str(lengths_run), "--episodes", "30", "--seed", seed]) == 0
         lines.append(capsys.readouterr().out.splitlines()[-1])
     report = json.loads(lines[0])

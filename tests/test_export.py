@@ -314,7 +314,8 @@ def test_the_command_prints_one_line(run_dir, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(
-        r"a\.onnx \(\d+ kB\): obs float32 \(batch, 4\) -> action int64 \(batch\); the same actions on 256 observations\n",
+        re.escape(str(tmp_path))
+        + r"/a\.onnx \(\d+ kB\): obs float32 \(batch, 4\) -> action int64 \(batch\); the same actions on 256 observations\n",
         done.stdout,
     )
     assert [file.name for file in tmp_path.iterdir()] == ["a.onnx"]

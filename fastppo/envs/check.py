@@ -205,7 +205,8 @@ def _tried(copies: VectorEnv, watch: "_Watch", num_envs: int) -> Tried:
         else:
             watch.warn("slow", f"gymnasium's checker is left out: with {GYMNASIUM_RESETS} resets it would take {seconds:.1f} s")
     step_seconds = statistics.median(watch.seconds)
-    computing = min(statistics.median(watch.cpu_seconds) / step_seconds, 1.0)
+    # a coarse clock may see no time pass
+    computing = min(statistics.median(watch.cpu_seconds) / step_seconds, 1.0) if step_seconds else 1.0
     return Tried(tuple(watch.found.values()), True, step_seconds, computing, times.mask_size, times.varies)
 
 
