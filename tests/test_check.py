@@ -133,6 +133,10 @@ class Clock:
     def perf_counter(cls):
         return cls.now
 
+    @classmethod
+    def process_time(cls):
+        return cls.now
+
 
 class SlowResets(Sound):
     """0.05 s a reset: gymnasium's checker resets too often for that."""
