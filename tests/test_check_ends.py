@@ -7,11 +7,12 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
-from runs import tiny
+from tiny_runs import tiny
 
 from fastppo import TrainingFault, UsageError, train
 from fastppo.envs import check
 from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.envs.seeds import JoinedVectorEnv, many
 from fastppo.errors import EnvironmentFailed
 
 
@@ -117,6 +118,64 @@ def test_gymnasiums_default_need_not_be_declared(tmp_path):
     assert check.find(NextStep(), "Mine", {}, "given") == []
     declared = Drift(key="final_info", metadata={"autoreset_mode": AutoresetMode.NEXT_STEP})
     assert check.find(declared, "Mine", {}, "given") == []  # what it declares is believed
+
+
+def test_what_is_not_declared_and_could_not_be_tried_is_told():
+    """Episodes that are longer than the check: the next step is taken to reset, which is a warning."""
+
+    class Long(Drift):
+        def reset(self, **kwargs):
+            result = super().reset(**kwargs)
+            self.elapsed -= 1000
+            return result
+
+    (finding,) = check.find(Long(key=None), "Mine", {}, "given")
+    assert "so NEXT_STEP is taken" in finding.line
+    assert not finding.is_error
+
+
+def test_the_class_of_many_seeds_is_checked_as_one_is():
+    """What joins the environments of several seeds copies their observations, which hid an overwritten one."""
+    (finding,) = check.find(
+        many(lambda n: Drift(n, metadata=SAME_STEP, shares=True), 4, 2), "Mine", {}, "gymnasium/entry-point"
+    )
+    assert finding.line.startswith("final_obs is overwritten")
+
+
+@pytest.mark.parametrize("form", ["array of objects", "list", "one array where all end"])
+def test_final_observations_of_many_seeds(form):
+    """One seed's environments all end, another's some, another's none: each end has its final observation."""
+
+    class Objects(Drift):
+        def step(self, actions):
+            obs, reward, terminated, truncated, info = super().step(actions)
+            if info:
+                rows = [row if over else None for row, over in zip(info["final_obs"], terminated, strict=True)]
+                if form == "array of objects":
+                    info["final_obs"] = np.full(self.num_envs, None)
+                    info["final_obs"][:] = rows
+                else:
+                    info["final_obs"] = rows if form == "list" else np.array(rows, dtype=object)
+            return obs, reward, terminated, truncated, info
+
+    parts = [Objects(2, metadata=SAME_STEP) for _ in range(3)]
+    envs = AutoresetEnvs(JoinedVectorEnv(parts))
+    first = envs.reset([1, 2, 3])
+    for part, elapsed in zip(parts, ([5, 5], [0, 5], [0, 0]), strict=True):
+        part.elapsed[:] = elapsed
+    step = envs.step(np.ones(6, np.int64))
+    np.testing.assert_array_equal(step.terminated, [True, True, False, True, False, False])
+    np.testing.assert_allclose(step.final_obs, first + np.array([0.1, 0.0, 0.0], np.float32), rtol=1e-6)
+
+
+def test_a_reset_within_the_step_is_found_in_many_seeds():
+    """final_info alone says it, of one seed."""
+    parts = [Drift(2, key="final_info") for _ in range(2)]
+    envs = AutoresetEnvs(JoinedVectorEnv(parts))
+    envs.reset([1, 2])
+    parts[1].elapsed[:] = 5
+    with pytest.raises(EnvironmentFailed, match=DECLARE):
+        envs.step(np.ones(4, np.int64))
 
 
 @pytest.mark.parametrize("key", ["final_obs", "final_observation"])

@@ -68,7 +68,10 @@ class AutoresetEnvs:
             self.mode = AutoresetMode(AutoresetMode.NEXT_STEP if mode is None else mode)
         except ValueError:
             envs.close()
-            raise UsageError(f"--env-id: the vector environment's autoreset_mode {mode!r} is not one of gymnasium's") from None
+            raise UsageError(
+                f"--env-id: the vector environment's autoreset_mode {mode!r} is not one of gymnasium's: use "
+                "AutoresetMode.NEXT_STEP, SAME_STEP or DISABLED"
+            ) from None
         self.envs = envs
         self.num_envs = envs.num_envs
         self.deadline = deadline

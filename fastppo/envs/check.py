@@ -45,7 +45,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
-from fastppo.envs.check_ends import ACTION_COUNTS, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
+from fastppo.envs.check_ends import ACTION_COUNTS, NOT_DECLARED, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.streams import draw_from_streams, moved_streams, states_of_streams, untouched_streams
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, UsageError, brief, located, shown_place
@@ -156,6 +156,9 @@ def find(envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: st
     """What is wrong with environments made as `check_envs` says; nothing is printed, and no process started."""
     if engine in ONE_BY_ONE:
         return list(try_copy(env_id, env_kwargs, envs.num_envs).findings)
+    parts = getattr(envs, "envs", ())
+    if parts and isinstance(parts[0], VectorEnv):  # of many seeds: joining them copies what the class itself returns
+        envs = parts[0]
     watch = _Watch(envs.single_observation_space, (envs.num_envs,))
     with _unseen():
         _try_out(_WatchedVectorEnv(envs, watch), watch, seeded=engine not in UNSEEDED)
@@ -205,8 +208,7 @@ def _tried(copies: VectorEnv, watch: "_Watch", num_envs: int) -> Tried:
         else:
             watch.warn("slow", f"gymnasium's checker is left out: with {GYMNASIUM_RESETS} resets it would take {seconds:.1f} s")
     step_seconds = statistics.median(watch.seconds)
-    # a coarse clock may see no time pass
-    computing = min(statistics.median(watch.cpu_seconds) / step_seconds, 1.0) if step_seconds else 1.0
+    computing = min(statistics.median(watch.cpu_seconds) / max(step_seconds, 1e-9), 1.0)  # a clock may be coarse
     return Tried(tuple(watch.found.values()), True, step_seconds, computing, times.mask_size, times.varies)
 
 
@@ -503,9 +505,12 @@ def _steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, obs: Any, mask: Any
             break
     if (line := final.suspicion()) is not None:
         watch.warn("final_obs", line)
-    if seeded and not masked and not envs.is_declared and following.counts(SEED, SECONDS):
-        watch.found.pop("autoreset", None)  # of the same cause
-        watch.error("autoreset", ACTION_COUNTS)
+    if not envs.is_declared:
+        if not following.is_known or masked or not seeded:
+            watch.warn("not declared", NOT_DECLARED)
+        elif following.counts(SEED, SECONDS):
+            watch.found.pop("autoreset", None)  # of the same cause
+            watch.error("autoreset", ACTION_COUNTS)
     return step_seconds, masked
 
 

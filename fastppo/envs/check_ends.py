@@ -26,6 +26,10 @@ ACTION_COUNTS = (
     'ignores that action; set metadata["autoreset_mode"] in the class: AutoresetMode.SAME_STEP if step itself resets, DISABLED '
     "if nothing does"
 )
+NOT_DECLARED = (
+    'its class has no metadata["autoreset_mode"], so NEXT_STEP is taken, where the step after an end only resets; the check '
+    "could not try that: set the key, to AutoresetMode.SAME_STEP if step itself resets"
+)
 
 
 class FinalObs:
@@ -79,6 +83,11 @@ class NextAction:
         self._actions: list[Any] = []  # of each step, as sampled
         self._after: list[NDArray[Any]] | None = None  # what the step after the first end returned
         self._env = 0  # whose end it was
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a step after an end was seen."""
+        return self._after is not None
 
     def look(self, action: Any, step: Step, done: NDArray[np.bool_]) -> None:
         """A step with `action`; done: (N,) whose episode ended in the step before."""

@@ -88,8 +88,13 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
         joined: dict[str, Any] = {}
         for key in (*INFO_KEYS, "final_obs", "final_observation"):
             known = next((info[key] for info in infos if info.get(key) is not None), None)
-            if known is not None:
+            if known is not None and (isinstance(known, list) or getattr(known, "dtype", None) == np.dtype(object)):
+                size = self.num_envs // len(self.envs)
+                joined[key] = [row for info in infos for row in ([None] * size if info.get(key) is None else info[key])]
+            elif known is not None:
                 joined[key] = _joined([_blank(known) if info.get(key) is None else info[key] for info in infos])
+        if any("final_info" in info for info in infos):  # of which only that it is there is read
+            joined["final_info"] = [info.get("final_info") for info in infos]
         if "action_mask" in joined and not is_tensor(joined["action_mask"]):
             size = self.num_envs // len(self.envs)
             told = [info.get("_action_mask", np.full(size, info.get("action_mask") is not None)) for info in infos]
