@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from runs import tiny
 from test_resume import stopped_after
+from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.evaluate import evaluate_config

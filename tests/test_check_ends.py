@@ -7,7 +7,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
-from runs import tiny
+from tiny_runs import tiny
 
 from fastppo import TrainingFault, UsageError, train
 from fastppo.envs import check

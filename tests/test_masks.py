@@ -11,8 +11,8 @@ import torch
 from environments import TAXI, AnySpaces
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from runs import tiny
 from test_compilation import SETTINGS
+from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.core.adam import init_adam

@@ -13,7 +13,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from runs import tiny
+from tiny_runs import tiny
 from torch import nn
 from torch.utils._pytree import tree_leaves
 

@@ -10,11 +10,11 @@ from gymnasium.vector import SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import tiny
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 from test_api import Recorder
 from test_resume import differing, result_of
+from tiny_runs import tiny
 
 from fastppo import TrainingFault, load_policy, train
 from fastppo.core.programs import Normalization, normalize_obs

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 from environments import Walk, WithProcess
-from runs import tiny
 from test_grouped import is_running
+from tiny_runs import tiny
 
 from fastppo import UsageError, train
 from fastppo.envs import check, grouped, probe, streams

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from runs import tiny
 from test_compilation import CATEGORICAL_POLICY, job
+from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.core import cache, compilation, native

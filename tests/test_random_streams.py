@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from runs import tiny
 from test_fake_gpu import PretendedRanks  # registers OnTensors-v0 too
+from tiny_runs import tiny
 
 from fastppo import load_policy, train
 from fastppo.envs.autoreset import AutoresetEnvs

@@ -12,7 +12,7 @@ from gymnasium.vector.utils import iterate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from runs import tiny
+from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.core.programs import Normalization

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import tiny
+from tiny_runs import tiny
 
 from fastppo import preparation, train
 from fastppo.reproducibility import guarantees
