@@ -70,6 +70,19 @@ def end_group(process: "subprocess.Popen[Any]") -> None:
             process.terminate()
 
 
+def lead_group() -> None:
+    """Make this process the leader of a group of its own, which `kill_group` ends, where the system has groups."""
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
+
+
+def kill_group(number: int) -> None:
+    """Kill what is left of the group that process `number` leads, 0 for the group of this process, where there are groups."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):  # nobody is left, as a rule
+            os.killpg(number, signal.SIGKILL)
+
+
 # --- signals
 
 

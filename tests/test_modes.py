@@ -152,7 +152,7 @@ class LooksInTensors(VectorEnv):
         self.state += 0.1 * actions.unsqueeze(1)
         self.state.clamp_(-1.0, 1.0)
         ended = torch.full((self.num_envs,), self.elapsed % 6 == 0, device="cpu")
-        return self.state, ended.float(), ended, ended & False, {"final_obs": self.state}
+        return self.state, ended.float(), ended, ended & False, {"final_obs": self.state.clone()}
 
 
 class LooksOnTheDevice:
@@ -290,7 +290,7 @@ class LearnsInTensors(LooksInTensors):
         out.square().sum().backward()
         self.optimizer.step()
         obs = self.network(obs.clone()).tanh()
-        return obs, obs.sum(1), terminated, truncated, {"final_obs": obs}
+        return obs, obs.sum(1), terminated, truncated, {"final_obs": obs.clone()}
 
 
 class WorldModel(LooksOnTheDevice):

@@ -162,7 +162,10 @@ def test_a_current_directory_that_has_been_deleted(tmp_path, monkeypatch):
     assert absolute(tmp_path, "--run-dir", None) == tmp_path
     default_runs(named, None)
     for config in (TrainConfig(), TrainConfig(run_dir="run"), TrainConfig(resume="run")):
-        with pytest.raises(UsageError, match=r"^--(run-dir|resume) runs?: the current directory has been deleted; give an abs"):
+        with pytest.raises(
+            UsageError,
+            match=r"^--(run-dir|resume) runs?: the working directory has been deleted; change to another one, or give an abs",
+        ):
             default_runs(with_absolute_paths(config, None), None)
 
 

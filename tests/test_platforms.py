@@ -116,7 +116,7 @@ def test_what_is_said_where_much_is_missing(told_elsewhere):
     """No compiler is one line; Ctrl-C says how to go on; the locale C spoils no text."""
     stdout, stderr, place = told_elsewhere
     assert "programs: eager, since compiling failed: there is no C++ compiler" in stdout
-    assert "stopped by SIGINT; go on with: python -m fastppo.train --resume stopped" in stdout
+    assert f"stopped by SIGINT; go on with: python -m fastppo.train --resume {place / 'stopped'}" in stdout
     assert stderr == "interrupted\n"
     assert len(read_rows(place / "stopped" / "metrics.csv")) == 3
     assert list((place / "grouped-caf\u00e9").glob("events.out.tfevents.*"))

@@ -5,6 +5,7 @@ are made and reset, and scripts without a main guard.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import random
@@ -22,7 +23,7 @@ from environments import Walk, WithProcess
 from test_grouped import is_running
 from tiny_runs import tiny
 
-from fastppo import UsageError, train
+from fastppo import UsageError, cores, train
 from fastppo.envs import check, grouped, probe, streams
 from fastppo.envs.check import try_copy
 from fastppo.envs.deadline import Deadline
@@ -30,6 +31,13 @@ from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ForkHangs
 
 # --- processes of their own
+
+
+def use_two_cores(monkeypatch):
+    """As a process that may use two cores, whatever this machine has and conftest.py sets."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.setattr(cores, "cpu_quota", lambda root: math.inf)
 
 
 @pytest.mark.parametrize("daemon", [True, False])
@@ -175,7 +183,7 @@ def test_a_fork_that_hangs_is_told_within_seconds():
 @pytest.mark.usefixtures("impatient")
 def test_an_evaluation_goes_on_in_one_process(tmp_path, capsys, monkeypatch):
     """Training in processes had started before the threads had, which its evaluation finds."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    use_two_cores(monkeypatch)
     monkeypatch.setattr(sys.modules[__name__], "POOL", ThreadPoolExecutor(1))
     result = train(tiny(tmp_path / "run", env_id="InProcesses-v0", vectorization="grouped", check_env=False, eval_episodes=3))
     assert result.summary["eval_episodes"] == 3
@@ -306,7 +314,7 @@ class Counted(Walk):
 )
 def test_environments_are_made_and_reset_once(vectorization, num_seeds, made, resets, tmp_path, monkeypatch):
     """Eight for training and a copy to try out, reset once where that is slow; of "auto" once more, in a trial of processes."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    use_two_cores(monkeypatch)
     monkeypatch.setattr(check, "SECONDS", 0.01)  # a reset of a hundredth of a second is slow
     monkeypatch.setattr(probe, "BETTER", 1e9)  # the trial is won, however busy the machine is
     monkeypatch.setattr(Counted, "path", str(tmp_path / "count"))

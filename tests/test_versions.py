@@ -12,7 +12,7 @@ from gymnasium.spaces import Box, Dict, Tuple
 
 import fastppo
 from fastppo.envs import grouped
-from fastppo.envs.check import _WatchedEnv
+from fastppo.envs.check import _Watch, _WatchedEnv
 from fastppo.envs.grouped import NumberedVectorEnv
 
 GENERIC_IN_THE_OLDEST = {"Env", "Wrapper", "VectorEnv", "Space"}
@@ -39,7 +39,9 @@ def test_no_class_takes_type_arguments_that_the_oldest_does_not():
     assert found <= GENERIC_IN_THE_OLDEST
 
 
-@pytest.mark.parametrize("wrapped", [lambda: NumberedVectorEnv([Walk]).envs[0], lambda: _WatchedEnv(Walk(), None)])
+@pytest.mark.parametrize(
+    "wrapped", [lambda: NumberedVectorEnv([Walk]).envs[0], lambda: _WatchedEnv(Walk(), _Watch(Walk().observation_space, ()))]
+)
 def test_metadata_of_a_class_is_never_written_to(wrapped):
     """Before 1.4 SyncVectorEnv writes its autoreset mode into the metadata of its first environment."""
     env = wrapped()

@@ -564,7 +564,8 @@ def _inductor_settings() -> tuple[Any, ...]:
 def _cpp_library() -> str:
     """The C++ library that this process has loaded, with its version: libstdc++.so.6.0.30. "" where that is not told."""
     with contextlib.suppress(OSError):
-        names = {Path(line.split()[-1]).name for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = {Path(line.split()[-1]).name for line in lines if "/" in line}
         return " ".join(sorted(name for name in names if name.startswith(("libstdc++.so", "libc++.so"))))
     return ""
 
@@ -573,7 +574,7 @@ def _cpp_library() -> str:
 def _compiler_version(compiler: str) -> str:
     """The first line of what it says of itself; "" where there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run([compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=10)
+        told = subprocess.run([compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace", timeout=10)
         return told.stdout.partition("\n")[0]
     return ""
 

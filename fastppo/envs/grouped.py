@@ -18,7 +18,6 @@ import contextlib
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -43,7 +42,16 @@ from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import masks_of, owner_of
 from fastppo.envs.streams import seed_streams
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, ForkHangs, NoAnswer, UsageError, located
-from fastppo.platforms import START_METHOD, interrupts_held, leave_signals_to_parent, poller, receive_byte, send_byte
+from fastppo.platforms import (
+    START_METHOD,
+    interrupts_held,
+    kill_group,
+    lead_group,
+    leave_signals_to_parent,
+    poller,
+    receive_byte,
+    send_byte,
+)
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
 
@@ -391,9 +399,8 @@ def _end(process: Any, commands: Connection | None, latest: float | None = None)
     process.join(CLOSE_SECONDS if latest is None else max(latest - time.monotonic(), 0.0))
     if process.is_alive():
         process.kill()  # an environment may hold on to SIGTERM
-    if hasattr(os, "killpg") and process.pid is not None:
-        with contextlib.suppress(OSError):  # nobody is left, as a rule
-            os.killpg(process.pid, signal.SIGKILL)
+    if process.pid is not None:
+        kill_group(process.pid)
     process.join()
 
 
@@ -402,7 +409,7 @@ def _computed(group: int | None) -> int | None:
     total = None
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
-            state, *fields = path.read_text().rpartition(")")[2].split()
+            state, *fields = path.read_text(encoding="utf-8").rpartition(")")[2].split()
             if int(fields[1]) == group:
                 if state in "RD":
                     return None
@@ -433,8 +440,7 @@ def _work(
 ) -> None:
     """The other process, from its start to its end."""
     rows, exchanged = share.rows, share.exchanged
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)  # what its environments start is ended with it
+    lead_group()  # what its environments start is ended with it
     leave_signals_to_parent()
     for end in parents:
         end.close()
@@ -494,8 +500,7 @@ def _end_with_parent() -> None:
     while parent.is_alive() and (os.name == "nt" or os.getppid() == parent.pid):
         parent.join(PARENT_SECONDS)
     time.sleep(CLOSE_SECONDS)
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)  # with what its environments have started
+    kill_group(0)  # with what its environments have started
     os._exit(1)
 
 
