@@ -281,7 +281,10 @@ def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadli
     """The one environment that --record-every draws; raises UsageError where there is none."""
     if given is not None:
         raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
-    return make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
+    try:
+        return make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
+    except UsageError as error:
+        raise UsageError(f"--record-every makes one more environment, with render_mode=rgb_array: {error}") from None
 
 
 def info_mask_size(envs: AutoresetEnvs) -> int | None:

@@ -266,7 +266,10 @@ class DeviceCollector:
         """
         started = time.perf_counter()
         before = self._remembered()
-        collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
+        try:
+            collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
+        except ENVIRONMENT_ERRORS as error:
+            raise environment_fault(error, "in the rollout") from error
         collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot tell that its results record gradients
         after, tensors = collected.running, self.tensors
         if self.memory is not None:

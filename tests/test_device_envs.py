@@ -11,9 +11,11 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from tiny_runs import tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastppo import TrainingFault, train
 from fastppo.envs.classic import CLASSIC, CartPole, Pendulum, PendulumState
 from fastppo.envs.device import Running, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.make_device import make_device_vec
@@ -650,3 +652,47 @@ def test_running_is_a_tree():
     envs.reset(seed=0)
     assert isinstance(envs.running, Running)
     assert all(isinstance(leaf, torch.Tensor) and leaf.shape[0] == 2 for leaf in tree_leaves(envs.running))
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Ends after four steps; says of which type an action was, and fails where it is told to."""
+
+    action_space: gym.Space
+    fails: bool = False
+    max_episode_steps: int | None = 4
+    num_random: ClassVar[int] = 1
+    observation_space: ClassVar[gym.Space] = Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, random):
+        return random, random
+
+    def step(self, state, action, random):
+        assert action.dtype == torch.from_numpy(np.empty(0, self.action_space.dtype)).dtype
+        if self.fails:
+            torch.randn(1)  # refused under vmap
+        ends = torch.zeros(len(random), dtype=torch.bool)
+        return random, random, torch.ones(len(random)), ends, ends.clone()
+
+
+@pytest.mark.parametrize(
+    "space",
+    [Discrete(3, start=4, dtype=np.int32), Discrete(2, dtype=np.uint8), Box(-1.0, 1.0, (2,), np.float64)],
+    ids=["int32", "uint8", "float64"],
+)
+def test_actions_have_the_spaces_own_dtype(space, tmp_path):
+    """In the wrapper's trial, in its steps and in training alike."""
+    envs = TorchVectorEnv(Typed(space), 4)
+    envs.reset(seed=0)
+    envs.step(envs.action_space.sample())
+    train(tiny(tmp_path / "run", num_envs=4), envs=envs)
+
+
+def test_what_raises_in_a_rollout_is_a_fault(tmp_path):
+    """With many seeds, which run under vmap: the environment's file and line, not a bare traceback."""
+    gym.register("Typed-v0", vector_entry_point=lambda num_envs: TorchVectorEnv(Typed(Discrete(2), fails=True), num_envs))
+    try:
+        with pytest.raises(TrainingFault, match=r"failed in the rollout: RuntimeError.*\(test_device_envs.py:\d+\)"):
+            train(tiny(tmp_path / "run", env_id="Typed-v0", num_seeds=2))
+    finally:
+        del gym.registry["Typed-v0"]

@@ -221,3 +221,26 @@ def test_a_video_of_atari(tmp_path, capsys):
     steps = int(capsys.readouterr().out.partition(f"{path}: return ")[2].split()[2])
     assert steps > 100
     assert len(read_video(path)[0]) == steps + 1
+
+
+def test_record_every_says_that_it_is_what_needs_one_more_environment(tmp_path):
+    """An environment that exists only once, or that takes no render_mode, cannot be recorded: the flag is named."""
+    alive = []
+
+    class Lone(gym.Wrapper):
+        def __init__(self, **kwargs):
+            if alive:
+                raise RuntimeError("one at a time")
+            alive.append(self)
+            super().__init__(gym.make("CartPole-v1"))
+
+        def close(self):
+            alive.clear()
+            super().close()
+
+    gym.register("Lone-v0", entry_point=lambda **kwargs: Lone(**kwargs))
+    try:
+        with pytest.raises(UsageError, match=r"--record-every makes one more environment.*one at a time"):
+            train(TrainConfig(**SMALL | {"env_id": "Lone-v0", "num_envs": 1}, record_every=1, run_dir=str(tmp_path / "run")))
+    finally:
+        del gym.registry["Lone-v0"]

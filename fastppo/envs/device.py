@@ -56,7 +56,7 @@ class DeviceEnv(Protocol):
 
     @property
     def action_space(self) -> gym.Space[Any]:
-        """Of one environment. Actions are float32 for a Box of floats and int64 otherwise; neither clipped nor checked."""
+        """Of one environment. Actions are of its own dtype; neither clipped nor checked."""
         ...
 
     @property
@@ -293,7 +293,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
 
 
 def _action_dtype(space: gym.Space[Any]) -> torch.dtype:
-    return torch.float32 if np.issubdtype(space.dtype, np.floating) else torch.int64
+    return torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
 def _obs_dtype(space: gym.Space[Any]) -> torch.dtype:
