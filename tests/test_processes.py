@@ -176,6 +176,7 @@ def test_a_fork_that_hangs_is_told_within_seconds():
 def test_an_evaluation_goes_on_in_one_process(tmp_path, capsys, monkeypatch):
     """Training in processes had started before the threads had, which its evaluation finds."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # of the tests: conftest.py
     monkeypatch.setattr(sys.modules[__name__], "POOL", ThreadPoolExecutor(1))
     result = train(tiny(tmp_path / "run", env_id="InProcesses-v0", vectorization="grouped", check_env=False, eval_episodes=3))
     assert result.summary["eval_episodes"] == 3
@@ -307,6 +308,7 @@ class Counted(Walk):
 def test_environments_are_made_and_reset_once(vectorization, num_seeds, made, resets, tmp_path, monkeypatch):
     """Eight for training and a copy to try out, reset once where that is slow; of "auto" once more, in a trial of processes."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # of the tests: conftest.py
     monkeypatch.setattr(check, "SECONDS", 0.01)  # a reset of a hundredth of a second is slow
     monkeypatch.setattr(probe, "BETTER", 1e9)  # the trial is won, however busy the machine is
     monkeypatch.setattr(Counted, "path", str(tmp_path / "count"))
