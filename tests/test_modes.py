@@ -152,7 +152,10 @@ class LooksInTensors(VectorEnv):
         self.state += 0.1 * actions.unsqueeze(1)
         self.state.clamp_(-1.0, 1.0)
         ended = torch.full((self.num_envs,), self.elapsed % 6 == 0, device="cpu")
-        return self.state, ended.float(), ended, ended & False, {"final_obs": self.state.clone()}
+        final_obs = self.state.clone()
+        if self.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP and self.elapsed % 6 == 0:
+            self.state[:] = -0.5
+        return self.state, ended.float(), ended, ended & False, {"final_obs": final_obs}
 
 
 class LooksOnTheDevice:

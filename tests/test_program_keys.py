@@ -179,6 +179,29 @@ def test_a_compiler_that_cannot_be_asked_is_no_fault(monkeypatch):
     assert native.compiler() == "no-such-compiler-anywhere"
 
 
+def test_cxx_may_hold_arguments(monkeypatch, tmp_path):
+    """Of `wrapper compiler -O1` the library is built with all words; an empty CXX is none; a path may hold a space."""
+    called = tmp_path / "called"
+    fake = tmp_path / "some compiler"
+    fake.write_text(f'#!/bin/sh\necho "$@" > {called}\n')
+    fake.chmod(0o700)
+    monkeypatch.setenv("CXX", f"'{fake}' g++ -O1")
+    assert native.has_compiler()
+    native.build(tmp_path / "library.so")
+    assert called.read_text().startswith("g++ -O1 -std=c++20")
+    script = native.single_file(native.compiler(), tmp_path)
+    assert script == str(tmp_path / "g++")
+    subprocess.run([script, "a b"], check=True)
+    assert called.read_text() == "g++ -O1 a b\n"
+    assert native.words_of(str(fake)) == [str(fake)]
+    assert native.single_file("clang++", tmp_path) == "clang++"
+    for empty in ("", " "):
+        monkeypatch.setenv("CXX", empty)
+        assert native.compiler() == "g++"
+    monkeypatch.setenv("CXX", "g++ 'unclosed")
+    assert not native.has_compiler()
+
+
 class Plain:
     def __init__(self, value):
         self.value = value

@@ -574,7 +574,8 @@ def _cpp_library() -> str:
 def _compiler_version(compiler: str) -> str:
     """The first line of what it says of itself; "" where there is none."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run([compiler, "--version"], capture_output=True, encoding="utf-8", errors="replace", timeout=10)
+        command = [*native.words_of(compiler), "--version"]
+        told = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
         return told.stdout.partition("\n")[0]
     return ""
 
@@ -668,6 +669,7 @@ def _build(program: Program, example: Example, build_dir: str, seeds: Seeds | No
         graph, inputs = _trace(program, _of_one_call(example, seeds), mapped)
         options = {
             **INDUCTOR_OPTIONS,
+            "cpp.cxx": (None, native.single_file(native.compiler(), Path(build_dir))),
             "aot_inductor.output_path": str(Path(build_dir, "program.so")),
             "aot_inductor.custom_ops_to_c_shims": native.declarations(),
         }

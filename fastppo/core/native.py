@@ -11,6 +11,8 @@ import ctypes
 import functools
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -111,13 +113,38 @@ def declarations() -> dict[Any, list[str]]:
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX, or g++."""
-    return os.environ.get("CXX", "g++")
+    """The C++ compiler: $CXX, or g++ where that is not set or empty."""
+    return os.environ.get("CXX", "").strip() or "g++"
+
+
+def words_of(compiler: str) -> list[str]:
+    """The compiler as the words of a command: CXX may hold arguments too, as for make ("ccache g++", "g++ -O1")."""
+    if shutil.which(compiler) is not None:  # a path with a space in it
+        return [compiler]
+    try:
+        return shlex.split(compiler)
+    except ValueError:  # a quotation mark without its second
+        return [compiler]
 
 
 def has_compiler() -> bool:
     """Whether there is one to build programs with. Those in the cache load without it."""
-    return shutil.which(compiler()) is not None
+    return shutil.which(words_of(compiler())[0]) is not None
+
+
+def single_file(compiler: str, directory: Path) -> str:
+    """The compiler as one word, as Inductor wants it; where it has more, a script in `directory`.
+
+    Inductor reads from the name of the file whether it is g++ or clang, so the script has that of the compiler.
+    """
+    words = words_of(compiler)
+    if words == [compiler] and compiler.split() == [compiler]:
+        return compiler
+    names = [Path(word).name for word in words]
+    script = directory / next((name for name in names if re.search(r"clang|g\+\+|gcc", name)), names[0])
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n', encoding="utf-8")
+    script.chmod(0o700)
+    return str(script)
 
 
 def build(library: Path) -> None:
@@ -125,7 +152,7 @@ def build(library: Path) -> None:
     torch_dir = Path(torch.__file__).parent
     this_processor = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"  # as clang has it
     command = [
-        *(compiler(), "-std=c++20", "-O3", this_processor, "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
+        *(*words_of(compiler()), "-std=c++20", "-O3", this_processor, "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
         "-fno-trapping-math",  # or loops with a clamp in them are no vectors
         *(str(SOURCE), "-o", str(library), f"-L{torch_dir / 'lib'}", f"-Wl,-rpath,{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
     ]
