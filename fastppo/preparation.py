@@ -31,6 +31,7 @@ from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.drawn import make_drawn
+from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.probe import Choice, choose_vectorization
 from fastppo.envs.seeds import SeedsVectorEnv, many
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
@@ -53,6 +54,10 @@ from fastppo.tiers import Job
 ROWS_PER_PASS = 1024
 MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
 MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
+COPIED_GENERATOR = (
+    "check: if its module has a random generator, each process has a copy of it, and environments of two processes may be alike: "
+    "use --vectorization sync, or draw from self.np_random"
+)
 ENDLESS_SECONDS = 86_400.0  # --env-timeout 0, for ranks that wait for one another
 
 
@@ -174,6 +179,8 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
         obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
         findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
+        if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
+            findings.append(COPIED_GENERATOR)
     drawn = None
     if config.record_every is not None and ranks.is_main:
         drawn = make_recorded(config, given, deadline)

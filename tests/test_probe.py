@@ -13,7 +13,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from environments import Walk
+from tiny_runs import tiny
 
+from fastppo import train
 from fastppo.envs import grouped
 from fastppo.envs.check import Tried, try_copy
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
@@ -28,6 +30,7 @@ from fastppo.envs.probe import (
     step_seconds,
 )
 from fastppo.errors import UsageError
+from fastppo.preparation import COPIED_GENERATOR
 from fastppo.random_streams import Stream, seed_of
 
 
@@ -281,3 +284,14 @@ def test_copied_generators_are_noticed(env_fn, alike, num_envs, num_groups, size
     assert start_alike(envs, size, varies=True) == alike
     assert not start_alike(envs, size, varies=False)
     envs.close()
+
+
+def test_a_generator_that_processes_may_copy_is_told(tmp_path, capsys):
+    """Where processes were asked for, they are kept, and a line says what they may have in common; one has nothing to say."""
+    gym.register("OfTheModule-v0", OfTheModule, kwargs={"seconds": 0.0}, disable_env_checker=True)
+    settings = {"num_envs": 4, "num_threads": 2}
+    for vectorization, number in (("grouped", 1), ("async", 1), ("sync", 0)):
+        train(tiny(tmp_path / vectorization, env_id="OfTheModule-v0", vectorization=vectorization, **settings))
+        assert capsys.readouterr().out.splitlines().count(COPIED_GENERATOR) == number
+    train(tiny(tmp_path / "walk", env_id="environments:Walk-v0", vectorization="grouped", **settings))
+    assert COPIED_GENERATOR not in capsys.readouterr().out

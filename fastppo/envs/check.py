@@ -105,6 +105,7 @@ class Tried:
     computing: float = 1.0  # share of these seconds in which this process computed, and did not wait
     mask_size: int | None = None  # numbers in its info's action_mask; None: there is none
     varies: bool = False  # it is known to start in different ways
+    repeats: bool = True  # reset twice with one seed it has started alike
 
     @property
     def ran(self) -> bool:
@@ -209,7 +210,8 @@ def _tried(copies: VectorEnv, watch: "_Watch", num_envs: int) -> Tried:
             watch.warn("slow", f"gymnasium's checker is left out: with {GYMNASIUM_RESETS} resets it would take {seconds:.1f} s")
     step_seconds = statistics.median(watch.seconds)
     computing = min(statistics.median(watch.cpu_seconds) / max(step_seconds, 1e-9), 1.0)  # a clock may be coarse
-    return Tried(tuple(watch.found.values()), True, step_seconds, computing, times.mask_size, times.varies)
+    found = tuple(watch.found.values())
+    return Tried(found, True, step_seconds, computing, times.mask_size, times.varies, times.repeats)
 
 
 # --- what each call returns
@@ -417,6 +419,7 @@ class _Times:
     masked: bool
     mask_size: int | None  # see Tried
     varies: bool
+    repeats: bool
 
 
 def _try_out(envs: VectorEnv, watch: _Watch, seeded: bool, num_envs: int = 0) -> _Times | None:
@@ -442,7 +445,7 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, num_envs
     space = envs.envs.single_observation_space
     obs, mask = envs.reset_and_mask(SEED if seeded else None)
     mask_size = None if mask is None else math.prod(mask.shape[1:])
-    reset_seconds, varies = time.perf_counter() - started, False
+    reset_seconds, varies, repeats = time.perf_counter() - started, False, True
     drawn_from, seeded_by_env = set(moved_streams(streams, states_of_streams())), set[str]()
     if seeded and reset_seconds < SECONDS:
         first, streams = arrays_of(obs, space), states_of_streams()
@@ -451,7 +454,8 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, num_envs
         obs, mask = envs.reset_and_mask(SEED)
         reset_seconds = time.perf_counter() - again  # without what is made once
         seeded_by_env = set(streams) - set(moved_streams(streams, states_of_streams()))
-        varies = not _equal(first, arrays_of(obs, space))
+        repeats = _equal(first, arrays_of(obs, space))
+        varies = not repeats
         if varies:
             watch.warn("seed", "reset with the same seed twice gave two different first observations: runs cannot be repeated")
         if envs.num_envs > 1 and _alike(first):
@@ -464,7 +468,7 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, num_envs
     step_seconds, masked = _steps(envs, watch, seeded, obs, mask)
     drawn_from |= set(moved_streams(streams, states_of_streams()))
     _streams_told(watch, drawn_from - seeded_by_env)
-    return _Times(reset_seconds, step_seconds, masked, mask_size, varies)
+    return _Times(reset_seconds, step_seconds, masked, mask_size, varies, repeats)
 
 
 def _steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, obs: Any, mask: Any) -> tuple[float, bool]:
