@@ -55,8 +55,8 @@ ROWS_PER_PASS = 1024
 MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
 MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
 COPIED_GENERATOR = (
-    "check: if its module has a random generator, each process has a copy of it, and environments of two processes may be alike: "
-    "use --vectorization sync, or draw from self.np_random"
+    "check: if its module has a random generator, each process has a copy of it, and environments of two processes may be "
+    "alike: use --vectorization sync, or draw from self.np_random"
 )
 ENDLESS_SECONDS = 86_400.0  # --env-timeout 0, for ranks that wait for one another
 

@@ -467,7 +467,7 @@ def _resets_and_steps(envs: AutoresetEnvs, watch: _Watch, seeded: bool, num_envs
     streams = states_of_streams()
     step_seconds, masked = _steps(envs, watch, seeded, obs, mask)
     drawn_from |= set(moved_streams(streams, states_of_streams()))
-    _streams_told(watch, drawn_from - seeded_by_env)
+    _streams_told(envs, watch, drawn_from - seeded_by_env)
     return _Times(reset_seconds, step_seconds, masked, mask_size, varies, repeats)
 
 
@@ -547,13 +547,15 @@ def _statistics(envs: Any, watch: _Watch) -> None:
         envs = inside[0] if inside else getattr(envs, "env", None)
 
 
-def _streams_told(watch: _Watch, drawn_from: set[str]) -> None:
+def _streams_told(envs: AutoresetEnvs, watch: _Watch, drawn_from: set[str]) -> None:
     if drawn_from:
         watch.found.pop("seed", None)  # which is why
+        # functions on tensors are given their random numbers (envs/device.py)
+        on_device = hasattr(getattr(envs.envs.unwrapped, "env", None), "num_random")
         watch.warn(
             "streams",
             f"it draws from {' and '.join(sorted(drawn_from))}, which --seed does not reach, so a run cannot be repeated: "
-            "draw from self.np_random",
+            + ("use the argument random" if on_device else "draw from self.np_random"),
         )
 
 
