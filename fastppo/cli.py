@@ -112,7 +112,8 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     except OSError as error:  # a name that is too long, or a loop of links
         raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
     if not found:
-        raise UsageError(f"--resume {resume}: there is no checkpoint in it to go on from")
+        why = "there is no checkpoint in it to go on from" if run_dir.exists() else "there is no such directory"
+        raise UsageError(f"--resume {resume}: {why}")
     _refuse_ways_out(run_dir)
     try:
         before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=str(run_dir), run_dir=str(run_dir))

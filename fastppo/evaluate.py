@@ -337,7 +337,10 @@ def _main(args: Sequence[str]) -> None:
     result = played(agent, config, settings.episodes, *how, trained=trained, max_steps=settings.max_steps)
     if result["episodes"]:
         mean, spread = result["return_mean"], result["return_std"] / math.sqrt(result["episodes"])
-        print(f"{config.env_id}: return {mean:.2f} +- {spread:.2f} (standard error of {result['episodes']} episodes)")
+        error = (
+            f" +- {spread:.2f} (standard error of {result['episodes']} episodes)" if result["episodes"] > 1 else " in 1 episode"
+        )
+        print(f"{config.env_id}: return {mean:.2f}{error}")
     else:
         print(f"{config.env_id}: no return; --max-steps allows more steps")
         result = {**result, "return_mean": None, "return_std": None}

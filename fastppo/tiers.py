@@ -32,6 +32,7 @@ from fastppo.core.programs import Learned, Normalization
 from fastppo.core.seeds import Seeds, one_by_one, over_seeds
 from fastppo.platforms import user_number
 from fastppo.ranks import ALONE, Ranks
+from fastppo.run.display import duration
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
 # Compiled programs are built in the background if the eager run would take so many times as long. Where the environments are
@@ -141,7 +142,7 @@ class Tiers:
                     )
                     self._waiting.clear()
                 else:
-                    self._note(f"programs: {seconds_left:.0f} s to go, so they are compiled in the background")
+                    self._note(f"programs: {duration(seconds_left)} left, so they are compiled in the background")
                     self._started = time.perf_counter()
             if self._decided and self._building is None and self._waiting:
                 name = self._waiting.pop(0)

@@ -98,7 +98,7 @@ def lines_of(capsys):
         (["--device", "cuda:01"], ["--device", "cuda:N"]),
         (["--device", "cuda:99999999999999999999"], ["--device", "cuda:N"]),
         # directories
-        (["--resume", "nowhere"], ["--resume nowhere"]),
+        (["--resume", "nowhere"], ["--resume nowhere: there is no such directory"]),
         (["--resume", 300 * "x"], ["--resume xxx", "too long"]),
         (["--run-dir", ""], ["--run-dir", "name of a directory"]),  # as a shell's unset variable gives it
         (["--run-dir", "\ud800"], ["--run-dir", "name of a directory"]),  # half a letter
