@@ -13,7 +13,7 @@ def speeds(benchmark_script, monkeypatch):
     ours, theirs = [], []
     monkeypatch.setattr(benchmark_script, "run_fastppo", lambda *_, **__: {"fastest_sps": ours.pop(0)})
     monkeypatch.setattr(benchmark_script, "run_yardstick", lambda *_: {"fastest_sps": theirs.pop(0)})
-    monkeypatch.setattr(benchmark_script, "FLOORS", {"cartpole8": 5.0})
+    monkeypatch.setattr(benchmark_script, "FLOORS", {("Vendor", 1): {"cartpole8": 5.0}})
     return ours, theirs
 
 
@@ -42,3 +42,14 @@ def test_a_further_attempt_adds_to_both_sides(benchmark_script, speeds, capsys):
     out = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[-1] for line in out] == ["measured again", "FAILED"]
     assert all("4.00 times the yardstick, floor 5.0" in line for line in out)
+
+
+def test_floors_are_those_of_the_processor(benchmark_script, monkeypatch, tmp_path):
+    """By vendor and family; the lowest of all where the processor is not known, or the system does not tell."""
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nvendor_id\t: V\ncpu family\t: 2\nflags\t: a b\n\nprocessor\t: 1\nvendor_id\t: W\n"
+    )
+    assert benchmark_script.processor(tmp_path / "cpuinfo") == ("V", 2)
+    assert benchmark_script.processor(tmp_path / "none") is None
+    monkeypatch.setattr(benchmark_script, "FLOORS", {("V", 1): {"cartpole8": 5.0}, ("V", 2): {"cartpole8": 4.0}})
+    assert [benchmark_script.floor_of("cartpole8", who) for who in (("V", 1), ("V", 2), ("V", 3), None)] == [5.0, 4.0, 4.0, 4.0]
