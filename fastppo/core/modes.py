@@ -80,14 +80,7 @@ def ours(function: Callable[P, R]) -> Callable[P, R]:
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which is called many times under the settings of now: nothing around it where they are plain."""
-    if is_plain():
-        return function
-
-    def call(*args: Any) -> Any:
-        with plain():
-            return function(*args)
-
-    return call
+    return function if is_plain() else under(plain, function)
 
 
 def under(mode: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:

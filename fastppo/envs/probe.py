@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.atari import is_atari
 from fastppo.envs.check import Tried, try_copy
+from fastppo.envs.check_ends import leaves
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.make import default_vectorization, make_vec, num_processes
 from fastppo.envs.streams import untouched_streams
@@ -105,11 +105,11 @@ def start_alike(envs: VectorEnv, size: int, varies: bool, deadline: Deadline = N
 
     They do in every reset where a generator of the environment's module was copied by the fork, and no reset seeds it.
     """
+    space, number = envs.single_observation_space, min(size, envs.num_envs - size)
     for seed in range(ALIKE_RESETS):
         with deadline:
             obs, _ = envs.reset(seed=environment_seed(seed, Stream.PROBE_ENVIRONMENTS))
-        number = min(size, envs.num_envs - size)
-        if not varies or not all((leaf[:number] == leaf[size : size + number]).all() for leaf in _leaves(obs)):
+        if not varies or not all((leaf[:number] == leaf[size : size + number]).all() for leaf in leaves(obs, space)):
             return False
     return True
 
@@ -124,12 +124,6 @@ def step_seconds(envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> float:
             envs.step(envs.action_space.sample())
         steps += 1
     return (time.perf_counter() - started) / steps
-
-
-def _leaves(obs: Any) -> list[np.ndarray[Any, Any]]:
-    if isinstance(obs, Mapping):
-        return [leaf for part in obs.values() for leaf in _leaves(part)]
-    return [leaf for part in obs for leaf in _leaves(part)] if isinstance(obs, tuple) else [obs]
 
 
 def _close(envs: VectorEnv | None, deadline: Deadline) -> None:
