@@ -335,7 +335,7 @@ class BackgroundCompile:
             raise CompileError(_DIFFERS)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from fastppo.core.compilation import _serve; _serve()"],
+                [sys.executable, "-c", f"from {__name__} import _serve; _serve()"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
