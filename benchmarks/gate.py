@@ -27,7 +27,7 @@ FLOORS = {
 TIMESTEPS = {"cartpole8": (60_000, 15_000), "device8": (300_000, 15_000), "device1024": (2_000_000, 1_000_000)}  # ours, theirs
 
 PLANTED = """
-import time, sys, fastppo.rollout as rollout, fastppo.train as train
+import time, sys, fastppo.rollout.collectors as rollout, fastppo.train as train
 ended = []
 def slowed(collect):
     def slow_collect(self, *args, **kwargs):

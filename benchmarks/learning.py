@@ -21,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from fastppo.statistics import bootstrap_interval, interquartile_mean
+from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
 # Mean returns that others report for PPO, each with its steps. The zoo's: one agent each, evaluated deterministically (Atari:
 # sampled), MuJoCo v3, LunarLander v2: https://github.com/DLR-RM/rl-baselines3-zoo/blob/22e3ff2/benchmark.md

@@ -12,10 +12,10 @@ from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
 
 if TYPE_CHECKING:
-    from fastppo.agent_run import TrainResult
-    from fastppo.loading import load_policy
-    from fastppo.loop import train
+    from fastppo.analysis.loading import load_policy
     from fastppo.presets import load_preset, preset_for
+    from fastppo.training.loop import train
+    from fastppo.training.training_run import TrainResult
 
 __all__ = [
     "Callback",
@@ -34,15 +34,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """The names that need torch or gymnasium, imported when first asked for."""
     if name == "train":
-        from fastppo.loop import train
+        from fastppo.training.loop import train
 
         return train
     if name == "TrainResult":
-        from fastppo.agent_run import TrainResult
+        from fastppo.training.training_run import TrainResult
 
         return TrainResult
     if name == "load_policy":
-        from fastppo.loading import load_policy
+        from fastppo.analysis.loading import load_policy
 
         return load_policy
     if name in ("load_preset", "preset_for"):

@@ -1,4 +1,4 @@
-"""The cache of compiled programs, `fastppo cache list` and `fastppo cache clear`. What it holds is in core/cache.py."""
+"""List and remove compiled programs: `fastppo cache list`, `fastppo cache clear`. The files are compile/library_cache.py's."""
 
 import math
 import sys
@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastppo.cli import parse, printable, run
-from fastppo.core import cache
+from fastppo.cli import parse, run
+from fastppo.compile import library_cache
 from fastppo.errors import UsageError
+from fastppo.system.text import printable
 
 HEAD = ("program", "MiB", "age", "last used", "torch")
 
@@ -27,7 +28,7 @@ class CacheConfig:
     """For clear: only programs that were not used for so many days."""
 
 
-def table(entries: Sequence[cache.Entry], now: float) -> list[str]:
+def table(entries: Sequence[library_cache.Entry], now: float) -> list[str]:
     """HEAD, and a line for each entry. now: seconds since 1970."""
     rows = [HEAD]
     for entry in entries:
@@ -43,7 +44,7 @@ def _days(seconds: float) -> str:
     return f"{days} day{'s' * (days != 1)}"
 
 
-def _sum(entries: Sequence[cache.Entry]) -> str:
+def _sum(entries: Sequence[library_cache.Entry]) -> str:
     size = sum(entry.num_bytes for entry in entries) / 2**20
     return f"{len(entries)} librar{'y' if len(entries) == 1 else 'ies'}, {size:.1f} MiB"
 
@@ -55,14 +56,14 @@ def _main(args: Sequence[str]) -> None:
         raise UsageError(f"--older-than {days:g} is for clear: list shows all programs")
     if days is not None and not 0 <= days < math.inf:
         raise UsageError(f"--older-than {days:g} must be a number of days, 0 or more")
-    from fastppo.tiers import cache_dir  # imports torch: --help and wrong flags do not wait for it
+    from fastppo.compile.selector import cache_dir  # imports torch: --help and wrong flags do not wait for it
 
     path: Path = cache_dir()
     if settings.action == "list":
-        entries = cache.entries(path)
+        entries = library_cache.entries(path)
         lines = [*table(entries, time.time()), f"{_sum(entries)}, in {path}"]
     else:
-        lines = [f"{_sum(cache.clear(path, 86_400 * (days or 0.0)))}, removed from {path}"]
+        lines = [f"{_sum(library_cache.clear(path, 86_400 * (days or 0.0)))}, removed from {path}"]
     print(printable("\n".join(lines)))
 
 

@@ -20,11 +20,12 @@ import tyro
 
 from fastppo.config import TrainConfig, check_resumable, flag, with_absolute_paths
 from fastppo.errors import RankLost, TrainingFault, UsageError
-from fastppo.paths import absolute, current_directory, leave_deleted_directory
-from fastppo.platforms import SIGPIPE, open_standard_streams
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.run.files import is_inside
+from fastppo.system.paths import absolute, current_directory, leave_deleted_directory
+from fastppo.system.platforms import SIGPIPE, open_standard_streams
+from fastppo.system.text import printable
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that says why they all end: torchrun ends them once one of them has left
@@ -89,11 +90,6 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
     with contextlib.suppress(OSError):  # the same disk may be behind stderr
         print(printable(message), file=sys.stderr, flush=True)
     return code
-
-
-def printable(message: str) -> str:
-    """The message without what a terminal would obey: it may quote a file from somebody else."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
 
 
 def parse_train(args: Sequence[str]) -> TrainConfig:

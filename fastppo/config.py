@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.errors import UsageError, nearest
-from fastppo.paths import absolute
+from fastppo.system.paths import absolute
 
 MAX_JSON_BYTES = 2**20  # of a file of settings or results; config.json has two thousand
 MAX_BATCH_SIZE = 2**31 - 1

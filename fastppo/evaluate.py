@@ -22,8 +22,8 @@ from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import Deadline
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environment_fault
-from fastppo.paths import absolute, current_directory
 from fastppo.random_streams import Stream, environment_seed, seed_of
+from fastppo.system.paths import absolute, current_directory
 
 if TYPE_CHECKING:
     from gymnasium.vector import VectorEnv
@@ -250,7 +250,7 @@ def _made_for(config: TrainConfig, episodes: int, deadline: Deadline) -> "Vector
 @contextlib.contextmanager
 def _drawn(config: TrainConfig) -> Iterator[AutoresetEnvs]:
     """The run's environment, one that can be looked at. Raises UsageError where there is none."""
-    from fastppo.envs.drawn import make_drawn
+    from fastppo.envs.render import make_drawn
 
     with contextlib.closing(Deadline(config.env_timeout)) as deadline:
         atari = atari_settings(config)
@@ -269,8 +269,8 @@ def show_episodes(
     max_steps: int | None = None,
 ) -> dict[str, Any]:
     """`evaluate_config` in a window, one episode after another. Raises UsageError where there is no display."""
-    from fastppo.envs.drawn import frames_per_second
-    from fastppo.video import check_display, play, window
+    from fastppo.analysis.video import check_display, play, window
+    from fastppo.envs.render import frames_per_second
 
     check_display()
     agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
@@ -296,7 +296,7 @@ def record_episodes(
     trained: int = 0,
 ) -> list[Path]:
     """Videos `name`-episode-0`suffix` and so on, and a printed line on each; raises UsageError for what cannot be drawn."""
-    from fastppo.video import record
+    from fastppo.analysis.video import record
 
     paths = [name.with_name(f"{name.name}-episode-{index}{suffix}") for index in range(episodes)]
     agent.seed(seed_of(seed, Stream.VIDEO_ACTIONS))
@@ -316,8 +316,8 @@ def _main(args: Sequence[str]) -> None:
     config = read_run_config(directory)
     import torch  # here, so that --help and wrong flags do not wait for it
 
-    from fastppo.loading import agent_from_checkpoint
-    from fastppo.run.checkpoint import load_checkpoint
+    from fastppo.analysis.loading import agent_from_checkpoint
+    from fastppo.run.checkpoint_file import load_checkpoint
 
     torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
     path = directory / "checkpoints" / f"{settings.checkpoint}.pt"
@@ -326,7 +326,7 @@ def _main(args: Sequence[str]) -> None:
     how, trained = (settings.seed, settings.deterministic), int(checkpoint["global_step"])
     videos = []
     if settings.video is not None:
-        from fastppo.video import choose_suffix
+        from fastppo.analysis.video import choose_suffix
 
         suffix, remark = choose_suffix(settings.video)
         if remark is not None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastppo.cli import parse, run
 from fastppo.errors import TrainingFault, UsageError, brief
-from fastppo.paths import absolute, current_directory
+from fastppo.system.paths import absolute, current_directory
 
 if TYPE_CHECKING:
     import gymnasium as gym
@@ -340,7 +340,7 @@ def _main(args: Sequence[str]) -> None:
         _check(absolute(output, "--output", current_directory()), settings.format)
     import torch  # here, so that --help and wrong flags do not wait for it
 
-    from fastppo.loading import load_policy
+    from fastppo.analysis.loading import load_policy
 
     torch.set_num_threads(1)
     print(export_policy(load_policy(settings.run_dir, settings.checkpoint), output, settings.format))

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from fastppo.cli import parse, printable, run
+from fastppo.analysis.run_groups import Group, find_runs, group_runs, read_run
+from fastppo.cli import parse, run
 from fastppo.errors import UsageError, nearest
-from fastppo.groups import Group, find_runs, group_runs, read_run
-from fastppo.paths import absolute, current_directory
 from fastppo.run.files import file_name, replace_file
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
+from fastppo.system.paths import absolute, current_directory
+from fastppo.system.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastppo.cores import machine_cores
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
+from fastppo.system.cpus import machine_cores
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store  # which some builds of torch lack

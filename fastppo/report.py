@@ -14,12 +14,13 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from fastppo.cli import help_texts, parse, printable, run
+from fastppo.analysis.run_groups import LARGEST, Group, Run, read_run, setting_text
+from fastppo.cli import help_texts, parse, run
 from fastppo.config import TrainConfig, read_json
 from fastppo.errors import UsageError
-from fastppo.groups import LARGEST, Group, Run, read_run, setting_text
 from fastppo.plot import LOSSES, PALETTE, RETURN, draw_page, inked, render
 from fastppo.run.files import is_inside, replace_file
+from fastppo.system.text import printable
 
 MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of a page together
 MAX_FAULT_LETTERS = 2**16

@@ -26,20 +26,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.table import Table
 
+from fastppo.analysis.search_space import OF_THE_SWEEP, Space, built_in_space, read_space, to_settings
 from fastppo.cli import parse, parse_train, run
 from fastppo.config import TrainConfig, flag
-from fastppo.cores import available_cores
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
-from fastppo.paths import absolute, current_directory
-from fastppo.platforms import own_group
 from fastppo.random_streams import Stream, seed_of
-from fastppo.run.display import duration, number
+from fastppo.run.display import number
 from fastppo.run.files import file_name, lock_directory, replace_file
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
 from fastppo.run.signals import StopSignals
-from fastppo.search_space import OF_THE_SWEEP, Space, built_in_space, read_space, to_settings
+from fastppo.system.cpus import available_cores
+from fastppo.system.paths import absolute, current_directory
+from fastppo.system.platforms import own_group
+from fastppo.system.text import duration
 
 if TYPE_CHECKING:
     import optuna
@@ -71,7 +72,7 @@ class SweepConfig:
     steps: int | None = None
     """Total timesteps of each seed; default: those of the preset."""
     space: str | None = None
-    """What is searched, a .json or .toml file: see fastppo/search_space.py. Default: a space after the RL Zoo's."""
+    """What is searched, a .json or .toml file: see fastppo/analysis/search_space.py. Default: a space after the RL Zoo's."""
     study_dir: str | None = None
     """Directory of the study and its runs; default sweeps/<env>."""
     jobs: int = 1

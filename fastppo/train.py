@@ -1,4 +1,4 @@
-"""The command line of training: `python -m fastppo.train --num-envs 8`. The loop itself is in loop.py."""
+"""The command line of training: `python -m fastppo.train --num-envs 8`. The loop itself is in training/loop.py."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from fastppo.config import default_runs
 from fastppo.envs.atari import is_atari
 from fastppo.envs.envpool import task_of
 from fastppo.envs.make import find_spec
-from fastppo.paths import current_directory
+from fastppo.system.paths import current_directory
 
 
 def _main(args: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def _main(args: Sequence[str]) -> None:
         # OpenMP's threads would keep a core busy for a millisecond after each operation, and these environments have threads of
         # their own that want it: Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from fastppo.loop import train_in  # imports torch: --help and wrong flags do not wait for it
+    from fastppo.training.loop import train_in  # imports torch: --help and wrong flags do not wait for it
 
     train_in(runs, config)
 
@@ -37,7 +37,7 @@ class _CallableModule(ModuleType):
     """`from fastppo import train` gives this module once it has been imported, the function before: both can be called."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        from fastppo.loop import train
+        from fastppo.training.loop import train
 
         return train(*args, **kwargs)
 

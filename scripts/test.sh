@@ -7,7 +7,7 @@ if [ $# -eq 0 ]; then
     "$python" -P -m ruff check --config pyproject.toml .
     "$python" -P -m ruff format --config pyproject.toml --check .
     "$python" -P -m mypy --config-file pyproject.toml
-    workers=$("$python" -P -c "from fastppo.cores import available_cores; print(available_cores())")
+    workers=$("$python" -P -c "from fastppo.system.cpus import available_cores; print(available_cores())")
     set -- -n "$workers" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -P -m pytest --config-file pyproject.toml --confcutdir tests "$@"

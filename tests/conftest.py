@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.core import native
+from fastppo.compile import native
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
@@ -71,9 +71,9 @@ def _own_cache(tmp_path_factory):
 def _no_pictures():
     """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see tiny_runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.agent_run.plot_curves", lambda *_: None)
-        patched.setattr("fastppo.seeds.draw_page", lambda *_, **__: None)
-        patched.setattr("fastppo.seeds.render", lambda *_: b"")
+        patched.setattr("fastppo.training.training_run.plot_curves", lambda *_: None)
+        patched.setattr("fastppo.training.multi_seed.draw_page", lambda *_, **__: None)
+        patched.setattr("fastppo.training.multi_seed.render", lambda *_: b"")
         yield
 
 

@@ -14,8 +14,8 @@ from tiny_runs import tiny
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, View, load_policy, train
 from fastppo.envs.make_device import make_device_vec
-from fastppo.run.checkpoint import load_checkpoint
-from fastppo.run.metrics import read_rows
+from fastppo.run.checkpoint_file import load_checkpoint
+from fastppo.run.metrics_file import read_rows
 
 
 class Recorder(Callback):

@@ -16,7 +16,7 @@ from fastppo.envs.make import make_vec
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import HostCollector, allocate_rollout
+from fastppo.rollout.collectors import HostCollector, allocate_rollout
 
 MODES = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))

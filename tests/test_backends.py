@@ -215,7 +215,7 @@ def test_envpools_threads_are_tied_where_each_core_has_one(num_envs, cores, allo
     pytest.importorskip("envpool")
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: allowed, raising=False)
-    monkeypatch.setattr("fastppo.cores.cpu_quota", lambda root: 99.0)
+    monkeypatch.setattr("fastppo.system.cpus.cpu_quota", lambda root: 99.0)
     monkeypatch.delenv("OMP_NUM_THREADS")
     for own, offset in (({}, 0 if tied else -1), ({"thread_affinity_offset": 1}, 1)):
         envs = make_envpool("CartPole-v1", num_envs, own, AtariSettings())

@@ -9,7 +9,7 @@ from tiny_runs import tiny
 from fastppo import train
 from fastppo.evaluate import evaluate_config
 from fastppo.run.best import BestPolicy
-from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.episodes import EpisodeStatistics, Finished
 
 

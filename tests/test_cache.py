@@ -11,8 +11,8 @@ import torch
 from test_compilation import CATEGORICAL_POLICY, job
 
 from fastppo.__main__ import console
-from fastppo.core import cache, compilation, native
-from fastppo.core.compilation import (
+from fastppo.compile import inductor, library_cache, native
+from fastppo.compile.inductor import (
     BackgroundCompile,
     CompileError,
     LoadError,
@@ -31,15 +31,15 @@ def put(cache_dir, key, size=10, days=0.0, now=NOW):
     """A library of `size` bytes that was used so many days ago."""
     new = cache_dir / "new"
     new.write_bytes(key.encode().ljust(size, b"."))
-    cache.keep(new, cache_dir, key, ABOUT)
-    library = cache.find(cache_dir, key)
+    library_cache.keep(new, cache_dir, key, ABOUT)
+    library = library_cache.find(cache_dir, key)
     os.utime(library, (now - days * DAY,) * 2)
     return library
 
 
 def kept(cache_dir):
     """The keys in the cache, the one used last first."""
-    return [entry.path.name.split("-")[0] for entry in cache.entries(cache_dir)]
+    return [entry.path.name.split("-")[0] for entry in library_cache.entries(cache_dir)]
 
 
 # --- bounds
@@ -48,9 +48,9 @@ def kept(cache_dir):
 def test_what_is_kept_is_found_with_what_it_is(tmp_path):
     """Under its key alone, and with its description."""
     library = put(tmp_path, "one", days=3)
-    assert cache.find(tmp_path, "one") == library
-    assert cache.find(tmp_path, "on") is None
-    (entry,) = cache.entries(tmp_path)
+    assert library_cache.find(tmp_path, "one") == library
+    assert library_cache.find(tmp_path, "on") is None
+    (entry,) = library_cache.entries(tmp_path)
     assert (entry.path, entry.num_bytes, entry.used) == (library, 10, NOW - 3 * DAY)
     assert (entry.program, entry.torch) == (ABOUT["program"], ABOUT["torch"])
     assert entry.built == pytest.approx(time.time(), abs=600)
@@ -60,12 +60,12 @@ def test_the_least_recently_used_go_first(tmp_path):
     """Until the rest fits; the one used last stays even where it is too large alone."""
     for age, key in enumerate("abcde"):
         put(tmp_path, key, days=age)
-    removed = cache.trim(tmp_path, max_bytes=30, max_unused=100 * DAY, now=NOW)
+    removed = library_cache.trim(tmp_path, max_bytes=30, max_unused=100 * DAY, now=NOW)
     assert [entry.path.name[0] for entry in removed] == ["d", "e"]
     assert kept(tmp_path) == ["a", "b", "c"]
     assert len(list(tmp_path.iterdir())) == 6  # their descriptions have gone too
-    cache.touch(next(tmp_path.glob("c-*.so")))
-    cache.trim(tmp_path, max_bytes=5, now=NOW)
+    library_cache.touch(next(tmp_path.glob("c-*.so")))
+    library_cache.trim(tmp_path, max_bytes=5, now=NOW)
     assert kept(tmp_path) in (["a"], ["c"])
 
 
@@ -73,16 +73,16 @@ def test_what_nobody_uses_goes(tmp_path):
     """After so long, however much room there is."""
     for age, key in ((0, "new"), (80, "old"), (91, "older")):
         put(tmp_path, key, days=age)
-    cache.trim(tmp_path, now=NOW)
+    library_cache.trim(tmp_path, now=NOW)
     assert kept(tmp_path) == ["new", "old"]
 
 
 def test_the_cache_does_not_grow_for_ever(tmp_path, monkeypatch):
     """Every build makes room; what a load has used is used last."""
-    monkeypatch.setattr(cache, "trim", partial(cache.trim, max_bytes=30))
+    monkeypatch.setattr(library_cache, "trim", partial(library_cache.trim, max_bytes=30))
     for key in ("a", "b", "c"):
         put(tmp_path, key, now=time.time() - 1000, days=1)
-    cache.touch(cache.find(tmp_path, "a"))
+    library_cache.touch(library_cache.find(tmp_path, "a"))
     put(tmp_path, "d", now=time.time())
     assert {"a", "d"} < set(kept(tmp_path))
     assert len(kept(tmp_path)) == 3
@@ -99,9 +99,9 @@ def test_what_a_killed_build_leaves_is_removed(tmp_path):
     (tmp_path / f"one-{'0' * 64}.json").write_text("{}")  # of a library that has gone
     (tmp_path / "notes.json").write_text("{}")
     (tmp_path / "mine.so").write_bytes(b"")
-    assert cache.find(tmp_path, "one") is None
-    assert cache.entries(tmp_path) == []
-    cache.trim(tmp_path, now=NOW)
+    assert library_cache.find(tmp_path, "one") is None
+    assert library_cache.entries(tmp_path) == []
+    library_cache.trim(tmp_path, now=NOW)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build-2", "mine.so", "notes.json"]
 
 
@@ -111,7 +111,7 @@ def test_a_damaged_library_is_not_found(tmp_path, damage):
     library = put(tmp_path, "one", size=100)
     content = library.read_bytes()
     library.write_bytes(content[:50] + b"!" + content[51:] if damage is None else damage)
-    assert cache.find(tmp_path, "one") is None
+    assert library_cache.find(tmp_path, "one") is None
     assert not list(tmp_path.iterdir())
 
 
@@ -120,8 +120,8 @@ def test_a_lost_description_costs_nothing(tmp_path, text):
     """The library is still found, and listed without it."""
     library = put(tmp_path, "one")
     library.with_suffix(".json").write_text(text, encoding="latin-1")
-    assert cache.find(tmp_path, "one") == library
-    (entry,) = cache.entries(tmp_path)
+    assert library_cache.find(tmp_path, "one") == library
+    (entry,) = library_cache.entries(tmp_path)
     assert (entry.built, entry.program, entry.torch) == (None, "", "")
 
 
@@ -133,10 +133,10 @@ def test_another_process_may_remove_what_is_read(tmp_path, monkeypatch):
         shutil.rmtree(tmp_path)
         raise FileNotFoundError
 
-    monkeypatch.setattr(cache, "_digest", vanish)
-    assert cache.find(tmp_path, "one") is None
-    assert cache.entries(tmp_path) == []
-    assert cache.trim(tmp_path) == []
+    monkeypatch.setattr(library_cache, "_digest", vanish)
+    assert library_cache.find(tmp_path, "one") is None
+    assert library_cache.entries(tmp_path) == []
+    assert library_cache.trim(tmp_path) == []
 
 
 # --- libraries that do not load
@@ -165,13 +165,13 @@ class Shop:
         self.program, self.example = job(CATEGORICAL_POLICY)
         self.keys = {"program": cache_key(self.program, self.example), "helpers": native_key()}
         self.check = True
-        monkeypatch.setattr(compilation, "_build", self.build)
+        monkeypatch.setattr(inductor, "_build", self.build)
         monkeypatch.setattr(native, "build", lambda path: self.make(path, "helpers"))
         monkeypatch.setattr(native, "has_compiler", lambda: True)
-        native_load, program_load = native.load.__wrapped__, compilation.CompiledProgram
+        native_load, program_load = native.load.__wrapped__, inductor.CompiledProgram
         monkeypatch.setattr(native, "load", lambda path: path.read_bytes() == b"good" or native_load(path))
         monkeypatch.setattr(
-            compilation, "CompiledProgram", lambda path, *args: path.read_bytes() == b"good" or program_load(path, *args)
+            inductor, "CompiledProgram", lambda path, *args: path.read_bytes() == b"good" or program_load(path, *args)
         )
 
     def make(self, path, name):
@@ -184,7 +184,7 @@ class Shop:
 
     def put(self, name, content):
         (self.cache_dir / "new").write_bytes(content)
-        cache.keep(self.cache_dir / "new", self.cache_dir, self.keys[name], ABOUT)
+        library_cache.keep(self.cache_dir / "new", self.cache_dir, self.keys[name], ABOUT)
 
     def load(self, how):
         return how(self.program, self.example, self.cache_dir)
@@ -217,7 +217,7 @@ def test_auto_takes_what_does_not_load_for_missing(shop, which):
     for name in ("program", "helpers"):
         shop.put(name, b"no library" if name == which else b"good")
     assert shop.load(load_program) is None
-    assert cache.find(shop.cache_dir, shop.keys[which]) is None
+    assert library_cache.find(shop.cache_dir, shop.keys[which]) is None
 
 
 def test_what_never_loads_is_one_line_and_no_loop(shop, monkeypatch):
@@ -227,7 +227,7 @@ def test_what_never_loads_is_one_line_and_no_loop(shop, monkeypatch):
     with pytest.raises(LoadError, match=r"^the compiled program does not load: [^\n]+$"):
         shop.load(compile_program)
     assert shop.built == ["program"]
-    monkeypatch.setattr(compilation.subprocess, "Popen", None)
+    monkeypatch.setattr(inductor.subprocess, "Popen", None)
     with pytest.raises(CompileError, match="does not load"):
         BackgroundCompile(shop.program, shop.example, shop.cache_dir)
     shop.content = b"good"

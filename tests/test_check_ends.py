@@ -12,7 +12,7 @@ from tiny_runs import tiny
 from fastppo import TrainingFault, UsageError, train
 from fastppo.envs import check
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.seeds import JoinedVectorEnv, many
+from fastppo.envs.multi_seed_envs import JoinedVectorEnv, many
 from fastppo.errors import EnvironmentFailed
 
 

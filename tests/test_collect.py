@@ -21,8 +21,8 @@ from gymnasium.spaces import Box
 from torch.utils._pytree import tree_leaves
 
 from fastppo import TrainConfig, train
-from fastppo.core import compilation, native
-from fastppo.core.compilation import BackgroundCompile, CompileError, cache_key, compile_program
+from fastppo.compile import inductor, native
+from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, compile_program
 from fastppo.core.programs import Collected, Normalization, act, collect
 from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -32,7 +32,7 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import TensorCollector, allocate_rollout, env_step_of, pack, start_collector
+from fastppo.rollout.collectors import TensorCollector, allocate_rollout, env_step_of, pack, start_collector
 from fastppo.train import console
 
 T, N = 11, 6
@@ -262,8 +262,8 @@ def test_traced_collect_equals_eager(env, squash):
     """Bounds of actions and an environment's own constants are part of the graph that the compiler is given."""
     ours = setup(env, squash)
     arguments = ours.arguments()
-    graph, _ = compilation._trace(ours.program(), arguments)
-    results, expected = graph(*compilation._tensors(arguments)), ours.program()(*arguments)
+    graph, _ = inductor._trace(ours.program(), arguments)
+    results, expected = graph(*inductor._tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
     assert_same(Collected(tuple(results[:rows]), *results[rows:]), expected)
 
@@ -272,8 +272,8 @@ def test_traced_collect_of_choices_equals_eager():
     """Discrete actions, normalised observations."""
     ours = setup(CartPole(max_episode_steps=2), norm_obs=True)
     arguments = ours.arguments()
-    graph, _ = compilation._trace(ours.program(), arguments)
-    results, expected = graph(*compilation._tensors(arguments)), ours.program()(*arguments)
+    graph, _ = inductor._trace(ours.program(), arguments)
+    results, expected = graph(*inductor._tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
     assert_same(Collected(tuple(results[:rows]), *results[rows:]), expected)
     assert torch.equal(Collected(tuple(results[:rows]), *results[rows:]).action, expected.action)
@@ -305,13 +305,13 @@ def test_two_compiled_workers_equal_eager(cache_dir):
 
 ROOM = """
 import dataclasses, functools, torch
-from fastppo.core.compilation import BackgroundCompile, CompileError, cache_key, load_program
+from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, load_program
 from fastppo.core.programs import Normalization, collect
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import env_step_of, pack
+from fastppo.rollout.collectors import env_step_of, pack
 
 OFFSET = 1.0
 
@@ -389,14 +389,14 @@ def test_what_an_environment_computes_is_in_the_key(room, monkeypatch):
 def test_ours_are_known_by_their_files(room):
     """Environments of fastppo are not traced for their key (that takes a second): the files of their folder are in it."""
     ours = room.job(CartPole())[0].keywords["env_step"].sources()
-    assert {path.name for path in ours} >= {"rollout.py", "classic.py", "device.py"}
+    assert {path.name for path in ours} >= {"collectors.py", "classic.py", "device.py"}
     assert room.job(room.Room())[0].keywords["env_step"].sources() is None
     assert cache_key(*room.job(CartPole())) != cache_key(*room.job(CartPole(sutton_barto_reward=True)))
 
 
 IN_A_SCRIPT = """
 import sys, time, pathlib
-from fastppo.tiers import Job, Tiers, TRIAL_ITERATIONS
+from fastppo.compile.selector import Job, Tiers, TRIAL_ITERATIONS
 
 def hidden():
     class Hidden(Room):

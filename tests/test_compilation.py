@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fastppo.core import compilation
+from fastppo.compile import inductor
+from fastppo.compile.inductor import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
 from fastppo.core.adam import init_adam
-from fastppo.core.compilation import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, learn
-from fastppo.core.seeds import Seeds, of_seed, stack
+from fastppo.core.seed_axis import Seeds, of_seed, stack
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
 
@@ -162,8 +162,8 @@ def test_two_compiled_workers_equal_eager(team):
 def test_a_failing_worker_is_an_error_not_a_hang(team):
     """The other workers stop waiting for it, and the caller is told."""
     compiled, _, settings = team
-    tensors = compilation._tensors(job(NORMAL_POLICY, **settings)[1])
-    spoilt = compilation.Team(compiled._library, 2)
+    tensors = inductor._tensors(job(NORMAL_POLICY, **settings)[1])
+    spoilt = inductor.Team(compiled._library, 2)
     inputs = [[*tensors, worker] for worker in spoilt.workers]
     run = spoilt._run
     spoilt._run = lambda given: run([None] if given is inputs[1] else given)  # no tensor: the second one fails at once
@@ -259,7 +259,7 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     """Ten runs in one process do not end with ten threads that wait for nothing."""
     compiled, _, _ = team
     before = threading.active_count()
-    others = [compilation.Team(compiled._library, 3) for _ in range(4)]
+    others = [inductor.Team(compiled._library, 3) for _ in range(4)]
     assert threading.active_count() == before + 8
     del others
     deadline = time.monotonic() + 60
@@ -281,8 +281,8 @@ def test_traced_program_equals_eager(policy, share_backbone, settings):
     """The graph that the compiler is given, run operator by operator: every setting, without the wait for a compiler."""
     policy = dataclasses.replace(policy, share_backbone=share_backbone)
     learn_eagerly, arguments = job(policy, **settings)
-    graph, _ = compilation._trace(learn_eagerly, arguments)
-    params, *rest = graph(*compilation._tensors(arguments))
+    graph, _ = inductor._trace(learn_eagerly, arguments)
+    params, *rest = graph(*inductor._tensors(arguments))
     expected = learn_eagerly(*arguments)
     torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
     torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-6)

@@ -16,9 +16,9 @@ from test_compilation import N, T, assert_same, job
 from torch import nn
 
 from fastppo import TrainConfig
-from fastppo.core import compilation
+from fastppo.compile import inductor
+from fastppo.compile.inductor import cache_key, compile_program
 from fastppo.core.adam import init_adam
-from fastppo.core.compilation import cache_key, compile_program
 from fastppo.core.programs import learn
 from fastppo.policy.agent import make_network
 from fastppo.policy.distributions import CATEGORICAL
@@ -117,8 +117,8 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
 def test_traced_program_equals_eager_for(observation, action, policy):
     """As the compiler is given it: leaves of all kinds, in an order that both sides agree on; somebody's module."""
     learn_eagerly, arguments = structured_job(observation, action, policy)
-    graph, _ = compilation._trace(learn_eagerly, arguments)
-    params, *rest = graph(*compilation._tensors(arguments))
+    graph, _ = inductor._trace(learn_eagerly, arguments)
+    params, *rest = graph(*inductor._tensors(arguments))
     expected = learn_eagerly(*arguments)
     torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
     torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-5)

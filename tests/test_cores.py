@@ -6,11 +6,12 @@ import os
 import pytest
 import torch
 
-from fastppo import cores, preparation
-from fastppo.cores import available_cores, cpu_quota, engine_threads, machine_cores
 from fastppo.envs.make import num_processes
 from fastppo.envs.probe import choose_vectorization
 from fastppo.ranks import threads_per_rank
+from fastppo.system import cpus
+from fastppo.system.cpus import available_cores, cpu_quota, engine_threads, machine_cores
+from fastppo.training import setup
 
 V1 = "32 31 0:29 {top} {mount} rw,relatime - cgroup cgroup rw,cpu,cpuacct"
 V2 = "30 23 0:26 {top} {mount} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
@@ -98,7 +99,7 @@ def of(monkeypatch):
     def set_up(affinity=8, quota=math.inf, **environment):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)), raising=False)
         monkeypatch.setattr(os, "cpu_count", lambda: 8)
-        monkeypatch.setattr(cores, "cpu_quota", lambda root: quota)
+        monkeypatch.setattr(cpus, "cpu_quota", lambda root: quota)
         for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in environment.items():
@@ -151,7 +152,7 @@ def test_everybody_asks_the_same(of, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     assert num_processes(8, None) == 3
     assert num_processes(8, 5) == 5
-    assert preparation.usable_threads() == 3
+    assert setup.usable_threads() == 3
     assert threads_per_rank(1) == 3
     assert engine_threads(8) == {"num_threads": 3}
     assert engine_threads(2) == {"num_threads": 2}
@@ -161,4 +162,4 @@ def test_everybody_asks_the_same(of, monkeypatch):
     assert engine_threads(8) == {"thread_affinity_offset": 0}
     assert engine_threads(7) == {}
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # torch.set_num_threads(2) before training
-    assert preparation.usable_threads() == 2
+    assert setup.usable_threads() == 2

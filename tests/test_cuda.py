@@ -8,7 +8,7 @@ import torch
 from test_compilation import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job
 from test_tensor_envs import KINDS, TensorTwin, act, started
 
-from fastppo.core.compilation import GraphedProgram
+from fastppo.compile.inductor import GraphedProgram
 from fastppo.core.programs import act_from_params
 from fastppo.train import console
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from environments import Failing
 
-from fastppo.envs import grouped
-from fastppo.loop import environment_seed
+from fastppo.envs import vector
 from fastppo.random_streams import Stream
 from fastppo.random_streams import environment_seed as seed_of_environments
 from fastppo.train import console
+from fastppo.training.loop import environment_seed
 
 NUM_ENVS, NUM_STEPS = 4, 8
 VECTORIZATIONS = ["sync", "grouped", "async"]  # one process, environments 2 and 3 in another one, one each
@@ -28,7 +28,7 @@ FLAGS += ["--compile", "off", "--no-check-env"]  # the check would meet them fir
 def _left_as_it_was(monkeypatch):
     """Two cores to share out to; afterwards no process is left, and SIGALRM is whoever's it was."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr("fastppo.cores.cpu_quota", lambda root: 2.0)
+    monkeypatch.setattr("fastppo.system.cpus.cpu_quota", lambda root: 2.0)
     monkeypatch.delenv("OMP_NUM_THREADS")
     before = signal.getsignal(signal.SIGALRM)
     yield
@@ -107,7 +107,7 @@ def test_a_process_that_cannot_say_anything(tmp_path, capfd, vectorization, name
     started = time.monotonic()
     first = fault_of(flags_of(tmp_path / "hung", vectorization, 3, 2, "hang-in-c"), capfd)
     assert first.endswith(f"an environment failed in step 2 of the rollout: {named}: no answer for 1 s (--env-timeout)")
-    assert time.monotonic() - started > LIMIT + grouped.NAME_SECONDS
+    assert time.monotonic() - started > LIMIT + vector.NAME_SECONDS
 
 
 def test_a_vector_class_of_somebody_else(tmp_path, capfd):

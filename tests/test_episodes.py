@@ -13,7 +13,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from fastppo import TrainConfig, train
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import HostCollector, allocate_rollout
+from fastppo.rollout.collectors import HostCollector, allocate_rollout
 from fastppo.run.episodes import EpisodeStatistics
 
 

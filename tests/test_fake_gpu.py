@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastppo import tiers
-from fastppo.agent_run import schedule_at
+from fastppo.compile import selector
 from fastppo.config import TrainConfig
-from fastppo.core.seeds import stack
-from fastppo.devices import resolved
+from fastppo.core.seed_axis import stack
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
-from fastppo.preparation import make_jobs, prepare
 from fastppo.ranks import Ranks
-from fastppo.rollout import Memory, allocate_rollout, start_collector
-from fastppo.state import normalization_of
+from fastppo.rollout.collectors import Memory, allocate_rollout, start_collector
+from fastppo.system.devices import resolved
+from fastppo.training.setup import make_jobs, prepare
+from fastppo.training.state import normalization_of
+from fastppo.training.training_run import schedule_at
 
 HOST = {"env_id": "CartPole-v1", "vectorization": "sync"}
 DEVICE = {"env_id": "CartPole-v1", "backend": "torch"}
@@ -94,7 +94,7 @@ CASES = {
 
 
 def example_of(task):
-    """What `learn` takes, noise for all steps, the rollout and the memory, as loop.py makes them."""
+    """What `learn` takes, noise for all steps, the rollout and the memory, as training/loop.py makes them."""
     config, device, seeds = task.config, task.device, len(task.states) if task.several else None
     memory = task.network.memory_size
     keeps_final_obs = task.envs.keeps_final_obs
@@ -145,14 +145,14 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     settings, policy = CASES[case]
     ranks = case.startswith("ranks")
     if ranks:
-        monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
-    monkeypatch.setattr(tiers, "GraphedProgram", Captured)
-    monkeypatch.setattr("fastppo.preparation.MIN_WORKER_ROWS", 1)
+        monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
+    monkeypatch.setattr(selector, "GraphedProgram", Captured)
+    monkeypatch.setattr("fastppo.training.setup.MIN_WORKER_ROWS", 1)
     expected = torch.device("cuda", 1 if ranks else 0)
     with prepared(settings, policy) as (task, _):
         example, noise, _, _ = example_of(task)
         jobs = make_jobs(task, example, noise)
-        chosen = tiers.Tiers("auto", jobs, 1, print, task.ranks)
+        chosen = selector.Tiers("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
         for name, job in jobs.items():
             captured = chosen._compiled[name]
@@ -175,10 +175,10 @@ COLLECTED |= {"tensors of the CPU": PYTHON, "tensors of the CPU, memory": {**PYT
 def test_rollouts_are_filled_on_the_gpu(case, monkeypatch):
     """By one program, or step by step from tensors of the CPU: no step mixes devices, and a second rollout goes on from it."""
     if case.startswith("ranks"):
-        monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
+        monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
     with prepared(COLLECTED[case], None) as (task, _), torch.no_grad():
         example, noise, rollout, memory = example_of(task)
-        chosen = tiers.Tiers("off", make_jobs(task, example, noise), 1, print, task.ranks)
+        chosen = selector.Tiers("off", make_jobs(task, example, noise), 1, print, task.ranks)
         seed = [1, 2, 3][: task.config.num_seeds] if task.several else 1
         collector = start_collector(task.envs, rollout, task.obs, task.action, seed, memory)
         for cut in (False, True):
@@ -207,7 +207,7 @@ def test_a_run_is_on_one_gpu_and_leaves_the_caller_another(device, current, expe
 
 def test_ranks_leave_the_caller_its_gpu(monkeypatch):
     """torchrun's second process trains on the second GPU."""
-    monkeypatch.setattr("fastppo.preparation.start_ranks", two_processes)
+    monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
     with prepared(DEVICE, None, "cuda") as (task, chosen):
         assert (task.device, chosen[-1]) == (torch.device("cuda:1"), 1)
     assert chosen[-1] == 0

@@ -19,10 +19,10 @@ from test_resume import differing, result_of
 
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.run import directory as directory_module
-from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from fastppo.run.loggers import Loggers
-from fastppo.run.metrics import MetricsFile, read_rows
+from fastppo.run.metrics_file import MetricsFile, read_rows
 from fastppo.train import console
 
 
@@ -418,7 +418,7 @@ def test_a_logger_that_fails(tmp_path, monkeypatch, capsys):
 
 def test_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     """A broken matplotlib costs the picture, not the run."""
-    monkeypatch.setattr("fastppo.agent_run.plot_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastppo.training.training_run.plot_curves", lambda *_: 1 / 0)
     train(tiny(tmp_path / "run"))
     assert "curves.png could not be drawn (ZeroDivisionError: division by zero)" in capsys.readouterr().out
 

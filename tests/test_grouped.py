@@ -19,13 +19,13 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import TrainConfig, train
-from fastppo.cores import available_cores
-from fastppo.envs import grouped
+from fastppo.envs import vector
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.envs.make import make_vec, num_processes
+from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import EnvironmentFailed, UsageError
+from fastppo.system.cpus import available_cores
 from fastppo.train import console
 
 HANGS = 600.0  # seconds that an environment sleeps
@@ -187,7 +187,7 @@ def test_a_list_of_seeds_and_other_dtypes():
 
 def test_started_afresh_instead_of_forked(monkeypatch):
     """Where a fork is not to be had the processes import what they need."""
-    monkeypatch.setattr(grouped, "START_METHOD", "spawn")
+    monkeypatch.setattr(vector, "START_METHOD", "spawn")
     assert_equal(played(GroupedVectorEnv([Walk] * 3, 2), 10), played(SyncVectorEnv([Walk] * 3), 10))
 
 
@@ -340,7 +340,7 @@ def test_an_environment_that_fails_to_close():
 
 def test_closed_at_once(monkeypatch):
     """Processes that wait for a command end by themselves when they are told to close: none has to be killed."""
-    monkeypatch.setattr(grouped, "CLOSE_SECONDS", SOON)
+    monkeypatch.setattr(vector, "CLOSE_SECONDS", SOON)
     monkeypatch.setattr(multiprocessing.Process, "kill", None)
     envs = GroupedVectorEnv([Walk] * 8, 3)
     envs.close()
@@ -353,7 +353,7 @@ def test_closed_at_once(monkeypatch):
 PARENT = """
 import multiprocessing, sys, time
 from environments import Walk
-from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.vector import GroupedVectorEnv
 
 class Hangs(Walk):
     def reset(self, **kwargs):
@@ -404,7 +404,7 @@ def is_running(pid):
 USES_TORCH = """
 import numpy as np, torch
 from environments import Walk
-from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.vector import GroupedVectorEnv
 
 class Model(Walk):
     def step(self, action):
@@ -433,7 +433,7 @@ TINY = {"num_envs": 4, "num_steps": 32, "num_iterations": 3, "eval_episodes": 3,
 def three_cores(monkeypatch):
     """To share environments out to, whatever this machine has: --num-threads would give torch as many threads too."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2})
-    monkeypatch.setattr("fastppo.cores.cpu_quota", lambda root: 3.0)
+    monkeypatch.setattr("fastppo.system.cpus.cpu_quota", lambda root: 3.0)
     monkeypatch.delenv("OMP_NUM_THREADS")
 
 

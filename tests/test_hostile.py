@@ -23,7 +23,7 @@ import torch
 from fastppo import TrainConfig, UsageError, load_policy
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.spaces import space_from_data, space_to_data
-from fastppo.run.checkpoint import FORMAT, load_checkpoint
+from fastppo.run.checkpoint_file import FORMAT, load_checkpoint
 from fastppo.train import console
 
 TINY = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--num-iterations", "2", "--eval-episodes", "0"]
@@ -125,7 +125,7 @@ def test_a_pickle_bomb_does_not_go_off(write, function, run_dir, tmp_path, monke
 
 def test_two_locks(run_dir, tmp_path, monkeypatch):
     """What names code is refused by torch's reader too, were it to come past the check before it."""
-    monkeypatch.setattr("fastppo.run.checkpoint._check_pickle", lambda data: None)
+    monkeypatch.setattr("fastppo.run.checkpoint_file._check_pickle", lambda data: None)
     saved(run_dir / "checkpoints" / "best.pt", {"format": FORMAT, "policy": Bomb(os.mkdir, str(tmp_path / "executed"))})
     refused(lambda: load_policy(run_dir), "best.pt", "nothing in it was executed")
     assert not (tmp_path / "executed").exists()
@@ -746,7 +746,7 @@ def test_any_value_anywhere_in_a_policy(original, data):
     put(value, *place)(changed)
     torch.save({"format": FORMAT, "policy": changed}, path)
     config = TrainConfig(hidden_sizes=(8,))
-    from fastppo.loading import agent_from_checkpoint
+    from fastppo.analysis.loading import agent_from_checkpoint
 
     try:
         agent = agent_from_checkpoint(load_checkpoint(path), config, path)

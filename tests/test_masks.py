@@ -15,18 +15,18 @@ from test_compilation import SETTINGS
 from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, train
+from fastppo.analysis.video import play
 from fastppo.core.adam import init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act, learn
 from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.drawn import make_drawn
+from fastppo.envs.render import make_drawn
 from fastppo.errors import EnvironmentFailed, TrainingFault
 from fastppo.evaluate import evaluate
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.preparation import info_mask_size
-from fastppo.rollout import allocate_rollout, start_collector
-from fastppo.video import play
+from fastppo.rollout.collectors import allocate_rollout, start_collector
+from fastppo.training.setup import info_mask_size
 
 T, N = 150, 4
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))

@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastppo import Callback, UsageError, load_policy, train
-from fastppo.core import modes
+from fastppo.analysis.video import play
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.drawn import make_drawn
+from fastppo.envs.render import make_drawn
 from fastppo.evaluate import evaluate_config
-from fastppo.video import play
+from fastppo.system import modes
 
 PLAIN = SimpleNamespace(inference=False, grad=True, dtype=torch.float32, device="cpu", autocast=False)
 expected, seen = PLAIN, set()

@@ -28,7 +28,7 @@ from fastppo.policy.normalization import (
     update_moments,
 )
 from fastppo.policy.spaces import obs_spec
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])

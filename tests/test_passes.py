@@ -21,7 +21,7 @@ from test_recurrent import make_params as make_recurrent_params
 from test_recurrent import make_policy as make_recurrent_policy
 from test_recurrent import make_rollout as make_recurrent_rollout
 
-from fastppo.core import compilation
+from fastppo.compile import inductor
 from fastppo.core.programs import split_evenly
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -165,8 +165,8 @@ def test_workers_in_passes_that_do_not_divide(rows_per_pass):
 def test_the_traced_form_fills_up_its_last_pass_too():
     """The graph that the compiler is given, where neither the rollout's 68 rows nor a minibatch's 16 fill passes of 3."""
     learn_eagerly, arguments = job(CATEGORICAL_POLICY, rows_per_pass=3)
-    graph, _ = compilation._trace(learn_eagerly, arguments)
-    params, *rest = graph(*compilation._tensors(arguments))
+    graph, _ = inductor._trace(learn_eagerly, arguments)
+    params, *rest = graph(*inductor._tensors(arguments))
     expected = job(CATEGORICAL_POLICY)[0](*arguments)
     torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
     torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-6)

@@ -17,13 +17,14 @@ import pytest
 from environments import Walk
 
 import fastppo
-from fastppo import TrainConfig, load_policy, platforms, train
-from fastppo.core import compilation, native
-from fastppo.core.compilation import CompileError, load_program
-from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo import TrainConfig, load_policy, train
+from fastppo.compile import inductor, native
+from fastppo.compile.inductor import CompileError, load_program
+from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.run import files
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
 from fastppo.run.signals import StopSignals
+from fastppo.system import platforms
 
 ROOT = Path(fastppo.__file__).parent
 
@@ -150,7 +151,7 @@ def test_signals_that_this_system_has_not():
 def test_windows_trains_eagerly(monkeypatch, tmp_path):
     """One line, before the cache is looked for."""
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(compilation, "cache_key", lambda *_: "key")
+    monkeypatch.setattr(inductor, "cache_key", lambda *_: "key")
     with pytest.raises(CompileError, match="compiled programs are for Linux and macOS"):
         load_program(None, (), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -277,7 +278,7 @@ SPECIAL = {
     *("os.uname", "os.sched_getaffinity", "os.mkfifo", "signal.SIGHUP", "signal.SIGPIPE", "signal.SIGALRM", "signal.setitimer"),
     *("signal.pthread_sigmask", "time.clock_gettime"),
 }
-LOOKED_AT = {"platforms.py", "cores.py", "envs/deadline.py", "run/files.py", "run/signals.py"}
+LOOKED_AT = {"system/platforms.py", "system/cpus.py", "envs/deadline.py", "run/files.py", "run/signals.py"}
 
 
 def dotted(tree):

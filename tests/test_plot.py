@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import write_run
 
-from fastppo.groups import find_runs, group_runs, read_run
+from fastppo.analysis.run_groups import find_runs, group_runs, read_run
 from fastppo.plot import console
 
 NAN = float("nan")

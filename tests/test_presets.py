@@ -11,11 +11,11 @@ import pytest
 
 import fastppo
 from fastppo import TrainConfig, UsageError, preset_for, train
-from fastppo.agent_run import TrainResult
 from fastppo.cli import parse_train
 from fastppo.envs.make import find_spec
 from fastppo.presets import PRESETS, choose_preset, describe, load_preset
 from fastppo.train import console
+from fastppo.training.training_run import TrainResult
 
 TINY = [
     "--num-envs",

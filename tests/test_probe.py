@@ -16,10 +16,9 @@ from environments import Walk
 from tiny_runs import tiny
 
 from fastppo import train
-from fastppo.envs import grouped
+from fastppo.envs import vector
 from fastppo.envs.check import Tried, try_copy
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.probe import (
     ASYNC_FROM,
     GROUPED_FROM,
@@ -29,9 +28,10 @@ from fastppo.envs.probe import (
     start_alike,
     step_seconds,
 )
+from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.errors import UsageError
-from fastppo.preparation import COPIED_GENERATOR
 from fastppo.random_streams import Stream, seed_of
+from fastppo.training.setup import COPIED_GENERATOR
 
 
 class Slow(gym.Env):
@@ -256,8 +256,8 @@ def test_a_trial_that_hangs():
 
 def test_a_fork_that_hangs_is_a_reason_for_one_process(monkeypatch):
     """A thread pool of the module's, which a copy has started: said in a line within seconds, not after --env-timeout."""
-    monkeypatch.setattr(grouped, "TRIAL_HANG_SECONDS", 0.2)
-    monkeypatch.setattr(grouped, "SLOWER", 1.0)
+    monkeypatch.setattr(vector, "TRIAL_HANG_SECONDS", 0.2)
+    monkeypatch.setattr(vector, "SLOWER", 1.0)
     with contextlib.closing(Deadline(600.0)) as deadline:
         choice = chosen("Pooled-v0", 4, num_threads=2, deadline=deadline)
     assert any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())

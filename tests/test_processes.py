@@ -23,12 +23,13 @@ from environments import Walk, WithProcess
 from test_grouped import is_running
 from tiny_runs import tiny
 
-from fastppo import UsageError, cores, train
-from fastppo.envs import check, grouped, probe, streams
+from fastppo import UsageError, train
+from fastppo.envs import check, probe, streams, vector
 from fastppo.envs.check import try_copy
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
+from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ForkHangs
+from fastppo.system import cpus
 
 # --- processes of their own
 
@@ -37,7 +38,7 @@ def use_two_cores(monkeypatch):
     """As a process that may use two cores, whatever this machine has and conftest.py sets."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.setattr(cores, "cpu_quota", lambda root: math.inf)
+    monkeypatch.setattr(cpus, "cpu_quota", lambda root: math.inf)
 
 
 @pytest.mark.parametrize("daemon", [True, False])
@@ -57,7 +58,7 @@ import sys, time
 sys.path[:0] = {path!r}
 import multiprocessing
 from environments import WithProcess
-from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.vector import GroupedVectorEnv
 
 envs = GroupedVectorEnv([WithProcess] * 3, 3)
 envs.reset(seed=0)
@@ -106,7 +107,7 @@ def test_a_process_that_is_ended_takes_its_environments_processes_with_it(capfd)
 
     envs = GroupedVectorEnv([Walk, Hangs], 2)
     for worker in envs._workers:
-        worker.send(grouped.RESET, ([None, None], None))
+        worker.send(vector.RESET, ([None, None], None))
     envs.close()
     (pid,) = map(int, capfd.readouterr().out.split())
     until = time.monotonic() + 30
@@ -163,8 +164,8 @@ class SlowToMake(Walk):
 @pytest.fixture
 def impatient(monkeypatch):
     """Forked processes are given up after a moment in which they compute nothing."""
-    monkeypatch.setattr(grouped, "HANG_SECONDS", 0.2)
-    monkeypatch.setattr(grouped, "SLOWER", 1.0)
+    monkeypatch.setattr(vector, "HANG_SECONDS", 0.2)
+    monkeypatch.setattr(vector, "SLOWER", 1.0)
 
 
 @pytest.mark.usefixtures("impatient")

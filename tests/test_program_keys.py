@@ -12,8 +12,8 @@ from test_compilation import CATEGORICAL_POLICY, job
 from tiny_runs import tiny
 
 from fastppo import train
-from fastppo.core import cache, compilation, native
-from fastppo.core.compilation import BackgroundCompile, CompileError, cache_key, native_key, pack, unpack
+from fastppo.compile import inductor, library_cache, native
+from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, native_key, pack, unpack
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
 
@@ -51,7 +51,7 @@ def jobs_of(tmp_path, **settings):
 
     captured = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.loop.Tiers", capture)
+        patch.setattr("fastppo.training.loop.Tiers", capture)
         with pytest.raises(Captured):
             train(tiny(tmp_path, check_env=False, **{"num_steps": 4, **settings}))
     assert len(captured) == 2
@@ -107,13 +107,13 @@ def test_a_program_that_changes_on_its_way_is_not_built(tmp_path, monkeypatch):
 def served(monkeypatch, capsys, tmp_path, key):
     """What the compiler's process answers to a job that should have this key."""
     program, example = job(CATEGORICAL_POLICY)
-    sent = compilation.pickle.dumps((pack(program, example, None), key, tmp_path, 1))
-    monkeypatch.setattr(compilation.sys, "stdin", type("", (), {"buffer": type("", (), {"read": staticmethod(lambda: sent)})}))
-    monkeypatch.setattr(compilation.os, "nice", lambda _: None)
-    monkeypatch.setattr(compilation.signal, "signal", lambda *_: None)
+    sent = inductor.pickle.dumps((pack(program, example, None), key, tmp_path, 1))
+    monkeypatch.setattr(inductor.sys, "stdin", type("", (), {"buffer": type("", (), {"read": staticmethod(lambda: sent)})}))
+    monkeypatch.setattr(inductor.os, "nice", lambda _: None)
+    monkeypatch.setattr(inductor.signal, "signal", lambda *_: None)
     built = []
-    monkeypatch.setattr(compilation, "compile_program", lambda *args: built.append(args))
-    compilation._serve()
+    monkeypatch.setattr(inductor, "compile_program", lambda *args: built.append(args))
+    inductor._serve()
     return built, capsys.readouterr().out
 
 
@@ -124,7 +124,7 @@ def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypat
     key = cache_key(program, example)
     built, told = served(monkeypatch, capsys, tmp_path, key)
     assert (len(built), told) == (1, "")
-    monkeypatch.setattr(compilation, "_processor", lambda: "another one")
+    monkeypatch.setattr(inductor, "_processor", lambda: "another one")
     built, told = served(monkeypatch, capsys, tmp_path, key)
     assert built == []
     assert "looks different" in told
@@ -132,7 +132,7 @@ def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypat
     monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(CompileError, match="looks different"):
         BackgroundCompile(program, example, tmp_path)
-    cache.clear(tmp_path)
+    library_cache.clear(tmp_path)
     with pytest.raises(TypeError):  # it would start one again
         BackgroundCompile(program, example, tmp_path)
 
@@ -140,14 +140,14 @@ def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: patch.setattr(compilation.platform, "libc_ver", lambda: ("glibc", "1.0")),
-        lambda patch: patch.setattr(compilation, "_cpp_library", lambda: "libstdc++.so.6.0.1"),
+        lambda patch: patch.setattr(inductor.platform, "libc_ver", lambda: ("glibc", "1.0")),
+        lambda patch: patch.setattr(inductor, "_cpp_library", lambda: "libstdc++.so.6.0.1"),
         lambda patch: patch.setenv("CXX", "some-compiler"),
-        lambda patch: patch.setattr(compilation, "_compiler_version", lambda _: "g++ 1.0"),
+        lambda patch: patch.setattr(inductor, "_compiler_version", lambda _: "g++ 1.0"),
         lambda patch: patch.setenv("CPATH", "/somewhere"),
-        lambda patch: patch.setattr(compilation.sys, "version", "3.99"),
+        lambda patch: patch.setattr(inductor.sys, "version", "3.99"),
         lambda patch: patch.setattr(torch, "__version__", "99.0"),
-        lambda patch: patch.setattr(compilation, "_processor", lambda: "another one"),
+        lambda patch: patch.setattr(inductor, "_processor", lambda: "another one"),
         lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
     ],
     ids=["glibc", "libstdc++", "CXX", "compiler", "CPATH", "python", "torch", "processor", "instructions"],
@@ -172,8 +172,8 @@ def test_the_settings_of_inductor_are_in_the_key(monkeypatch):
 
 def test_a_compiler_that_cannot_be_asked_is_no_fault(monkeypatch):
     """A missing one, and one that fails, have no version."""
-    assert compilation._compiler_version("no-such-compiler-anywhere") == ""
-    assert compilation._compiler_version(sys.executable).startswith("Python")
+    assert inductor._compiler_version("no-such-compiler-anywhere") == ""
+    assert inductor._compiler_version(sys.executable).startswith("Python")
     monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
     assert len(native_key()) > len("native-")
     assert native.compiler() == "no-such-compiler-anywhere"
@@ -225,13 +225,13 @@ def function(x):
 )
 def test_a_setting_is_described_by_what_it_is(one, other):
     """Not by its address, nor by a text that leaves out the middle of an array: equal ones alike, others apart."""
-    copied = compilation.pickle.loads(compilation.pickle.dumps(one))
-    assert compilation._describe(copied) == compilation._describe(one)
-    assert compilation._describe(other) != compilation._describe(one)
+    copied = inductor.pickle.loads(inductor.pickle.dumps(one))
+    assert inductor._describe(copied) == inductor._describe(one)
+    assert inductor._describe(other) != inductor._describe(one)
 
 
 def test_a_set_is_described_whatever_its_order():
     """Which depends on how it was made, and for texts on the process's seed of hashes."""
     one, other = frozenset([0, 8]), frozenset([8, 0])
     assert list(one) != list(other)
-    assert compilation._describe(one) == compilation._describe(other)
+    assert inductor._describe(one) == inductor._describe(other)

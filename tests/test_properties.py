@@ -24,8 +24,8 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from test_resume import differing, result_of
 
 from fastppo import TrainConfig, UsageError, load_policy, train
-from fastppo.agent_run import AgentRun
 from fastppo.config import flag
+from fastppo.training.training_run import AgentRun
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -21,9 +21,9 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.make import make_vec
 from fastppo.evaluate import evaluate, record_episodes
-from fastppo.loop import environment_seeds
-from fastppo.preparation import prepare
 from fastppo.random_streams import Stream, environment_seed, seed_of
+from fastppo.training.loop import environment_seeds
+from fastppo.training.setup import prepare
 
 HOST = {"env_id": "Acrobot-v1", "vectorization": "sync", "check_env": False}
 DEVICE = {"env_id": "CartPole-v1", "backend": "torch", "check_env": False}
@@ -108,7 +108,9 @@ def test_evaluation_on_the_device(tmp_path, seeded):
         evaluate(policy, AutoresetEnvs(TorchVectorEnv(CartPole(), 2)), 2, seed, deterministic=False)
     drawn = AutoresetEnvs(TorchVectorEnv(CartPole(), 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.video.record", lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1])
+        patch.setattr(
+            "fastppo.analysis.video.record", lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1]
+        )
         patch.setattr("fastppo.evaluate._drawn", lambda config: contextlib.nullcontext(drawn))
         record_episodes(policy, tiny(tmp_path), tmp_path / "video", ".gif", 2, 0, False)
     assert_no_two_equal(seeded.torch)
@@ -135,7 +137,9 @@ def test_recorded_episodes(tmp_path, seeded):
     pytest.importorskip("pygame")
     settings = {"env_id": "CartPole-v1", "vectorization": "sync", "check_env": False, "eval_episodes": 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.video.record", lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1])
+        patch.setattr(
+            "fastppo.analysis.video.record", lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1]
+        )
         train(tiny(tmp_path / "run", seed=5, record_every=2, **settings))
     (video, times), *others = Counter(seeded.numpy).most_common()
     assert (video, times) == (environment_seed(5, Stream.RECORDED_ENVIRONMENT), 2)
@@ -147,7 +151,7 @@ def seeds_of_ranks(settings, size, seeded, iteration=0):
     found, first = [], []
     for rank in range(size):
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as cleanup:
-            patch.setattr("fastppo.preparation.start_ranks", lambda *_, rank=rank: PretendedRanks(rank, size, rank, "cpu"))
+            patch.setattr("fastppo.training.setup.start_ranks", lambda *_, rank=rank: PretendedRanks(rank, size, rank, "cpu"))
             task = prepare(tiny("unused", num_envs=8, minibatch_strata=4, **settings), None, None, cleanup)
             seeded.torch.clear()
             seeded.numpy.clear()

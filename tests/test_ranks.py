@@ -14,7 +14,6 @@ import rank_worker
 import torch
 
 from fastppo.core.minibatches import draw_permutation
-from fastppo.cores import machine_cores
 from fastppo.errors import UsageError
 from fastppo.policy.normalization import init_moments, update_moments
 from fastppo.ranks import (
@@ -26,6 +25,7 @@ from fastppo.ranks import (
     start_ranks,
     threads_per_rank,
 )
+from fastppo.system.cpus import machine_cores
 
 WORKER = Path(rank_worker.__file__)
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

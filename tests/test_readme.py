@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 import fastppo
-from fastppo import TrainConfig, loop
+from fastppo import TrainConfig
 from fastppo.cli import parse, parse_train
+from fastppo.training import loop
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,7 +62,7 @@ def test_examples_run(section, obs, tmp_path, monkeypatch):
         lengths.append(config.total_timesteps)
         return train(replace(config, num_iterations=2, eval_episodes=2, compile="off", plain=True), *args, **kwargs)
 
-    monkeypatch.setattr("fastppo.loop.train", of_a_moment)
+    monkeypatch.setattr("fastppo.training.loop.train", of_a_moment)
     names = {"__name__": "readme", "obs": obs}
     exec(re.search(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL)[1], names)
     assert lengths[0] == 100_000

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastppo.core.recurrence import NUM_GATES, NUM_STATES, STEPS, gru, gru_step, lstm, lstm_step
-from fastppo.policy.recurrent import Rnn
+from fastppo.policy.rnn import Rnn
 
 KINDS = pytest.mark.parametrize("kind", ["lstm", "gru"])
 STEPS_T, NUMBER, USERS, WIDTH = 9, 3, 2, 4

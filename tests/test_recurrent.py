@@ -29,9 +29,9 @@ from test_tensor_envs import TensorTwin
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from fastppo import TrainConfig
-from fastppo.core import compilation
+from fastppo.compile import inductor
+from fastppo.compile.inductor import compile_program
 from fastppo.core.adam import init_adam
-from fastppo.core.compilation import compile_program
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.programs import (
     MINIBATCH_METRICS,
@@ -45,13 +45,13 @@ from fastppo.core.programs import (
     obs_of,
 )
 from fastppo.core.recurrence import STEPS
-from fastppo.core.seeds import Seeds, of_seed, stack
+from fastppo.core.seed_axis import Seeds, of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.agent import Agent, make_network
-from fastppo.policy.recurrent import RecurrentActorCritic, Rnn
+from fastppo.policy.rnn import RecurrentActorCritic, Rnn
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import (
+from fastppo.rollout.collectors import (
     DeviceCollector,
     HostCollector,
     Memory,
@@ -1126,7 +1126,7 @@ def test_compiled_learn_equals_eager_for(kind, options, shared, cache_dir):
 def test_traced_learn_has_the_cells_of_the_library(kind, users):
     """What the compiler is given goes through the library's loops, forward and backward, and not through a step at a time."""
     program, arguments = learn_job(kind, users=users, layers=2)
-    graph, _ = compilation._trace(program, arguments)
+    graph, _ = inductor._trace(program, arguments)
     graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
     called = {str(node.target) for one in graphs for node in one.nodes}
     assert {f"fastppo.{kind}.default", f"fastppo.{kind}_backward.default"} <= called
@@ -1161,8 +1161,8 @@ def test_compiled_act_equals_eager(compiles, cache_dir, request):
         request.getfixturevalue("needs_compiler")
         compiled = compile_program(act, arguments, cache_dir)
     else:
-        graph, _ = compilation._trace(act, arguments)
-        compiled = lambda *given: graph(*compilation._tensors(given))  # noqa: E731
+        graph, _ = inductor._trace(act, arguments)
+        compiled = lambda *given: graph(*inductor._tensors(given))  # noqa: E731
     memory = arguments[4]
     for seed in range(6):
         params, normalization, obs, noise, _, first = act_job("lstm", 7, seed, hidden=5)[1]

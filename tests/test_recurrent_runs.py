@@ -19,15 +19,15 @@ from test_torchrun import Started, assert_same_run, rows_of
 from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
+from fastppo.analysis.search_space import to_settings
+from fastppo.analysis.video import play
 from fastppo.cli import parse_train
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.evaluate import evaluate
 from fastppo.random_streams import Stream, environment_seed
-from fastppo.search_space import to_settings
 from fastppo.train import console
-from fastppo.video import play
 
 SMALL = {"rnn_hidden_size": 8, "hidden_sizes": (8,)}
 LSTM, GRU = ({"rnn": kind, **SMALL} for kind in ("lstm", "gru"))

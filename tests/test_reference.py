@@ -11,7 +11,7 @@ from tiny_runs import tiny
 from fastppo import train
 from fastppo.__main__ import VERBS, console
 from fastppo.reference import METRICS, SUMMARY, reference
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
 
 FILE = Path(__file__).parent.parent / "REFERENCE.md"
 

@@ -13,10 +13,10 @@ import torch
 from tiny_runs import tiny
 
 from fastppo import TrainConfig, TrainingFault, train
-from fastppo.agent_run import read_metrics
 from fastppo.run.loggers import Loggers
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
 from fastppo.train import console
+from fastppo.training.training_run import read_metrics
 
 TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
 NEEDS = {"ALE/": "ale_py", "HalfCheetah": "mujoco", "envpool": "envpool"}
@@ -217,7 +217,7 @@ def test_what_a_faulty_update_leaves_goes_on_exactly(tmp_path, monkeypatch):
         return read_metrics(learned)
 
     with monkeypatch.context() as patched:
-        patched.setattr("fastppo.agent_run.read_metrics", failing)
+        patched.setattr("fastppo.training.training_run.read_metrics", failing)
         with pytest.raises(TrainingFault, match="iterations up to 2 are kept"):
             train(config)
     train(replace(config, resume=config.run_dir))

@@ -14,11 +14,11 @@ from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.programs import MINIBATCH_METRICS, Schedule, act, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
-from fastppo.loop import environment_seed
 from fastppo.policy.agent import make_network
 from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import HostCollector, allocate_rollout
+from fastppo.rollout.collectors import HostCollector, allocate_rollout
+from fastppo.training.loop import environment_seed
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import drawn
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
-from fastppo.run.checkpoint import FORMAT, load_checkpoint
+from fastppo.run.checkpoint_file import FORMAT, load_checkpoint
 from fastppo.run.directory import RunDirectory
-from fastppo.run.display import LiveDisplay, PlainDisplay, duration, figure, make_display, number, sparkline
+from fastppo.run.display import LiveDisplay, PlainDisplay, figure, make_display, number, sparkline
 from fastppo.run.loggers import EVENT_SECONDS, Loggers
+from fastppo.system.text import duration
 from fastppo.train import console
 
 TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}

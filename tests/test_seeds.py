@@ -19,17 +19,17 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, load_policy, train
-from fastppo.core import compilation
-from fastppo.core.compilation import compile_program
-from fastppo.core.seeds import Seeds, of_seed, one_by_one, over_seeds, stack
+from fastppo.analysis.run_groups import find_runs
+from fastppo.compile import inductor
+from fastppo.compile.inductor import compile_program
+from fastppo.core.seed_axis import Seeds, of_seed, one_by_one, over_seeds, stack
 from fastppo.envs.classic import CartPole
 from fastppo.envs.make import make_vec
-from fastppo.envs.seeds import JoinedVectorEnv, SeedsVectorEnv, many
-from fastppo.groups import find_runs
+from fastppo.envs.multi_seed_envs import JoinedVectorEnv, SeedsVectorEnv, many
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.reference import SEEDS_SUMMARY, SUMMARY
-from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 
 SHORT = {"num_envs": 2, "num_steps": 16, "num_iterations": 3, "num_minibatches": 2, "update_epochs": 2, "anneal_lr": False}
@@ -210,8 +210,8 @@ def test_a_program_traced_over_seeds_is_each_alone(jobs):
     """What the compiler is given where several seeds go into one call, run by PyTorch: loops carry all seeds along."""
     program, examples = jobs()
     stacked = stack(examples)
-    graph, _ = compilation._trace(program, stacked, mapped=True)
-    results, expected = graph(*compilation._tensors(stacked)), [program(*example) for example in examples]
+    graph, _ = inductor._trace(program, stacked, mapped=True)
+    results, expected = graph(*inductor._tensors(stacked)), [program(*example) for example in examples]
     for seed, alone in enumerate(expected):
         assert_same([x[seed] for x in results], alone)
 
@@ -337,9 +337,9 @@ def test_a_seed_that_fails_leaves_the_others_alone(tmp_path):
 
 def test_an_update_that_is_not_finite_is_one_seeds_own(tmp_path, monkeypatch):
     """As from a loss that overflows: its parameters stay those before, and nobody else's are touched."""
-    from fastppo import agent_run
+    from fastppo.training import training_run
 
-    read, seen = agent_run.read_metrics, []
+    read, seen = training_run.read_metrics, []
 
     def failing(learned):
         seen.append(learned)
@@ -347,10 +347,10 @@ def test_an_update_that_is_not_finite_is_one_seeds_own(tmp_path, monkeypatch):
             raise TrainingFault("policy_loss is not finite in minibatch 0 of the update, which was not applied")
         return read(learned)
 
-    monkeypatch.setattr(agent_run, "read_metrics", failing)
+    monkeypatch.setattr(training_run, "read_metrics", failing)
     with pytest.raises(TrainingFault, match="seed 2: iteration 3: policy_loss is not finite"):
         train(tiny(tmp_path / "run", num_seeds=2, **SHORT | {"num_iterations": 4}))
-    monkeypatch.setattr(agent_run, "read_metrics", read)
+    monkeypatch.setattr(training_run, "read_metrics", read)
     train(tiny(tmp_path / "1", seed=1, **SHORT | {"num_iterations": 4}))
     assert_alike(tmp_path / "run" / "seed-1", tmp_path / "1")
     train(tiny(tmp_path / "2", seed=2, **SHORT | {"num_iterations": 2}))

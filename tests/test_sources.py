@@ -13,11 +13,11 @@ import pytest
 from test_program_keys import jobs_of
 
 import fastppo
-from fastppo.core.compilation import BackgroundCompile, cache_key, compile_program, native_key
+from fastppo.compile.inductor import BackgroundCompile, cache_key, compile_program, native_key
 
 ROOT = Path(fastppo.__file__).parent
 # Modules of ours that compute nothing inside a program: messages, processes, what the machine has, seeds of generators.
-COMPUTES_NOTHING = ("fastppo.errors", "fastppo.platforms", "fastppo.cores", "fastppo.devices", "fastppo.random_streams")
+COMPUTES_NOTHING = ("fastppo.errors", "fastppo.random_streams", "fastppo.system")
 
 RUNS = {
     "mlp": {},

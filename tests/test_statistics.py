@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastppo.statistics import bootstrap_interval, interquartile_mean
+from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import TrainConfig, UsageError, load_policy, paths, train
+from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.cli import run
+from fastppo.compile import workers as workers_module
+from fastppo.compile.compile_errors import explain
+from fastppo.compile.selector import Tiers, cache_dir
+from fastppo.compile.workers import LINE, Team
 from fastppo.config import read_run_config
-from fastppo.core import team
-from fastppo.core.compile_errors import explain
-from fastppo.core.team import LINE, Team
 from fastppo.evaluate import console as evaluate
 from fastppo.run.display import encodable
 from fastppo.run.loggers import Loggers
-from fastppo.run.metrics import read_rows
-from fastppo.tiers import Tiers, cache_dir
+from fastppo.run.metrics_file import read_rows
+from fastppo.system import paths
 from fastppo.train import console
 
 
@@ -105,7 +106,7 @@ def test_a_worker_that_fails(workers):
 
 def test_a_thread_that_does_not_stop_is_not_waited_for(workers, monkeypatch):
     """Ctrl-C ends the run all the same."""
-    monkeypatch.setattr(team, "END_SECONDS", 0.01)
+    monkeypatch.setattr(workers_module, "END_SECONDS", 0.01)
     over = []
 
     def act(team):
@@ -127,7 +128,7 @@ def test_an_interrupt_during_the_last_evaluation(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastppo.agent_run.evaluate_config", interrupted)
+    monkeypatch.setattr("fastppo.training.training_run.evaluate_config", interrupted)
     assert console([*FLAGS, "--run-dir", str(tmp_path / "run")]) == 130
     captured = capsys.readouterr()
     assert "training is over and kept; only its evaluation was interrupted, do it with" in captured.out
@@ -229,12 +230,12 @@ def test_a_cache_without_room_for_a_directory(tmp_path, monkeypatch, capsys):
 def test_no_process_for_the_compiler(tmp_path, monkeypatch, capsys):
     """Where no process can be started any more, training goes on eagerly."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("fastppo.tiers.WORTH_BUILDING", {"collect": 0.0, "act": 0.0})
+    monkeypatch.setattr("fastppo.compile.selector.WORTH_BUILDING", {"collect": 0.0, "act": 0.0})
 
     def refused(*_, **__):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr("fastppo.core.compilation.subprocess.Popen", refused)
+    monkeypatch.setattr("fastppo.compile.inductor.subprocess.Popen", refused)
     train(TrainConfig(run_dir=str(tmp_path / "run"), num_envs=2, num_steps=16, num_iterations=5, eval_episodes=0))
     assert (
         "since compiling failed: no process could be started for it: Resource temporarily unavailable"

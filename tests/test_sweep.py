@@ -14,10 +14,10 @@ import pytest
 
 from fastppo import TrainConfig, UsageError, load_preset, preset_for
 from fastppo import sweep as sweep_module
-from fastppo.cores import available_cores
+from fastppo.analysis.search_space import NOT_SEARCHED, OF_THE_SWEEP, SEARCHED, built_in_space, read_space, to_settings
 from fastppo.presets import PRESETS
-from fastppo.search_space import NOT_SEARCHED, OF_THE_SWEEP, SEARCHED, built_in_space, read_space, to_settings
 from fastppo.sweep import at_parts, console, read_curve, score
+from fastppo.system.cpus import available_cores
 from fastppo.train import console as train_console
 
 optuna = pytest.importorskip("optuna")

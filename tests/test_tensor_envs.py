@@ -24,7 +24,7 @@ from fastppo.envs.deadline import Deadline
 from fastppo.envs.make import make_vec
 from fastppo.envs.torchrl import TorchRLVectorEnv
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout import HostCollector, TensorCollector, allocate_rollout, start_collector
+from fastppo.rollout.collectors import HostCollector, TensorCollector, allocate_rollout, start_collector
 
 CPU = torch.device("cpu")
 
@@ -457,5 +457,5 @@ def test_the_entry_point_is_chosen_by_itself():
 
 def test_torchrl_is_imported_for_its_environments_only():
     """It takes a second: neither training nor evaluating anything else pays for it."""
-    script = "import sys, fastppo.train, fastppo.loop, fastppo.evaluate; assert 'torchrl' not in sys.modules"
+    script = "import sys, fastppo.train, fastppo.training.loop, fastppo.evaluate; assert 'torchrl' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from tiny_runs import tiny
 
-from fastppo import preparation, train
-from fastppo.reproducibility import guarantees
-from fastppo.threads import PATIENCE, ROUNDS, TRIAL_SECONDS, Choice, Watch, choose, minibatch_of
+from fastppo import train
+from fastppo.training import setup
+from fastppo.training.reproducibility import guarantees
+from fastppo.training.thread_trial import PATIENCE, ROUNDS, TRIAL_SECONDS, Choice, Watch, choose, minibatch_of
 
 CPU = torch.device("cpu")
 
@@ -136,9 +137,9 @@ def summary_of(run_dir, monkeypatch, choice, threads=2, **settings):
         tried.append(most)
         return choice
 
-    monkeypatch.setattr(preparation, "choose", chosen)
+    monkeypatch.setattr(setup, "choose", chosen)
     if threads is not None:
-        monkeypatch.setattr(preparation, "choose_threads", lambda *_: threads)
+        monkeypatch.setattr(setup, "choose_threads", lambda *_: threads)
     train(tiny(run_dir, **{"hidden_sizes": (8,), "num_iterations": 2, "check_env": False, **settings}))
     assert torch.get_num_threads() == 2
     return json.loads((run_dir / "summary.json").read_text()), tried
@@ -169,9 +170,9 @@ def test_small_minibatches_need_no_trial(tmp_path, monkeypatch):
     """They have one thread as it is; others as many as there are."""
     _, tried = summary_of(tmp_path / "run", monkeypatch, None, threads=None)
     assert tried == []
-    monkeypatch.setattr(preparation, "usable_threads", lambda: 7)
+    monkeypatch.setattr(setup, "usable_threads", lambda: 7)
     config, sizes = tiny("run", minibatch_size=16), (2**20, 2**19)
-    assert [preparation.choose_threads(config, SimpleNamespace(num_params=size)) for size in sizes] == [7, 1]
+    assert [setup.choose_threads(config, SimpleNamespace(num_params=size)) for size in sizes] == [7, 1]
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastppo.compile.inductor import CompileError, compile_program
+from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, Job, Tiers, cache_dir
 from fastppo.core import programs
-from fastppo.core.compilation import CompileError, compile_program
 from fastppo.core.programs import Normalization
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
-from fastppo.tiers import BUILD_SECONDS, TRIAL_ITERATIONS, Job, Tiers, cache_dir
 from fastppo.train import console
 
 FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]
@@ -119,7 +119,7 @@ def test_a_compiled_run_is_the_eager_run(compiled_run, tmp_path, capsys, monkeyp
 
 
 class Compiler:
-    """Stands in for core/compilation.py: a program is its name, and a build is ready when the test says so."""
+    """Stands in for compile/inductor.py: a program is its name, and a build is ready when the test says so."""
 
     def __init__(self, monkeypatch):
         self.cached, self.ready = set(), set()
@@ -127,10 +127,10 @@ class Compiler:
         self.broken = self.distrusted = False
         self.there = True
         self.threads = set()  # torch's, whenever something was asked for
-        monkeypatch.setattr("fastppo.tiers.load_program", self.load)
-        monkeypatch.setattr("fastppo.tiers.compile_program", self.compile)
-        monkeypatch.setattr("fastppo.tiers.BackgroundCompile", self.start)
-        monkeypatch.setattr("fastppo.core.native.has_compiler", lambda: self.there)
+        monkeypatch.setattr("fastppo.compile.selector.load_program", self.load)
+        monkeypatch.setattr("fastppo.compile.selector.compile_program", self.compile)
+        monkeypatch.setattr("fastppo.compile.selector.BackgroundCompile", self.start)
+        monkeypatch.setattr("fastppo.compile.native.has_compiler", lambda: self.there)
 
     def load(self, program, example, cache_dir, seeds, exchange):
         self.threads.add(torch.get_num_threads())
@@ -445,7 +445,7 @@ def test_calls_per_iteration(tmp_path):
     from fastppo.envs.autoreset import AutoresetEnvs
     from fastppo.envs.make import make_vec
     from fastppo.policy.spaces import action_spec, obs_spec
-    from fastppo.rollout import HostCollector, allocate_rollout
+    from fastppo.rollout.collectors import HostCollector, allocate_rollout
 
     calls = []
 

@@ -20,8 +20,8 @@ import torch
 from test_resume import differing
 
 from fastppo.cli import parse_train, run
-from fastppo.loop import environment_seed, train
 from fastppo.train import console
+from fastppo.training.loop import environment_seed, train
 
 TIMES = ("seconds", "sps", "env_share", "act_share", "learn_share")
 COMMON = ["--num-envs", "8", "--num-steps", "16", "--compile", "off", "--plain", "--eval-episodes", "0", "--no-anneal-lr"]

@@ -8,7 +8,7 @@ from tiny_runs import tiny
 
 from fastppo import UsageError, train
 from fastppo.run import loggers, tracking
-from fastppo.run.metrics import read_rows
+from fastppo.run.metrics_file import read_rows
 
 
 class Fake:
@@ -37,8 +37,8 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     """In the place of W&B, installed or not."""
-    monkeypatch.setattr("fastppo.agent_run.Tracker", Fake)
-    monkeypatch.setattr("fastppo.preparation.check_installed", lambda tracker: None)
+    monkeypatch.setattr("fastppo.training.training_run.Tracker", Fake)
+    monkeypatch.setattr("fastppo.training.setup.check_installed", lambda tracker: None)
     monkeypatch.setattr(Fake, "fails", None)
     return Fake
 

@@ -11,9 +11,9 @@ from environments import OBSERVATIONS, Walk
 from gymnasium.spaces import Box, Dict, Tuple
 
 import fastppo
-from fastppo.envs import grouped
+from fastppo.envs import vector
 from fastppo.envs.check import _Watch, _WatchedEnv
-from fastppo.envs.grouped import NumberedVectorEnv
+from fastppo.envs.vector import NumberedVectorEnv
 
 GENERIC_IN_THE_OLDEST = {"Env", "Wrapper", "VectorEnv", "Space"}
 HALF = Box(-1, 1, (3,), np.float16)
@@ -61,7 +61,7 @@ def leaves(space):
 @pytest.mark.parametrize("space", [HALF, Dict(a=Tuple([HALF])), *OBSERVATIONS.values()])
 def test_shared_memory_is_of_types_that_the_oldest_allocates(space):
     """Before 1.4 create_shared_memory knows the types of Python's arrays only, which float16 is none of. The size stays."""
-    allocated = grouped._allocated(space)
+    allocated = vector._allocated(space)
     for ours, theirs in zip(leaves(allocated), leaves(space), strict=True):
         assert ours.dtype.char in f"?{typecodes}"
         assert (ours.shape, ours.dtype.itemsize) == (theirs.shape, theirs.dtype.itemsize)

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from fastppo import Callback, TrainConfig, UsageError, train
+from fastppo.analysis.video import choose_suffix, video_file
 from fastppo.envs.atari import AtariSettings, make_ale, make_drawn_ale
 from fastppo.evaluate import console
-from fastppo.video import choose_suffix, video_file
 
 SMALL = {"num_envs": 4, "num_steps": 32, "num_iterations": 4, "eval_episodes": 0, "compile": "off", "device": "cpu"}
 

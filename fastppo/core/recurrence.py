@@ -4,7 +4,7 @@ What a cell makes of its inputs is one product for all steps, done outside; here
 product with the state of the step before, and the gates. The gradient is written out, since it then has the same form: whatever
 does not depend on the step after is computed for all steps at once, a second loop goes backwards, and the weights' gradient is
 one product. (Autograd would keep and add up a (H, 4H) matrix for each step.) The two loops of each kind are a `Cells`: `STEPS`
-here, which is the truth, and core/native.py's, which compiled programs take.
+here, which is the truth, and compile/native.py's, which compiled programs take.
 
 Letters: T steps, n sequences, K independent cells side by side (an actor's and a critic's), H hidden size. A state is zeroed
 before each step that is the first one of an episode.

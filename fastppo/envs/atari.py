@@ -19,9 +19,9 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
-from fastppo.cores import engine_threads
 from fastppo.envs.make import find_spec, first_line
 from fastppo.errors import UsageError, brief
+from fastppo.system.cpus import engine_threads
 
 # 30 minutes at 60 frames a second (Machado et al. 2018, section 4.2), the limit of every id that ALE registers.
 MAX_FRAMES = 108_000

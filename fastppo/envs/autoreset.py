@@ -34,7 +34,7 @@ from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
 Structure = Any  # a batch, or a dict or tuple of such
-ResetSeed = int | Sequence[int] | None  # several: one for each of the seeds of envs/seeds.py
+ResetSeed = int | Sequence[int] | None  # several: one for each of the seeds of envs/multi_seed_envs.py
 
 # what the info of a step has where an episode ended in it and the environment is reset already; two of them are of gymnasium 0
 FINAL_KEYS = frozenset({"final_obs", "final_observation", "final_info"})

@@ -14,10 +14,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from fastppo.cores import engine_threads
 from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, tell_lives
 from fastppo.envs.make import first_line
 from fastppo.errors import UsageError, brief, nearest
+from fastppo.system.cpus import engine_threads
 
 SEEDS = 2**31  # EnvPool's are below it
 STATE = ("obs", "reward", "done", "trunc", "elapsed_step")  # of what a step brings, the parts that are no infos

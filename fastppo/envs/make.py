@@ -10,11 +10,11 @@ import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import VectorEnv
 
-from fastppo.cores import available_cores
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.envs.grouped import GroupedVectorEnv, NumberedVectorEnv
+from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
+from fastppo.system.cpus import available_cores
 
 
 def make_vec(

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastppo.core.modes import ours
 from fastppo.core.programs import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
 from fastppo.policy.distributions import DIAGONAL_NORMAL, choices, mask_logits
 from fastppo.policy.networks import ActorCritic, Encoder, MLPActorCritic, ModuleFactory, ModulePolicy, Network
 from fastppo.policy.normalization import RunningMoments, make_normalization
-from fastppo.policy.recurrent import RecurrentActorCritic, Rnn
+from fastppo.policy.rnn import RecurrentActorCritic, Rnn
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec, space_from_data, space_to_data
+from fastppo.system.modes import ours
 
 
 class NetworkConfig(Protocol):

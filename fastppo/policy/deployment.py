@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastppo.core.programs import Obs, normalize_obs
 from fastppo.policy.agent import Agent
-from fastppo.policy.recurrent import RecurrentActorCritic
+from fastppo.policy.rnn import RecurrentActorCritic
 
 
 class DeployedPolicy(nn.Module):

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from fastppo.errors import UsageError
-from fastppo.paths import absolute, current_directory
-from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.files import file_name, lock_directory, replace_file
+from fastppo.system.paths import absolute, current_directory
 
 
 class RunDirectory:

@@ -17,6 +17,8 @@ from rich.panel import Panel
 from rich.segment import ControlType
 from rich.text import Text
 
+from fastppo.system.text import duration
+
 Row = Mapping[str, int | float]
 Line = list[str | tuple[str, str]]  # text, or text and style
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -285,14 +287,3 @@ def number(value: float) -> str:
 def figure(value: float) -> str:
     """The same for the panel, as wide for 475 as for 475.1: '475.0', '12,346', '-1.234e-05'."""
     return number(value) if not 1e-4 <= abs(value) < 1e7 else f"{value:#.4g}" if abs(value) < 999.95 else f"{value:,.0f}"
-
-
-def duration(seconds: float) -> str:
-    """'42 s', '3:07' or '1:02:33'."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

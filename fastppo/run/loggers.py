@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastppo.errors import brief
 from fastppo.run.files import utf8_name
-from fastppo.run.metrics import MetricsFile
+from fastppo.run.metrics_file import MetricsFile
 from fastppo.run.tracking import Tracker
 
 EVENT_SECONDS = 0.1  # between two events: one costs 350 us, most of them in a thread that holds Python's lock

@@ -5,7 +5,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from fastppo.platforms import signal_name
+from fastppo.system.platforms import signal_name
 
 
 class StopSignals:

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.agent_run import AgentRun, Note, TrainResult, drawing_curves, fill_directory, reopen
+from fastppo.analysis.run_groups import group_runs, read_run
+from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.groups import group_runs, read_run
 from fastppo.plot import PANELS, draw_page, render
 from fastppo.policy.networks import Network
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
-from fastppo.state import TrainState
-from fastppo.statistics import bootstrap_interval, interquartile_mean
+from fastppo.training.state import TrainState
+from fastppo.training.training_run import AgentRun, Note, TrainResult, drawing_curves, fill_directory, reopen
 
 # of a joint row, what is of all seeds together; all else is the mean over them
 _SUMS = ("global_step", "sps", "episodes", "terminations", "truncations", "updates")

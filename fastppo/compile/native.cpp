@@ -1,6 +1,6 @@
 // What compiled programs need and PyTorch has not got: an all-reduce between threads, LSTM and GRU over whole sequences, and
 // memory that is handed out fast.
-// Built once a machine by core/native.py, which says what each is worth. Knows nothing of what the programs compute.
+// Built once a machine by compile/native.py, which says what each is worth. Knows nothing of what the programs compute.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map
 from fastppo.config import TrainConfig
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.losses import Total, alone
-from fastppo.core.modes import ours
 from fastppo.core.programs import Normalization
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import checked, moments_from_state, policy_state, weights_from_state
@@ -32,8 +31,9 @@ from fastppo.policy.normalization import (
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.run.best import BestPolicy
-from fastppo.run.checkpoint import FORMAT
+from fastppo.run.checkpoint_file import FORMAT
 from fastppo.run.episodes import EpisodeStatistics
+from fastppo.system.modes import ours
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def checkpoint_of(
 ) -> dict[str, Any]:
     """The state as plain data: tensors, numbers, text, lists and dicts; of a snapshot only what a policy needs.
 
-    made_with: see fastppo/reproducibility.py.
+    made_with: see fastppo/training/reproducibility.py.
     """
     normalization = normalization_of(state)
     policy = {

@@ -1,6 +1,6 @@
 """native.cpp, built once a machine and loaded: what compiled programs need and PyTorch has not got.
 
-- `fastppo::all_reduce`, the sum over worker threads that run one program each, and over processes of such (core/team.py);
+- `fastppo::all_reduce`, the sum over worker threads that run one program each, and over processes of such (compile/workers.py);
 - `CELLS`, LSTM and GRU over whole sequences (core/recurrence.py), which as scans inside the compiled program take twice as long
   (benchmarks/LOG.md);
 - memory of CPU tensors that is kept for the next of that size instead of going back to the system: with it 16 minibatches of

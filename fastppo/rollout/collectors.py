@@ -3,7 +3,7 @@
 The rollout is one TensorDict of batch [T+1, N], allocated once and written in place. Row t < T is step t of every
 environment; row T holds the observation after the last step, the bootstrap's, and becomes row 0 of the next rollout. That of
 S seeds is [S, T+1, N], and collectors see it step by step, as [T+1, S, N]: "N" is then "S, N" in what they say of shapes, and
-their environments are those of envs/seeds.py.
+their environments are those of envs/multi_seed_envs.py.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from fastppo.core.modes import theirs
 from fastppo.core.programs import Collected
-from fastppo.core.seeds import of_seed, stack
+from fastppo.core.seed_axis import of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
-from fastppo.envs.seeds import SeededTorchVectorEnv
+from fastppo.envs.multi_seed_envs import SeededTorchVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, environment_fault
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
+from fastppo.system.modes import theirs
 
 
 def allocate_rollout(

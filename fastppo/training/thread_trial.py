@@ -21,9 +21,9 @@ from fastppo.core.gradient import grad_and_aux
 from fastppo.core.programs import obs_of
 from fastppo.core.recurrence import STEPS
 from fastppo.policy.networks import Network
-from fastppo.policy.recurrent import RecurrentActorCritic
+from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec
-from fastppo.rollout import allocate_rollout
+from fastppo.rollout.collectors import allocate_rollout
 
 ROUNDS = 5
 TRIAL_SECONDS = 0.5  # after which no round is begun

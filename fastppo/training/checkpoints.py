@@ -16,7 +16,7 @@ from torch import Tensor
 from fastppo.config import TrainConfig
 from fastppo.errors import RankLost, TrainingFault
 from fastppo.run.directory import RunDirectory
-from fastppo.state import PolicySnapshot, TrainState
+from fastppo.training.state import PolicySnapshot, TrainState
 
 
 class Checkpoints:

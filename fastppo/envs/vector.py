@@ -42,7 +42,7 @@ from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import masks_of, owner_of
 from fastppo.envs.streams import seed_streams
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, ForkHangs, NoAnswer, UsageError, located
-from fastppo.platforms import (
+from fastppo.system.platforms import (
     START_METHOD,
     interrupts_held,
     kill_group,

@@ -40,14 +40,15 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastppo.core import cache, native, programs
+from fastppo.compile import library_cache, native
+from fastppo.compile.compile_errors import explain
+from fastppo.compile.workers import WORKER_FIELDS, Exchange, Team
+from fastppo.core import programs
 from fastppo.core.adam import AdamState
-from fastppo.core.compile_errors import explain
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.programs import Collected, Learned
-from fastppo.core.seeds import Seeds, of_seed, over_seeds
-from fastppo.core.team import WORKER_FIELDS, Exchange, Team
-from fastppo.platforms import end_group, is_private, lower_priority, own_group
+from fastppo.core.seed_axis import Seeds, of_seed, over_seeds
+from fastppo.system.platforms import end_group, is_private, lower_priority, own_group
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
@@ -182,7 +183,7 @@ def load_program(
 ) -> CompiledProgram | None:
     """The compiled program from the cache, or None. Imports nothing of the compiler. One that does not load is removed.
 
-    With a setting `num_workers` above 1 a call of it is shared out among that many threads, see core/team.py; with `num_ranks`
+    With a setting `num_workers` above 1 a call of it is shared out among so many threads (compile/workers.py); with `num_ranks`
     above 1 among processes, of which each calls its own, and `exchange` is between them. With `seeds` all tensors of `example`,
     and of a call, have a leading axis of S seeds, and so has all that is returned.
 
@@ -200,7 +201,7 @@ def _load(
     if sys.platform == "win32":
         raise CompileError("compiled programs are for Linux and macOS")
     check_cache_dir(cache_dir)
-    helpers, library = cache.find(cache_dir, native_key()), cache.find(cache_dir, key)
+    helpers, library = library_cache.find(cache_dir, native_key()), library_cache.find(cache_dir, key)
     if helpers is None or library is None:
         return None
     loading = helpers
@@ -209,11 +210,11 @@ def _load(
         loading = library
         loaded = CompiledProgram(library, program, _layout(_tensors(_of_one_call(example, seeds))), seeds, exchange)
     except (OSError, RuntimeError, AttributeError) as error:
-        cache.remove(loading)
+        library_cache.remove(loading)
         what = "the compiled helpers do" if loading is helpers else "the compiled program does"
         raise LoadError(f"{what} not load: {_first_line(error)}") from error
-    cache.touch(helpers)
-    cache.touch(library)
+    library_cache.touch(helpers)
+    library_cache.touch(library)
     return loaded
 
 
@@ -239,17 +240,17 @@ def compile_program(
         raise CompileError(native.NO_COMPILER)
     try:
         with tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True) as build_dir:
-            if cache.find(cache_dir, native_key()) is None:
+            if library_cache.find(cache_dir, native_key()) is None:
                 helpers = Path(build_dir, "native.so")
                 native.build(helpers)
-                cache.keep(helpers, cache_dir, native_key(), _about("helpers of all programs"))
-            cache.keep(_build(program, example, build_dir, seeds), cache_dir, key, _about(_title(program, example)))
+                library_cache.keep(helpers, cache_dir, native_key(), _about("helpers of all programs"))
+            library_cache.keep(_build(program, example, build_dir, seeds), cache_dir, key, _about(_title(program, example)))
     except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
         raise CompileError(explain(error, cache_dir)) from error
     try:
         loaded = _load(program, example, cache_dir, key, seeds, exchange)
     except LoadError as error:  # built here and now: another build would not load either
-        cache.refuse(cache_dir, key, str(error))
+        library_cache.refuse(cache_dir, key, str(error))
         raise
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
@@ -325,7 +326,7 @@ class BackgroundCompile:
         self._program, self._example, self._cache_dir, self._seeds = program, example, cache_dir, seeds
         self._key = cache_key(program, example, seeds)
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            raise CompileError(cache.refusal(cache_dir, self._key).read_text(encoding="utf-8"))
+            raise CompileError(library_cache.refusal(cache_dir, self._key).read_text(encoding="utf-8"))
         try:
             job = pack(program, example, seeds)
             same = cache_key(*unpack(job)) == self._key
@@ -381,7 +382,7 @@ def _serve() -> None:
         return
     try:
         if cache_key(program, example, seeds) != key:  # it would be kept where nobody looks for it
-            cache.refuse(cache_dir, key, _DIFFERS)
+            library_cache.refuse(cache_dir, key, _DIFFERS)
             _tell(_DIFFERS)
         else:
             compile_program(program, example, cache_dir, seeds)
@@ -498,7 +499,7 @@ def _describe(value: Any) -> Any:
 def _sources(program: Program, example: Example) -> list[str]:
     """Digests of the text of everything that computes something in it; of an `env_step` that does not name it, of its graph."""
     policy = program.keywords["policy"]
-    folders = {Path(__file__).parent, Path(inspect.getfile(type(policy))).parent}
+    folders = {Path(__file__).parent, Path(programs.__file__).parent, Path(inspect.getfile(type(policy))).parent}
     files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
     env_step, graph = program.keywords.get("env_step"), ""
     if hasattr(policy, "module"):

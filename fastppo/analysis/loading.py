@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from fastppo.config import TrainConfig, read_run_config
-from fastppo.core.modes import ours
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import Agent, agent_from_state
 from fastppo.policy.networks import ModuleFactory
-from fastppo.run.checkpoint import load_checkpoint
+from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
+from fastppo.system.modes import ours
 
 
 def load_policy(

@@ -1,7 +1,7 @@
 """Training, from top to bottom: collect a rollout, learn from it, move the statistics, log, repeat.
 
 `train(config)` is the whole job. What a step or an update computes is in core/; what an iteration means for a run, its counters
-and checkpoints and logs, is in agent_run.py. With --num-seeds S there are S runs, whose environments and programs are one.
+and checkpoints and logs, is in training_run.py. With --num-seeds S there are S runs, whose environments and programs are one.
 """
 
 import contextlib
@@ -18,33 +18,33 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from fastppo import random_streams
-from fastppo.agent_run import AgentRun, TrainResult, make_directory, reopen, schedule_at, share_environments
+from fastppo.analysis.video import Recorder
 from fastppo.callbacks import Callback
+from fastppo.compile.selector import Tiers
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.modes import plain
-from fastppo.core.seeds import of_seed, stack
-from fastppo.cores import is_forked
+from fastppo.core.seed_axis import of_seed, stack
 from fastppo.envs.autoreset import ResetSeed
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import RankLost, TrainingFault
-from fastppo.paths import current_directory
-from fastppo.platforms import SIGPIPE, peak_memory_mib, process_age
 from fastppo.policy.networks import ModuleFactory
-from fastppo.preparation import Task, make_jobs, prepare
 from fastppo.presets import describe
 from fastppo.random_streams import Stream
 from fastppo.ranks import Ranks, checked
-from fastppo.reproducibility import guarantees, versions
-from fastppo.rollout import STEP_KEYS, Collector, Memory, Outcomes, allocate_rollout, start_collector
+from fastppo.rollout.collectors import STEP_KEYS, Collector, Memory, Outcomes, allocate_rollout, start_collector
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
-from fastppo.seeds import joint_row, keep_joint, make_directories, reopen_all
-from fastppo.state import normalization_of
-from fastppo.threads import Watch
-from fastppo.tiers import Tiers
-from fastppo.video import Recorder
+from fastppo.system.cpus import is_forked
+from fastppo.system.modes import plain
+from fastppo.system.paths import current_directory
+from fastppo.system.platforms import SIGPIPE, peak_memory_mib, process_age
+from fastppo.training.multi_seed import joint_row, keep_joint, make_directories, reopen_all
+from fastppo.training.reproducibility import guarantees, versions
+from fastppo.training.setup import Task, make_jobs, prepare
+from fastppo.training.state import normalization_of
+from fastppo.training.thread_trial import Watch
+from fastppo.training.training_run import AgentRun, TrainResult, make_directory, reopen, schedule_at, share_environments
 
 Opened = tuple[list[AgentRun], RunDirectory | None, Display]
 

@@ -19,24 +19,24 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from fastppo.analysis.loading import load_policy
 from fastppo.callbacks import Callback, View, is_yes
-from fastppo.checkpoints import Checkpoints
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
-from fastppo.loading import load_policy
 from fastppo.plot import plot_curves
 from fastppo.policy.agent import Agent
 from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.ranks import ALONE, Ranks
-from fastppo.reproducibility import differences
-from fastppo.rollout import Outcomes, Phases
+from fastppo.rollout.collectors import Outcomes, Phases
 from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
 from fastppo.run.tracking import Tracker
-from fastppo.state import (
+from fastppo.training.checkpoints import Checkpoints
+from fastppo.training.reproducibility import differences
+from fastppo.training.state import (
     PolicySnapshot,
     TrainState,
     frozen,

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastppo.core import native
-from fastppo.core.compilation import (
+from fastppo.compile import native
+from fastppo.compile.inductor import (
     BackgroundCompile,
     CompiledProgram,
     CompileError,
@@ -27,12 +27,12 @@ from fastppo.core.compilation import (
     compile_program,
     load_program,
 )
-from fastppo.core.modes import bound
 from fastppo.core.programs import Learned, Normalization
-from fastppo.core.seeds import Seeds, one_by_one, over_seeds
-from fastppo.platforms import user_number
+from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
-from fastppo.run.display import duration
+from fastppo.system.modes import bound
+from fastppo.system.platforms import user_number
+from fastppo.system.text import duration
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
 # Compiled programs are built in the background if the eager run would take so many times as long. Where the environments are

@@ -2,7 +2,7 @@
 
 mp4 through imageio-ffmpeg, a frame at a time: gymnasium's recorder (1.4, moviepy 1.0.3) keeps every frame in memory and, taking
 them by time, showed 168 of 501 synthetic frames in a neighbour's place and wrote 301 of 300. GIF through Pillow where there is
-no ffmpeg. Knows nothing of how an environment is made or drawn (envs/drawn.py).
+no ffmpeg. Knows nothing of how an environment is made or drawn (envs/render.py).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, environment_fa
 from fastppo.random_streams import Stream, environment_seed
 
 if TYPE_CHECKING:
-    from fastppo.envs.drawn import Frame
+    from fastppo.envs.render import Frame
     from fastppo.policy.agent import Agent
 
 Show = Callable[["Frame"], None]  # what is done with a frame (H, W, 3) uint8
@@ -43,7 +43,7 @@ def play(
     Raises:
         TrainingFault: the environment failed.
     """
-    from fastppo.envs.drawn import draw
+    from fastppo.envs.render import draw
 
     total, counts = 0.0, True
     for steps in range(limit + 1):
@@ -152,7 +152,7 @@ def _gif(path: Path, fps: float) -> Iterator[Show]:
 
 def check_display() -> None:
     """Raise UsageError where there is nothing to open a `window` on."""
-    from fastppo.envs.drawn import has_display
+    from fastppo.envs.render import has_display
 
     no_window = "--render human can open no window ({}); --video needs none"
     if not has_display():
@@ -195,7 +195,7 @@ def record(
     agent: "Agent", envs: AutoresetEnvs, path: Path, seed: int | None, deterministic: bool, limit: int
 ) -> tuple[float, int]:
     """`play` one episode into a video at `path`; raises as `play` and `video_file`."""
-    from fastppo.envs.drawn import frames_per_second
+    from fastppo.envs.render import frames_per_second
 
     with video_file(path, frames_per_second(envs)) as show:
         return play(agent, envs, show, seed, deterministic, limit)

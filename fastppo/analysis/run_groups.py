@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastppo.cli import printable
+from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import RESUMABLE, TrainConfig, read_run_config
 from fastppo.errors import UsageError
-from fastppo.run.metrics import read_rows
-from fastppo.statistics import bootstrap_interval, interquartile_mean
+from fastppo.run.metrics_file import read_rows
+from fastppo.system.text import printable
 
 # The seed, how a run is shown, kept and computed, and the name of what its settings were taken from: not what is learned.
 _NO_SETTING = (RESUMABLE - {"total_timesteps", "num_iterations", "checkpoint_iterations"}) | {"seed", "preset", "env_id"}

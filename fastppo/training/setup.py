@@ -15,39 +15,39 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.agent_run import gather_environments, named_after
+from fastppo.compile.selector import Job
 from fastppo.config import TrainConfig, flag
 from fastppo.core import programs
 from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.modes import plain, under
 from fastppo.core.programs import obs_of
-from fastppo.core.seeds import Seeds, one_by_one, over_seeds
-from fastppo.cores import available_cores
-from fastppo.devices import resolved
+from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.envs.atari import atari_settings, is_atari
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.drawn import make_drawn
-from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.multi_seed_envs import SeedsVectorEnv, many
 from fastppo.envs.probe import Choice, choose_vectorization
-from fastppo.envs.seeds import SeedsVectorEnv, many
+from fastppo.envs.render import make_drawn
+from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.networks import ModuleFactory, ModulePolicy, Network
-from fastppo.policy.recurrent import RecurrentActorCritic
+from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
-from fastppo.reproducibility import made_with, versions
-from fastppo.rollout import env_step_of, pack, states_of
+from fastppo.rollout.collectors import env_step_of, pack, states_of
 from fastppo.run.tracking import check_installed
-from fastppo.seeds import of_each_seed
-from fastppo.state import PolicySnapshot, TrainState, checkpoint_of, init_state, normalization_of
-from fastppo.threads import choose, minibatch_of
-from fastppo.tiers import Job
+from fastppo.system.cpus import available_cores
+from fastppo.system.devices import resolved
+from fastppo.system.modes import plain, under
+from fastppo.training.multi_seed import of_each_seed
+from fastppo.training.reproducibility import made_with, versions
+from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, init_state, normalization_of
+from fastppo.training.thread_trial import choose, minibatch_of
+from fastppo.training.training_run import gather_environments, named_after
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
@@ -457,7 +457,7 @@ def usable_threads() -> int:
 
 
 def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
-    """Threads of a compiled `learn`, each with a part of the environments and of each minibatch (core/team.py), or with a seed.
+    """Threads of a compiled `learn`, each with a part of the environments and minibatches (compile/workers.py), or with a seed.
 
     As many as there are cores, or --num-threads, as long as each has MIN_WORKER_ROWS rows of a minibatch and parts are equal.
     """

@@ -1,0 +1,1 @@
+"""What finished runs are read for: policies, curves, statistics, videos."""

@@ -1,0 +1,1 @@
+"""T steps of N environments, written into buffers that are allocated once."""
