@@ -113,7 +113,7 @@ def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exp
     from fastppo.policy.deployment import DeployedPolicy  # here, so that --help and wrong flags do not wait for torch
 
     policy = DeployedPolicy(agent)
-    trial = _trial(agent, policy.memory_size)
+    trial = _trial(agent, policy.rnn_state_size)
     temporary = path.with_suffix(".tmp" + path.suffix)
     try:
         with _silence():
@@ -236,15 +236,15 @@ def _played(play: Callable[[Arrays], Arrays], trial: list[Step]) -> Iterator[tup
         yield step, got
 
 
-def _trial(agent: "Agent", memory_size: int) -> list[Step]:
+def _trial(agent: "Agent", rnn_state_size: int) -> list[Step]:
     """ROWS observations, and masks, as inputs by name, and the policy's answers; of one with memory in STEPS steps."""
     rng = np.random.default_rng(0)
     agent = copy.copy(agent)  # its own memory stays
     agent.reset()
     info_mask = agent.obs.info_mask
-    steps = STEPS if memory_size else 1
+    steps = STEPS if rnn_state_size else 1
     rows = ROWS // steps
-    memory = np.zeros((rows, memory_size), np.float32)
+    memory = np.zeros((rows, rnn_state_size), np.float32)
     trial = []
     mask: Any = None
     for number in range(steps):
@@ -255,9 +255,9 @@ def _trial(agent: "Agent", memory_size: int) -> list[Step]:
         first = (np.arange(rows) + number) % 4 == 0  # each row in one step of four
         agent.reset(first)
         outputs = {"action": agent.act(obs, action_mask=mask)}
-        if agent.memory is not None:
+        if agent.rnn_state is not None:
             inputs["memory"] = np.where(first[:, None], np.float32(0), memory)
-            memory = agent.memory[:, :memory_size].cpu().numpy()  # the actor's part
+            memory = agent.rnn_state[:, :rnn_state_size].cpu().numpy()  # the actor's part
             outputs[MEMORY] = memory
         trial.append(Step(inputs, first, outputs))
     return trial

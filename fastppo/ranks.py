@@ -290,25 +290,25 @@ def threads_per_rank(local_size: int) -> int:
 
 
 def check_shares(
-    num_envs: int, num_steps: int, minibatch_size: int, strata: int, num_ranks: int, rows_per_unit: int = 1
+    num_envs: int, num_steps: int, minibatch_size: int, num_shards: int, num_ranks: int, rows_per_unit: int = 1
 ) -> None:
-    """Refuse what cannot be cut into equal parts: K ranks, G strata, N environments, M rows a minibatch. Raises UsageError.
+    """Refuse what cannot be cut into equal parts: K ranks, G shards, N environments, M rows a minibatch. Raises UsageError.
 
     rows_per_unit: of a minibatch, that stay together.
     """
-    if strata % num_ranks:
+    if num_shards % num_ranks:
         raise UsageError(
-            f"--minibatch-strata {strata} is not a multiple of the {num_ranks} ranks; nearest that are: "
-            f"{_nearest(strata, lambda value: value % num_ranks == 0)}"
+            f"--minibatch-strata {num_shards} is not a multiple of the {num_ranks} ranks; nearest that are: "
+            f"{_nearest(num_shards, lambda value: value % num_ranks == 0)}"
         )
-    parts = f"{num_ranks} ranks" if strata == num_ranks else f"--minibatch-strata {strata}"
-    if num_envs % strata:
+    parts = f"{num_ranks} ranks" if num_shards == num_ranks else f"--minibatch-strata {num_shards}"
+    if num_envs % num_shards:
         raise UsageError(
             f"--num-envs {num_envs} does not fall into equal parts for {parts}; nearest that do: "
-            f"{_nearest(num_envs, lambda value: value % strata == 0)}"
+            f"{_nearest(num_envs, lambda value: value % num_shards == 0)}"
         )
-    if minibatch_size // rows_per_unit % strata:
-        batch_size, unit = num_envs * num_steps, strata * rows_per_unit
+    if minibatch_size // rows_per_unit % num_shards:
+        batch_size, unit = num_envs * num_steps, num_shards * rows_per_unit
         legal = _nearest(minibatch_size, lambda rows: rows % unit == 0 and batch_size % rows == 0, batch_size)
         counts = " or ".join(str(batch_size // int(rows)) for rows in legal.split(" or "))
         raise UsageError(

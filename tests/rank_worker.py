@@ -28,7 +28,7 @@ SETTINGS = {
 CASES = {
     "gae": (CATEGORICAL, {"target_kl": 0.005}),
     "monte-carlo": (DIAGONAL_NORMAL, {"advantage_estimator": "monte-carlo", "norm_returns": True, "clip_vloss": False}),
-    "final_obs": (DIAGONAL_NORMAL, {"norm_adv": False, "rows_per_pass": 4}),
+    "final_obs": (DIAGONAL_NORMAL, {"norm_adv": False, "microbatch_size": 4}),
 }
 ALONE = Ranks()
 SIZES = (1, 7, 9155, 100_003)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from fastppo import TrainConfig, train
 from fastppo.compile import inductor, native
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, compile_program
-from fastppo.core.programs import Collected, Normalization, act, collect
+from fastppo.core.programs import CollectResult, Normalization, act, collect
 from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import make_envs
@@ -265,7 +265,7 @@ def test_traced_collect_equals_eager(env, squash):
     graph, _ = inductor._trace(ours.program(), arguments)
     results, expected = graph(*inductor._tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
-    assert_same(Collected(tuple(results[:rows]), *results[rows:]), expected)
+    assert_same(CollectResult(tuple(results[:rows]), *results[rows:]), expected)
 
 
 def test_traced_collect_of_choices_equals_eager():
@@ -275,8 +275,8 @@ def test_traced_collect_of_choices_equals_eager():
     graph, _ = inductor._trace(ours.program(), arguments)
     results, expected = graph(*inductor._tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
-    assert_same(Collected(tuple(results[:rows]), *results[rows:]), expected)
-    assert torch.equal(Collected(tuple(results[:rows]), *results[rows:]).action, expected.action)
+    assert_same(CollectResult(tuple(results[:rows]), *results[rows:]), expected)
+    assert torch.equal(CollectResult(tuple(results[:rows]), *results[rows:]).action, expected.action)
     assert expected.truncated.any()
 
 
@@ -575,7 +575,7 @@ POOL = """
 import pathlib, queue, sys, threading
 import numpy as np
 import torch
-from fastppo.core import native
+from fastppo.compile import native
 
 torch.set_num_threads(1)
 before = torch.arange(1000.0)  # of the allocator from before: freed later, by its own means

@@ -141,7 +141,7 @@ def team(tmp_path_factory, needs_compiler):
     cache_dir.chmod(0o700)
     settings = {"advantage_estimator": "monte-carlo", "norm_returns": True, "clip_vloss": False, "normalized": True}
     learn_eagerly, arguments = job(NORMAL_POLICY, **settings)
-    shared_out = functools.partial(learn_eagerly, num_workers=2, rows_per_pass=4)
+    shared_out = functools.partial(learn_eagerly, num_workers=2, microbatch_size=4)
     return compile_program(shared_out, arguments, cache_dir), learn_eagerly, settings
 
 
@@ -163,7 +163,7 @@ def test_a_failing_worker_is_an_error_not_a_hang(team):
     """The other workers stop waiting for it, and the caller is told."""
     compiled, _, settings = team
     tensors = inductor._tensors(job(NORMAL_POLICY, **settings)[1])
-    spoilt = inductor.Team(compiled._library, 2)
+    spoilt = inductor.WorkerPool(compiled._library, 2)
     inputs = [[*tensors, worker] for worker in spoilt.workers]
     run = spoilt._run
     spoilt._run = lambda given: run([None] if given is inputs[1] else given)  # no tensor: the second one fails at once
@@ -259,7 +259,7 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     """Ten runs in one process do not end with ten threads that wait for nothing."""
     compiled, _, _ = team
     before = threading.active_count()
-    others = [inductor.Team(compiled._library, 3) for _ in range(4)]
+    others = [inductor.WorkerPool(compiled._library, 3) for _ in range(4)]
     assert threading.active_count() == before + 8
     del others
     deadline = time.monotonic() + 60
@@ -273,7 +273,7 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     [
         (CATEGORICAL_POLICY, True, {"norm_adv": False, "target_kl": 0.01}),
         (CATEGORICAL_POLICY, False, {"clip_vloss": False, "advantage_estimator": "monte-carlo"}),
-        (NORMAL_POLICY, False, {"target_kl": 0.01, "rows_per_pass": 8}),
+        (NORMAL_POLICY, False, {"target_kl": 0.01, "microbatch_size": 8}),
         (NORMAL_POLICY, True, {"advantage_estimator": "monte-carlo", "norm_adv": False}),
     ],
 )

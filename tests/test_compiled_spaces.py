@@ -97,7 +97,7 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
     and a constant of its own.
     """
     tmp_path.chmod(0o700)
-    learn_eagerly, arguments = structured_job(observation, action, policy, rows_per_pass=8)
+    learn_eagerly, arguments = structured_job(observation, action, policy, microbatch_size=8)
     compiled = compile_program(learn_eagerly, arguments, tmp_path)
     for seed in (0, 1):
         _, arguments = structured_job(observation, action, policy, seed)

@@ -161,7 +161,7 @@ def test_a_file_remembers_as_the_policy_does(case, tmp_path):
     agent = make_agent(case, **MEMORIES[case])
     obs, mask, _ = observed(agent, 5)
     agent.act(obs, action_mask=mask)
-    memory = agent.memory
+    memory = agent.rnn_state
     size = 8 * agent.network.rnn.num_layers * (2 if agent.network.rnn.kind == "lstm" else 1)
     files = {}
     for format in (param for param in format_params() if isinstance(param, str)):
@@ -169,7 +169,7 @@ def test_a_file_remembers_as_the_policy_does(case, tmp_path):
         assert re.search(rf"memory float32 \(batch, {size}\) -> action .*, next_memory float32 \(batch, {size}\); ", told)
         assert told.endswith(" on 256 observations, 8 steps of 32")
         files[format] = player(tmp_path / f"policy{SUFFIX[format]}")
-    assert agent.memory is memory
+    assert agent.rnn_state is memory
 
     for rows in (40, 1):
         forgetful, faithful = make_agent(case, **MEMORIES[case]), make_agent(case, **MEMORIES[case])
@@ -189,7 +189,7 @@ def test_a_file_remembers_as_the_policy_does(case, tmp_path):
                 action, memories[format] = run(given)
                 assert_same(agent, given, action, expected)
                 assert memories[format].dtype == np.float32
-                np.testing.assert_allclose(memories[format], agent.memory[:, :size], rtol=0, atol=1e-5)
+                np.testing.assert_allclose(memories[format], agent.rnn_state[:, :size], rtol=0, atol=1e-5)
         assert rows == 1 or (others > 0).all()
 
 

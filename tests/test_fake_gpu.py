@@ -18,7 +18,7 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
 from fastppo.ranks import Ranks
-from fastppo.rollout.collectors import Memory, allocate_rollout, start_collector
+from fastppo.rollout.collectors import RnnState, allocate_rollout, start_collector
 from fastppo.system.devices import resolved
 from fastppo.training.setup import make_jobs, prepare
 from fastppo.training.state import normalization_of
@@ -78,7 +78,7 @@ CASES = {
     "dict": (DICT, None),
     "images": (IMAGES, None),
     "module": (HOST, Module),
-    "memory": ({**HOST, "rnn": "lstm"}, None),
+    "rnn_state": ({**HOST, "rnn": "lstm"}, None),
     "device": (DEVICE, None),
     "device, memory": ({**DEVICE, "rnn": "gru"}, None),
     "seeds": ({**HOST, "num_seeds": 3}, None),
@@ -96,16 +96,16 @@ CASES = {
 def example_of(task):
     """What `learn` takes, noise for all steps, the rollout and the memory, as training/loop.py makes them."""
     config, device, seeds = task.config, task.device, len(task.states) if task.several else None
-    memory = task.network.memory_size
+    rnn_state = task.network.rnn_state_size
     keeps_final_obs = task.envs.keeps_final_obs
     rollout = allocate_rollout(
-        config.num_steps, task.local.num_envs, task.obs, task.action, keeps_final_obs, device, seeds, memory > 0
+        config.num_steps, task.local.num_envs, task.obs, task.action, keeps_final_obs, device, seeds, rnn_state > 0
     )
     tensors = dict(rollout.items())
     lead = () if seeds is None else (seeds,)
-    if memory:
-        tensors["memory"] = torch.zeros(*lead, task.local.num_envs, memory, device=device)
-    remembered = Memory(tensors["memory"]) if memory else None
+    if rnn_state:
+        tensors["rnn_state"] = torch.zeros(*lead, task.local.num_envs, rnn_state, device=device)
+    remembered = RnnState(tensors["rnn_state"]) if rnn_state else None
     each = [(s.params, s.adam, normalization_of(s), schedule_at(0.0, config, device)) for s in task.states]
     params, adam, normalization, schedule = each[0] if seeds is None else stack(each)
     units = task.local.batch_size // config.rows_per_unit
@@ -152,7 +152,7 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     with prepared(settings, policy) as (task, _):
         example, noise, _, _ = example_of(task)
         jobs = make_jobs(task, example, noise)
-        chosen = selector.Tiers("auto", jobs, 1, print, task.ranks)
+        chosen = selector.ProgramSelector("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
         for name, job in jobs.items():
             captured = chosen._compiled[name]
@@ -177,10 +177,10 @@ def test_rollouts_are_filled_on_the_gpu(case, monkeypatch):
     if case.startswith("ranks"):
         monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
     with prepared(COLLECTED[case], None) as (task, _), torch.no_grad():
-        example, noise, rollout, memory = example_of(task)
-        chosen = selector.Tiers("off", make_jobs(task, example, noise), 1, print, task.ranks)
+        example, noise, rollout, rnn_state = example_of(task)
+        chosen = selector.ProgramSelector("off", make_jobs(task, example, noise), 1, print, task.ranks)
         seed = [1, 2, 3][: task.config.num_seeds] if task.several else 1
-        collector = start_collector(task.envs, rollout, task.obs, task.action, seed, memory)
+        collector = start_collector(task.envs, rollout, task.obs, task.action, seed, rnn_state)
         for cut in (False, True):
             collector.collect(chosen.act(example[-1]), noise, cut)
         assert {x.device for x in rollout.values()} == {task.device}

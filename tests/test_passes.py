@@ -48,11 +48,11 @@ def rollout_of_numbers(num_steps, num_envs):
     return rollout | {"terminated": off, "truncated": off, "valid": ~off}
 
 
-def passes_of(num_steps, num_envs, minibatch_size, rows_per_pass, epochs=1):
+def passes_of(num_steps, num_envs, minibatch_size, microbatch_size, epochs=1):
     """(rows that each pass over the rollout saw, rows that each pass over each minibatch saw, permutation)."""
     policy, rollout = CountingPolicy(), rollout_of_numbers(num_steps, num_envs)
     permutation = make_permutation(epochs, num_steps * num_envs)
-    update(policy, torch.ones(1), rollout, permutation, minibatch_size=minibatch_size, rows_per_pass=rows_per_pass)
+    update(policy, torch.ones(1), rollout, permutation, minibatch_size=minibatch_size, microbatch_size=microbatch_size)
     shown = torch.tensor([len(seen) for seen in policy.seen]).cumsum(0)
     evaluated = int((shown < (num_steps + 1) * num_envs).sum()) + 1  # passes until every row of the rollout was seen
     return policy.seen[:evaluated], policy.seen[evaluated:], permutation
@@ -80,24 +80,24 @@ def test_a_prime_number_of_rows_takes_few_passes():
 
 @MANY
 @hypothesis.given(
-    num_steps=st.integers(1, 40), num_envs=st.integers(1, 6), parts=st.integers(1, 6), rows_per_pass=st.integers(1, 60)
+    num_steps=st.integers(1, 40), num_envs=st.integers(1, 6), parts=st.integers(1, 6), microbatch_size=st.integers(1, 60)
 )
-def test_every_row_in_passes_of_bounded_size(num_steps, num_envs, parts, rows_per_pass):
+def test_every_row_in_passes_of_bounded_size(num_steps, num_envs, parts, microbatch_size):
     """The passes over the rollout show its rows in order; those over a minibatch its rows in order; sizes are all alike.
 
     What fills up a last pass are copies of the row before.
     """
     batch_size = num_steps * num_envs
     minibatch_size = next(batch_size // k for k in range(parts, 0, -1) if batch_size % k == 0)
-    evaluated, learned, permutation = passes_of(num_steps, num_envs, minibatch_size, rows_per_pass)
+    evaluated, learned, permutation = passes_of(num_steps, num_envs, minibatch_size, microbatch_size)
     rows = (num_steps + 1) * num_envs
     per_minibatch = len(learned) * minibatch_size // batch_size
-    assert len(evaluated) <= -(-rows // rows_per_pass) + 1
-    assert per_minibatch <= -(-minibatch_size // rows_per_pass) + 1
+    assert len(evaluated) <= -(-rows // microbatch_size) + 1
+    assert per_minibatch <= -(-minibatch_size // microbatch_size) + 1
     minibatches = [learned[start : start + per_minibatch] for start in range(0, len(learned), per_minibatch)]
     wanted = [torch.arange(rows), *permutation.reshape(-1, minibatch_size)]
     for passes, order in zip([evaluated, *minibatches], wanted, strict=True):
-        assert all(len(one) == len(other) <= rows_per_pass for one, other in pairwise([*passes, passes[0]]))
+        assert all(len(one) == len(other) <= microbatch_size for one, other in pairwise([*passes, passes[0]]))
         shown = torch.cat(passes)
         assert torch.equal(shown[: len(order)], order)
         assert (shown[len(order) :] == order[-1]).all()
@@ -108,7 +108,7 @@ def test_every_row_in_passes_of_bounded_size(num_steps, num_envs, parts, rows_pe
     num_steps=st.integers(2, 24),
     num_envs=st.integers(2, 6),
     parts=st.integers(1, 4),
-    rows_per_pass=st.integers(1, 40),
+    microbatch_size=st.integers(1, 40),
     options=st.sampled_from(
         [
             {},
@@ -119,7 +119,7 @@ def test_every_row_in_passes_of_bounded_size(num_steps, num_envs, parts, rows_pe
     final=st.booleans(),
 )
 @pytest.mark.parametrize("policy", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
-def test_passes_change_nothing(policy, num_steps, num_envs, parts, rows_per_pass, options, final):
+def test_passes_change_nothing(policy, num_steps, num_envs, parts, microbatch_size, options, final):
     """Parameters, Adam's state and every metric, in float64, rows that are no transitions and the KL stop included."""
     batch_size = num_steps * num_envs
     minibatch_size = next(batch_size // k for k in range(parts, 0, -1) if batch_size % k == 0)
@@ -129,7 +129,7 @@ def test_passes_change_nothing(policy, num_steps, num_envs, parts, rows_per_pass
         rollout["final_obs"] = rollout["obs"].flip(0)
     options = {"minibatch_size": minibatch_size, **options}
     whole = update(policy, params, rollout, make_permutation(2, batch_size), **options)
-    parts = update(policy, params, rollout, make_permutation(2, batch_size), rows_per_pass=rows_per_pass, **options)
+    parts = update(policy, params, rollout, make_permutation(2, batch_size), microbatch_size=microbatch_size, **options)
     torch.testing.assert_close(parts, whole, **DOUBLE)
 
 
@@ -138,33 +138,33 @@ def test_passes_change_nothing(policy, num_steps, num_envs, parts, rows_per_pass
     num_steps=st.integers(1, 16),
     num_envs=st.integers(1, 7),
     all_at_once=st.booleans(),
-    rows_per_pass=st.integers(1, 60),
+    microbatch_size=st.integers(1, 60),
     kind=st.sampled_from(["lstm", "gru"]),
 )
-def test_passes_change_nothing_with_a_memory(num_steps, num_envs, all_at_once, rows_per_pass, kind):
+def test_passes_change_nothing_with_a_memory(num_steps, num_envs, all_at_once, microbatch_size, kind):
     """A memory is carried over the passes, whatever fills up the last one, and sequences stay whole."""
     policy, spec, action = make_recurrent_policy(kind, observation=VECTOR, action=ACTIONS["discrete"])
     params = make_recurrent_params(policy)
     rollout = make_recurrent_rollout(policy, spec, action, params, VECTOR, num_steps, num_envs)
     options = {"minibatch_size": num_steps * (num_envs if all_at_once else 1)}
     whole = update(policy, params, rollout, make_permutation(2, num_envs), **options)
-    parts = update(policy, params, rollout, make_permutation(2, num_envs), rows_per_pass=rows_per_pass, **options)
+    parts = update(policy, params, rollout, make_permutation(2, num_envs), microbatch_size=microbatch_size, **options)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("rows_per_pass", [3, 5, 7])
-def test_workers_in_passes_that_do_not_divide(rows_per_pass):
+@pytest.mark.parametrize("microbatch_size", [3, 5, 7])
+def test_workers_in_passes_that_do_not_divide(microbatch_size):
     """Two workers of 17 rows of a minibatch each, in passes of 3, 5 and 7: together the update of one."""
     params, rollout, permutation = make_params(DISCRETE), make_rollout(DISCRETE, 17, 4), make_permutation(2, 68)
     options = {"minibatch_size": 34}
     expected = update(DISCRETE, params, rollout, permutation, **options)
-    results = updates_of(2, DISCRETE, params, rollout, permutation, rows_per_pass=rows_per_pass, **options)
+    results = updates_of(2, DISCRETE, params, rollout, permutation, microbatch_size=microbatch_size, **options)
     assert_together(results, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_traced_form_fills_up_its_last_pass_too():
     """The graph that the compiler is given, where neither the rollout's 68 rows nor a minibatch's 16 fill passes of 3."""
-    learn_eagerly, arguments = job(CATEGORICAL_POLICY, rows_per_pass=3)
+    learn_eagerly, arguments = job(CATEGORICAL_POLICY, microbatch_size=3)
     graph, _ = inductor._trace(learn_eagerly, arguments)
     params, *rest = graph(*inductor._tensors(arguments))
     expected = job(CATEGORICAL_POLICY)[0](*arguments)

@@ -298,7 +298,7 @@ def test_first_minibatch_has_ratio_one(policy):
 class CountingPolicy:
     """A policy that remembers which rows it was shown. An observation is its row's number, and so is its action."""
 
-    memory_size = 0
+    rnn_state_size = 0
 
     def __init__(self):
         self.seen, self.actions = [], []
@@ -345,13 +345,13 @@ def test_every_transition_is_gathered_exactly_once_an_epoch():
 
 
 @POLICIES
-@pytest.mark.parametrize("rows_per_pass", [1, 6, 16, 1000])
-def test_parts_of_a_minibatch_add_up_to_it(policy, rows_per_pass):
+@pytest.mark.parametrize("microbatch_size", [1, 6, 16, 1000])
+def test_parts_of_a_minibatch_add_up_to_it(policy, microbatch_size):
     """Working a minibatch off in parts changes neither the update nor a metric; invalid rows and the KL stop included."""
     params, rollout, permutation = make_params(policy), make_rollout(policy, 16, 4), make_permutation(3, 64)
     for options in ({}, {"target_kl": 0.01}, {"advantage_estimator": "monte-carlo", "norm_adv": False, "clip_vloss": False}):
         whole = update(policy, params, rollout, permutation, minibatch_size=32, **options)
-        parts = update(policy, params, rollout, permutation, minibatch_size=32, rows_per_pass=rows_per_pass, **options)
+        parts = update(policy, params, rollout, permutation, minibatch_size=32, microbatch_size=microbatch_size, **options)
         torch.testing.assert_close(parts.params, whole.params, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(parts.minibatch_metrics, whole.minibatch_metrics, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(parts.explained_variance, whole.explained_variance, rtol=1e-4, atol=1e-5)
@@ -680,7 +680,7 @@ def test_programs_never_ask_the_host(policy):
     "options",
     [
         {"target_kl": 0.05},
-        {"advantage_estimator": "monte-carlo", "norm_returns": True, "rows_per_pass": 2},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "microbatch_size": 2},
         {"norm_adv": False, "final_obs": True},
     ],
     ids=["gae", "monte-carlo", "final_obs"],
@@ -704,7 +704,7 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
     "options",
     [
         {"target_kl": 0.003},
-        {"advantage_estimator": "monte-carlo", "norm_returns": True, "rows_per_pass": 2},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "microbatch_size": 2},
         {"norm_adv": False, "clip_vloss": False, "final_obs": True},
     ],
     ids=["gae", "monte-carlo", "final_obs"],

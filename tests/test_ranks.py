@@ -222,7 +222,7 @@ def test_threads_are_shared_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_envs", "minibatch_size", "strata", "num_ranks", "said"),
+    ("num_envs", "minibatch_size", "num_shards", "num_ranks", "said"),
     [
         (10, 20, 4, 4, "--num-envs 10 does not fall into equal parts for 4 ranks; nearest that do: 8 or 12"),
         (2, 4, 4, 2, "--num-envs 2 does not fall into equal parts for --minibatch-strata 4; nearest that do: 4"),
@@ -231,10 +231,10 @@ def test_threads_are_shared_out(monkeypatch):
         (8, 18, 4, 4, "--minibatch-size 12 or 24, or --num-minibatches 6 or 3"),
     ],
 )
-def test_unequal_parts_are_refused(num_envs, minibatch_size, strata, num_ranks, said):
+def test_unequal_parts_are_refused(num_envs, minibatch_size, num_shards, num_ranks, said):
     """The flag and the nearest values that can be."""
     with pytest.raises(UsageError) as caught:
-        check_shares(num_envs, 9, minibatch_size, strata, num_ranks)
+        check_shares(num_envs, 9, minibatch_size, num_shards, num_ranks)
     assert said in str(caught.value)
 
 
@@ -248,15 +248,15 @@ def test_equal_parts_are_not_refused():
 T, N, M, E = 6, 8, 16, 3
 
 
-def draw(strata=1, rank=0, num_ranks=1, seed=5):
+def draw(num_shards=1, rank=0, num_ranks=1, seed=5):
     """(E, B / K) and the generator behind it."""
     generator = torch.Generator().manual_seed(seed)
     out = torch.full((E, T * N // num_ranks), -1)
-    draw_permutation(out, generator, T, N, M, strata, rank, num_ranks)
+    draw_permutation(out, generator, T, N, M, num_shards, rank, num_ranks)
     return out, generator
 
 
-def test_one_stratum_is_randperm():
+def test_one_shard_is_randperm():
     """The bits of a run of one process: torch.randperm of all rows, epoch after epoch, and nothing else from the generator."""
     out, after = draw()
     generator = torch.Generator().manual_seed(5)
@@ -264,25 +264,25 @@ def test_one_stratum_is_randperm():
     assert torch.equal(after.get_state(), generator.get_state())
 
 
-@pytest.mark.parametrize("strata", [1, 2, 4, 8])
-def test_every_row_once_an_epoch_and_equal_parts_of_every_stratum(strata):
+@pytest.mark.parametrize("num_shards", [1, 2, 4, 8])
+def test_every_row_once_an_epoch_and_equal_parts_of_every_shard(num_shards):
     """M / G rows of each minibatch are of environments g * N / G and up; not in an order that the row would give away."""
-    out, _ = draw(strata)
+    out, _ = draw(num_shards)
     assert torch.equal(out.sort(1).values, torch.arange(T * N).expand(E, -1))
-    group = (out % N) // (N // strata)  # of each row, its stratum
+    group = (out % N) // (N // num_shards)  # of each row, its shard
     for minibatch in group.view(-1, M):
-        assert minibatch.bincount(minlength=strata).tolist() == [M // strata] * strata
+        assert minibatch.bincount(minlength=num_shards).tolist() == [M // num_shards] * num_shards
     assert not torch.equal(out[0], out[1])
     assert len({tuple(step.tolist()) for step in (out // N).view(-1, M)}) == E * T * N // M
 
 
-@pytest.mark.parametrize(("strata", "num_ranks"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
-def test_minibatches_are_the_same_for_every_number_of_ranks(strata, num_ranks):
+@pytest.mark.parametrize(("num_shards", "num_ranks"), [(2, 2), (4, 2), (4, 4), (8, 2), (8, 4)])
+def test_minibatches_are_the_same_for_every_number_of_ranks(num_shards, num_ranks):
     """All ranks' rows of a minibatch, numbered as in the whole rollout, are one process's, in its order; generators agree."""
-    expected, after = draw(strata)
+    expected, after = draw(num_shards)
     parts = []
     for rank in range(num_ranks):
-        own, generator = draw(strata, rank, num_ranks)
+        own, generator = draw(num_shards, rank, num_ranks)
         assert torch.equal(generator.get_state(), after.get_state())
         own_envs = N // num_ranks
         parts.append((own // own_envs * N + rank * own_envs + own % own_envs).view(-1, M // num_ranks))

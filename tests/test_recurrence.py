@@ -40,12 +40,12 @@ def example(kind, dtype=torch.float64):
     return [random(*shape, seed=index, dtype=dtype).requires_grad_() for index, shape in enumerate(shapes)]
 
 
-def run(kind, gates, weight, *rest, first=FIRST, cells=STEPS):
+def run(kind, gates, weight, *rest, episode_start=FIRST, cells=STEPS):
     """All states after each step, (T, K, n, parts * H)."""
     if kind == "lstm":
-        return torch.cat(lstm(gates, weight, first, *rest, cells), -1)
+        return torch.cat(lstm(gates, weight, episode_start, *rest, cells), -1)
     bias, h = rest
-    return gru(gates, weight, bias, first, h, cells)
+    return gru(gates, weight, bias, episode_start, h, cells)
 
 
 def of_torch(kind, layers=1):
@@ -94,9 +94,9 @@ def test_outputs_and_gradients_are_those_of_torch_on_split_sequences(kind, layer
     modules = [of_torch(kind, layers) for _ in range(USERS)]
     rnn = Rnn(kind, 5, WIDTH, layers, USERS)
     x = random(STEPS_T, NUMBER, 5, seed=7)
-    memory = random(NUMBER, rnn.memory_size, seed=8)
+    rnn_state = random(NUMBER, rnn.rnn_state_size, seed=8)
     # (n, S) as it is said to be: user by user, layer by layer, h and c
-    states = memory.view(NUMBER, USERS, layers, NUM_STATES[kind], WIDTH).permute(1, 3, 2, 0, 4)  # (K, parts, L, n, H)
+    states = rnn_state.view(NUMBER, USERS, layers, NUM_STATES[kind], WIDTH).permute(1, 3, 2, 0, 4)  # (K, parts, L, n, H)
     expected = torch.stack([episode_by_episode(module, x, states[k]) for k, module in enumerate(modules)])  # (K, T, n, H)
     goal = random(*expected.shape, seed=9)
     (expected * goal).sum().backward()
@@ -104,7 +104,7 @@ def test_outputs_and_gradients_are_those_of_torch_on_split_sequences(kind, layer
     with torch.no_grad():
         weights = {name: weight.clone() for name, weight in module_as_rnn(kind, modules, rnn).items()}
     leaves = {name: weight.requires_grad_() for name, weight in weights.items()}
-    out, after = rnn.replay(leaves, x, FIRST, memory, STEPS)
+    out, after = rnn.unroll(leaves, x, FIRST, rnn_state, STEPS)
     out = out.unflatten(1, (STEPS_T, NUMBER))
     torch.testing.assert_close(out, expected)
     # the last layer's h is what comes out
@@ -131,19 +131,19 @@ def test_gradients_are_those_of_finite_differences(kind):
 def test_an_end_in_the_middle_is_two_sequences(kind):
     """Steps from an episode's start on know nothing of those before: neither states nor gradients cross it."""
     gates, weight, *rest = example(kind)
-    first = torch.zeros_like(FIRST)
-    first[4] = True
+    episode_start = torch.zeros_like(FIRST)
+    episode_start[4] = True
     goal = random(*run(kind, gates, weight, *rest).shape, seed=20)
     inputs = (gates, weight, *rest)
-    whole = run(kind, *inputs, first=first)
+    whole = run(kind, *inputs, episode_start=episode_start)
     grads = torch.autograd.grad((whole * goal).sum(), inputs)
 
     parts = NUM_STATES[kind]
     state, bias = rest[-parts:], rest[:-parts]
     nothing = [torch.zeros_like(part) for part in state]
     halves = [
-        run(kind, gates[:4], weight, *bias, *state, first=first[:4]),
-        run(kind, gates[4:], weight, *bias, *nothing, first=torch.zeros_like(first[4:])),
+        run(kind, gates[:4], weight, *bias, *state, episode_start=episode_start[:4]),
+        run(kind, gates[4:], weight, *bias, *nothing, episode_start=torch.zeros_like(episode_start[4:])),
     ]
     assert torch.equal(whole, torch.cat(halves))
     apart = torch.autograd.grad(sum((half * part).sum() for half, part in zip(halves, goal.split([4, 5]), strict=True)), inputs)

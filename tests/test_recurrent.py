@@ -37,8 +37,8 @@ from fastppo.core.programs import (
     MINIBATCH_METRICS,
     Normalization,
     Schedule,
-    act_and_remember,
-    act_and_remember_from_params,
+    act_recurrent,
+    act_recurrent_from_params,
     collect,
     learn,
     normalize_obs,
@@ -54,7 +54,7 @@ from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collectors import (
     DeviceCollector,
     HostCollector,
-    Memory,
+    RnnState,
     TensorCollector,
     allocate_rollout,
     env_step_of,
@@ -138,7 +138,7 @@ def test_who_has_a_memory(kind, settings):
     spec = action_spec(ACTIONS["discrete"], False)
     policy = make_network(obs_spec(VECTOR), spec, config)
     users, parts = (1 if settings else 2), {"lstm": 2, "gru": 1}[kind]
-    assert policy.memory_size == users * 2 * parts * 8
+    assert policy.rnn_state_size == users * 2 * parts * 8
     assert policy.actor_size == 2 * parts * 8
 
 
@@ -159,22 +159,22 @@ def test_step_by_step_is_replay(kind, users, layers, hidden):
     weights = policy.weights(params)
     generator = torch.Generator().manual_seed(1)
     obs = torch.randn(steps, number, 3, generator=generator)
-    memory = torch.randn(number, policy.memory_size, generator=generator)
-    first = torch.zeros(steps, number, dtype=torch.bool)
-    first[0, 0] = first[3, 1] = first[4, 1] = first[6, 2] = True
-    dist, value, after = policy.replay(weights, obs, first, memory, STEPS)
-    assert after.shape == (steps, number, policy.memory_size)
-    own = memory[:, : policy.actor_size]
+    rnn_state = torch.randn(number, policy.rnn_state_size, generator=generator)
+    episode_start = torch.zeros(steps, number, dtype=torch.bool)
+    episode_start[0, 0] = episode_start[3, 1] = episode_start[4, 1] = episode_start[6, 2] = True
+    dist, value, after = policy.unroll(weights, obs, episode_start, rnn_state, STEPS)
+    assert after.shape == (steps, number, policy.rnn_state_size)
+    own = rnn_state[:, : policy.actor_size]
     for t in range(steps):
-        memory, own = (x.masked_fill(first[t].unsqueeze(1), 0.0) for x in (memory, own))
-        judged = policy.judge(weights, obs[t], memory)
-        (step_dist, memory), (own_dist, own) = (policy.step(weights, obs[t], x) for x in (memory, own))
+        rnn_state, own = (x.masked_fill(episode_start[t].unsqueeze(1), 0.0) for x in (rnn_state, own))
+        judged = policy.value_from_state(weights, obs[t], rnn_state)
+        (step_dist, rnn_state), (own_dist, own) = (policy.step(weights, obs[t], x) for x in (rnn_state, own))
         torch.testing.assert_close(dist[t], step_dist, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(value[t], judged, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(after[t], memory, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after[t], rnn_state, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(own_dist, step_dist, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(own, memory[:, : policy.actor_size], rtol=1e-5, atol=1e-6)
-    forgotten = policy.replay(weights, obs, torch.ones_like(first), memory, STEPS)[0]
+        torch.testing.assert_close(own, rnn_state[:, : policy.actor_size], rtol=1e-5, atol=1e-6)
+    forgotten = policy.unroll(weights, obs, torch.ones_like(episode_start), rnn_state, STEPS)[0]
     assert (forgotten - dist).abs().amax((1, 2)).min() > 1e-4  # what is remembered matters in every step
 
 
@@ -183,14 +183,14 @@ def test_judging_many_rows_at_once(kind):
     """V of (T, n, ...) after memories (T, n, S) is V of each by itself, and leaves them as they are."""
     policy, *_ = make_policy(kind)
     weights = policy.weights(make_params(policy))
-    obs, memory = torch.randn(4, 3, 3), torch.randn(4, 3, policy.memory_size)
-    before = memory.clone()
-    value = policy.judge(weights, obs, memory)
+    obs, rnn_state = torch.randn(4, 3, 3), torch.randn(4, 3, policy.rnn_state_size)
+    before = rnn_state.clone()
+    value = policy.value_from_state(weights, obs, rnn_state)
     assert value.shape == (4, 3)
     for t, n in itertools.product(range(4), range(3)):
-        one = policy.judge(weights, obs[t, n : n + 1], memory[t, n : n + 1])
+        one = policy.value_from_state(weights, obs[t, n : n + 1], rnn_state[t, n : n + 1])
         torch.testing.assert_close(value[t, n], one[0], rtol=1e-5, atol=1e-6)
-    assert torch.equal(memory, before)
+    assert torch.equal(rnn_state, before)
 
 
 def test_without_a_memory_there_is_no_acting():
@@ -250,10 +250,10 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self.policy, name)
 
-    def step(self, weights, obs, memory):
-        dist, memory = self.policy.step(weights, obs, memory)
-        self.memories.append(memory.clone())
-        return dist, memory
+    def step(self, weights, obs, rnn_state):
+        dist, rnn_state = self.policy.step(weights, obs, rnn_state)
+        self.memories.append(rnn_state.clone())
+        return dist, rnn_state
 
 
 class Bench:
@@ -274,12 +274,12 @@ class Bench:
         self.keeps_final_obs = self.envs.keeps_final_obs
         shape = (num_steps, num_envs, self.obs, self.action, self.keeps_final_obs, CPU)
         self.rollout = allocate_rollout(*shape, remembers=True)
-        self.start = torch.zeros(num_envs, policy.memory_size)
-        self.collector = start_collector(self.envs, self.rollout, self.obs, self.action, seed, Memory(self.start))
+        self.start = torch.zeros(num_envs, policy.rnn_state_size)
+        self.collector = start_collector(self.envs, self.rollout, self.obs, self.action, seed, RnnState(self.start))
         kinds = {"arrays": HostCollector, "tensors": TensorCollector, "device": DeviceCollector}
         assert type(self.collector) is kinds[engine]
         weights = policy.weights(self.params)
-        self.act = functools.partial(act_and_remember, self.policy, weights, OFF)
+        self.act = functools.partial(act_recurrent, self.policy, weights, OFF)
         if engine == "device":
             step = env_step_of(vector, self.action)
             self.act = functools.partial(functools.partial(collect, policy=self.policy, env_step=step), self.params, OFF)
@@ -287,33 +287,33 @@ class Bench:
         self.noise_shape = self.action.noise_shape(num_steps, num_envs)
 
     def collect(self, greedy=False, cut=False):
-        """The next rollout, copied, with `memory`; and what `act` remembered after each step, (T, N, S)."""
+        """The next rollout, copied, with `rnn_state`; and what `act` remembered after each step, (T, N, S)."""
         noise = self.action.distribution.noise(self.noise_shape, self.generator)
         self.policy.memories.clear()
         self.collector.collect(self.act, torch.zeros_like(noise) if greedy else noise, cut)
-        rollout = {key: value.clone() for key, value in self.rollout.items()} | {"memory": self.start.clone()}
+        rollout = {key: value.clone() for key, value in self.rollout.items()} | {"rnn_state": self.start.clone()}
         return rollout, torch.stack(self.policy.memories)
 
     def running(self):
         """What `collect` carries from step to step, of environments on the device."""
-        first = self.rollout["first"][-1].clone()
-        return (*pack(self.collector.envs.running), self.collector.memory.now, first)
+        episode_start = self.rollout["episode_start"][-1].clone()
+        return (*pack(self.collector.envs.running), self.collector.rnn_state.now, episode_start)
 
     def from_nothing(self, obs):
-        """The memory (R, S) after an episode's first observation, (R, ...)."""
-        empty = torch.zeros(len(obs), self.policy.memory_size)
+        """The rnn_state (R, S) after an episode's first observation, (R, ...)."""
+        empty = torch.zeros(len(obs), self.policy.rnn_state_size)
         return self.policy.policy.step(self.policy.weights(self.params), obs, empty)[1]
 
-    def replay(self, rollout):
+    def unroll(self, rollout):
         """As `learn` does it."""
         weights = self.policy.weights(self.params)
-        return self.policy.replay(weights, obs_of(rollout), rollout["first"], rollout["memory"], STEPS)
+        return self.policy.unroll(weights, obs_of(rollout), rollout["episode_start"], rollout["rnn_state"], STEPS)
 
 
 @EVERY_ENGINE
 @pytest.mark.parametrize(("kind", "users", "layers"), [("lstm", 2, 1), ("gru", 1, 2)])
 def test_replayed_states_are_those_acted_with(engine, mode, kind, users, layers):
-    """Step for step, over episode ends and over ten rollouts; and `first` is true at the starts of episodes and nowhere else.
+    """Step for step, over episode ends and over ten rollouts; and `episode_start` is true at starts of episodes, nowhere else.
 
     A rollout ends, and another begins, with every kind of row: one under way, one that has just ended, one that resets.
     """
@@ -321,16 +321,18 @@ def test_replayed_states_are_those_acted_with(engine, mode, kind, users, layers)
     before, starts, borders = None, 0, set()
     for _ in range(10):
         rollout, acted = bench.collect()
-        _, _, replayed = bench.replay(rollout)
+        _, _, replayed = bench.unroll(rollout)
         torch.testing.assert_close(replayed[:-1], acted, rtol=1e-5, atol=1e-5)
         if before is not None:
-            assert torch.equal(rollout["memory"], before)
+            assert torch.equal(rollout["rnn_state"], before)
         before = acted[-1]
-        assert torch.equal(rollout["first"], rollout["obs"][..., 1] == 0.0)  # the walk says how old it is
-        first = rollout["first"][:-1]
-        torch.testing.assert_close(acted[first], bench.from_nothing(rollout["obs"][:-1][first]), rtol=1e-5, atol=1e-5)
-        starts += int(first.sum())
-        borders |= set(zip(rollout["valid"][-1].tolist(), rollout["first"][-1].tolist(), strict=True))
+        assert torch.equal(rollout["episode_start"], rollout["obs"][..., 1] == 0.0)  # the walk says how old it is
+        episode_start = rollout["episode_start"][:-1]
+        torch.testing.assert_close(
+            acted[episode_start], bench.from_nothing(rollout["obs"][:-1][episode_start]), rtol=1e-5, atol=1e-5
+        )
+        starts += int(episode_start.sum())
+        borders |= set(zip(rollout["valid"][-1].tolist(), rollout["episode_start"][-1].tolist(), strict=True))
     assert starts > 40
     under_way, begins, resets = (True, False), (True, True), (False, False)
     assert borders == {under_way, begins, resets} - ({resets} if bench.keeps_final_obs else set())
@@ -345,11 +347,11 @@ def test_a_reset_between_rollouts_forgets(engine, mode):
         bench.collect(cut=True)
         bench.collector.reset(None)
         rollout, acted = bench.collect()
-        assert rollout["first"][0].all(), number
+        assert rollout["episode_start"][0].all(), number
         assert rollout["valid"][0].all(), number
         torch.testing.assert_close(acted[0], bench.from_nothing(rollout["obs"][0]), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(bench.replay(rollout)[2][:-1], acted, rtol=1e-5, atol=1e-5)
-    assert rollout["memory"].any()  # and there was something to forget
+        torch.testing.assert_close(bench.unroll(rollout)[2][:-1], acted, rtol=1e-5, atol=1e-5)
+    assert rollout["rnn_state"].any()  # and there was something to forget
     bench.envs.close()
 
 
@@ -363,7 +365,7 @@ def test_a_truncated_episode_is_bootstrapped_with_its_own_memory(engine, mode, k
     """
     bench = Bench(engine, mode, kind=kind)
     weights, network = bench.policy.weights(bench.params), bench.policy.policy
-    alone = torch.zeros(4, bench.policy.memory_size)  # of the episodes under way, by hand
+    alone = torch.zeros(4, bench.policy.rnn_state_size)  # of the episodes under way, by hand
     options = {"gae_lambda": 0.0, "gamma": 0.5, "norm_adv": False, "clip_vloss": False, "minibatch_size": 28}
     kinds = {"terminated": 0, "truncated": 0, "cut": 0, "under way": 0}
     for number in range(4):
@@ -375,12 +377,12 @@ def test_a_truncated_episode_is_bootstrapped_with_its_own_memory(engine, mode, k
                 alone[n] = 0.0
             if not rollout["valid"][t, n]:
                 continue
-            value = network.judge(weights, obs, alone[n : n + 1])
+            value = network.value_from_state(weights, obs, alone[n : n + 1])
             _, alone[n : n + 1] = network.step(weights, obs, alone[n : n + 1])
             led_to = (rollout["final_obs"] if bench.keeps_final_obs else rollout["obs"].roll(-1, 0))[t, n : n + 1]
             if not (ended[t, n] or t == 6):
                 continue
-            bootstrap = network.judge(weights, led_to, alone[n : n + 1]).item()
+            bootstrap = network.value_from_state(weights, led_to, alone[n : n + 1]).item()
             if rollout["terminated"][t, n]:
                 bootstrap, what = 0.0, "terminated"
             elif ended[t, n]:
@@ -485,16 +487,23 @@ def make_rollout(policy, spec, action, params, space=VECTOR, num_steps=12, num_e
         terminated[t] &= ~resetting
         truncated[t] &= ~resetting
     valid = torch.cat((torch.arange(num_envs)[None] != 1, ~(terminated | truncated)[:-1]))
-    first = torch.cat((torch.arange(num_envs)[None] == 2, ~valid[:-1]))
-    memory = torch.randn(num_envs, policy.memory_size, generator=generator)
+    episode_start = torch.cat((torch.arange(num_envs)[None] == 2, ~valid[:-1]))
+    rnn_state = torch.randn(num_envs, policy.rnn_state_size, generator=generator)
     noise = action.distribution.noise(action.noise_shape(*shape), generator)
-    rollout = {**obs, "terminated": terminated, "truncated": truncated, "valid": valid, "first": first, "memory": memory}
+    rollout = {
+        **obs,
+        "terminated": terminated,
+        "truncated": truncated,
+        "valid": valid,
+        "episode_start": episode_start,
+        "rnn_state": rnn_state,
+    }
     rollout["reward"] = torch.where(valid, torch.randn(shape, generator=generator), 100.0)
-    weights, actions, now = policy.weights(params), [], memory
+    weights, actions, now = policy.weights(params), [], rnn_state
     seen = obs_of(obs)
     for t in range(num_steps + 1):
         row = seen[t] if isinstance(seen, torch.Tensor) else {key: x[t] for key, x in seen.items()}
-        chosen, now = act_and_remember(policy, weights, normalization, row, noise[t], now, first[t])
+        chosen, now = act_recurrent(policy, weights, normalization, row, noise[t], now, episode_start[t])
         actions.append(chosen)
     return rollout | {"action": torch.stack(actions)}
 
@@ -603,28 +612,28 @@ def test_what_happened_before_an_episode_has_no_influence(kind):
     """Where rows begin an episode, neither the memory at the rollout's start nor an earlier row's observation reaches them."""
     policy, params, rollout = setting(kind=kind)
     rollout["terminated"][:], rollout["truncated"][:], rollout["valid"][:] = False, False, True
-    rollout["first"][:] = False
-    rollout["first"][5] = rollout["terminated"][4] = True
+    rollout["episode_start"][:] = False
+    rollout["episode_start"][5] = rollout["terminated"][4] = True
     rollout["valid"][:5] = False  # what remains are the episodes from row 5 on
-    other = rollout | {"memory": torch.randn(rollout["memory"].shape), "obs": rollout["obs"].clone()}
+    other = rollout | {"rnn_state": torch.randn(rollout["rnn_state"].shape), "obs": rollout["obs"].clone()}
     other["obs"][:5] = torch.randn(5, 4, 3)
     one, two = (update(policy, params, rows, make_permutation(2, 4), minibatch_size=24) for rows in (rollout, other))
     torch.testing.assert_close(one.params, two.params, rtol=0, atol=1e-6)
-    rollout["first"][5] = False  # and without the start they do
+    rollout["episode_start"][5] = False  # and without the start they do
     assert (update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24).params - one.params).abs().max() > 1e-3
 
 
 class Stepping(RecurrentActorCritic):
     """The same network whose `replay` is a loop of `step` and `judge`: an oracle whose gradient is autograd's."""
 
-    def replay(self, weights, obs, first, memory, cells):
+    def unroll(self, weights, obs, episode_start, rnn_state, cells):
         dists, values, memories = [], [], []
-        for t in range(first.shape[0]):
-            memory = torch.where(first[t][:, None], 0.0, memory)
-            values.append(self.judge(weights, obs[t], memory))
-            dist, memory = self.step(weights, obs[t], memory)
+        for t in range(episode_start.shape[0]):
+            rnn_state = torch.where(episode_start[t][:, None], 0.0, rnn_state)
+            values.append(self.value_from_state(weights, obs[t], rnn_state))
+            dist, rnn_state = self.step(weights, obs[t], rnn_state)
             dists.append(dist)
-            memories.append(memory)
+            memories.append(rnn_state)
         several = isinstance(dists[0], tuple)
         dist = tuple(torch.stack(parts) for parts in zip(*dists, strict=True)) if several else torch.stack(dists)
         return dist, torch.stack(values), torch.stack(memories)
@@ -646,15 +655,15 @@ def test_learning_is_that_of_stepping_with_autograd(kind, users, layers, spaces,
     assert (one.params - params).abs().max() > 1e-3
 
 
-def by_torch(policy, params, obs, first, memory):
+def by_torch(policy, params, obs, episode_start, rnn_state):
     """Actor's and critic's output (T, N, ...) from torch.nn.LSTM or GRU, which goes through each episode by itself.
 
     A gradient to the flat buffer params goes through torch's own backward.
     """
-    weights, rnn, (steps, number) = policy.weights(params), policy.rnn, first.shape
+    weights, rnn, (steps, number) = policy.weights(params), policy.rnn, episode_start.shape
     module = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}[rnn.kind](rnn.input_size, rnn.hidden_size, rnn.num_layers).double()
     parts, outs = {"lstm": 2, "gru": 1}[rnn.kind], []
-    states = memory.view(number, rnn.num_users, rnn.num_layers, parts, rnn.hidden_size)
+    states = rnn_state.view(number, rnn.num_users, rnn.num_layers, parts, rnn.hidden_size)
     for user in range(rnn.num_users):
         named = {}
         for layer in range(rnn.num_layers):
@@ -667,11 +676,11 @@ def by_torch(policy, params, obs, first, memory):
             named |= {f"bias_ih_l{layer}": own["input.bias"], f"bias_hh_l{layer}": hidden_bias}
         sequences = []
         for n in range(number):
-            starts = [0, *(t for t in range(1, steps) if first[t, n]), steps]
+            starts = [0, *(t for t in range(1, steps) if episode_start[t, n]), steps]
             pieces = []
             for begin, end in itertools.pairwise(starts):
                 before = tuple(states[n, user].transpose(0, 1).contiguous())  # h and c, (L, H) each
-                if begin > 0 or first[0, n]:
+                if begin > 0 or episode_start[0, n]:
                     before = tuple(torch.zeros_like(part) for part in before)
                 state = before if rnn.kind == "lstm" else before[0]
                 pieces.append(torch.func.functional_call(module, named, (obs[begin:end, n], state))[0])
@@ -703,7 +712,7 @@ def test_the_first_gradient_is_that_of_torch_on_split_sequences(kind, users, lay
     terminated, truncated = rollout["terminated"][:12], rollout["truncated"][:12]
     assert (terminated & ~truncated & valid).any()
     assert (truncated & ~terminated & valid).any()
-    out, value = by_torch(policy, params, rollout["obs"], rollout["first"], rollout["memory"])
+    out, value = by_torch(policy, params, rollout["obs"], rollout["episode_start"], rollout["rnn_state"])
     judged = value.detach().unsqueeze(-1)
     ends = ((terminated | truncated).unsqueeze(-1), terminated.unsqueeze(-1))
     advantage, target = generalized_advantage_estimate(
@@ -741,12 +750,12 @@ def test_an_episode_that_begins_in_the_middle_equals_the_halves_apart(kind, user
     """
     policy, params, rollout = setting(kind=kind, users=users, num_steps=10, num_envs=3)
     off = torch.zeros(11, 3, dtype=torch.bool)
-    first, ended = off.clone(), off.clone()
-    first[5] = ended[4] = True
-    rollout |= {"terminated": off, "truncated": off, "valid": ~off, "first": first} | {end: ended}
+    episode_start, ended = off.clone(), off.clone()
+    episode_start[5] = ended[4] = True
+    rollout |= {"terminated": off, "truncated": off, "valid": ~off, "episode_start": episode_start} | {end: ended}
     rollout["final_obs"] = torch.randn(rollout["obs"].shape, generator=torch.Generator().manual_seed(4))
-    halves = {key: torch.cat((x[:6], x[5:]), 1) for key, x in rollout.items() if key != "memory"}
-    halves["memory"] = torch.cat((rollout["memory"], torch.zeros_like(rollout["memory"])))
+    halves = {key: torch.cat((x[:6], x[5:]), 1) for key, x in rollout.items() if key != "rnn_state"}
+    halves["rnn_state"] = torch.cat((rollout["rnn_state"], torch.zeros_like(rollout["rnn_state"])))
     options = {"minibatch_size": 30, "max_grad_norm": 1e9}
     whole = update(policy, params, rollout, torch.arange(3)[None], **options)
     apart = update(policy, params, halves, torch.arange(6)[None], **options)
@@ -756,27 +765,27 @@ def test_an_episode_that_begins_in_the_middle_equals_the_halves_apart(kind, user
     for name, gradient in policy.weights(whole.adam.exp_avg).items():
         assert gradient.abs().max() > 1e-6, name  # every weight was compared, the recurrent ones too
     # without the start in the middle it is another gradient
-    through = update(policy, params, rollout | {"first": off}, torch.arange(3)[None], **options)
+    through = update(policy, params, rollout | {"episode_start": off}, torch.arange(3)[None], **options)
     assert (through.adam.exp_avg - whole.adam.exp_avg).abs().max() > 1e-4
 
 
 class CountingPolicy:
     """A policy that notes which sequences it was shown. An observation is its row's number, as is its action."""
 
-    memory_size = 1
+    rnn_state_size = 1
 
     def __init__(self):
-        self.seen, self.firsts, self.memories, self.actions = [], [], [], []
+        self.seen, self.episode_starts, self.memories, self.actions = [], [], [], []
 
     def weights(self, params):
         return {"w": params}
 
-    def replay(self, weights, obs, first, memory, cells):
+    def unroll(self, weights, obs, episode_start, rnn_state, cells):
         number = obs.squeeze(-1)
         self.seen.append(number.long())
-        self.firsts.append(first)
-        self.memories.append(memory)
-        return number * weights["w"], number * weights["w"], memory.expand(len(obs), *memory.shape)
+        self.episode_starts.append(episode_start)
+        self.memories.append(rnn_state)
+        return number * weights["w"], number * weights["w"], rnn_state.expand(len(obs), *rnn_state.shape)
 
     def log_prob(self, dist, action):
         self.actions.append(action)
@@ -795,36 +804,36 @@ def test_every_environment_is_gathered_exactly_once_an_epoch():
     number = torch.arange((num_steps + 1) * num_envs).reshape(num_steps + 1, num_envs)
     off = torch.zeros_like(number, dtype=torch.bool)
     rollout = {"obs": number[..., None].float(), "action": number, "reward": torch.zeros_like(number, dtype=torch.float32)}
-    rollout |= {"terminated": off, "truncated": off, "valid": ~off, "first": number % 5 == 0}
-    rollout["memory"] = torch.arange(num_envs)[:, None].float()
+    rollout |= {"terminated": off, "truncated": off, "valid": ~off, "episode_start": number % 5 == 0}
+    rollout["rnn_state"] = torch.arange(num_envs)[:, None].float()
     permutation = make_permutation(epochs, num_envs)
     policy = CountingPolicy()
     update(policy, torch.ones(1), rollout, permutation, minibatch_size=2 * num_steps)
     assert torch.equal(policy.seen[0], number)  # one pass over all T+1 rows
-    assert torch.equal(policy.firsts[0], rollout["first"])
+    assert torch.equal(policy.episode_starts[0], rollout["episode_start"])
     assert len(policy.seen) == 1 + 2 * epochs
-    shown = zip(policy.seen[1:], policy.firsts[1:], policy.memories[1:], policy.actions[1:], strict=True)
-    for environments, (seen, first, memory, action) in zip(permutation.reshape(-1, 2), shown, strict=True):
+    shown = zip(policy.seen[1:], policy.episode_starts[1:], policy.memories[1:], policy.actions[1:], strict=True)
+    for environments, (seen, episode_start, rnn_state, action) in zip(permutation.reshape(-1, 2), shown, strict=True):
         assert torch.equal(seen, number[:num_steps, environments])
         assert torch.equal(action, seen)
-        assert torch.equal(first, seen % 5 == 0)
-        assert torch.equal(memory.squeeze(1), environments.float())
+        assert torch.equal(episode_start, seen % 5 == 0)
+        assert torch.equal(rnn_state.squeeze(1), environments.float())
     for epoch in range(epochs):
         memories = torch.cat(policy.memories[1 + 2 * epoch : 3 + 2 * epoch])
         assert memories.flatten().sort().values.tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("spaces", ["continuous", "masked"])
-@pytest.mark.parametrize("rows_per_pass", [1, 12, 26, 1000])
+@pytest.mark.parametrize("microbatch_size", [1, 12, 26, 1000])
 @KINDS
-def test_parts_of_a_minibatch_add_up_to_it(kind, spaces, rows_per_pass):
+def test_parts_of_a_minibatch_add_up_to_it(kind, spaces, microbatch_size):
     """Working it off in parts, of environments when learning and of steps when judging, changes neither update nor metrics."""
     policy, params, rollout = setting(spaces, kind, num_steps=11)
     rollout |= {"final_" + key: x.flip(0) for key, x in rollout.items() if key.partition(".")[0] == "obs"}
     for options in ({"target_kl": 0.05}, {"advantage_estimator": "monte-carlo", "norm_adv": False, "clip_vloss": False}):
         options = {"minibatch_size": 22, **options}
         whole = update(policy, params, rollout, make_permutation(2, 4), **options)
-        parts = update(policy, params, rollout, make_permutation(2, 4), rows_per_pass=rows_per_pass, **options)
+        parts = update(policy, params, rollout, make_permutation(2, 4), microbatch_size=microbatch_size, **options)
         torch.testing.assert_close(parts.params, whole.params, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(parts.minibatch_metrics, whole.minibatch_metrics, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(parts.explained_variance, whole.explained_variance, rtol=1e-4, atol=1e-5)
@@ -834,7 +843,7 @@ def test_parts_of_a_minibatch_add_up_to_it(kind, spaces, rows_per_pass):
     "options",
     [
         {"target_kl": 0.05},
-        {"advantage_estimator": "monte-carlo", "norm_returns": True, "rows_per_pass": 6},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "microbatch_size": 6},
         {"norm_adv": False, "final_obs": True},
     ],
     ids=["gae", "monte-carlo", "final_obs"],
@@ -919,16 +928,18 @@ def test_programs_run_without_data(kind, gradient):
     policy, params, rollout = setting("masked", kind, layers=2)
     rollout |= {"final_" + key: x for key, x in rollout.items() if key.partition(".")[0] == "obs"}
     params, rollout, permutation, normalization = to_meta((params, rollout, make_permutation(2, 4), OFF))
-    options = {"minibatch_size": 24, "target_kl": 0.01, "rows_per_pass": 12, "grad_and_aux": gradient}
+    options = {"minibatch_size": 24, "target_kl": 0.01, "microbatch_size": 12, "grad_and_aux": gradient}
     learned = update(policy, params, rollout, permutation, normalization, **options)
     assert learned.minibatch_metrics.shape == (4, len(MINIBATCH_METRICS))
     assert all(x.is_meta for x in (learned.params, *learned.adam, *learned[2:]))
     row = {key: x[0] for key, x in obs_of(rollout).items()}
     noise = torch.zeros(4, 5, device="meta")
-    first = rollout["first"][0]
-    action, memory = act_and_remember(policy, policy.weights(params), normalization, row, noise, rollout["memory"], first)
+    episode_start = rollout["episode_start"][0]
+    action, rnn_state = act_recurrent(
+        policy, policy.weights(params), normalization, row, noise, rollout["rnn_state"], episode_start
+    )
     assert action.shape == (4, 2)
-    assert memory.shape == rollout["memory"].shape
+    assert rnn_state.shape == rollout["rnn_state"].shape
 
 
 @KINDS
@@ -940,12 +951,12 @@ def test_programs_never_ask_the_host(kind):
     running = bench.running()
     draws = torch.randn(7, 4, 3), torch.rand(7, 4, 3)
     with HostSyncs() as probe:
-        bool(rollout["first"].any())
+        bool(rollout["episode_start"].any())
     assert probe.found == ["_local_scalar_dense"]  # the probe sees it
     with HostSyncs() as syncs:
-        update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24, target_kl=0.01, rows_per_pass=12)
-        weights, first = policy.weights(params), rollout["first"][0]
-        act_and_remember(policy, weights, OFF, rollout["obs"][0], torch.zeros(4, 3), rollout["memory"], first)
+        update(policy, params, rollout, make_permutation(2, 4), minibatch_size=24, target_kl=0.01, microbatch_size=12)
+        weights, episode_start = policy.weights(params), rollout["episode_start"][0]
+        act_recurrent(policy, weights, OFF, rollout["obs"][0], torch.zeros(4, 3), rollout["rnn_state"], episode_start)
         bench.act(running, *draws)
     assert syncs.found == []
 
@@ -975,20 +986,20 @@ def test_an_agent_goes_on_from_call_to_call(kind, users):
     """
     agent, network, params = make_agent(kind, "continuous", NORMALIZED, users=users)
     obs = torch.randn(8, 3, 3, generator=torch.Generator().manual_seed(0))
-    first = torch.zeros(8, 3, dtype=torch.bool)
-    first[0] = first[3, 1] = first[5, 0] = first[6, 0] = True
-    nothing = torch.zeros(3, network.memory_size)
+    episode_start = torch.zeros(8, 3, dtype=torch.bool)
+    episode_start[0] = episode_start[3, 1] = episode_start[5, 0] = episode_start[6, 0] = True
+    nothing = torch.zeros(3, network.rnn_state_size)
     seen = normalize_obs(obs, NORMALIZED)
-    (mean, _), value, memory = network.replay(network.weights(params), seen, first, nothing, STEPS)
+    (mean, _), value, rnn_state = network.unroll(network.weights(params), seen, episode_start, nothing, STEPS)
     for t in range(8):
         if t:
-            agent.reset(first[t].numpy() if t % 2 else first[t])
+            agent.reset(episode_start[t].numpy() if t % 2 else episode_start[t])
         values = agent.value(obs[t]), agent.value(obs[t])
         assert torch.equal(*values)
         torch.testing.assert_close(values[0], value[t] * 2.0 + 3.0, rtol=1e-5, atol=1e-5)
         low, high = (torch.from_numpy(bound) for bound in (agent.action.space.low, agent.action.space.high))
         torch.testing.assert_close(agent.act(obs[t]), mean[t].clamp(low, high), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(agent.memory, memory[t], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(agent.rnn_state, rnn_state[t], rtol=1e-5, atol=1e-5)
     agent.reset()
     torch.testing.assert_close(agent.value(obs[0]), value[0] * 2.0 + 3.0, rtol=1e-5, atol=1e-5)
 
@@ -1009,11 +1020,11 @@ def test_an_agent_of_one_environment(kind):
         action = one.act(obs[t])
         assert one.action.space.contains(action)
         assert action == many.act(obs[t : t + 1])[0]
-        assert torch.equal(one.memory, many.memory)
+        assert torch.equal(one.rnn_state, many.rnn_state)
     fresh, *_ = make_agent(kind)
     fresh.act(obs[4])
     fresh.act(obs[5])
-    torch.testing.assert_close(fresh.memory, one.memory, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fresh.rnn_state, one.rnn_state, rtol=1e-5, atol=1e-6)
 
 
 def test_an_agent_of_other_environments_is_told_so():
@@ -1022,7 +1033,7 @@ def test_an_agent_of_other_environments_is_told_so():
     agent.reset(np.ones(4, bool))  # nothing to forget yet, of however many
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     agent.act(obs[:3])
-    before = agent.memory.clone()
+    before = agent.rnn_state.clone()
     for call in (agent.act, agent.value):
         with pytest.raises(ValueError, match=r"5 observations; this policy remembers 3 environments: reset\(\) it first"):
             call(obs)
@@ -1033,10 +1044,10 @@ def test_an_agent_of_other_environments_is_told_so():
             agent.reset(mask)
     with pytest.raises(ValueError, match="shape"):
         agent.act(obs[:3, :2])
-    assert torch.equal(agent.memory, before)
+    assert torch.equal(agent.rnn_state, before)
     agent.reset()
     agent.act(obs)
-    assert agent.memory.shape == (5, network.memory_size)
+    assert agent.rnn_state.shape == (5, network.rnn_state_size)
 
 
 def test_an_agents_masks_and_samples():
@@ -1052,7 +1063,7 @@ def test_an_agents_masks_and_samples():
         agent.reset()
         agent.seed(seed)
         taken.append(np.stack([agent.act(batch, deterministic=False) for _ in range(4)]))
-        memories.append(agent.memory.clone())
+        memories.append(agent.rnn_state.clone())
     np.testing.assert_array_equal(taken[0], taken[1])
     assert (taken[0] != taken[2]).any()
     assert torch.equal(memories[0], memories[2])
@@ -1108,11 +1119,11 @@ def test_compiled_learn_equals_eager(cache_dir):
         ("gru", {"spaces": "continuous", "num_envs": 14, "per_minibatch": 14, "final_obs": True}, {"num_workers": 2}),
         ("lstm", {"users": 1, "num_envs": 7, "per_minibatch": 7, "final_obs": True}, {}),
         ("lstm", {"spaces": "continuous", "layers": 2, "hidden": 17, "num_envs": 4, "per_minibatch": 1}, {}),
-        ("lstm", {"num_envs": 12, "per_minibatch": 6}, {"num_workers": 2, "rows_per_pass": 12}),
-        ("lstm", {"spaces": "masked", "num_envs": 4, "per_minibatch": 4}, {"rows_per_pass": 24}),
+        ("lstm", {"num_envs": 12, "per_minibatch": 6}, {"num_workers": 2, "microbatch_size": 12}),
+        ("lstm", {"spaces": "masked", "num_envs": 4, "per_minibatch": 4}, {"microbatch_size": 24}),
         ("lstm", {"advantage_estimator": "monte-carlo", "norm_returns": True, "num_envs": 2, "per_minibatch": 2}, {}),
         # of 73,000 gradients some are as small as their rounding, which Adam divides by itself: not so with this eps
-        ("gru", {"spaces": "image", "num_envs": 3, "per_minibatch": 3, "adam_eps": 1e-3}, {"rows_per_pass": 24}),
+        ("gru", {"spaces": "image", "num_envs": 3, "per_minibatch": 3, "adam_eps": 1e-3}, {"microbatch_size": 24}),
     ],
     ids=lambda value: " ".join(f"{key}={x}" for key, x in value.items()) if isinstance(value, dict) else value,
 )
@@ -1141,11 +1152,11 @@ def act_job(kind, number, seed=0, num_seeds=None, **options):
     shape = (*lead, number)
     noise = torch.randn(*shape, 3, generator=generator)
     obs = torch.randn(*shape, 3, generator=generator)
-    memory = torch.randn(*shape, policy.memory_size, generator=generator)
-    first = torch.rand(shape, generator=generator) < 0.3
+    rnn_state = torch.randn(*shape, policy.rnn_state_size, generator=generator)
+    episode_start = torch.rand(shape, generator=generator) < 0.3
     normalization = OFF if num_seeds is None else Normalization(None, None, None, torch.zeros(lead), torch.ones(lead))
-    arguments = (torch.stack(params) if lead else params[0], normalization, obs, noise, memory, first)
-    return functools.partial(act_and_remember_from_params, policy=policy), arguments
+    arguments = (torch.stack(params) if lead else params[0], normalization, obs, noise, rnn_state, episode_start)
+    return functools.partial(act_recurrent_from_params, policy=policy), arguments
 
 
 def assert_acts_alike(result, expected):
@@ -1163,13 +1174,13 @@ def test_compiled_act_equals_eager(compiles, cache_dir, request):
     else:
         graph, _ = inductor._trace(act, arguments)
         compiled = lambda *given: graph(*inductor._tensors(given))  # noqa: E731
-    memory = arguments[4]
+    rnn_state = arguments[4]
     for seed in range(6):
-        params, normalization, obs, noise, _, first = act_job("lstm", 7, seed, hidden=5)[1]
-        expected = act(params, normalization, obs, noise, memory, first)
-        result = compiled(params, normalization, obs, noise, memory, first)
+        params, normalization, obs, noise, _, episode_start = act_job("lstm", 7, seed, hidden=5)[1]
+        expected = act(params, normalization, obs, noise, rnn_state, episode_start)
+        result = compiled(params, normalization, obs, noise, rnn_state, episode_start)
         assert_acts_alike(result, expected)
-        memory = result[1]
+        rnn_state = result[1]
 
 
 @pytest.mark.usefixtures("needs_compiler")
@@ -1193,9 +1204,9 @@ def test_compiled_act_of_seeds_equals_each_alone(kind, per_call, cache_dir):
     """Mapped over all seeds, two at a time and one by one."""
     act, arguments = act_job(kind, 3, num_seeds=3)
     compiled = compile_program(act, arguments, cache_dir, Seeds(3, per_call, 1))
-    action, memory = compiled(*arguments)
+    action, rnn_state = compiled(*arguments)
     for seed in range(3):
-        assert_acts_alike((action[seed], memory[seed]), act(*of_seed(arguments, seed)))
+        assert_acts_alike((action[seed], rnn_state[seed]), act(*of_seed(arguments, seed)))
 
 
 def collect_job(kind, num_seeds=None, num_envs=4, **options):

@@ -136,14 +136,14 @@ def test_a_checkpoint_holds_what_is_remembered(in_the_middle):
     run_dir, path = in_the_middle
     kept = path.read_bytes()
     checkpoint = torch.load(path)
-    *_, memory, first = checkpoint["environments"]["running"]
-    assert memory.shape == (4, 2 * 2 * 8)
-    assert memory.abs().min(1).values.gt(0.0).all()
+    *_, rnn_state, first = checkpoint["environments"]["running"]
+    assert rnn_state.shape == (4, 2 * 2 * 8)
+    assert rnn_state.abs().min(1).values.gt(0.0).all()
     assert first.tolist() == [False] * 4
     results = []
     for forgets in (False, True):
         if forgets:
-            memory.zero_()
+            rnn_state.zero_()
             torch.save(checkpoint, path)
         assert console(["--resume", str(run_dir), "--num-iterations", "3"]) == 0
         results.append(torch.load(path))
@@ -267,8 +267,8 @@ def test_two_processes_are_one(case, tmp_path):
     assert console([*flags, "--run-dir", str(tmp_path / "one"), "--num-iterations", "4"]) == 0
     assert started.wait() == [0, 0], started.said("err")
     if case == "device":
-        *_, memory, _ = torch.load(tmp_path / "two" / "checkpoints" / "last.pt")["environments"]["running"]
-        assert memory.shape == (4, 32)
+        *_, rnn_state, _ = torch.load(tmp_path / "two" / "checkpoints" / "last.pt")["environments"]["running"]
+        assert rnn_state.shape == (4, 32)
         assert console(["--resume", str(tmp_path / "two"), "--num-iterations", "4"]) == 0
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert [row["iteration"] for row in rows_of(tmp_path / "two")] == [1, 2, 3, 4]
@@ -419,12 +419,12 @@ class Watched:
     def __init__(self, agent):
         self.agent = agent
         self.seed, self.reset = agent.seed, agent.reset
-        self.obs, self.memory = [], []
+        self.obs, self.rnn_state = [], []
 
     def act(self, obs, deterministic=True, action_mask=None):
         self.obs.append(np.array(obs))
         action = self.agent.act(obs, deterministic, action_mask)
-        self.memory.append(self.agent.memory.clone())
+        self.rnn_state.append(self.agent.rnn_state.clone())
         return action
 
 
@@ -441,7 +441,7 @@ def played_alone(agent, env, episodes, seed):
         while not ended:
             action = agent.act(obs)
             seen.append(obs)
-            remembered.append(agent.memory[0].clone())
+            remembered.append(agent.rnn_state[0].clone())
             obs, reward, terminated, truncated, _ = env.step(action)
             total, ended = total + reward, terminated or truncated
         results.append((total, np.stack(seen), torch.stack(remembered)))
@@ -466,7 +466,7 @@ def test_evaluation_remembers_one_episode(cue_run, mode):
     envs = make_vec("environments:CueVector-v0", 3, "auto", {"mode": mode})[0]
     returns = evaluate(watched, AutoresetEnvs(envs), 12, seed=7)
     envs.close()
-    assert watched.agent.memory is None
+    assert watched.agent.rnn_state is None
     gap = 1 if mode == "NextStep" else 0
     expected, lengths = [], []
     for index in range(3):
@@ -479,7 +479,7 @@ def test_evaluation_remembers_one_episode(cue_run, mode):
             lengths.append(len(seen))
             rows = slice(start, start + len(seen))
             np.testing.assert_array_equal(np.stack([obs[index] for obs in watched.obs[rows]]), seen)
-            torch.testing.assert_close(torch.stack([memory[index] for memory in watched.memory[rows]]), remembered)
+            torch.testing.assert_close(torch.stack([rnn_state[index] for rnn_state in watched.rnn_state[rows]]), remembered)
             start += len(seen) + gap
     assert returns == expected
     assert len(set(lengths)) > 3
@@ -537,7 +537,7 @@ def test_what_is_drawn_remembers_one_life(cue_run, mode):
     for number, (_, seen, remembered) in enumerate(expected):
         rows = slice(start, start + len(seen))
         np.testing.assert_array_equal(np.concatenate(watched.obs[rows]), seen)
-        torch.testing.assert_close(torch.cat(watched.memory[rows]), remembered)
+        torch.testing.assert_close(torch.cat(watched.rnn_state[rows]), remembered)
         # a life that another follows is shown its last observation once more; a game is reset
         start += len(seen) + (1 if mode == "NextStep" and number % 3 < 2 else 0)
     assert len(watched.obs) == start

@@ -20,8 +20,8 @@ from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.cli import run
 from fastppo.compile import workers as workers_module
 from fastppo.compile.compile_errors import explain
-from fastppo.compile.selector import Tiers, cache_dir
-from fastppo.compile.workers import LINE, Team
+from fastppo.compile.selector import ProgramSelector, cache_dir
+from fastppo.compile.workers import LINE, WorkerPool
 from fastppo.config import read_run_config
 from fastppo.evaluate import console as evaluate
 from fastppo.run.display import encodable
@@ -64,7 +64,7 @@ def workers(monkeypatch):
     """A team of three, and its library."""
     library = Library()
     monkeypatch.setattr(ctypes, "CDLL", lambda path: library)
-    library.team = Team(Path("library.so"), 3)
+    library.team = WorkerPool(Path("library.so"), 3)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
     yield library
     signal.signal(signal.SIGINT, before)
@@ -284,7 +284,7 @@ def test_no_line_on_homes_without_compiling(monkeypatch):
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     notes = []
-    Tiers("off", {}, 1, notes.append)
+    ProgramSelector("off", {}, 1, notes.append)
     assert notes == ["programs: eager, as --compile off asks"]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastppo.compile.inductor import CompileError, compile_program
-from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, Job, Tiers, cache_dir
+from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, ProgramSelector, ProgramSpec, cache_dir
 from fastppo.core import programs
 from fastppo.core.programs import Normalization
 from fastppo.policy.distributions import CATEGORICAL
@@ -188,9 +188,9 @@ def tiers_of(mode, second="act"):
         return lambda *args: ("eager", name, args)
 
     names = ("learn", second)
-    jobs = {name: Job(eager(name), name, (PARAMS, "normalization", "obs", "noise")) for name in names}
+    jobs = {name: ProgramSpec(eager(name), name, (PARAMS, "normalization", "obs", "noise")) for name in names}
     notes: list[str] = []
-    return Tiers(mode, jobs, 2, notes.append), notes
+    return ProgramSelector(mode, jobs, 2, notes.append), notes
 
 
 def in_use(tiers):
@@ -357,8 +357,8 @@ def small_tiers(mode, notes):
     example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
     stand_in = partial(programs.act_from_params, policy=policy)
     act = partial(programs.act, policy, policy.weights(params))
-    jobs = {"learn": Job(stand_in, stand_in, example), "act": Job(act, stand_in, example)}
-    return Tiers(mode, jobs, 1, notes.append), normalization
+    jobs = {"learn": ProgramSpec(stand_in, stand_in, example), "act": ProgramSpec(act, stand_in, example)}
+    return ProgramSelector(mode, jobs, 1, notes.append), normalization
 
 
 @pytest.mark.usefixtures("needs_compiler")

@@ -42,17 +42,17 @@ from torch import Tensor
 
 from fastppo.compile import library_cache, native
 from fastppo.compile.compile_errors import explain
-from fastppo.compile.workers import WORKER_FIELDS, Exchange, Team
+from fastppo.compile.workers import WORKER_FIELDS, Exchange, WorkerPool
 from fastppo.core import programs
 from fastppo.core.adam import AdamState
 from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.programs import Collected, Learned
+from fastppo.core.programs import CollectResult, LearnResult
 from fastppo.core.seed_axis import Seeds, of_seed, over_seeds
 from fastppo.system.platforms import end_group, is_private, lower_priority, own_group
 
 Program = functools.partial[Any]
 Example = tuple[Any, ...]
-_NUM_FIXED = len(Collected._fields) - 1  # its tensors behind those of `running`
+_NUM_FIXED = len(CollectResult._fields) - 1  # its tensors behind those of `running`
 Layout = tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
@@ -101,11 +101,11 @@ class CompiledProgram:
         self._function = program.func
         self._seeds = seeds
         num_workers = _num_workers(program) if seeds is None else seeds.num_threads
-        self._team: Team | None = None
+        self._team: WorkerPool | None = None
         self._exchange = exchange
         self._num_ranks = _num_ranks(program)
         if _is_shared(program) or num_workers > 1:
-            self._team = Team(library, num_workers, exchange if self._num_ranks > 1 else None)
+            self._team = WorkerPool(library, num_workers, exchange if self._num_ranks > 1 else None)
         else:
             self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
 
@@ -126,9 +126,9 @@ class CompiledProgram:
                 results = [torch.cat(part, 0 if index < rows else 1) for index, part in enumerate(parts)]
                 results.append(torch.stack(finite).all())
         if self._function is programs.collect:
-            return Collected(tuple(results[:-_NUM_FIXED]), *results[-_NUM_FIXED:])
+            return CollectResult(tuple(results[:-_NUM_FIXED]), *results[-_NUM_FIXED:])
         if self._function is programs.learn:
-            return Learned(results[0], AdamState(*results[1:4]), *results[4:])
+            return LearnResult(results[0], AdamState(*results[1:4]), *results[4:])
         return _one_or_all(results)
 
     def _of_all_seeds(self, tensors: list[Tensor], seeds: Seeds) -> list[Tensor]:
@@ -530,9 +530,9 @@ def _environment_graph(program: Program, example: Example) -> str:
 
     params, normalization, running, noise, random = example
     policy = program.keywords["policy"]
-    if policy.memory_size:
+    if policy.rnn_state_size:
         *others, memory, first = running
-        act, running = programs.act_and_remember_from_params, tuple(others)
+        act, running = programs.act_recurrent_from_params, tuple(others)
         action, _ = act(params, normalization, running[0], noise[0], memory, first, policy=policy)
     else:
         action = programs.act_from_params(params, normalization, running[0], noise[0], policy=policy)

@@ -27,7 +27,7 @@ from fastppo.compile.inductor import (
     compile_program,
     load_program,
 )
-from fastppo.core.programs import Learned, Normalization
+from fastppo.core.programs import LearnResult, Normalization
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
 from fastppo.system.modes import bound
@@ -42,7 +42,7 @@ TRIAL_ITERATIONS = 3  # eager iterations before the estimate: the first one is s
 
 
 @dataclass(frozen=True)
-class Job:
+class ProgramSpec:
     """One program of a run, in both forms."""
 
     eager: Callable[..., Any]
@@ -51,11 +51,11 @@ class Job:
     seeds: Seeds | None = None
 
 
-class Tiers:
+class ProgramSelector:
     """The programs of one run. `learn` and `act` are what to call now; `update` may change them between iterations."""
 
     def __init__(
-        self, mode: str, jobs: Mapping[str, Job], num_threads: int, note: Callable[[str], None], ranks: Ranks = ALONE
+        self, mode: str, jobs: Mapping[str, ProgramSpec], num_threads: int, note: Callable[[str], None], ranks: Ranks = ALONE
     ) -> None:
         """Load what the cache has; with mode "on", build the rest now.
 
@@ -112,7 +112,7 @@ class Tiers:
         return bool(self._waiting or self._building)
 
     @property
-    def learn(self) -> Callable[..., Learned]:
+    def learn(self) -> Callable[..., LearnResult]:
         """programs.learn with its settings, or that over seeds."""
         return self._compiled.get("learn") or self._jobs["learn"].eager
 

@@ -38,7 +38,7 @@ class Exchange(Protocol):
         ...
 
 
-class Team:
+class WorkerPool:
     """A compiled library and the threads that run it: the caller's and `num_workers - 1` of its own."""
 
     def __init__(self, library: Path, num_workers: int, exchange: Exchange | None = None) -> None:
@@ -153,7 +153,7 @@ def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
     return _EXCHANGE(add_up)
 
 
-def _work(team: "weakref.ref[Team]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
+def _work(team: "weakref.ref[WorkerPool]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
     torch.set_num_threads(1)
     while (share := jobs.get()) is not None:
         alive = team()

@@ -42,7 +42,7 @@ class Policy(Protocol):
     """What the programs need to know of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
 
     @property
-    def memory_size(self) -> int:
+    def rnn_state_size(self) -> int:
         """S, the numbers that a `RecurrentPolicy` remembers of each environment; 0: it is none."""
         ...
 
@@ -78,18 +78,20 @@ class Policy(Protocol):
 class RecurrentPolicy(Policy, Protocol):
     """A policy that remembers S numbers of each environment: zeros before an episode's first observation."""
 
-    def step(self, weights: Weights, obs: Any, memory: Tensor) -> tuple[Any, Tensor]:
+    def step(self, weights: Weights, obs: Any, rnn_state: Tensor) -> tuple[Any, Tensor]:
         """dist for obs (N, ...), and the memory after it, (N, S), from that before."""
         ...
 
-    def judge(self, weights: Weights, obs: Any, memory: Tensor) -> Tensor:
-        """V(obs), (...), for memory (..., S) before it."""
+    def value_from_state(self, weights: Weights, obs: Any, rnn_state: Tensor) -> Tensor:
+        """V(obs), (...), for rnn_state (..., S) before it."""
         ...
 
-    def replay(self, weights: Weights, obs: Any, first: Tensor, memory: Tensor, cells: Cells) -> tuple[Any, Tensor, Tensor]:
+    def unroll(
+        self, weights: Weights, obs: Any, episode_start: Tensor, rnn_state: Tensor, cells: Cells
+    ) -> tuple[Any, Tensor, Tensor]:
         """dist and V for obs (T, n, ...), and the memory after each, (T, n, S), from that before the first one, (n, S).
 
-        first: (T, n) bool, an episode's first observation.
+        episode_start: (T, n) bool, an episode's first observation.
         """
         ...
 
@@ -119,7 +121,7 @@ class Schedule(NamedTuple):
     ent_coef: Tensor
 
 
-class Learned(NamedTuple):
+class LearnResult(NamedTuple):
     """What `learn` returns. Nothing in it has been on the host."""
 
     params: Tensor  # (P,)
@@ -186,43 +188,44 @@ def act_from_params(params: Tensor, normalization: Normalization, obs: Obs, nois
     return act(policy, policy.weights(params), normalization, obs, noise)
 
 
-def act_and_remember(
+def act_recurrent(
     policy: RecurrentPolicy,
     weights: Weights,
     normalization: Normalization,
     obs: Obs,
     noise: Tensor,
-    memory: Tensor,
-    first: Tensor,
+    rnn_state: Tensor,
+    episode_start: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`act` of a policy with memory.
 
     Args:
-        memory: (N, S), after the step before. first: (N,) bool, where obs is an episode's first one: nothing is remembered.
+        rnn_state: (N, S), after the step before.
+        episode_start: (N,) bool, where obs is the first of an episode: the state before it is zero.
 
     Returns:
         action (N, *action_shape), and the memory after obs, (N, S).
     """
-    memory = torch.where(first.unsqueeze(-1), 0.0, memory)
-    dist, memory = policy.step(weights, normalize_obs(obs, normalization), memory)
-    return policy.sample(dist, noise), memory
+    rnn_state = torch.where(episode_start.unsqueeze(-1), 0.0, rnn_state)
+    dist, rnn_state = policy.step(weights, normalize_obs(obs, normalization), rnn_state)
+    return policy.sample(dist, noise), rnn_state
 
 
-def act_and_remember_from_params(
+def act_recurrent_from_params(
     params: Tensor,
     normalization: Normalization,
     obs: Obs,
     noise: Tensor,
-    memory: Tensor,
-    first: Tensor,
+    rnn_state: Tensor,
+    episode_start: Tensor,
     *,
     policy: RecurrentPolicy,
 ) -> tuple[Tensor, Tensor]:
     """See `act_from_params`."""
-    return act_and_remember(policy, policy.weights(params), normalization, obs, noise, memory, first)
+    return act_recurrent(policy, policy.weights(params), normalization, obs, noise, rnn_state, episode_start)
 
 
-class Collected(NamedTuple):
+class CollectResult(NamedTuple):
     """What `collect` returns."""
 
     running: tuple[Tensor, ...]  # the environments after the last step
@@ -264,14 +267,14 @@ def collect(
     env_step: EnvStep,
     num_workers: int = 1,
     scan: Callable[..., Any] = scan,
-) -> Collected:
+) -> CollectResult:
     """T steps of N environments that are functions on tensors, under one policy: nothing leaves the device.
 
     Args:
         params: (P,). normalization: see there.
         running: the environments between two steps: their observation (N, *obs_shape), whether their last step ended an episode
-            (N,) bool, and whatever else `env_step` wants; behind that, of a policy with memory, `memory` (N, S) and `first`
-            (N,) as `act_and_remember` takes them.
+            (N,) bool, and whatever else `env_step` wants; behind that, of a policy with memory, `rnn_state` (N, S) and
+            `episode_start` (N,) as `act_recurrent` takes them.
         noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
         worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
     """
@@ -280,23 +283,25 @@ def collect(
         noise, random = draws
         obs, done = running[:2]
         # a compiled loop hands each tensor from outside to each step: params is one, the weights are a dozen (1.6 us a step)
-        if policy.memory_size:
-            *rest, memory, first = running
+        if policy.rnn_state_size:
+            *rest, rnn_state, episode_start = running
             running = tuple(rest)
             remembering = cast(RecurrentPolicy, policy)
-            action, memory = act_and_remember_from_params(params, normalization, obs, noise, memory, first, policy=remembering)
+            action, rnn_state = act_recurrent_from_params(
+                params, normalization, obs, noise, rnn_state, episode_start, policy=remembering
+            )
         else:
             action = act_from_params(params, normalization, obs, noise, policy=policy)
         running, result = env_step(running, action, random)
-        if policy.memory_size:
-            running = (*running, memory, done)  # this step has reset those that were done
+        if policy.rnn_state_size:
+            running = (*running, rnn_state, done)  # this step has reset those that were done
         return running, (obs, action, *result, ~done)
 
     running = tuple(_share(x, 0, worker, num_workers) for x in running)
     draws = (_share(noise, 1, worker, num_workers), _share(random, 1, worker, num_workers))
     running, (obs, action, reward, terminated, truncated, valid) = scan(step, running, draws)
     finite = obs.isfinite().all() & running[0].isfinite().all() & reward.isfinite().all()
-    return Collected(running, obs, action, reward, terminated, truncated, valid, finite)
+    return CollectResult(running, obs, action, reward, terminated, truncated, valid, finite)
 
 
 def _share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:
@@ -328,14 +333,14 @@ def learn(
     max_grad_norm: float,
     target_kl: float | None,
     adam_eps: float,
-    rows_per_pass: int | None = None,
+    microbatch_size: int | None = None,
     num_workers: int = 1,
     num_ranks: int = 1,
     all_reduce: AllReduce | None = None,
     scan: Callable[..., Any] = scan,
     grad_and_aux: Callable[..., Any] = grad_and_aux,
     cells: Cells = STEPS,
-) -> Learned:
+) -> LearnResult:
     """One iteration's whole update (Schulman et al., 2017, algorithm 1): values, advantages, then E epochs of minibatches.
 
     The acting parameters give values and log-probabilities of all rows in one forward pass each. When the KL estimate of a
@@ -346,11 +351,11 @@ def learn(
         params: (P,), the parameters that acted. adam: their optimiser state.
         rollout: `obs` (T+1, N, ...), or its leaves (see `obs_of`), and, for t < T, `action reward terminated truncated valid`
             (T+1, N, ...), row T unused; `final_obs` as `obs` where the environment resets within the step (see
-            fastppo/envs/autoreset.py). For a policy with memory `first` (T+1, N) bool, an episode's first observation, and
-            `memory` (N, S), before row 0. It goes through whole sequences: a minibatch has all T rows of M / T environments.
+            fastppo/envs/autoreset.py). For a policy with memory `episode_start` (T+1, N) bool, an episode's first observation,
+            and `rnn_state` (N, S), before row 0; a minibatch then has all T rows of M / T environments.
         permutation: (E, B) int64, each row a permutation of range(B); of a policy with memory (E, N), of range(N).
         schedule, normalization: see there.
-        rows_per_pass: the most rows that go through the networks at once, but at least one step of all environments, and in a
+        microbatch_size: the most rows that go through the networks at once, but at least one step of all environments, and in a
             minibatch one environment, where the policy has a memory. The rollout is evaluated, and minibatches are learned
             from, in passes of equal size (see `split_evenly`); the gradients of a minibatch's parts add up. None: all rows at
             once. The result is the same but for rounding; parts that fit a core's cache make large compiled minibatches faster
@@ -365,7 +370,7 @@ def learn(
             are those of one of them. Statistics, gradients and metrics are of all, and all return the same.
 
     Returns:
-        `Learned`: new parameters and state, nothing written in place.
+        `LearnResult`: new parameters and state, nothing written in place.
 
     Raises:
         ValueError: there is no `worker` where there are several.
@@ -375,7 +380,7 @@ def learn(
             f"num_workers={num_workers} and num_ranks={num_ranks} need `worker`, which part of the rows is this call's"
         )
     num_steps = rollout["action"].shape[0] - 1
-    remembers, recurrent = policy.memory_size > 0, cast(RecurrentPolicy, policy)
+    remembers, recurrent = policy.rnn_state_size > 0, cast(RecurrentPolicy, policy)
     rows_per_unit = num_steps if remembers else 1  # of what stays together in a minibatch
 
     def mine(x: Tensor, dim: int) -> Tensor:
@@ -401,14 +406,14 @@ def learn(
         """What minibatches are made of: rows, T and N at `dim` as B; with a memory environments, as N and T."""
         return x.transpose(dim, dim + 1) if remembers else x.flatten(dim, dim + 1)
 
-    def judged(judge: Callable[..., tuple[Tensor, Tensor]], carry: Tensor, *rows: Tensor) -> Tensor:
-        """`out`, (C, T+1, N), of `carry, out = judge(carry, *rows)`, in passes of rows_per_pass rows.
+    def judged(value_from_state: Callable[..., tuple[Tensor, Tensor]], carry: Tensor, *rows: Tensor) -> Tensor:
+        """`out`, (C, T+1, N), of `carry, out = judge(carry, *rows)`, in passes of microbatch_size rows.
 
         Each worker goes through its own environments, and carry is of those. A memory is carried from step to step; without
         one the rows are independent, and a pass may begin and end within a step.
         """
         rows = tuple(mine(x, 1) for x in rows)  # (T+1, n, ...), n = N / workers
-        own_envs, items_per_pass = rows[0].shape[1], rows_per_pass or rows[0].shape[0] * rows[0].shape[1]
+        own_envs, items_per_pass = rows[0].shape[1], microbatch_size or rows[0].shape[0] * rows[0].shape[1]
         if remembers:
             items_per_pass //= own_envs
         else:
@@ -418,7 +423,7 @@ def learn(
         parts = tuple(_padded(x, 0, num_passes * size - number, repeat=True).unflatten(0, (num_passes, size)) for x in rows)
 
         def judge_part(carry: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
-            carry, out = judge(carry, *part)
+            carry, out = value_from_state(carry, *part)
             return carry, (out,)
 
         _, (out,) = scan(judge_part, carry, parts)
@@ -448,22 +453,22 @@ def learn(
     with torch.no_grad():
         weights = policy.weights(params)
 
-        def judge(carry: Tensor, action: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        def value_from_state(carry: Tensor, action: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
             obs, final_obs = unflatten(leaves)
             dist, value = policy.actor_critic(weights, obs)
             final_value = () if final_obs is None else (policy.critic(weights, final_obs),)
             return carry, torch.stack((policy.log_prob(dist, action), value, *final_value))
 
-        def judge_in_order(memory: Tensor, action: Tensor, first: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
+        def judge_in_order(rnn_state: Tensor, action: Tensor, episode_start: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
             obs, final_obs = unflatten(leaves)
-            dist, value, memory = recurrent.replay(weights, obs, first, memory, cells)
-            final_value = () if final_obs is None else (recurrent.judge(weights, final_obs, memory),)
-            return memory[-1], torch.stack((policy.log_prob(dist, action), value, *final_value))
+            dist, value, rnn_state = recurrent.unroll(weights, obs, episode_start, rnn_state, cells)
+            final_value = () if final_obs is None else (recurrent.value_from_state(weights, final_obs, rnn_state),)
+            return rnn_state[-1], torch.stack((policy.log_prob(dist, action), value, *final_value))
 
         # row T has no action and no end: its log-probability is computed for nothing, and dropped
-        rows = (rollout["action"], *((rollout["first"],) if remembers else ()), *obs, *final_obs)
-        start = mine(rollout["memory"], 0) if remembers else params.new_zeros(())
-        log_prob, value, *final_value = judged(judge_in_order if remembers else judge, start, *rows)  # (T+1, N) each
+        rows = (rollout["action"], *((rollout["episode_start"],) if remembers else ()), *obs, *final_obs)
+        start = mine(rollout["rnn_state"], 0) if remembers else params.new_zeros(())
+        log_prob, value, *final_value = judged(judge_in_order if remembers else value_from_state, start, *rows)  # (T+1, N) each
         log_prob, value, next_value = log_prob[:num_steps], value[:num_steps], value[1:]
         if final_value:
             next_value = torch.where(terminated | truncated, final_value[0][:num_steps], next_value)
@@ -496,7 +501,7 @@ def learn(
         scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, m[, T])
         # each minibatch is learned from in equal parts; units of weight 0, which change no sum, fill up the last one
         own_units = minibatch_size // rows_per_unit // num_workers
-        num_parts, part_size = split_evenly(own_units, (rows_per_pass or minibatch_size) // rows_per_unit)
+        num_parts, part_size = split_evenly(own_units, (microbatch_size or minibatch_size) // rows_per_unit)
         missing = num_parts * part_size - own_units
         index = _padded(mine(index, 1), 1, missing, repeat=True).contiguous()
         minibatches = (index, _padded(mine(scalars, 2), 2, missing, repeat=False).contiguous(), transitions)
@@ -511,8 +516,8 @@ def learn(
             dist, value = policy.actor_critic(weights, tree_unflatten(obs, obs_spec))
             return policy.log_prob(dist, action), value, policy.entropy(dist)
         in_order = tree_unflatten([leaf.transpose(0, 1) for leaf in obs], obs_spec)  # (T, m, ...)
-        first = rollout["first"][:num_steps].index_select(1, index)
-        dist, value, _ = recurrent.replay(weights, in_order, first, rollout["memory"][index], cells)
+        episode_start = rollout["episode_start"][:num_steps].index_select(1, index)
+        dist, value, _ = recurrent.unroll(weights, in_order, episode_start, rollout["rnn_state"][index], cells)
         return policy.log_prob(dist, action.transpose(0, 1)).mT, value.mT, policy.entropy(dist).mT
 
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -585,7 +590,7 @@ def learn(
     (params, adam, _), (minibatch_metrics,) = scan(step, (params, adam, running), minibatches)
     with torch.no_grad():
         summary = _summary(minibatch_metrics, variance_explained, params)
-    return Learned(params, adam, minibatch_metrics, variance_explained, return_mean, return_std, summary)
+    return LearnResult(params, adam, minibatch_metrics, variance_explained, return_mean, return_std, summary)
 
 
 def _summary(minibatch_metrics: Tensor, variance_explained: Tensor, params: Tensor) -> Tensor:

@@ -123,29 +123,31 @@ def _gru_backward(weight: Tensor, keep: Tensor, slope: Tensor, z: Tensor, grad_h
 STEPS = Cells(_lstm, _lstm_backward, _gru, _gru_backward)
 
 
-def lstm(gates: Tensor, weight: Tensor, first: Tensor, h: Tensor, c: Tensor, cells: Cells = STEPS) -> tuple[Tensor, Tensor]:
+def lstm(
+    gates: Tensor, weight: Tensor, episode_start: Tensor, h: Tensor, c: Tensor, cells: Cells = STEPS
+) -> tuple[Tensor, Tensor]:
     """K LSTMs over T steps of n sequences.
 
     Args:
-        gates: (T, K, n, 4H). weight: (K, H, 4H). first: (T, n) bool, where a step is the first one of an episode: its state
-            before is zero. h, c: (K, n, H), the state before the first step.
+        gates: (T, K, n, 4H). weight: (K, H, 4H). episode_start: (T, n) bool, where a step is the first of an episode: its
+            state before is zero. h, c: (K, n, H), the state before the first step.
 
     Returns:
         h, c after each step, (T, K, n, H) each.
     """
-    h, c, _ = _Lstm.apply(gates, weight, _keep(first, gates), h, c, cells)
+    h, c, _ = _Lstm.apply(gates, weight, _keep(episode_start, gates), h, c, cells)
     return h, c
 
 
-def gru(gates: Tensor, weight: Tensor, bias: Tensor, first: Tensor, h: Tensor, cells: Cells = STEPS) -> Tensor:
+def gru(gates: Tensor, weight: Tensor, bias: Tensor, episode_start: Tensor, h: Tensor, cells: Cells = STEPS) -> Tensor:
     """K GRUs over T steps of n sequences: h after each step, (T, K, n, H). bias: (K, H); all else as `lstm`."""
-    h, _ = _Gru.apply(gates, weight, bias, _keep(first, gates), h, cells)
+    h, _ = _Gru.apply(gates, weight, bias, _keep(episode_start, gates), h, cells)
     return h
 
 
-def _keep(first: Tensor, gates: Tensor) -> Tensor:
+def _keep(episode_start: Tensor, gates: Tensor) -> Tensor:
     """(T, 1, n, 1): 0 where the state before is dropped, else 1."""
-    return (~first).to(gates.dtype)[:, None, :, None]
+    return (~episode_start).to(gates.dtype)[:, None, :, None]
 
 
 class _Lstm(torch.autograd.Function):

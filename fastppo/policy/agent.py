@@ -97,7 +97,7 @@ class Agent:
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
         self.generator.seed()  # of the system's entropy: by itself every Generator draws the same
-        self.memory: Tensor | None = None  # (R, S) of R environments; None: nothing is remembered
+        self.rnn_state: Tensor | None = None  # (R, S) of R environments; None: nothing is remembered
 
     @ours
     def reset(self, done_mask: Any = None) -> None:
@@ -105,22 +105,22 @@ class Agent:
 
         done_mask: (N,) bool, or one for a single observation; None: all, whose number may then be another.
         """
-        if self.memory is None:
+        if self.rnn_state is None:
             return
         if done_mask is None:
-            self.memory = None
+            self.rnn_state = None
             return
         done = torch.as_tensor(done_mask, device=self.params.device).reshape(-1) != 0
-        if len(done) != len(self.memory):
-            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.memory)}")
-        self.memory = torch.where(done.unsqueeze(1), 0.0, self.memory)
+        if len(done) != len(self.rnn_state):
+            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.rnn_state)}")
+        self.rnn_state = torch.where(done.unsqueeze(1), 0.0, self.rnn_state)
 
     def _remembered(self, network: RecurrentActorCritic, rows: int) -> Tensor:
-        if self.memory is None:
-            return self.params.new_zeros(rows, network.memory_size)
-        if len(self.memory) != rows:
-            raise ValueError(f"{rows} observations; this policy remembers {len(self.memory)} environments: reset() it first")
-        return self.memory
+        if self.rnn_state is None:
+            return self.params.new_zeros(rows, network.rnn_state_size)
+        if len(self.rnn_state) != rows:
+            raise ValueError(f"{rows} observations; this policy remembers {len(self.rnn_state)} environments: reset() it first")
+        return self.rnn_state
 
     @ours
     def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
@@ -145,8 +145,8 @@ class Agent:
         rows = _rows_of(batch)
         seen = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            dist, memory = self.network.step(self.weights, seen, self._remembered(self.network, rows))
-            self.memory = memory if kind.rows else self.memory
+            dist, rnn_state = self.network.step(self.weights, seen, self._remembered(self.network, rows))
+            self.rnn_state = rnn_state if kind.rows else self.rnn_state
         else:
             dist = self.network.actor(self.weights, seen)
         if action_mask is not None and self.obs.info_mask is None:
@@ -167,7 +167,7 @@ class Agent:
         batch, kind = self._batch(obs, None)
         seen = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            value = self.network.judge(self.weights, seen, self._remembered(self.network, _rows_of(batch)))
+            value = self.network.value_from_state(self.weights, seen, self._remembered(self.network, _rows_of(batch)))
         else:
             value = self.network.critic(self.weights, seen)
         value = value * self.normalization.return_std + self.normalization.return_mean

@@ -45,7 +45,7 @@ class DeployedPolicy(nn.Module):
         return {name: self.get_buffer(buffer) for name, buffer in self.names[kind].items()}
 
     @property
-    def memory_size(self) -> int:
+    def rnn_state_size(self) -> int:
         """S, the numbers that the actor remembers of each environment; 0: none."""
         return self.network.actor_size if isinstance(self.network, RecurrentActorCritic) else 0
 

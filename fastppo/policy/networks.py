@@ -56,7 +56,7 @@ class _Acts:
     distribution: Family
 
     @property
-    def memory_size(self) -> int:
+    def rnn_state_size(self) -> int:
         """Nothing is remembered."""
         return 0
 

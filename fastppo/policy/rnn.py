@@ -43,7 +43,7 @@ class Rnn(Shaped):
         object.__setattr__(self, "shapes", shapes)
 
     @property
-    def memory_size(self) -> int:
+    def rnn_state_size(self) -> int:
         """S."""
         return self.num_users * self.user_size
 
@@ -71,14 +71,14 @@ class Rnn(Shaped):
         check_shapes(weights, self.shapes)
         return torch.cat([weights[name].flatten() for name in self.shapes])
 
-    def step(self, weights: Weights, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: x (R, input_size), memory (R, S) -> out (K, R, H), memory.
+    def step(self, weights: Weights, x: Tensor, rnn_state: Tensor) -> tuple[Tensor, Tensor]:
+        """One step: x (R, input_size), rnn_state (R, S) -> out (K, R, H), memory.
 
         With the memory of the first user alone, (R, S / K), it is that one's step.
         """
-        users = memory.shape[-1] // self.user_size
+        users = rnn_state.shape[-1] // self.user_size
         parts = NUM_STATES[self.kind]
-        states = memory.view(-1, users, self.num_layers * parts, self.hidden_size).transpose(0, 1)  # (K, R, L parts, H)
+        states = rnn_state.view(-1, users, self.num_layers * parts, self.hidden_size).transpose(0, 1)  # (K, R, L parts, H)
         out, after = x.expand(users, -1, -1), []
         for layer in range(self.num_layers):
             gates = self._gates(weights, layer, out, users)
@@ -90,26 +90,28 @@ class Rnn(Shaped):
             else:
                 out, _ = gru_step(gates, weight, weights[f"rnn.{layer}.hidden.bias"][:users], h)
                 after.append(out)
-        return out, torch.stack(after, 2).transpose(0, 1).reshape(memory.shape)
+        return out, torch.stack(after, 2).transpose(0, 1).reshape(rnn_state.shape)
 
-    def replay(self, weights: Weights, x: Tensor, first: Tensor, memory: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
-        """T steps: x (T, n, input_size), first (T, n), memory (n, S) -> out (K, T n, H), memory after each step (T, n, S)."""
-        steps, number = first.shape
+    def unroll(
+        self, weights: Weights, x: Tensor, episode_start: Tensor, rnn_state: Tensor, cells: Cells
+    ) -> tuple[Tensor, Tensor]:
+        """T steps: x (T, n, input_size), episode_start (T, n), rnn_state (n, S) -> out (K, T n, H), states (T, n, S)."""
+        steps, number = episode_start.shape
         parts = NUM_STATES[self.kind]
-        states = memory.view(number, self.num_users, self.num_layers * parts, self.hidden_size).transpose(0, 1)
+        states = rnn_state.view(number, self.num_users, self.num_layers * parts, self.hidden_size).transpose(0, 1)
         out, after = x.reshape(-1, x.shape[-1]).expand(self.num_users, -1, -1), []
         for layer in range(self.num_layers):
             gates = self._gates(weights, layer, out, self.num_users).unflatten(1, (steps, number)).transpose(0, 1)
             h, *c = (state.contiguous() for state in states[:, :, layer * parts : (layer + 1) * parts].unbind(2))
             weight = weights[f"rnn.{layer}.hidden.weight"]
             if self.kind == "lstm":
-                passed, c_after = lstm(gates, weight, first, h, c[0], cells)  # (T, K, n, H)
+                passed, c_after = lstm(gates, weight, episode_start, h, c[0], cells)  # (T, K, n, H)
                 after += [passed, c_after]
             else:
-                passed = gru(gates, weight, weights[f"rnn.{layer}.hidden.bias"], first, h, cells)
+                passed = gru(gates, weight, weights[f"rnn.{layer}.hidden.bias"], episode_start, h, cells)
                 after.append(passed)
             out = passed.transpose(0, 1).flatten(1, 2)
-        return out, torch.stack(after, 3).transpose(1, 2).reshape(steps, number, self.memory_size)
+        return out, torch.stack(after, 3).transpose(1, 2).reshape(steps, number, self.rnn_state_size)
 
     def _gates(self, weights: Weights, layer: int, x: Tensor, users: int) -> Tensor:
         """What the inputs give to the gates: (K, R, D) -> (K, R, G H)."""
@@ -140,37 +142,39 @@ class RecurrentActorCritic(Composed):
         return self.encoder, self.rnn, self.mlp
 
     @property
-    def memory_size(self) -> int:
+    def rnn_state_size(self) -> int:
         """S, the numbers that are remembered of each environment."""
-        return self.rnn.memory_size
+        return self.rnn.rnn_state_size
 
     @property
     def actor_size(self) -> int:
         """Those of them, the first, that acting needs."""
         return self.rnn.user_size
 
-    def step(self, weights: Weights, obs: Obs, memory: Tensor) -> tuple[Any, Tensor]:
+    def step(self, weights: Weights, obs: Obs, rnn_state: Tensor) -> tuple[Any, Tensor]:
         """The distribution's parameters for obs (N, *shape), and the memory after it, from that before, (N, S).
 
-        Of memory (N, actor_size) that alone.
+        Of rnn_state (N, actor_size) that alone.
         """
-        out, memory = self.rnn.step(weights, self.encoder.encode(weights, obs), memory)
-        return masked(self.mlp.actor(weights, out[0]), obs, self.mlp), memory
+        out, rnn_state = self.rnn.step(weights, self.encoder.encode(weights, obs), rnn_state)
+        return masked(self.mlp.actor(weights, out[0]), obs, self.mlp), rnn_state
 
-    def judge(self, weights: Weights, obs: Obs, memory: Tensor) -> Tensor:
-        """V(obs), (...), of obs (..., *shape), after what is remembered in memory (..., S)."""
+    def value_from_state(self, weights: Weights, obs: Obs, rnn_state: Tensor) -> Tensor:
+        """V(obs), (...), of obs (..., *shape), after what is remembered in rnn_state (..., S)."""
         x = self.encoder.encode(weights, obs)
-        out, _ = self.rnn.step(weights, x.reshape(-1, x.shape[-1]), memory.reshape(-1, self.memory_size))
-        return self.mlp.critic(weights, out[-1]).reshape(memory.shape[:-1])
+        out, _ = self.rnn.step(weights, x.reshape(-1, x.shape[-1]), rnn_state.reshape(-1, self.rnn_state_size))
+        return self.mlp.critic(weights, out[-1]).reshape(rnn_state.shape[:-1])
 
-    def replay(self, weights: Weights, obs: Obs, first: Tensor, memory: Tensor, cells: Cells) -> tuple[Any, Tensor, Tensor]:
+    def unroll(
+        self, weights: Weights, obs: Obs, episode_start: Tensor, rnn_state: Tensor, cells: Cells
+    ) -> tuple[Any, Tensor, Tensor]:
         """T steps of n environments at once: the distribution's parameters (T, n, ...), V (T, n), memory after each (T, n, S).
 
-        obs: (T, n, *shape). first: (T, n) bool, nothing is remembered before such a step. memory: (n, S), before the first one.
+        obs: (T, n, *shape). episode_start: (T, n) bool, the state before such a step is zero. rnn_state: (n, S), before step 0.
         """
-        out, memory = self.rnn.replay(weights, self.encoder.encode(weights, obs), first, memory, cells)
-        dist, value = self.mlp.both(weights, out, first.shape)
-        return masked(dist, obs, self.mlp), value, memory
+        out, rnn_state = self.rnn.unroll(weights, self.encoder.encode(weights, obs), episode_start, rnn_state, cells)
+        dist, value = self.mlp.both(weights, out, episode_start.shape)
+        return masked(dist, obs, self.mlp), value, rnn_state
 
     # without a memory there is no acting, judging or learning
     def actor(self, weights: Weights, obs: Obs) -> Any:

@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from fastppo.core.programs import Collected
+from fastppo.core.programs import CollectResult
 from fastppo.core.seed_axis import of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
@@ -47,8 +47,8 @@ def allocate_rollout(
     obs (T+1, N, *obs_shape) float32, or the space's own integer type; of a Dict or Tuple its leaves, `obs.name` each;
     action_mask (T+1, N, A) bool, where there is one; action (T+1, N, *action_shape) as sampled, int64 or float32; reward
     (T+1, N) float32, raw; terminated, truncated (T+1, N) bool; valid (T+1, N) bool: false where the step only reset the
-    environment; final_obs as obs, only for environments that reset within the step; first (T+1, N) bool, only for a policy that
-    remembers: the observation is an episode's first one.
+    environment; final_obs as obs, only for environments that reset within the step; episode_start (T+1, N) bool, only for
+    a policy with memory: the observation is an episode's first one.
     """
 
     batch = ((num_seeds,) if num_seeds is not None else ()) + (num_steps + 1, num_envs)
@@ -65,7 +65,7 @@ def allocate_rollout(
         "valid": zeros((), torch.bool),
     }
     if remembers:
-        rollout["first"] = zeros((), torch.bool)
+        rollout["episode_start"] = zeros((), torch.bool)
     if keeps_final_obs:
         rollout |= {f"final_{leaf.key}": zeros(leaf.shape, leaf.dtype) for leaf in obs if leaf.kind != "mask"}
     return TensorDict(rollout, batch_size=batch, device=device).lock_()
@@ -102,7 +102,7 @@ class Outcomes(NamedTuple):
     cut: NDArray[Any]  # (N,) bool: in row T-1 the caller's cut ended the episode, see Collector.collect
 
 
-class Memory:
+class RnnState:
     """What a policy remembers of each environment, (N, S); of S' seeds (S', N, S)."""
 
     def __init__(self, start: Tensor) -> None:
@@ -127,7 +127,7 @@ class Collector(Protocol):
 
         Args:
             act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device; with a memory
-                as core.programs.act_and_remember; see DeviceCollector for its own.
+                as core.programs.act_recurrent; see DeviceCollector for its own.
             noise: (T, N, ...).
             cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
@@ -154,7 +154,12 @@ class Collector(Protocol):
 
 
 def start_collector(
-    envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, seed: ResetSeed, memory: Memory | None = None
+    envs: AutoresetEnvs,
+    rollout: TensorDict,
+    obs: ObsSpec,
+    action: ActionSpec,
+    seed: ResetSeed,
+    rnn_state: RnnState | None = None,
 ) -> Collector:
     """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
 
@@ -162,12 +167,12 @@ def start_collector(
     """
     rollout = by_step(rollout)
     with _resetting():
-        first, mask = envs.reset_and_mask(seed)
+        obs_start, mask = envs.reset_and_mask(seed)
         if isinstance(envs.envs, TorchVectorEnv):
-            return DeviceCollector(envs.envs, rollout, action, memory)
-        of_tensors = isinstance(obs.observed[0].find(first), Tensor)
-        collector = (TensorCollector if of_tensors else HostCollector)(envs, rollout, obs, action, memory)
-        collector.begin(first, mask)
+            return DeviceCollector(envs.envs, rollout, action, rnn_state)
+        of_tensors = isinstance(obs.observed[0].find(obs_start), Tensor)
+        collector = (TensorCollector if of_tensors else HostCollector)(envs, rollout, obs, action, rnn_state)
+        collector.begin(obs_start, mask)
     return collector
 
 
@@ -229,15 +234,17 @@ def states_of(envs: TorchVectorEnv, remembered: tuple[Tensor, ...] = ()) -> list
 class DeviceCollector:
     """Fills a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
 
-    def __init__(self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec, memory: Memory | None = None) -> None:
+    def __init__(
+        self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec, rnn_state: RnnState | None = None
+    ) -> None:
         """`envs` have been reset."""
         self.envs = envs
-        self.memory = memory
+        self.rnn_state = rnn_state
         self.tensors: dict[str, Tensor] = dict(rollout.items())
         self.num_steps = rollout.shape[0] - 1
         self.env_step = env_step_of(envs, action)
         self.seeded = isinstance(envs, SeededTorchVectorEnv)
-        self.rows = {key: self.tensors[key][:-1] for key in Collected._fields if key in self.tensors}  # views made once
+        self.rows = {key: self.tensors[key][:-1] for key in CollectResult._fields if key in self.tensors}  # views made once
         self.last_obs, self.last_valid = self.tensors["obs"][-1], self.tensors["valid"][-1]
         self.cut: Tensor | None = None
         self._start_episodes()
@@ -249,17 +256,17 @@ class DeviceCollector:
         self._start_episodes()
 
     def _start_episodes(self) -> None:
-        if self.memory is not None:
-            self.tensors["first"][-1] = True
+        if self.rnn_state is not None:
+            self.tensors["episode_start"][-1] = True
 
     def _remembered(self) -> tuple[Tensor, ...]:
         """What `act` gets behind the environments: the memory, and where it is of an episode that is over."""
-        if self.memory is None:
+        if self.rnn_state is None:
             return ()
-        first = self.tensors["first"][-1]
-        return self.memory.now, first.clone()
+        episode_start = self.tensors["episode_start"][-1]
+        return self.rnn_state.now, episode_start.clone()
 
-    def collect(self, act: Callable[..., Collected], noise: Tensor, cut: bool = False) -> Phases:
+    def collect(self, act: Callable[..., CollectResult], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected, `running` being `pack`'s result,
 
         with a memory what `core.programs.collect` says. Its time is told as `env`.
@@ -272,9 +279,9 @@ class DeviceCollector:
             raise environment_fault(error, "in the rollout") from error
         collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot tell that its results record gradients
         after, tensors = collected.running, self.tensors
-        if self.memory is not None:
-            self.memory.begin()
-            after, self.memory.now = after[:-2], after[-2]
+        if self.rnn_state is not None:
+            self.rnn_state.begin()
+            after, self.rnn_state.now = after[:-2], after[-2]
         running = self.env_step.unpack(after)
         self.envs.running = running
         for key, rows in self.rows.items():
@@ -282,9 +289,9 @@ class DeviceCollector:
             rows.copy_(steps.transpose(0, 1) if self.seeded else steps)
         self.last_obs.copy_(running.obs)
         torch.logical_not(running.done, out=self.last_valid)
-        if self.memory is not None:
-            tensors["first"][0].copy_(before[1])
-            torch.logical_not(tensors["valid"][:-1], out=tensors["first"][1:])  # the row before has reset it
+        if self.rnn_state is not None:
+            tensors["episode_start"][0].copy_(before[1])
+            torch.logical_not(tensors["valid"][:-1], out=tensors["episode_start"][1:])  # the row before has reset it
         self.cut = _cut(tensors) if cut else None
         if not collected.finite.all():  # sync: once per rollout
             _check_tensors(tensors)
@@ -306,9 +313,9 @@ class DeviceCollector:
         """See Collector."""
         each = [[x.to(self.envs.device, copy=True) for x in state["running"]] for state in states]
         running = stack(each) if self.seeded else each[0]
-        if self.memory is not None:
-            *running, self.memory.now, first = running
-            self.tensors["first"][-1].copy_(first)
+        if self.rnn_state is not None:
+            *running, self.rnn_state.now, episode_start = running
+            self.tensors["episode_start"][-1].copy_(episode_start)
         self.envs.running = self.env_step.unpack(tuple(running))
         generators = self.envs.generators if isinstance(self.envs, SeededTorchVectorEnv) else [self.envs.generator]
         for generator, state in zip(generators, states, strict=True):
@@ -321,10 +328,10 @@ class HostCollector:
     """Steps numpy environments into a rollout. Owns the host side of it and the last observation."""
 
     def __init__(
-        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, memory: Memory | None = None
+        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, rnn_state: RnnState | None = None
     ) -> None:
         self.envs = envs
-        self.memory = memory
+        self.rnn_state = rnn_state
         self.rollout = rollout
         self.action = action
         self.on_host = rollout.device is None or rollout.device.type == "cpu"
@@ -333,7 +340,7 @@ class HostCollector:
         self.arrays = {key: self.host[key].numpy() for key in self.host.keys()}  # noqa: SIM118 (a TensorDict iterates over rows)
         self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
         # views made once: indexing a TensorDict per step costs 15 us
-        keys = [leaf.key for leaf in obs] + ([] if memory is None else ["first"])
+        keys = [leaf.key for leaf in obs] + ([] if rnn_state is None else ["episode_start"])
         self.rows = {key: rollout[key].unbind(0) for key in keys}
         self.host_rows = {key: self.host[key].unbind(0) for key in keys}
         self.act_rows = _rows_to_act_on(self.rows, obs)
@@ -352,8 +359,8 @@ class HostCollector:
         """Put first observations (N, ...) where `collect` takes them from."""
         self._write(-1, obs, action_mask)
         self.arrays["valid"][-1] = True
-        if self.memory is not None:
-            self.arrays["first"][-1] = True
+        if self.rnn_state is not None:
+            self.arrays["episode_start"][-1] = True
 
     def _write(self, row: int, obs: Any, action_mask: NDArray[Any] | None) -> None:
         for leaf in self.obs:
@@ -369,17 +376,17 @@ class HostCollector:
         for key in self.host_rows:
             arrays[key][0] = arrays[key][-1]
         valid[0] = valid[-1]
-        memory = None if self.memory is None else self.memory.begin()
+        rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
         actions = []  # stacked at the end: a write per step costs 5 us, in whose place the environment gets a copy of its own
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
             if not self.on_host:
                 for key, rows in self.host_rows.items():
                     self.rows[key][t].copy_(rows[t], non_blocking=True)
-            if memory is None:
+            if rnn_state is None:
                 chosen = act(self.act_rows[t], step_noise)  # (N, ...)
             else:
-                chosen, memory = act(self.act_rows[t], step_noise, memory, self.rows["first"][t])
+                chosen, rnn_state = act(self.act_rows[t], step_noise, rnn_state, self.rows["episode_start"][t])
             actions.append(chosen)
             if not self.on_host:
                 chosen = chosen.cpu()  # a sync, once per step: the environments need it
@@ -394,12 +401,12 @@ class HostCollector:
                         arrays[f"final_{leaf.key}"][t] = self.shaped(leaf.find(step.final_obs))
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
-            if memory is not None:
+            if rnn_state is not None:
                 ended = np.logical_or(terminated[t], truncated[t])
                 if self.envs.keeps_final_obs:
-                    arrays["first"][t + 1] = ended
+                    arrays["episode_start"][t + 1] = ended
                 else:  # the step after the end resets, and the row after that is a first one
-                    np.logical_not(valid[t], out=arrays["first"][t + 1])
+                    np.logical_not(valid[t], out=arrays["episode_start"][t + 1])
                     np.logical_not(ended, out=valid[t + 1])
             if step.game_over is not None:
                 if self.game_over is None:
@@ -408,8 +415,8 @@ class HostCollector:
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
-        if self.memory is not None and memory is not None:
-            self.memory.now = memory
+        if self.rnn_state is not None and rnn_state is not None:
+            self.rnn_state.now = rnn_state
         torch.stack(actions, out=self.actions)
         if not self.on_host:
             self.host["action"][:-1].copy_(self.actions)
@@ -448,10 +455,10 @@ class TensorCollector:
     """
 
     def __init__(
-        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, memory: Memory | None = None
+        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, rnn_state: RnnState | None = None
     ) -> None:
         self.envs = envs
-        self.memory = memory
+        self.rnn_state = rnn_state
         self.tensors: dict[str, Tensor] = dict(rollout.items())
         self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
         self.action = action.to(self.tensors["reward"].device)
@@ -473,8 +480,8 @@ class TensorCollector:
         with torch.no_grad():
             self._write(-1, obs, action_mask)
         self.rows["valid"][-1].fill_(True)
-        if self.memory is not None:
-            self.rows["first"][-1].fill_(True)
+        if self.rnn_state is not None:
+            self.rows["episode_start"][-1].fill_(True)
 
     @torch.inference_mode()  # what the environments return may record gradients of theirs
     def _write_step(self, t: int, step: Step) -> None:
@@ -497,15 +504,15 @@ class TensorCollector:
     def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector."""
         rows, phases = self.rows, Phases()
-        memory = None if self.memory is None else self.memory.begin()
-        for key in (*(leaf.key for leaf in self.obs), "valid", *(() if memory is None else ("first",))):
+        rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
+        for key in (*(leaf.key for leaf in self.obs), "valid", *(() if rnn_state is None else ("episode_start",))):
             rows[key][0].copy_(rows[key][-1])
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
-            if memory is None:
+            if rnn_state is None:
                 chosen = act(self.act_rows[t], step_noise)  # (N, ...)
             else:
-                chosen, memory = act(self.act_rows[t], step_noise, memory, rows["first"][t])
+                chosen, rnn_state = act(self.act_rows[t], step_noise, rnn_state, rows["episode_start"][t])
             rows["action"][t].copy_(chosen)
             chosen = chosen.clone()  # an eager act runs under inference mode, whose tensors must not reach the environments
             env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).to(self.env_device)
@@ -515,18 +522,18 @@ class TensorCollector:
                 self._write_step(t, step)
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
-            if memory is not None:  # as HostCollector
+            if rnn_state is not None:  # as HostCollector
                 ended = rows["terminated"][t] | rows["truncated"][t]
                 if self.envs.keeps_final_obs:
-                    rows["first"][t + 1].copy_(ended)
+                    rows["episode_start"][t + 1].copy_(ended)
                 else:
-                    torch.logical_not(rows["valid"][t], out=rows["first"][t + 1])
+                    torch.logical_not(rows["valid"][t], out=rows["episode_start"][t + 1])
                     torch.logical_not(ended, out=rows["valid"][t + 1])
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
-        if self.memory is not None and memory is not None:
-            self.memory.now = memory
+        if self.rnn_state is not None and rnn_state is not None:
+            self.rnn_state.now = rnn_state
         terminated, truncated, valid = (self.tensors[key] for key in ("terminated", "truncated", "valid"))
         if self.envs.keeps_final_obs:
             valid[1:].fill_(True)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastppo import random_streams
 from fastppo.analysis.video import Recorder
 from fastppo.callbacks import Callback
-from fastppo.compile.selector import Tiers
+from fastppo.compile.selector import ProgramSelector
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.seed_axis import of_seed, stack
@@ -31,7 +31,7 @@ from fastppo.policy.networks import ModuleFactory
 from fastppo.presets import describe
 from fastppo.random_streams import Stream
 from fastppo.ranks import Ranks, checked
-from fastppo.rollout.collectors import STEP_KEYS, Collector, Memory, Outcomes, allocate_rollout, start_collector
+from fastppo.rollout.collectors import STEP_KEYS, Collector, Outcomes, RnnState, allocate_rollout, start_collector
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
@@ -103,16 +103,16 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
     # --- what the programs take: buffers made once; of several seeds one for all, with a leading axis
     num_seeds = config.num_seeds if several else None
     keeps_final_obs = task.envs.keeps_final_obs
-    memory_size = task.network.memory_size
+    rnn_state_size = task.network.rnn_state_size
     rollout = allocate_rollout(
-        config.num_steps, task.local.num_envs, task.obs, action, keeps_final_obs, device, num_seeds, memory_size > 0
+        config.num_steps, task.local.num_envs, task.obs, action, keeps_final_obs, device, num_seeds, rnn_state_size > 0
     )
     rollout_tensors: dict[str, Tensor] = dict(rollout.items())
-    memory: Memory | None = None
-    if memory_size:
+    rnn_state: RnnState | None = None
+    if rnn_state_size:
         lead = (*((len(runs),) if several else ()), task.local.num_envs)
-        rollout_tensors["memory"] = torch.zeros(*lead, memory_size, dtype=torch.float32, device=device)
-        memory = Memory(rollout_tensors["memory"])
+        rollout_tensors["rnn_state"] = torch.zeros(*lead, rnn_state_size, dtype=torch.float32, device=device)
+        rnn_state = RnnState(rollout_tensors["rnn_state"])
     rollouts = [of_seed(rollout_tensors, index) for index in range(len(runs))] if several else [rollout_tensors]
     steps_of = [{key: rows[key][:-1] for key in STEP_KEYS} for rows in rollouts]
     params = stack([state.params for state in states]) if several else states[0].params
@@ -136,7 +136,7 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
     example = (params, adam, rollout_tensors, permutation, schedule, normalization)
     jobs = make_jobs(task, example, joined_noise())
     with plain():
-        tiers = Tiers(config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, ranks)
+        tiers = ProgramSelector(config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, ranks)
     watch = None
     if task.trial is not None and tiers.name == "eager" and torch.get_num_threads() > 1:
         watch = Watch(task.trial, display.note, task.provenance)
@@ -149,7 +149,7 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
     collector: Collector | None = None
     try:
         with checked(ranks):
-            collector = start_collector(task.envs, rollout, task.obs, action, environment_seeds(task, runs), memory)
+            collector = start_collector(task.envs, rollout, task.obs, action, environment_seeds(task, runs), rnn_state)
         assert collector is not None
         kept = [share_environments(state.environments, ranks) for state in states if state.environments is not None]
         if len(kept) == len(runs):
@@ -342,9 +342,9 @@ def _note_of_seed(display: Display, seed: int, line: str) -> None:
 def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> None:
     """This process's part of an iteration's minibatches, (E, B / K), or of environments (E, N / K) for a policy with memory."""
     config, ranks = task.config, task.ranks
-    unit, strata = config.rows_per_unit, config.minibatch_strata or 1
+    unit, num_shards = config.rows_per_unit, config.minibatch_strata or 1
     size = config.rows_per_minibatch // unit
-    draw_permutation(out, generator, config.num_steps // unit, config.num_envs, size, strata, ranks.rank, ranks.size)
+    draw_permutation(out, generator, config.num_steps // unit, config.num_envs, size, num_shards, ranks.rank, ranks.size)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.compile.selector import Job
+from fastppo.compile.selector import ProgramSpec
 from fastppo.config import TrainConfig, flag
 from fastppo.core import programs
 from fastppo.core.gradient import functional_grad_and_aux
@@ -235,8 +235,12 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
 
 def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, ...]:
     """What a checkpoint keeps of a policy's memory beside environments on the device, all zeros."""
-    first = torch.zeros_like(made.running.done)
-    return (first.new_zeros(*first.shape, network.memory_size, dtype=torch.float32), first) if network.memory_size else ()
+    episode_start = torch.zeros_like(made.running.done)
+    return (
+        (episode_start.new_zeros(*episode_start.shape, network.rnn_state_size, dtype=torch.float32), episode_start)
+        if network.rnn_state_size
+        else ()
+    )
 
 
 class Copy:
@@ -304,10 +308,10 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
     return None
 
 
-def check_same(config: TrainConfig, first: TrainConfig, ranks: Ranks) -> None:
+def check_same(config: TrainConfig, episode_start: TrainConfig, ranks: Ranks) -> None:
     """Refuse settings that are not those of rank 0; raises UsageError."""
     for spec in fields(TrainConfig):
-        own, other = getattr(config, spec.name), getattr(first, spec.name)
+        own, other = getattr(config, spec.name), getattr(episode_start, spec.name)
         is_path = spec.name in ("run_dir", "resume")  # which machines may see from different directories
         if own != other and not (is_path and own and other):
             raise UsageError(
@@ -325,13 +329,13 @@ def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | N
         raise UsageError(
             f"--num-seeds {config.num_seeds} is for one process, and torchrun has started {ranks.size}: use one of them"
         )
-    strata, note = config.minibatch_strata or ranks.size, None
-    if config.resume and strata % ranks.size:
-        note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {strata}"
-        strata = ranks.size
+    num_shards, note = config.minibatch_strata or ranks.size, None
+    if config.resume and num_shards % ranks.size:
+        note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {num_shards}"
+        num_shards = ranks.size
     rows, unit = config.rows_per_minibatch, config.rows_per_unit
-    check_shares(config.num_envs, config.num_steps, rows, strata, ranks.size, unit)
-    return config if strata == 1 else replace(config, minibatch_strata=strata), note
+    check_shares(config.num_envs, config.num_steps, rows, num_shards, ranks.size, unit)
+    return config if num_shards == 1 else replace(config, minibatch_strata=num_shards), note
 
 
 def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -349,7 +353,7 @@ def alike(one: Network, other: Network) -> bool:
     return all(torch.equal(tensor, other.fixed[name]) for name, tensor in one.fixed.items())
 
 
-def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, Job]:
+def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, ProgramSpec]:
     """The programs of a run, eager and for the compiler; with several seeds, all of them over seeds.
 
     Args:
@@ -361,8 +365,8 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     workers, ranks = task.workers if on_cpu else 1, task.ranks  # a graph on a GPU has no threads to share its rows out to
     learn = partial(programs.learn, policy=network, **learn_settings(config))
     if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
-        learn = partial(learn, rows_per_pass=ROWS_PER_PASS)
-    fast_learn = partial(learn, rows_per_pass=ROWS_PER_PASS) if on_cpu else learn
+        learn = partial(learn, microbatch_size=ROWS_PER_PASS)
+    fast_learn = partial(learn, microbatch_size=ROWS_PER_PASS) if on_cpu else learn
     if ranks.size > 1:
         learn = partial(learn, **ranks.learn_settings())
         fast_learn = partial(fast_learn, num_ranks=ranks.size) if on_cpu else learn
@@ -375,21 +379,21 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     act: partial[Any] = partial(programs.act_from_params, policy=network)
     remembered: tuple[Tensor, ...] = ()  # what acting takes beside the observation
     if isinstance(network, RecurrentActorCritic):
-        act = partial(programs.act_and_remember_from_params, policy=network)
-        remembered = (rollout["memory"], rollout["first"][0] if number == 1 else rollout["first"][:, 0])
+        act = partial(programs.act_recurrent_from_params, policy=network)
+        remembered = (rollout["rnn_state"], rollout["episode_start"][0] if number == 1 else rollout["episode_start"][:, 0])
     if number == 1:
         fast_learn = partial(fast_learn, num_workers=workers)
-        jobs = {"learn": Job(learn, fast_learn, example)}
+        jobs = {"learn": ProgramSpec(learn, fast_learn, example)}
         if isinstance(made, TorchVectorEnv):
             collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
             fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
             running = (*pack(made.running), *(x.contiguous() for x in remembered))
             collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
-            return {**jobs, "collect": Job(collect, fast_collect if on_cpu else collect, collect_example)}
-        act_now: Any = programs.act_and_remember if remembered else programs.act
+            return {**jobs, "collect": ProgramSpec(collect, fast_collect if on_cpu else collect, collect_example)}
+        act_now: Any = programs.act_recurrent if remembered else programs.act
         eager = partial(act_now, network, network.weights(params))
         act_example = (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0], *remembered)
-        return {**jobs, "act": Job(under(mode, eager), act, act_example)}
+        return {**jobs, "act": ProgramSpec(under(mode, eager), act, act_example)}
 
     # Small operations of all seeds as one: an eager update of ten takes 21 ms a seed instead of 36. A compiled one gains none
     # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain. On a
@@ -400,16 +404,16 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     if not on_cpu:
         fast_learn = eager_learn
     at_once = 1 if on_cpu or not mapped else number
-    jobs = {"learn": Job(over(eager_learn), fast_learn, example, Seeds(number, at_once, workers))}
+    jobs = {"learn": ProgramSpec(over(eager_learn), fast_learn, example, Seeds(number, at_once, workers))}
     if isinstance(made, TorchVectorEnv):
         collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
         each = Seeds(number, -(-number // workers) if mapped else 1, workers)
         running = (*pack(made.running), *(x.contiguous() for x in remembered))
         collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
-        return {**jobs, "collect": Job(over(collect), collect, collect_example, each)}
+        return {**jobs, "collect": ProgramSpec(over(collect), collect, collect_example, each)}
     act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0], *remembered)
     together = Seeds(number, number if mapped else 1, 1)
-    return {**jobs, "act": Job(under(mode, partial(over(act), params)), act, act_example, together)}
+    return {**jobs, "act": ProgramSpec(under(mode, partial(over(act), params)), act, act_example, together)}
 
 
 def learn_settings(config: TrainConfig) -> dict[str, Any]:

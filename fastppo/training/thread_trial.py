@@ -96,12 +96,12 @@ def minibatch_of(
     remembers = isinstance(network, RecurrentActorCritic)
     shape = (num_steps, max(rows // num_steps, 1)) if remembers else (rows, 1)
     rollout = dict(allocate_rollout(shape[0], shape[1], obs, action, False, params.device, None, remembers)[:-1].items())
-    memory = params.new_zeros(shape[1], network.memory_size)
+    rnn_state = params.new_zeros(shape[1], network.rnn_state_size)
 
     def loss(params: Tensor) -> tuple[Tensor, Tensor]:
         weights, seen = network.weights(params), obs_of(rollout)
         if isinstance(network, RecurrentActorCritic):
-            dist, value, _ = network.replay(weights, seen, rollout["first"], memory, STEPS)
+            dist, value, _ = network.unroll(weights, seen, rollout["episode_start"], rnn_state, STEPS)
         else:
             dist, value = network.actor_critic(weights, seen)
         total = (network.log_prob(dist, rollout["action"]) + network.entropy(dist) + value).sum()

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastppo.analysis.loading import load_policy
 from fastppo.callbacks import Callback, View, is_yes
 from fastppo.config import TrainConfig, check_resumable
-from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, Learned, Normalization, Schedule
+from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, LearnResult, Normalization, Schedule
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
 from fastppo.plot import plot_curves
@@ -153,7 +153,7 @@ class AgentRun:
             update_obs_moments(self.state, rollout, self._ranks.total)
         return normalization_of(self.state)
 
-    def learn(self, learned: Learned, rollout: Mapping[str, Tensor]) -> dict[str, float]:
+    def learn(self, learned: LearnResult, rollout: Mapping[str, Tensor]) -> dict[str, float]:
         """Take up an update and add the rollout to the statistics of observations. Raises TrainingFault.
 
         rollout: (T+1, N / K, ...) of this process.
@@ -506,7 +506,7 @@ def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> S
     return Schedule(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
 
 
-def read_metrics(learned: Learned) -> dict[str, float]:
+def read_metrics(learned: LearnResult) -> dict[str, float]:
     """Means over the minibatches that moved the parameters; raises TrainingFault where one is not finite."""
     summary = dict(zip(SUMMARY, learned.summary.tolist(), strict=True))
     if not summary["finite"]:
