@@ -134,7 +134,7 @@ class Ranks:
         self.highest(0)
 
     def learn_settings(self) -> dict[str, Any]:
-        """What an eager programs.learn takes to be one of several. Compiled, it takes `num_ranks` alone, and is given this."""
+        """What an eager core.ppo.learn takes to be one of several. Compiled, it takes `num_ranks` alone, and is given this."""
         if self.size == 1:
             return {}
         worker = torch.tensor([0, self.rank], device=self.device)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from fastppo.core.adam import init_adam
+from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.programs import Normalization, Schedule, learn
+from fastppo.core.ppo import learn
 from fastppo.errors import TrainingFault
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo import TrainConfig, UsageError, load_policy, train
-from fastppo.core.programs import normalize_obs
+from fastppo.core.contracts import normalize_obs
 from fastppo.policy.normalization import RunningMoments, make_normalization
 
 SETTINGS = {

@@ -10,7 +10,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from fastppo import TrainConfig, UsageError, train
 from fastppo.core.adam import init_adam
 from fastppo.core.advantages import generalized_advantage
-from fastppo.core.programs import Normalization, Schedule, learn
+from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.ppo import learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.policy.distributions import CATEGORICAL

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from fastppo import TrainConfig, train
 from fastppo.compile import inductor, native
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, compile_program
-from fastppo.core.programs import CollectResult, Normalization, act, collect
+from fastppo.core.acting import act, collect
+from fastppo.core.contracts import CollectResult, Normalization
 from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import make_envs
@@ -306,7 +307,8 @@ def test_two_compiled_workers_equal_eager(cache_dir):
 ROOM = """
 import dataclasses, functools, torch
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, load_program
-from fastppo.core.programs import Normalization, collect
+from fastppo.core.acting import collect
+from fastppo.core.contracts import Normalization
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.networks import MLPActorCritic

@@ -16,8 +16,9 @@ import torch
 from fastppo.compile import inductor
 from fastppo.compile.inductor import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
 from fastppo.core.adam import init_adam
+from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, learn
+from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.core.seed_axis import Seeds, of_seed, stack
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic

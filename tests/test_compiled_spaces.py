@@ -19,7 +19,7 @@ from fastppo import TrainConfig
 from fastppo.compile import inductor
 from fastppo.compile.inductor import cache_key, compile_program
 from fastppo.core.adam import init_adam
-from fastppo.core.programs import learn
+from fastppo.core.ppo import learn
 from fastppo.policy.agent import make_network
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic

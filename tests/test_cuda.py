@@ -9,7 +9,7 @@ from test_compilation import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job
 from test_tensor_envs import KINDS, TensorTwin, act, started
 
 from fastppo.compile.inductor import GraphedProgram
-from fastppo.core.programs import act_from_params
+from fastppo.core.acting import act_from_params
 from fastppo.train import console
 
 pytestmark = pytest.mark.gpu

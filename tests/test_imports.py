@@ -98,7 +98,7 @@ def test_only_one_module_names_the_compiler(path):
 def test_every_layer_was_looked_at():
     """The walk finds the package: were it empty, everything above would pass."""
     names = {module_name(path) for path in FILES}
-    assert {"fastppo", "fastppo.core.programs", "fastppo.policy.networks"} <= names
+    assert {"fastppo", "fastppo.core.ppo", "fastppo.policy.networks"} <= names
     units = [name for floor in FLOORS for unit in floor for name in unit]
     assert sorted(units) == sorted({[*name.split("."), ""][1] for name in names})
 
@@ -127,7 +127,7 @@ def test_every_layer_was_looked_at():
         ("fastppo.config", "from fastppo.train import train", {"fastppo.train.train"}),
         ("fastppo.training.loop", "from fastppo.cli import run", {"fastppo.cli.run"}),
         ("fastppo.training.loop", "from fastppo import train", {"fastppo.train"}),
-        ("fastppo.train", "from fastppo.core.programs import learn\nimport fastppo.cli", set()),
+        ("fastppo.train", "from fastppo.core.ppo import learn\nimport fastppo.cli", set()),
     ],
 )
 def test_the_check_itself(module, source, found):

@@ -16,8 +16,10 @@ from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.analysis.video import play
+from fastppo.core.acting import act
 from fastppo.core.adam import init_adam
-from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act, learn
+from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.render import make_drawn

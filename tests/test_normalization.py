@@ -17,7 +17,7 @@ from test_resume import differing, result_of
 from tiny_runs import tiny
 
 from fastppo import TrainingFault, load_policy, train
-from fastppo.core.programs import Normalization, normalize_obs
+from fastppo.core.contracts import Normalization, normalize_obs
 from fastppo.export import export_policy
 from fastppo.policy.normalization import (
     RunningMoments,

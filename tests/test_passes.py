@@ -22,7 +22,7 @@ from test_recurrent import make_policy as make_recurrent_policy
 from test_recurrent import make_rollout as make_recurrent_rollout
 
 from fastppo.compile import inductor
-from fastppo.core.programs import split_evenly
+from fastppo.core.ppo import split_evenly
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -14,10 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
+from fastppo.core.acting import act
 from fastppo.core.adam import AdamState, init_adam
+from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.programs import MINIBATCH_METRICS, Normalization, Schedule, act, learn
+from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.networks import MLPActorCritic
 

@@ -31,19 +31,11 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 from fastppo import TrainConfig
 from fastppo.compile import inductor
 from fastppo.compile.inductor import compile_program
+from fastppo.core.acting import act_recurrent, act_recurrent_from_params, collect
 from fastppo.core.adam import init_adam
+from fastppo.core.contracts import Normalization, Schedule, normalize_obs, obs_of
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
-from fastppo.core.programs import (
-    MINIBATCH_METRICS,
-    Normalization,
-    Schedule,
-    act_recurrent,
-    act_recurrent_from_params,
-    collect,
-    learn,
-    normalize_obs,
-    obs_of,
-)
+from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.core.recurrence import STEPS
 from fastppo.core.seed_axis import Seeds, of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs

@@ -10,8 +10,10 @@ from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
+from fastppo.core.acting import act
 from fastppo.core.adam import AdamState, init_adam
-from fastppo.core.programs import MINIBATCH_METRICS, Schedule, act, learn
+from fastppo.core.contracts import Schedule
+from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.policy.agent import make_network

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
-from fastppo.core.programs import Normalization
+from fastppo.core.contracts import Normalization
 from fastppo.envs import check
 from fastppo.policy import spaces
 from fastppo.policy.agent import Agent, make_network

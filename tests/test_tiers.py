@@ -15,8 +15,8 @@ import torch
 
 from fastppo.compile.inductor import CompileError, compile_program
 from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, ProgramSelector, ProgramSpec, cache_dir
-from fastppo.core import programs
-from fastppo.core.programs import Normalization
+from fastppo.core import acting
+from fastppo.core.contracts import Normalization
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.train import console
@@ -355,8 +355,8 @@ def small_tiers(mode, notes):
     params = policy.init(torch.Generator().manual_seed(0))
     normalization = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
     example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
-    stand_in = partial(programs.act_from_params, policy=policy)
-    act = partial(programs.act, policy, policy.weights(params))
+    stand_in = partial(acting.act_from_params, policy=policy)
+    act = partial(acting.act, policy, policy.weights(params))
     jobs = {"learn": ProgramSpec(stand_in, stand_in, example), "act": ProgramSpec(act, stand_in, example)}
     return ProgramSelector(mode, jobs, 1, notes.append), normalization
 
@@ -423,7 +423,7 @@ def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
     normalization = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
     example = (params, normalization, torch.zeros(4, 3), torch.zeros(4, 2))
     with pytest.raises(CompileError):
-        compile_program(partial(programs.act_from_params, policy=policy), example, tmp_path)
+        compile_program(partial(acting.act_from_params, policy=policy), example, tmp_path)
 
 
 def test_a_run_with_cached_programs_never_imports_the_compiler(compiled_run, tmp_path):

@@ -12,7 +12,7 @@ what the cache holds, so a second process loads it without importing Inductor, t
     except CompileError as reason:                               # one line; eager goes on
         ...
 
-`learn` is functools.partial(programs.learn, policy=..., minibatch_size=..., ...), or of programs.act_from_params with its
+`learn` is functools.partial(ppo.learn, policy=..., minibatch_size=..., ...), or of acting.act_from_params with its
 policy, all settings by keyword; `example` is the tuple of its positional arguments: the library fits tensors of exactly those
 shapes, dtypes and strides.
 """
@@ -43,10 +43,10 @@ from torch import Tensor
 from fastppo.compile import library_cache, native
 from fastppo.compile.compile_errors import explain
 from fastppo.compile.workers import WORKER_FIELDS, Exchange, WorkerPool
-from fastppo.core import programs
+from fastppo.core import acting, contracts, ppo
 from fastppo.core.adam import AdamState
+from fastppo.core.contracts import CollectResult, LearnResult
 from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.programs import CollectResult, LearnResult
 from fastppo.core.seed_axis import Seeds, of_seed, over_seeds
 from fastppo.system.platforms import end_group, is_private, lower_priority, own_group
 
@@ -120,14 +120,14 @@ class CompiledProgram:
         else:
             self._check(tensors)
             results, *others = self._team.run([[*tensors, worker] for worker in self._team.workers])
-            if self._function is programs.collect:  # each worker has its own environments; of learn all return the same
+            if self._function is acting.collect:  # each worker has its own environments; of learn all return the same
                 *parts, finite = zip(results, *others, strict=True)
                 rows = len(results) - _NUM_FIXED  # from here on (T, N, ...)
                 results = [torch.cat(part, 0 if index < rows else 1) for index, part in enumerate(parts)]
                 results.append(torch.stack(finite).all())
-        if self._function is programs.collect:
+        if self._function is acting.collect:
             return CollectResult(tuple(results[:-_NUM_FIXED]), *results[-_NUM_FIXED:])
-        if self._function is programs.learn:
+        if self._function is ppo.learn:
             return LearnResult(results[0], AdamState(*results[1:4]), *results[4:])
         return _one_or_all(results)
 
@@ -499,7 +499,7 @@ def _describe(value: Any) -> Any:
 def _sources(program: Program, example: Example) -> list[str]:
     """Digests of the text of everything that computes something in it; of an `env_step` that does not name it, of its graph."""
     policy = program.keywords["policy"]
-    folders = {Path(__file__).parent, Path(programs.__file__).parent, Path(inspect.getfile(type(policy))).parent}
+    folders = {Path(__file__).parent, Path(ppo.__file__).parent, Path(inspect.getfile(type(policy))).parent}
     files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
     env_step, graph = program.keywords.get("env_step"), ""
     if hasattr(policy, "module"):
@@ -516,10 +516,10 @@ def _policy_graph(program: Program, example: Example) -> str:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     policy, params = program.keywords["policy"], example[0]
-    if program.func is programs.learn:
-        obs: Any = pytree.tree_map(lambda rows: rows[0], programs.obs_of(example[2]))
+    if program.func is ppo.learn:
+        obs: Any = pytree.tree_map(lambda rows: rows[0], contracts.obs_of(example[2]))
     else:
-        obs = example[2][0] if program.func is programs.collect else example[2]
+        obs = example[2][0] if program.func is acting.collect else example[2]
     graph = make_fx(lambda params, obs: policy.actor_critic(policy.weights(params), obs))(params, obs)
     return _graph_text(graph)
 
@@ -532,10 +532,10 @@ def _environment_graph(program: Program, example: Example) -> str:
     policy = program.keywords["policy"]
     if policy.rnn_state_size:
         *others, memory, first = running
-        act, running = programs.act_recurrent_from_params, tuple(others)
+        act, running = acting.act_recurrent_from_params, tuple(others)
         action, _ = act(params, normalization, running[0], noise[0], memory, first, policy=policy)
     else:
-        action = programs.act_from_params(params, normalization, running[0], noise[0], policy=policy)
+        action = acting.act_from_params(params, normalization, running[0], noise[0], policy=policy)
     return _graph_text(make_fx(program.keywords["env_step"])(running, action, random[0]))
 
 
@@ -693,9 +693,9 @@ def _trace(program: Program, example: Example, mapped: bool = False) -> tuple[to
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    if program.func is programs.collect:
+    if program.func is acting.collect:
         program = functools.partial(program, scan=_traced_scan)
-    if program.func is programs.learn:
+    if program.func is ppo.learn:
         program = functools.partial(
             program,
             scan=_traced_scan,

@@ -30,7 +30,7 @@ NO_COMPILER = "there is no C++ compiler; install g++ or name one in CXX"
 
 @torch.library.custom_op("fastppo::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, worker: Tensor, over_ranks: bool) -> Tensor:
-    """core.programs.AllReduce of float32 `x`: waits for the others. In compiled programs only."""
+    """core.sharding.AllReduce of float32 `x`: waits for the others. In compiled programs only."""
     raise RuntimeError("fastppo::all_reduce runs in compiled programs only")
 
 

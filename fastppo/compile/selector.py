@@ -27,7 +27,7 @@ from fastppo.compile.inductor import (
     compile_program,
     load_program,
 )
-from fastppo.core.programs import LearnResult, Normalization
+from fastppo.core.contracts import LearnResult, Normalization
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
 from fastppo.system.modes import bound
@@ -113,7 +113,7 @@ class ProgramSelector:
 
     @property
     def learn(self) -> Callable[..., LearnResult]:
-        """programs.learn with its settings, or that over seeds."""
+        """core.ppo.learn with its settings, or that over seeds."""
         return self._compiled.get("learn") or self._jobs["learn"].eager
 
     def act(self, normalization: Normalization) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastppo.core.programs import Normalization, Obs, normalize_obs
+from fastppo.core.contracts import Normalization, Obs, normalize_obs
 from fastppo.errors import UsageError
 from fastppo.policy.distributions import DIAGONAL_NORMAL, choices, mask_logits
 from fastppo.policy.networks import ActorCritic, Encoder, MLPActorCritic, ModuleFactory, ModulePolicy, Network

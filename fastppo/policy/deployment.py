@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastppo.core.programs import Obs, normalize_obs
+from fastppo.core.contracts import Obs, normalize_obs
 from fastppo.policy.agent import Agent
 from fastppo.policy.rnn import RecurrentActorCritic
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastppo.core.programs import Obs, Policy, Weights
+from fastppo.core.contracts import Obs, Policy, Weights
 from fastppo.errors import UsageError, brief
 from fastppo.policy.distributions import DIAGONAL_NORMAL, Distribution, MultiCategorical, choices, mask_logits
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsLeaf, ObsSpec
@@ -34,7 +34,7 @@ NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 
 class Network(Policy, Protocol):
-    """A `core.programs.Policy` with parameters to make, keep and restore."""
+    """A `core.contracts.Policy` with parameters to make, keep and restore."""
 
     @property
     def num_params(self) -> int:
@@ -51,7 +51,7 @@ class Network(Policy, Protocol):
 
 
 class _Acts:
-    """What every network does with its distribution; a part of `core.programs.Policy`."""
+    """What every network does with its distribution; a part of `core.contracts.Policy`."""
 
     distribution: Family
 
@@ -80,7 +80,7 @@ def _rows(obs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MLPActorCritic(_Acts):
-    """Multi-layer perceptrons for actor and critic, apart or on a shared backbone; a `core.programs.Policy`.
+    """Multi-layer perceptrons for actor and critic, apart or on a shared backbone; a `core.contracts.Policy`.
 
     obs_size: D, observations are (..., D). action_size: A, the number of logits or of action components.
     """

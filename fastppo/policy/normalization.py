@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastppo.core.advantages import reverse_linear_recurrence
+from fastppo.core.contracts import Normalization
 from fastppo.core.losses import Total, alone
-from fastppo.core.programs import Normalization
 
 
 class RunningMoments(NamedTuple):

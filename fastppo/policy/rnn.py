@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastppo.core.programs import Obs, Weights
+from fastppo.core.contracts import Obs, Weights
 from fastppo.core.recurrence import NUM_GATES, NUM_STATES, Cells, gru, gru_step, lstm, lstm_step
 from fastppo.policy.networks import Composed, Encoder, Family, MLPActorCritic, Part, Shaped, check_shapes, masked
 
@@ -122,7 +122,7 @@ class Rnn(Shaped):
 @dataclass(frozen=True)
 class RecurrentActorCritic(Composed):
     """What is observed, encoded, goes through a memory, then through the layers of actor and critic; a
-    `core.programs.RecurrentPolicy`.
+    `core.contracts.RecurrentPolicy`.
 
     `rnn.input_size` is `encoder.size`, `mlp.obs_size` is `rnn.hidden_size`. Each has a memory of its own where the rnn has two
     users.

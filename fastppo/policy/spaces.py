@@ -101,7 +101,7 @@ class ObsSpec:
         return next((leaf for leaf in self.leaves if leaf.kind == "mask" and not leaf.path), None)
 
     def join(self, leaves: Mapping[str, Any]) -> Any:
-        """What networks take (core.programs.Obs): the tensor alone where the space is no structure, else all by key."""
+        """What networks take (core.contracts.Obs): the tensor alone where the space is no structure, else all by key."""
         if len(self.leaves) == 1 and self.leaves[0].key == "obs":
             return leaves["obs"]
         return {leaf.key: leaves[leaf.key] for leaf in self.leaves}

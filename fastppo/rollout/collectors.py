@@ -22,7 +22,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_leaves, tree_map, tree_structure, tree_unflatten
 
-from fastppo.core.programs import CollectResult
+from fastppo.core.contracts import CollectResult
 from fastppo.core.seed_axis import of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
 from fastppo.envs.device import DeviceEnv, Running, TorchVectorEnv, autoreset_step
@@ -127,7 +127,7 @@ class Collector(Protocol):
 
         Args:
             act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device; with a memory
-                as core.programs.act_recurrent; see DeviceCollector for its own.
+                as core.acting.act_recurrent; see DeviceCollector for its own.
             noise: (T, N, ...).
             cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
 
@@ -178,7 +178,7 @@ def start_collector(
 
 @dataclass(frozen=True)
 class EnvStep:
-    """One step of environments that are functions on tensors, as core.programs.collect takes it. A program's setting."""
+    """One step of environments that are functions on tensors, as core.acting.collect takes it. A program's setting."""
 
     env: DeviceEnv
     action: ActionSpec
@@ -187,7 +187,7 @@ class EnvStep:
     def __call__(
         self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """See core.programs.EnvStep."""
+        """See core.contracts.EnvStep."""
         action = self.action.to_env(action)
         with theirs():
             after, result = autoreset_step(self.env, self.unpack(running), action, random)
@@ -269,7 +269,7 @@ class DeviceCollector:
     def collect(self, act: Callable[..., CollectResult], noise: Tensor, cut: bool = False) -> Phases:
         """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected, `running` being `pack`'s result,
 
-        with a memory what `core.programs.collect` says. Its time is told as `env`.
+        with a memory what `core.acting.collect` says. Its time is told as `env`.
         """
         started = time.perf_counter()
         before = self._remembered()

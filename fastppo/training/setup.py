@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_map
 
 from fastppo.compile.selector import ProgramSpec
 from fastppo.config import TrainConfig, flag
-from fastppo.core import programs
+from fastppo.core import acting, ppo
+from fastppo.core.contracts import obs_of
 from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.programs import obs_of
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.envs.atari import atari_settings, is_atari
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -363,7 +363,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     params, _, rollout, *_, normalization = example
     on_cpu = params.device.type == "cpu"
     workers, ranks = task.workers if on_cpu else 1, task.ranks  # a graph on a GPU has no threads to share its rows out to
-    learn = partial(programs.learn, policy=network, **learn_settings(config))
+    learn = partial(ppo.learn, policy=network, **learn_settings(config))
     if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
         learn = partial(learn, microbatch_size=ROWS_PER_PASS)
     fast_learn = partial(learn, microbatch_size=ROWS_PER_PASS) if on_cpu else learn
@@ -376,21 +376,21 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     # makes tensors that a module of somebody's own may keep and cannot learn from. Acting for eight environments takes 20 us
     # under it and 22 without gradients.
     mode = torch.no_grad if isinstance(network, ModulePolicy) else torch.inference_mode
-    act: partial[Any] = partial(programs.act_from_params, policy=network)
+    act: partial[Any] = partial(acting.act_from_params, policy=network)
     remembered: tuple[Tensor, ...] = ()  # what acting takes beside the observation
     if isinstance(network, RecurrentActorCritic):
-        act = partial(programs.act_recurrent_from_params, policy=network)
+        act = partial(acting.act_recurrent_from_params, policy=network)
         remembered = (rollout["rnn_state"], rollout["episode_start"][0] if number == 1 else rollout["episode_start"][:, 0])
     if number == 1:
         fast_learn = partial(fast_learn, num_workers=workers)
         jobs = {"learn": ProgramSpec(learn, fast_learn, example)}
         if isinstance(made, TorchVectorEnv):
-            collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
+            collect = partial(acting.collect, policy=network, env_step=env_step_of(made, action))
             fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
             running = (*pack(made.running), *(x.contiguous() for x in remembered))
             collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
             return {**jobs, "collect": ProgramSpec(collect, fast_collect if on_cpu else collect, collect_example)}
-        act_now: Any = programs.act_recurrent if remembered else programs.act
+        act_now: Any = acting.act_recurrent if remembered else acting.act
         eager = partial(act_now, network, network.weights(params))
         act_example = (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0], *remembered)
         return {**jobs, "act": ProgramSpec(under(mode, eager), act, act_example)}
@@ -406,7 +406,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     at_once = 1 if on_cpu or not mapped else number
     jobs = {"learn": ProgramSpec(over(eager_learn), fast_learn, example, Seeds(number, at_once, workers))}
     if isinstance(made, TorchVectorEnv):
-        collect = partial(programs.collect, policy=network, env_step=env_step_of(made, action))
+        collect = partial(acting.collect, policy=network, env_step=env_step_of(made, action))
         each = Seeds(number, -(-number // workers) if mapped else 1, workers)
         running = (*pack(made.running), *(x.contiguous() for x in remembered))
         collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
@@ -417,7 +417,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
 
 
 def learn_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings of programs.learn."""
+    """The settings of ppo.learn."""
     return {
         "minibatch_size": config.rows_per_minibatch,
         "gamma": config.gamma,

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map
 
 from fastppo.config import TrainConfig
 from fastppo.core.adam import AdamState, init_adam
+from fastppo.core.contracts import Normalization
 from fastppo.core.losses import Total, alone
-from fastppo.core.programs import Normalization
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import checked, moments_from_state, policy_state, weights_from_state
 from fastppo.policy.networks import Network

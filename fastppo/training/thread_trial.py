@@ -17,8 +17,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from fastppo.core.contracts import obs_of
 from fastppo.core.gradient import grad_and_aux
-from fastppo.core.programs import obs_of
 from fastppo.core.recurrence import STEPS
 from fastppo.policy.networks import Network
 from fastppo.policy.rnn import RecurrentActorCritic

@@ -22,7 +22,8 @@ from torch import Tensor
 from fastppo.analysis.loading import load_policy
 from fastppo.callbacks import Callback, View, is_yes
 from fastppo.config import TrainConfig, check_resumable
-from fastppo.core.programs import MINIBATCH_METRICS, SUMMARY, LearnResult, Normalization, Schedule
+from fastppo.core.contracts import LearnResult, Normalization, Schedule
+from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.evaluate import evaluate_config
 from fastppo.plot import plot_curves

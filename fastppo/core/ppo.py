@@ -1,15 +1,13 @@
-"""The pure programs that everything per step and per minibatch goes through: `act`, `collect` and `learn`.
+"""PPO's update, `learn`: values, advantages, then epochs of minibatches.
 
-They take tensors and return tensors, draw no random numbers, read no configuration object and never ask the host for a
-value, so they run unchanged eagerly, compiled, under torch.func.vmap or on the meta device. What a policy computes comes in
-as a `Policy`; what an environment is, they do not know.
+A pure function of tensors: it draws no random numbers, reads no configuration object and never asks the host for a value, so
+it runs unchanged eagerly, compiled, under torch.func.vmap or on the meta device.
 
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, P number of parameters.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
+from fastppo.core.contracts import LearnResult, Normalization, Policy, RecurrentPolicy, Schedule, normalize_obs, obs_of
 from fastppo.core.gradient import grad_and_aux
 from fastppo.core.losses import (
     approximate_kl,
@@ -29,109 +28,7 @@ from fastppo.core.losses import (
 )
 from fastppo.core.recurrence import STEPS, Cells
 from fastppo.core.scan import scan
-
-Weights = Mapping[str, Tensor]
-Obs = Tensor | Mapping[str, Tensor]  # one tensor, or the leaves of a structured observation by their key in the rollout
-
-
-# (x, worker, over_ranks) -> the sum of x over the workers of this process or, with over_ranks, of all: the same bits for each
-AllReduce = Callable[[Tensor, Tensor, bool], Tensor]
-
-
-class Policy(Protocol):
-    """What the programs need to know of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
-
-    @property
-    def rnn_state_size(self) -> int:
-        """S, the numbers that a `RecurrentPolicy` remembers of each environment; 0: it is none."""
-        ...
-
-    def weights(self, params: Tensor) -> Weights:
-        """Views of the flat buffer `params`, (P,), under the names of the weights."""
-        ...
-
-    def actor(self, weights: Weights, obs: Any) -> Any:
-        """Parameters of the action distribution for obs (..., *obs_shape)."""
-        ...
-
-    def critic(self, weights: Weights, obs: Any) -> Tensor:
-        """V(obs), (...)."""
-        ...
-
-    def actor_critic(self, weights: Weights, obs: Any) -> tuple[Any, Tensor]:
-        """Both at once: a shared backbone runs once."""
-        ...
-
-    def sample(self, dist: Any, noise: Tensor) -> Tensor:
-        """An action (..., *action_shape) from the distribution and the noise drawn for it."""
-        ...
-
-    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
-        """Log-density of `action`, (...)."""
-        ...
-
-    def entropy(self, dist: Any) -> Tensor:
-        """Entropy in nats, (...)."""
-        ...
-
-
-class RecurrentPolicy(Policy, Protocol):
-    """A policy that remembers S numbers of each environment: zeros before an episode's first observation."""
-
-    def step(self, weights: Weights, obs: Any, rnn_state: Tensor) -> tuple[Any, Tensor]:
-        """dist for obs (N, ...), and the memory after it, (N, S), from that before."""
-        ...
-
-    def value_from_state(self, weights: Weights, obs: Any, rnn_state: Tensor) -> Tensor:
-        """V(obs), (...), for rnn_state (..., S) before it."""
-        ...
-
-    def unroll(
-        self, weights: Weights, obs: Any, episode_start: Tensor, rnn_state: Tensor, cells: Cells
-    ) -> tuple[Any, Tensor, Tensor]:
-        """dist and V for obs (T, n, ...), and the memory after each, (T, n, S), from that before the first one, (n, S).
-
-        episode_start: (T, n) bool, an episode's first observation.
-        """
-        ...
-
-
-class Normalization(NamedTuple):
-    """The frozen statistics that a rollout is acted and learned under; all 0-d or of the observation's shape.
-
-    obs_mean, obs_scale: normalised obs = clamp((obs - obs_mean) * obs_scale, -10, 10), by leaf; leaves without one, and all
-        where it is None, stay as they are. float32; or float64, in which a leaf is then normalised: float32 has no room for the
-        digits of 1.7e9 + 0.5.
-    reward_scale: normalised reward = clamp(reward * reward_scale, -10, 10); None: rewards as they are.
-    return_mean, return_std: units of the critic when returns are standardised over the rollout (`norm_returns`).
-    """
-
-    obs_mean: Mapping[str, Tensor] | None
-    obs_scale: Mapping[str, Tensor] | None
-    reward_scale: Tensor | None
-    return_mean: Tensor
-    return_std: Tensor
-
-
-class Schedule(NamedTuple):
-    """What annealing moves between iterations, each () float32."""
-
-    learning_rate: Tensor
-    clip_coef: Tensor
-    ent_coef: Tensor
-
-
-class LearnResult(NamedTuple):
-    """What `learn` returns. Nothing in it has been on the host."""
-
-    params: Tensor  # (P,)
-    adam: AdamState
-    minibatch_metrics: Tensor  # (E * B / M, len(MINIBATCH_METRICS))
-    explained_variance: Tensor  # ()
-    return_mean: Tensor  # () of this rollout's returns, for the next Normalization
-    return_std: Tensor  # ()
-    summary: Tensor  # (len(SUMMARY),): all that the host wants to know, in one piece
-
+from fastppo.core.sharding import AllReduce, share
 
 MINIBATCH_METRICS = (
     "policy_loss",
@@ -145,170 +42,6 @@ MINIBATCH_METRICS = (
 )
 # means over the minibatches that moved the parameters (over all, where none did); how many did; whether everything is finite
 SUMMARY = (*MINIBATCH_METRICS, "explained_variance", "updates", "finite")
-
-
-def normalize_obs(obs: Obs, normalization: Normalization) -> Obs:
-    """Observations as the networks see them, float32 where normalised; shapes as `obs`."""
-    mean, scale = normalization.obs_mean, normalization.obs_scale
-    if mean is None or scale is None:
-        return obs
-
-    def standardized(key: str, x: Tensor) -> Tensor:
-        if key not in mean:
-            return x
-        if mean[key].dtype is torch.float64:
-            x = x.double()
-        return ((x - mean[key]) * scale[key]).clamp(-10.0, 10.0).float()
-
-    return standardized("obs", obs) if isinstance(obs, Tensor) else {key: standardized(key, x) for key, x in obs.items()}
-
-
-def obs_of(rollout: Mapping[str, Tensor], prefix: Literal["", "final_"] = "") -> Obs:
-    """What was observed: the tensor under `obs` where it is alone, else the leaves, `obs.name` and `action_mask`, by key."""
-    if prefix + "obs" in rollout and "action_mask" not in rollout:
-        return rollout[prefix + "obs"]
-    keys = [key for key in sorted(rollout.keys()) if key.removeprefix(prefix).partition(".")[0] in ("obs", "action_mask")]
-    return {key.removeprefix(prefix): rollout[key] for key in keys if key.startswith(prefix)}
-
-
-def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Obs, noise: Tensor) -> Tensor:
-    """One action per environment: the policy head and a sample. Values and log-probabilities are `learn`'s business.
-
-    Args:
-        obs: (N, *obs_shape) raw, or leaves of that by key; noise: (N, ...) as the policy's distribution wants it.
-
-    Returns:
-        action (N, *action_shape).
-    """
-    return policy.sample(policy.actor(weights, normalize_obs(obs, normalization)), noise)
-
-
-def act_from_params(params: Tensor, normalization: Normalization, obs: Obs, noise: Tensor, *, policy: Policy) -> Tensor:
-    """`act` with the flat buffer (P,) instead of its views: one tensor to hand to a compiled program instead of a dozen."""
-    return act(policy, policy.weights(params), normalization, obs, noise)
-
-
-def act_recurrent(
-    policy: RecurrentPolicy,
-    weights: Weights,
-    normalization: Normalization,
-    obs: Obs,
-    noise: Tensor,
-    rnn_state: Tensor,
-    episode_start: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`act` of a policy with memory.
-
-    Args:
-        rnn_state: (N, S), after the step before.
-        episode_start: (N,) bool, where obs is the first of an episode: the state before it is zero.
-
-    Returns:
-        action (N, *action_shape), and the memory after obs, (N, S).
-    """
-    rnn_state = torch.where(episode_start.unsqueeze(-1), 0.0, rnn_state)
-    dist, rnn_state = policy.step(weights, normalize_obs(obs, normalization), rnn_state)
-    return policy.sample(dist, noise), rnn_state
-
-
-def act_recurrent_from_params(
-    params: Tensor,
-    normalization: Normalization,
-    obs: Obs,
-    noise: Tensor,
-    rnn_state: Tensor,
-    episode_start: Tensor,
-    *,
-    policy: RecurrentPolicy,
-) -> tuple[Tensor, Tensor]:
-    """See `act_from_params`."""
-    return act_recurrent(policy, policy.weights(params), normalization, obs, noise, rnn_state, episode_start)
-
-
-class CollectResult(NamedTuple):
-    """What `collect` returns."""
-
-    running: tuple[Tensor, ...]  # the environments after the last step
-    obs: Tensor  # (T, N, *obs_shape), what was acted on
-    action: Tensor  # (T, N, *action_shape), as sampled
-    reward: Tensor  # (T, N)
-    terminated: Tensor  # (T, N) bool
-    truncated: Tensor  # (T, N) bool
-    valid: Tensor  # (T, N) bool, false where the step only reset the environment
-    finite: Tensor  # () bool, of all observations and rewards
-
-
-class EnvStep(Protocol):
-    """One step of N environments that are functions on tensors."""
-
-    def __call__(
-        self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """`running, (reward, terminated, truncated)`, each (N,), for action (N, *action_shape) and random (N, K); pure.
-
-        Where an episode has ended the step resets: next-step autoreset.
-        """
-        ...
-
-    def sources(self) -> list[Path] | None:
-        """The files whose text says what it computes, for the cache of compiled programs; None where that is not known."""
-        ...
-
-
-def collect(
-    params: Tensor,
-    normalization: Normalization,
-    running: tuple[Tensor, ...],
-    noise: Tensor,
-    random: Tensor,
-    worker: Tensor | None = None,
-    *,
-    policy: Policy,
-    env_step: EnvStep,
-    num_workers: int = 1,
-    scan: Callable[..., Any] = scan,
-) -> CollectResult:
-    """T steps of N environments that are functions on tensors, under one policy: nothing leaves the device.
-
-    Args:
-        params: (P,). normalization: see there.
-        running: the environments between two steps: their observation (N, *obs_shape), whether their last step ended an episode
-            (N,) bool, and whatever else `env_step` wants; behind that, of a policy with memory, `rnn_state` (N, S) and
-            `episode_start` (N,) as `act_recurrent` takes them.
-        noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
-        worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
-    """
-
-    def step(running: tuple[Tensor, ...], draws: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        noise, random = draws
-        obs, done = running[:2]
-        # a compiled loop hands each tensor from outside to each step: params is one, the weights are a dozen (1.6 us a step)
-        if policy.rnn_state_size:
-            *rest, rnn_state, episode_start = running
-            running = tuple(rest)
-            remembering = cast(RecurrentPolicy, policy)
-            action, rnn_state = act_recurrent_from_params(
-                params, normalization, obs, noise, rnn_state, episode_start, policy=remembering
-            )
-        else:
-            action = act_from_params(params, normalization, obs, noise, policy=policy)
-        running, result = env_step(running, action, random)
-        if policy.rnn_state_size:
-            running = (*running, rnn_state, done)  # this step has reset those that were done
-        return running, (obs, action, *result, ~done)
-
-    running = tuple(_share(x, 0, worker, num_workers) for x in running)
-    draws = (_share(noise, 1, worker, num_workers), _share(random, 1, worker, num_workers))
-    running, (obs, action, reward, terminated, truncated, valid) = scan(step, running, draws)
-    finite = obs.isfinite().all() & running[0].isfinite().all() & reward.isfinite().all()
-    return CollectResult(running, obs, action, reward, terminated, truncated, valid, finite)
-
-
-def _share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:
-    """This worker's part of the axis `dim`; all of it for one who works alone."""
-    if worker is None or num_workers == 1:
-        return x
-    return x.unflatten(dim, (num_workers, -1)).index_select(dim, worker[:1]).squeeze(dim)
 
 
 def learn(
@@ -384,7 +117,7 @@ def learn(
     rows_per_unit = num_steps if remembers else 1  # of what stays together in a minibatch
 
     def mine(x: Tensor, dim: int) -> Tensor:
-        return _share(x, dim, worker, num_workers)
+        return share(x, dim, worker, num_workers)
 
     def reduced(x: Tensor, over_ranks: bool) -> Tensor:
         """The sum of the x of all workers, of this process or of all."""
@@ -523,23 +256,23 @@ def learn(
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The part's share of the minibatch's loss and metrics; rows: () transitions in the whole minibatch, at least 1."""
         old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (units of the part[, T]) each
-        share = weight / rows
+        row_share = weight / rows
         log_prob, value, entropy = evaluated(params, index)
         log_ratio = log_prob - old_log_prob
         # rows that are no transitions may hold anything: their ratio is 1 by definition
         log_ratio = torch.where(weight > 0, log_ratio, 0.0)
         ratio = log_ratio.exp()
-        policy_loss = clipped_policy_loss(ratio, advantage, share, schedule.clip_coef)
+        policy_loss = clipped_policy_loss(ratio, advantage, row_share, schedule.clip_coef)
         if clip_vloss:
-            value_loss = clipped_value_loss(value, old_value, value_target, share, schedule.clip_coef)
+            value_loss = clipped_value_loss(value, old_value, value_target, row_share, schedule.clip_coef)
         else:
-            value_loss = squared_value_loss(value, value_target, share)
-        entropy = (entropy * share).sum()
+            value_loss = squared_value_loss(value, value_target, row_share)
+        entropy = (entropy * row_share).sum()
         loss = policy_loss + vf_coef * value_loss - schedule.ent_coef * entropy
 
         deviation = (ratio.detach() - 1.0).abs()
-        clipfrac = ((deviation > schedule.clip_coef) * share).sum()
-        approx_kl = approximate_kl(log_ratio.detach(), share)
+        clipfrac = ((deviation > schedule.clip_coef) * row_share).sum()
+        approx_kl = approximate_kl(log_ratio.detach(), row_share)
         metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation.amax())
         return loss, torch.stack([metric.detach() for metric in metrics])
 

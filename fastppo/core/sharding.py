@@ -1,0 +1,15 @@
+"""What several threads, or processes, share of one update. Knows nothing of what is computed."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+# (x, worker, over_ranks) -> the sum of x over the workers of this process or, with over_ranks, of all: the same bits for each
+AllReduce = Callable[[Tensor, Tensor, bool], Tensor]
+
+
+def share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:
+    """This worker's part of the axis `dim`; all of it for one who works alone."""
+    if worker is None or num_workers == 1:
+        return x
+    return x.unflatten(dim, (num_workers, -1)).index_select(dim, worker[:1]).squeeze(dim)
