@@ -27,7 +27,9 @@ FLOORS = {
 TIMESTEPS = {"cartpole8": (60_000, 15_000), "device8": (300_000, 15_000), "device1024": (2_000_000, 1_000_000)}  # ours, theirs
 
 PLANTED = """
-import time, sys, fastppo.rollout.collectors as rollout, fastppo.train as train
+import time, sys, fastppo.train as train
+from fastppo.rollout.device_collector import DeviceCollector
+from fastppo.rollout.step_collector import HostCollector
 ended = []
 def slowed(collect):
     def slow_collect(self, *args, **kwargs):
@@ -37,7 +39,7 @@ def slowed(collect):
         ended[:] = [time.perf_counter()]
         return collect(self, *args, **kwargs)
     return slow_collect
-for collector in (rollout.HostCollector, rollout.DeviceCollector):
+for collector in (HostCollector, DeviceCollector):
     collector.collect = slowed(collector.collect)
 sys.exit(train.console(sys.argv[1:]))
 """

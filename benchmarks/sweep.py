@@ -21,7 +21,7 @@ from sps import Workload, run_fastppo
 from fastppo import TrainConfig
 from fastppo.policy.agent import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import allocate_rollout
+from fastppo.rollout.storage import allocate_rollout
 
 MEASURED_ITERATIONS, SECONDS = 5, 8.0  # at least so many iterations, or about so long
 

@@ -1,11 +1,12 @@
 """The two ways a run can end badly, and how environments do. Knows nothing of what went wrong: the message says that."""
 
+import contextlib
 import difflib
 import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UsageError(Exception):
@@ -54,6 +55,15 @@ def environment_fault(error: BaseException, when: str) -> TrainingFault:
     """What ENVIRONMENT_ERRORS are told as. A vector environment of others does not say which of them it was."""
     who = "an environment" if isinstance(error, EnvironmentFailed) else "the environments"
     return TrainingFault(f"{who} failed {when}: {located(error)}")
+
+
+@contextlib.contextmanager
+def resetting() -> Iterator[None]:
+    """Raise what environments raise while they reset as a TrainingFault."""
+    try:
+        yield
+    except ENVIRONMENT_ERRORS as error:
+        raise environment_fault(error, "to reset") from error
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:

@@ -17,7 +17,8 @@ from fastppo.envs.make import make_vec
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import HostCollector, allocate_rollout
+from fastppo.rollout.step_collector import HostCollector
+from fastppo.rollout.storage import allocate_rollout
 
 MODES = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))

@@ -33,7 +33,10 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import TensorCollector, allocate_rollout, env_step_of, pack, start_collector
+from fastppo.rollout.collector import start_collector
+from fastppo.rollout.env_step import env_step_of, pack
+from fastppo.rollout.step_collector import TensorCollector
+from fastppo.rollout.storage import allocate_rollout
 from fastppo.train import console
 
 T, N = 11, 6
@@ -313,7 +316,7 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.networks import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import env_step_of, pack
+from fastppo.rollout.env_step import env_step_of, pack
 
 OFFSET = 1.0
 
@@ -391,14 +394,14 @@ def test_what_an_environment_computes_is_in_the_key(room, monkeypatch):
 def test_ours_are_known_by_their_files(room):
     """Environments of fastppo are not traced for their key (that takes a second): the files of their folder are in it."""
     ours = room.job(CartPole())[0].keywords["env_step"].sources()
-    assert {path.name for path in ours} >= {"collectors.py", "classic.py", "device.py"}
+    assert {path.name for path in ours} >= {"env_step.py", "classic.py", "device.py"}
     assert room.job(room.Room())[0].keywords["env_step"].sources() is None
     assert cache_key(*room.job(CartPole())) != cache_key(*room.job(CartPole(sutton_barto_reward=True)))
 
 
 IN_A_SCRIPT = """
 import sys, time, pathlib
-from fastppo.compile.selector import Job, Tiers, TRIAL_ITERATIONS
+from fastppo.compile.selector import TRIAL_ITERATIONS, ProgramSelector, ProgramSpec
 
 def hidden():
     class Hidden(Room):
@@ -409,8 +412,8 @@ for env in (Room(), hidden()):
     program, example = job(env)
     assert cache_key(program, example) == cache_key(program, example)
     notes = []
-    both = Job(program, program, example)
-    tiers = Tiers("auto", {"learn": both, "collect": both}, 1, notes.append)
+    both = ProgramSpec(program, program, example)
+    tiers = ProgramSelector("auto", {"learn": both, "collect": both}, 1, notes.append)
     deadline = time.monotonic() + 600
     while not any("failed" in note for note in notes) and time.monotonic() < deadline:
         tiers.update(TRIAL_ITERATIONS, 1e6)

@@ -13,7 +13,8 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from fastppo import TrainConfig, train
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import HostCollector, allocate_rollout
+from fastppo.rollout.step_collector import HostCollector
+from fastppo.rollout.storage import allocate_rollout
 from fastppo.run.episodes import EpisodeStatistics
 
 

@@ -18,7 +18,8 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
 from fastppo.ranks import Ranks
-from fastppo.rollout.collectors import RnnState, allocate_rollout, start_collector
+from fastppo.rollout.collector import start_collector
+from fastppo.rollout.storage import RnnState, allocate_rollout
 from fastppo.system.devices import resolved
 from fastppo.training.setup import make_jobs, prepare
 from fastppo.training.state import normalization_of

@@ -27,7 +27,8 @@ from fastppo.errors import EnvironmentFailed, TrainingFault
 from fastppo.evaluate import evaluate
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import allocate_rollout, start_collector
+from fastppo.rollout.collector import start_collector
+from fastppo.rollout.storage import allocate_rollout
 from fastppo.training.setup import info_mask_size
 
 T, N = 150, 4

@@ -43,16 +43,11 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.rnn import RecurrentActorCritic, Rnn
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import (
-    DeviceCollector,
-    HostCollector,
-    RnnState,
-    TensorCollector,
-    allocate_rollout,
-    env_step_of,
-    pack,
-    start_collector,
-)
+from fastppo.rollout.collector import start_collector
+from fastppo.rollout.device_collector import DeviceCollector
+from fastppo.rollout.env_step import env_step_of, pack
+from fastppo.rollout.step_collector import HostCollector, TensorCollector
+from fastppo.rollout.storage import RnnState, allocate_rollout
 
 CPU = torch.device("cpu")
 KINDS = pytest.mark.parametrize("kind", ["lstm", "gru"])

@@ -19,7 +19,8 @@ from fastppo.envs.make import make_vec
 from fastppo.policy.agent import make_network
 from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import HostCollector, allocate_rollout
+from fastppo.rollout.step_collector import HostCollector
+from fastppo.rollout.storage import allocate_rollout
 from fastppo.training.loop import environment_seed
 
 CPU = torch.device("cpu")

@@ -17,7 +17,9 @@ from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.networks import channels_first
 from fastppo.policy.spaces import action_spec, is_image_shape, obs_spec, space_from_data, space_to_data
-from fastppo.rollout.collectors import HostCollector, TensorCollector, allocate_rollout, start_collector
+from fastppo.rollout.collector import start_collector
+from fastppo.rollout.step_collector import HostCollector, TensorCollector
+from fastppo.rollout.storage import allocate_rollout
 
 CPU = torch.device("cpu")
 MODES = ("NextStep", "SameStep", "Disabled")

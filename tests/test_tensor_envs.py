@@ -24,7 +24,9 @@ from fastppo.envs.deadline import Deadline
 from fastppo.envs.make import make_vec
 from fastppo.envs.torchrl import TorchRLVectorEnv
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.rollout.collectors import HostCollector, TensorCollector, allocate_rollout, start_collector
+from fastppo.rollout.collector import start_collector
+from fastppo.rollout.step_collector import HostCollector, TensorCollector
+from fastppo.rollout.storage import allocate_rollout
 
 CPU = torch.device("cpu")
 

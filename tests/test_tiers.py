@@ -445,7 +445,8 @@ def test_calls_per_iteration(tmp_path):
     from fastppo.envs.autoreset import AutoresetEnvs
     from fastppo.envs.make import make_vec
     from fastppo.policy.spaces import action_spec, obs_spec
-    from fastppo.rollout.collectors import HostCollector, allocate_rollout
+    from fastppo.rollout.step_collector import HostCollector
+    from fastppo.rollout.storage import allocate_rollout
 
     calls = []
 

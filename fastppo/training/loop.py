@@ -31,7 +31,8 @@ from fastppo.policy.networks import ModuleFactory
 from fastppo.presets import describe
 from fastppo.random_streams import Stream
 from fastppo.ranks import Ranks, checked
-from fastppo.rollout.collectors import STEP_KEYS, Collector, Outcomes, RnnState, allocate_rollout, start_collector
+from fastppo.rollout.collector import Collector, start_collector
+from fastppo.rollout.storage import STEP_KEYS, Outcomes, RnnState, allocate_rollout
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals

@@ -38,7 +38,7 @@ from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
-from fastppo.rollout.collectors import env_step_of, pack, states_of
+from fastppo.rollout.env_step import env_step_of, pack, states_of
 from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved

@@ -23,7 +23,7 @@ from fastppo.core.recurrence import STEPS
 from fastppo.policy.networks import Network
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec
-from fastppo.rollout.collectors import allocate_rollout
+from fastppo.rollout.storage import allocate_rollout
 
 ROUNDS = 5
 TRIAL_SECONDS = 0.5  # after which no round is begun

@@ -30,7 +30,7 @@ from fastppo.plot import plot_curves
 from fastppo.policy.agent import Agent
 from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.ranks import ALONE, Ranks
-from fastppo.rollout.collectors import Outcomes, Phases
+from fastppo.rollout.storage import Outcomes, Phases
 from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers

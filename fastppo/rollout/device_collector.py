@@ -1,0 +1,113 @@
+"""Fill a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from fastppo.core.contracts import CollectResult
+from fastppo.core.seed_axis import stack
+from fastppo.envs.autoreset import ResetSeed
+from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.multi_seed_envs import SeededTorchVectorEnv
+from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
+from fastppo.policy.spaces import ActionSpec
+from fastppo.rollout.env_step import env_step_of, pack, states_of
+from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_tensors, cut_episodes, on_cpu, outcomes_of
+
+
+class DeviceCollector:
+    """Fills a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
+
+    def __init__(
+        self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec, rnn_state: RnnState | None = None
+    ) -> None:
+        """`envs` have been reset."""
+        self.envs = envs
+        self.rnn_state = rnn_state
+        self.tensors: dict[str, Tensor] = dict(rollout.items())
+        self.num_steps = rollout.shape[0] - 1
+        self.env_step = env_step_of(envs, action)
+        self.seeded = isinstance(envs, SeededTorchVectorEnv)
+        self.rows = {key: self.tensors[key][:-1] for key in CollectResult._fields if key in self.tensors}  # views made once
+        self.last_obs, self.last_valid = self.tensors["obs"][-1], self.tensors["valid"][-1]
+        self.cut: Tensor | None = None
+        self._start_episodes()
+
+    def reset(self, seed: ResetSeed) -> None:
+        """See Collector."""
+        with resetting():
+            self.envs.reset(seed=seed)  # type: ignore[arg-type]  # a list is for environments of many seeds
+        self._start_episodes()
+
+    def _start_episodes(self) -> None:
+        if self.rnn_state is not None:
+            self.tensors["episode_start"][-1] = True
+
+    def _remembered(self) -> tuple[Tensor, ...]:
+        """What `act` gets behind the environments: the memory, and where it is of an episode that is over."""
+        if self.rnn_state is None:
+            return ()
+        episode_start = self.tensors["episode_start"][-1]
+        return self.rnn_state.now, episode_start.clone()
+
+    def collect(self, act: Callable[..., CollectResult], noise: Tensor, cut: bool = False) -> Phases:
+        """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected, `running` being `pack`'s result,
+
+        with a memory what `core.acting.collect` says. Its time is told as `env`.
+        """
+        started = time.perf_counter()
+        before = self._remembered()
+        try:
+            collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
+        except ENVIRONMENT_ERRORS as error:
+            raise environment_fault(error, "in the rollout") from error
+        collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot tell that its results record gradients
+        after, tensors = collected.running, self.tensors
+        if self.rnn_state is not None:
+            self.rnn_state.begin()
+            after, self.rnn_state.now = after[:-2], after[-2]
+        running = self.env_step.unpack(after)
+        self.envs.running = running
+        for key, rows in self.rows.items():
+            steps = getattr(collected, key)  # (T, N, ...), or (S, T, N, ...)
+            rows.copy_(steps.transpose(0, 1) if self.seeded else steps)
+        self.last_obs.copy_(running.obs)
+        torch.logical_not(running.done, out=self.last_valid)
+        if self.rnn_state is not None:
+            tensors["episode_start"][0].copy_(before[1])
+            torch.logical_not(tensors["valid"][:-1], out=tensors["episode_start"][1:])  # the row before has reset it
+        self.cut = cut_episodes(tensors) if cut else None
+        if not collected.finite.all():  # sync: once per rollout
+            check_tensors(tensors)
+        return Phases(env=time.perf_counter() - started)
+
+    def outcomes(self) -> Outcomes:
+        """See Collector."""
+        return outcomes_of(self.tensors, self.cut)
+
+    def kept(self) -> dict[str, Tensor]:
+        """See Collector."""
+        return on_cpu(self.tensors)
+
+    def state_dicts(self) -> list[dict[str, Any]] | None:
+        """See Collector."""
+        return states_of(self.envs, self._remembered())
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """See Collector."""
+        each = [[x.to(self.envs.device, copy=True) for x in state["running"]] for state in states]
+        running = stack(each) if self.seeded else each[0]
+        if self.rnn_state is not None:
+            *running, self.rnn_state.now, episode_start = running
+            self.tensors["episode_start"][-1].copy_(episode_start)
+        self.envs.running = self.env_step.unpack(tuple(running))
+        generators = self.envs.generators if isinstance(self.envs, SeededTorchVectorEnv) else [self.envs.generator]
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state["generator"])
+        self.last_obs.copy_(self.envs.running.obs)
+        torch.logical_not(self.envs.running.done, out=self.last_valid)
