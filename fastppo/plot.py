@@ -1,61 +1,21 @@
-"""Learning curves from metrics.csv: of a run at its end; of many, by environment and setting: `fastppo plot RUN_DIR ...`."""
+"""Draw learning curves of many runs, by environment and setting: `python -m fastppo.plot RUN_DIR ...`."""
 
-import math
 import re
 import sys
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import tyro
 
+from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, legend_text, render
 from fastppo.analysis.run_groups import Group, find_runs, group_runs, read_run
 from fastppo.cli import parse, run
 from fastppo.errors import UsageError, nearest
 from fastppo.run.files import file_name, replace_file
-from fastppo.run.metrics_file import read_rows
 from fastppo.system.paths import absolute, current_directory
 from fastppo.system.text import printable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, FigureBase
-
-RETURN = "episodic_return_mean"
-LABELS = {
-    RETURN: "return (last 100 episodes)",
-    "episodic_length_mean": "episode length",
-    "sps": "steps per second",
-    "value_loss": "value loss",
-    "policy_loss": "policy loss",
-    "entropy": "entropy",
-    "approx_kl": "approx. KL",
-    "clipfrac": "clip fraction",
-    "explained_variance": "explained variance",
-    "grad_norm": "gradient norm",
-    "learning_rate": "learning rate",
-    "global_step": "environment steps",
-    "seconds": "seconds",
-}
-PANELS = tuple(LABELS)[:9]  # of curves.png
-LOSSES = tuple(LABELS)[2:11]  # of the second page
-# Okabe and Ito's colours, told apart by the colour-blind: https://jfly.uni-koeln.de/color; without yellow, pale on white
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
-DASHES = ("-", "--", ":", "-.")
-FORMATS = ("png", "svg")
-EPISODIC = (RETURN, "episodic_length_mean")  # without a value until an episode has ended
-
-
-def inked(colour: str) -> dict[Any, str]:
-    """matplotlib's parameters that give all that is no curve this colour."""
-    parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
-    return dict.fromkeys(parts, colour)
-
-
-BLACK = inked("#000000")
 
 
 @dataclass(frozen=True)
@@ -72,161 +32,6 @@ class PlotConfig:
     def __post_init__(self) -> None:
         if not self.run_dirs:
             raise UsageError("which runs? fastppo plot RUN_DIR ..., or a directory that holds some: fastppo plot runs")
-
-
-def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
-    """Draw every panel of one run against the steps taken, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.45 s to import: only once training is over
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
-
-    rows = read_rows(metrics_path)
-    steps = [int(row["global_step"]) for row in rows]
-    figure = Figure(figsize=(13, 9))
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, y=0.985)
-    # 0.4 s of CPU time where layout="constrained" took 0.95: margins are fixed, so that nothing is drawn twice to be measured,
-    # the step numbers stand once a column, and no label needs mathtext (10^2)
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.065, top=0.925, hspace=0.2, wspace=0.2)
-    for axes, key in zip(figure.subplots(3, 3, sharex=True).flat, PANELS, strict=True):
-        axes.plot(steps, [float(row[key]) for row in rows], linewidth=1.5)
-        axes.set_title(LABELS[key], fontsize=10, y=1.0)  # with a height given, nothing is measured
-        axes.grid(alpha=0.3)
-        axes.ticklabel_format(style="sci", scilimits=(-4, 6))
-        if key == "value_loss":
-            axes.set_yscale("log")  # it falls by orders of magnitude
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter())  # numbers where there is no decade to be seen
-    for axes in figure.axes[-3:]:
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
-        axes.set_xlabel("environment steps")
-    buffer = BytesIO()
-    figure.savefig(buffer, dpi=100)
-    replace_file(output, buffer.getbuffer())
-
-
-def draw_page(
-    groups: Sequence[Group], panels: Sequence[tuple[str, str]], columns: int, style: Mapping[Any, str] = BLACK
-) -> "Figure":
-    """A figure with a block of panels for each environment, its name above and its settings below.
-
-    Args:
-        groups: at least one; an environment without a name has none above it.
-        panels: columns of metrics.csv, (x, y), in reading order; `columns` of them stand side by side.
-        style: matplotlib's parameters that differ.
-    """
-    import matplotlib  # here, so that --help and wrong flags do not wait for it
-    from matplotlib.figure import Figure
-
-    environments = {env_id: [one for one in groups if one.env_id == env_id] for env_id in [one.env_id for one in groups]}
-    looks = _looks(groups)
-    legends = {env_id: _legend_columns(here) for env_id, here in environments.items()}
-    rows = -(-len(panels) // columns)
-    heights = [
-        rows * (3.2 if columns < 3 else 2.4) + 0.4 + 0.22 * -(-len(here) // legends[env_id])
-        for env_id, here in environments.items()
-    ]
-    several = any(len(group.runs) > 1 for group in groups)
-    with matplotlib.rc_context({**style}):
-        figure = Figure(figsize=(10, sum(heights) + 0.3 * several), layout="constrained")
-        blocks = figure.subfigures(len(environments), 1, height_ratios=heights, squeeze=False)[:, 0]
-        for block, (env_id, here) in zip(blocks, environments.items(), strict=True):
-            if env_id:
-                block.suptitle(printable(env_id)[:100], fontsize=12, weight="bold", parse_math=False)
-            grid = block.subplots(rows, columns, squeeze=False)
-            for axes in grid.flat[len(panels) :]:
-                axes.remove()
-            for index, (axes, (x, y)) in enumerate(zip(grid.flat, panels, strict=False)):
-                _draw_panel(axes, here, looks, x, y)
-                if index + columns >= len(panels):
-                    axes.set_xlabel(LABELS[x])
-            if several or len(here) > 1:
-                _add_legend(block, here, looks, legends[env_id])
-        if several:
-            figure.supxlabel(
-                "thin: single runs   thick: mean over seeds, of the middle half (IQM) from four on   "
-                "shaded: its 95 % stratified bootstrap interval",
-                fontsize=8,
-            )
-    return figure
-
-
-def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
-    """Label -> colour and dashes: a setting looks the same in every environment."""
-    labels = dict.fromkeys(group.label for group in groups)
-    count = len(PALETTE)
-    return {label: (PALETTE[i % count], DASHES[i // count % len(DASHES)]) for i, label in enumerate(labels)}
-
-
-def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], x: str, y: str) -> None:
-    from matplotlib.ticker import EngFormatter, LogFormatter
-
-    smallest = math.inf
-    for group in groups:
-        colour, dashes = looks[group.label]
-        curve = group.curve(x, y) if len(group.runs) > 1 else None
-        for one in group.runs:
-            xs, ys = one.series(x, y)
-            smallest = min(smallest, ys.min(initial=math.inf))
-            width, alpha = (0.7, 0.5) if curve is not None else (1.5, 1.0)
-            marker = "." if len(xs) == 1 else ""
-            axes.plot(xs, ys, color=colour, linestyle=dashes, marker=marker, linewidth=width, alpha=alpha)
-        if curve is not None:
-            axes.plot(curve.x, curve.center, color=colour, linestyle=dashes, linewidth=2.2)
-            if curve.low is not None and curve.high is not None:
-                axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.2, linewidth=0)
-    axes.set_title(printable(LABELS.get(y, y)), fontsize=10, parse_math=False)
-    axes.grid(alpha=0.13)
-    axes.spines[["top", "right"]].set_visible(False)
-    if smallest == math.inf:
-        axes.text(0.5, 0.5, "no finished episode" if y in EPISODIC else "no data", ha="center", transform=axes.transAxes)
-        return
-    if x == "global_step":
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
-    if y == "value_loss" and smallest > 0:
-        axes.set_yscale("log")  # it falls by orders of magnitude
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter())
-    elif y == "sps":
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    else:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 6), useMathText=True)
-
-
-def _legend_columns(groups: Sequence[Group]) -> int:
-    """How many of the longest entry stand side by side."""
-    longest = max(len(_legend_text(group)) for group in groups)
-    return max(1, min(len(groups), 130 // (longest + 8)))
-
-
-def _legend_text(group: Group) -> str:
-    return f"{group.label} ({group.statistic})" if group.label else group.statistic
-
-
-def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], columns: int) -> None:
-    """Below the panels, never over a curve."""
-    from matplotlib.lines import Line2D
-
-    handles = [
-        Line2D([], [], color=colour, linestyle=dashes, linewidth=2.2)
-        for colour, dashes in (looks[group.label] for group in groups)
-    ]
-    texts = [_legend_text(group) for group in groups]
-    legend = block.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-
-
-def render(figure: "Figure", form: str, style: Mapping[Any, str] = BLACK) -> bytes:
-    """The figure as png or svg; the same runs give the same bytes."""
-    import matplotlib
-
-    buffer = BytesIO()
-    with matplotlib.rc_context({**style, "svg.hashsalt": "fastppo"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in letters that the font lacks
-        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    figure.set_layout_engine("none")  # where things stand is kept for the next form: measuring is half of the time
-    return buffer.getvalue()
 
 
 def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Group]:
@@ -254,7 +59,7 @@ def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Gro
 
 def summary_line(group: Group, metric: str) -> str:
     """Runs, steps and the metric at the last step that all of them have."""
-    head = f"{group.env_id}{', ' if group.label else ''}{group.label}: {_legend_text(replace(group, label=''))}"
+    head = f"{group.env_id}{', ' if group.label else ''}{group.label}: {legend_text(replace(group, label=''))}"
     curve = group.curve("global_step", metric)
     if curve is None:
         return f"{head}, no step at which all have {metric}"

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from fastppo.analysis.curves import LOSSES, PALETTE, RETURN, draw_page, inked, render
 from fastppo.analysis.run_groups import LARGEST, Group, Run, read_run, setting_text
 from fastppo.cli import help_texts, parse, run
 from fastppo.config import TrainConfig, read_json
 from fastppo.errors import UsageError
-from fastppo.plot import LOSSES, PALETTE, RETURN, draw_page, inked, render
 from fastppo.run.files import is_inside, replace_file
 from fastppo.system.text import printable
 

@@ -7,7 +7,7 @@ from test_resume import stopped_after
 from tiny_runs import tiny
 
 from fastppo import train
-from fastppo.evaluate import evaluate_config
+from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.run.best import BestPolicy
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.episodes import EpisodeStatistics, Finished
@@ -212,7 +212,7 @@ def test_a_run_that_collapses(tmp_path, seed):
     settings = {"num_envs": 8, "num_steps": 64, "num_iterations": 25, "learning_rate": 0.1, "anneal_lr": False}
     config = tiny(tmp_path / "run", seed=seed, **settings)
     result = train(config)
-    played = evaluate_config(result.policy, config, episodes=50, seed=1, deterministic=False)
+    played = evaluate_config(result.policy, config, EvaluationPlan(episodes=50, seed=1, deterministic=False))
     assert played["return_mean"] > 0.7 * result.summary["best_return_mean"]
     assert best_of(result)["best_return"] == result.summary["best_return_mean"]
 

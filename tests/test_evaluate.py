@@ -9,9 +9,10 @@ import pytest
 from gymnasium.vector import SyncVectorEnv
 
 from fastppo import TrainConfig, load_policy, train
+from fastppo.analysis.evaluation import most_steps, play_episodes
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
-from fastppo.evaluate import console, evaluate, most_steps, play_episodes
+from fastppo.evaluate import console
 from fastppo.random_streams import Stream, environment_seed
 from fastppo.train import console as train_console
 
@@ -45,7 +46,7 @@ def episodes_by_hand(seed, num_envs, episodes):
 def test_short_episodes_are_not_favoured(lengths_run, num_envs, episodes):
     """Half of the episodes are short. The first K to finish would mostly be those; a share for each environment is fair."""
     envs, _ = make_vec("environments:Lengths-v0", num_envs, "auto", {})
-    returns = evaluate(load_policy(lengths_run), AutoresetEnvs(envs), episodes, seed=7)
+    returns = play_episodes(load_policy(lengths_run), AutoresetEnvs(envs), episodes, seed=7).returns
     envs.close()
     assert returns == episodes_by_hand(environment_seed(7, Stream.EVALUATION_ENVIRONMENTS), num_envs, episodes)
 
@@ -72,7 +73,8 @@ def test_every_autoreset_mode_evaluates_alike(tmp_path, mode):
     reference, _ = make_vec("environments:WalkVector-v0", 4, "auto", {})
     config = TrainConfig(env_id="environments:WalkVector-v0", num_iterations=1, num_steps=8, eval_episodes=0)
     policy = train(TrainConfig(**{**vars(config), "run_dir": str(tmp_path / "run")})).policy
-    assert evaluate(policy, AutoresetEnvs(envs), 20, 0) == evaluate(policy, AutoresetEnvs(reference), 20, 0)
+    played, expected = (play_episodes(policy, AutoresetEnvs(one), 20, 0) for one in (envs, reference))
+    assert played.returns == expected.returns
     envs.close()
     reference.close()
 
@@ -136,8 +138,8 @@ def test_how_many_steps_an_evaluation_may_take(trained, episodes, longest, most)
 
 def test_no_episode_ends(tmp_path, capsys, monkeypatch):
     """Said in training and in evaluation, which is announced, told and bounded; null in JSON, exit code 0."""
-    monkeypatch.setattr("fastppo.evaluate.TELL_SECONDS", 0.0)
-    monkeypatch.setattr("fastppo.evaluate.EPISODE_STEPS", 10)
+    monkeypatch.setattr("fastppo.analysis.evaluation.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("fastppo.analysis.evaluation.MIN_EPISODE_STEPS", 10)
     flags = ["--env-id", "test_evaluate:Endless-v0", "--num-envs", "2", "--num-steps", "8", "--num-iterations", "2"]
     flags += ["--compile", "off", "--run-dir", str(tmp_path / "run")]
     assert train_console(flags) == 0
@@ -159,7 +161,7 @@ def test_no_episode_ends(tmp_path, capsys, monkeypatch):
 
 def test_a_video_of_what_does_not_end(tmp_path, capsys, monkeypatch):
     """It is as long as an episode may be, and the line says so."""
-    monkeypatch.setattr("fastppo.evaluate.EPISODE_STEPS", 10)
+    monkeypatch.setattr("fastppo.analysis.evaluation.MIN_EPISODE_STEPS", 10)
     train(
         TrainConfig(
             env_id="Endless-v0", num_envs=2, num_steps=4, num_iterations=1, eval_episodes=0, run_dir=str(tmp_path / "run")

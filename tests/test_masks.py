@@ -15,6 +15,7 @@ from test_compilation import SETTINGS
 from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, train
+from fastppo.analysis.evaluation import play_episodes
 from fastppo.analysis.video import play
 from fastppo.core.acting import act
 from fastppo.core.adam import init_adam
@@ -24,7 +25,6 @@ from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.render import make_drawn
 from fastppo.errors import EnvironmentFailed, TrainingFault
-from fastppo.evaluate import evaluate
 from fastppo.policy.agent import Agent, make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
@@ -130,7 +130,7 @@ def test_evaluation_chooses_legal_actions(told, mode, deterministic):
     """150 episodes of an environment that raises for an illegal action, in each autoreset mode."""
     vector = made(mode, **TOLD[told])
     agent = Started(vector).agent(vector)
-    assert len(evaluate(agent, AutoresetEnvs(vector), 150, seed=1, deterministic=deterministic)) == 150
+    assert len(play_episodes(agent, AutoresetEnvs(vector), 150, seed=1, deterministic=deterministic).returns) == 150
 
 
 def test_taxi():
@@ -241,7 +241,8 @@ def test_a_key_of_the_environments_own_ends_no_game(mode, tmp_path):
         rows = list(csv.DictReader(file))
     assert sum(int(row["episodes"]) for row in rows) > 100
     assert all(0.0 <= float(row["episodic_return_mean"]) <= 10.0 for row in rows)
-    returns = evaluate(result.policy, AutoresetEnvs(SyncVectorEnv([Game] * 2, autoreset_mode=mode)), 20, 0, deterministic=False)
+    envs = AutoresetEnvs(SyncVectorEnv([Game] * 2, autoreset_mode=mode))
+    returns = play_episodes(result.policy, envs, 20, 0, deterministic=False).returns
     assert set(returns) <= {0.0, 10.0}
     alone = AutoresetEnvs(SyncVectorEnv([Drawn], autoreset_mode=mode))
     total, steps = play(result.policy, alone, lambda frame: None, 0, True, 1000)
@@ -274,7 +275,7 @@ def test_a_mask_that_is_half_there_is_refused(told, mode, tmp_path):
     vector = made(mode, action="discrete", mask="info")
     agent = Started(vector).agent(vector)
     with pytest.raises(EnvironmentFailed, match=what):
-        evaluate(agent, AutoresetEnvs(made(mode, **half)), 50, seed=1)
+        play_episodes(agent, AutoresetEnvs(made(mode, **half)), 50, seed=1)
 
 
 class Method(gym.Env):

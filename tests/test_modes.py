@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from fastppo import Callback, UsageError, load_policy, train
+from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.analysis.video import play
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.render import make_drawn
-from fastppo.evaluate import evaluate_config
 from fastppo.system import modes
 
 PLAIN = SimpleNamespace(inference=False, grad=True, dtype=torch.float32, device="cpu", autocast=False)
@@ -252,7 +252,7 @@ def test_evaluation_and_videos(tmp_path):
     settings = {"env_id": "Looks-v0", "num_iterations": 1}
     result = train(tiny(tmp_path / "run", **settings))
     seen.clear()
-    evaluate_config(result.policy, tiny(tmp_path / "run", **settings), episodes=2, seed=0)
+    evaluate_config(result.policy, tiny(tmp_path / "run", **settings), EvaluationPlan(episodes=2, seed=0))
     with contextlib.closing(make_drawn("Looks-v0", "auto", {}, None)) as envs:
         play(result.policy, envs, lambda frame: None, 0, True, 10)
     assert {"init", "reset", "step", "render", "close"} <= seen

@@ -15,12 +15,13 @@ from test_fake_gpu import PretendedRanks  # registers OnTensors-v0 too
 from tiny_runs import tiny
 
 from fastppo import load_policy, train
+from fastppo.analysis.evaluation import EvaluationPlan, play_episodes
+from fastppo.analysis.rendered_episodes import record_episodes
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.make import make_vec
-from fastppo.evaluate import evaluate, record_episodes
 from fastppo.random_streams import Stream, environment_seed, seed_of
 from fastppo.training.loop import environment_seeds
 from fastppo.training.setup import prepare
@@ -105,14 +106,15 @@ def test_evaluation_on_the_device(tmp_path, seeded):
     seeded.torch.clear()
     policy.generator = torch.Generator()
     for seed in range(3):
-        evaluate(policy, AutoresetEnvs(TorchVectorEnv(CartPole(), 2)), 2, seed, deterministic=False)
+        play_episodes(policy, AutoresetEnvs(TorchVectorEnv(CartPole(), 2)), 2, seed, deterministic=False)
     drawn = AutoresetEnvs(TorchVectorEnv(CartPole(), 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "fastppo.analysis.video.record", lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1]
+            "fastppo.analysis.rendered_episodes.record",
+            lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1],
         )
-        patch.setattr("fastppo.evaluate._drawn", lambda config: contextlib.nullcontext(drawn))
-        record_episodes(policy, tiny(tmp_path), tmp_path / "video", ".gif", 2, 0, False)
+        patch.setattr("fastppo.analysis.rendered_episodes._rendered_envs", lambda config: contextlib.nullcontext(drawn))
+        record_episodes(policy, tiny(tmp_path), tmp_path / "video", ".gif", EvaluationPlan(2, 0, deterministic=False))
     assert_no_two_equal(seeded.torch)
     assert len(seeded.torch) == 3 * 2 + 2
 

@@ -19,13 +19,13 @@ from test_torchrun import Started, assert_same_run, rows_of
 from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
+from fastppo.analysis.evaluation import play_episodes
 from fastppo.analysis.search_space import to_settings
 from fastppo.analysis.video import play
 from fastppo.cli import parse_train
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
-from fastppo.evaluate import evaluate
 from fastppo.random_streams import Stream, environment_seed
 from fastppo.train import console
 
@@ -396,7 +396,7 @@ def test_every_space(name, tmp_path):
     agent = load_policy(run.run_dir)
 
     envs, _ = make_vec(settings["env_id"], 3, "auto", kwargs)
-    assert len(evaluate(agent, AutoresetEnvs(envs), 6, seed=0, deterministic=False)) == 6
+    assert len(play_episodes(agent, AutoresetEnvs(envs), 6, seed=0, deterministic=False).returns) == 6
     alone = envs.envs[0]
     obs, info = alone.reset(seed=1)
     for _ in range(20):
@@ -464,7 +464,7 @@ def test_evaluation_remembers_one_episode(cue_run, mode):
     watched = Watched(load_policy(cue_run))
     watched.agent.act(np.ones((5, 2), np.float32))  # of other environments, which evaluation forgets
     envs = make_vec("environments:CueVector-v0", 3, "auto", {"mode": mode})[0]
-    returns = evaluate(watched, AutoresetEnvs(envs), 12, seed=7)
+    returns = play_episodes(watched, AutoresetEnvs(envs), 12, seed=7).returns
     envs.close()
     assert watched.agent.rnn_state is None
     gap = 1 if mode == "NextStep" else 0
@@ -551,7 +551,7 @@ def test_what_has_to_be_remembered_is_learned(tmp_path):
         settings = {"num_envs": 16, "num_steps": 32, "num_iterations": 60, "learning_rate": 0.01, "update_epochs": 4}
         config = tiny(tmp_path / str(kind), env_id=CUE, rnn=kind, **SMALL, **settings, backend="gymnasium")
         envs = make_vec("environments:CueVector-v0", 8, "auto", {})[0]
-        found[kind] = np.mean(evaluate(train(config).policy, AutoresetEnvs(envs), 100, seed=3))
+        found[kind] = np.mean(play_episodes(train(config).policy, AutoresetEnvs(envs), 100, seed=3).returns)
         envs.close()
     assert found["gru"] > 0.95
     assert found[None] < 0.75

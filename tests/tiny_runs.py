@@ -6,8 +6,8 @@ import json
 
 import pytest
 
+from fastppo.analysis.curves import draw_page, plot_curves, render
 from fastppo.config import TrainConfig
-from fastppo.plot import draw_page, plot_curves, render
 
 COLUMNS = {
     "seconds": 1.0,

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from fastppo.analysis.curves import PANELS, draw_page, render
 from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.plot import PANELS, draw_page, render
 from fastppo.policy.networks import Network
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file

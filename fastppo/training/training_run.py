@@ -19,14 +19,14 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from fastppo.analysis.curves import plot_curves
+from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.analysis.loading import load_policy
 from fastppo.callbacks import Callback, View, is_yes
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.core.contracts import LearnResult, Normalization, Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
-from fastppo.evaluate import evaluate_config
-from fastppo.plot import plot_curves
 from fastppo.policy.agent import Agent
 from fastppo.policy.networks import ModuleFactory, Network
 from fastppo.ranks import ALONE, Ranks
@@ -362,10 +362,9 @@ class AgentRun:
     def _evaluated(self, agent: Agent, envs: VectorEnv | None) -> dict[str, Any]:
         """What `evaluate_config` says of best.pt; nothing, and a line, where there can be no environments for it."""
         try:
-            config, trained = self.config, self.state.global_step
-            result = evaluate_config(
-                agent, config, config.eval_episodes, config.seed, envs=envs, trained=trained, note=self.note
-            )
+            config = self.config
+            plan = EvaluationPlan(config.eval_episodes, config.seed, trained_steps=self.state.global_step)
+            result = evaluate_config(agent, config, plan, envs, self.note)
         except UsageError as error:  # those that trained could be made: this one may exist only once
             self.note(f"best.pt was not evaluated: {error}; later: python -m fastppo.evaluate {self.directory.path}")
             return {}

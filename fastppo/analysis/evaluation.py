@@ -1,0 +1,205 @@
+"""Play episodes with a policy and sum up their returns.
+
+Knows nothing of command lines, of run directories, or of rendering.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+from fastppo.config import TrainConfig
+from fastppo.envs.atari import atari_settings
+from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
+from fastppo.envs.backends import make_envs
+from fastppo.envs.deadline import Deadline
+from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environment_fault
+from fastppo.policy.agent import Agent
+from fastppo.random_streams import Stream, environment_seed, seed_of
+
+Note = Callable[[str], None]  # takes a line for people
+
+MIN_EPISODE_STEPS = 1_000  # of an evaluation, for each of its episodes
+MAX_EPISODE_STEPS = 100_000  # likewise
+PROGRESS_SECONDS = 5.0  # between lines on the progress of an evaluation
+MAX_ENVS = 8  # environments of an evaluation
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Which episodes are played, and for how long."""
+
+    episodes: int
+    seed: int = 0  # of the environments and of sampling
+    deterministic: bool = True  # take the likeliest action; otherwise sample
+    trained_steps: int = 0  # steps of training, which bound the evaluation
+    max_steps: int | None = None  # of all episodes together; None: as `most_steps` says
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Returns of the episodes of an evaluation."""
+
+    returns: list[float]  # of the episodes that ended
+    wanted: int  # episodes
+    steps: int  # of all environments, those after their last episode left out
+    reward: float  # sum over these steps
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """`return_mean return_std episodes`; nan, nan, 0 if no episode ended."""
+        mean, std = (float(np.mean(self.returns)), float(np.std(self.returns))) if self.returns else (math.nan, math.nan)
+        return {"return_mean": mean, "return_std": std, "episodes": len(self.returns)}
+
+    @property
+    def remark(self) -> str | None:
+        """A line for people if some episodes did not end."""
+        if len(self.returns) == self.wanted:
+            return None
+        if not self.returns:
+            mean = self.reward / max(self.steps, 1)
+            return f"no episode ended in the {self.steps:,} steps of the evaluation, so there is no return ({mean:.4g} a step)"
+        return (
+            f"only {len(self.returns)} of {self.wanted} episodes ended in the {self.steps:,} steps of the evaluation: "
+            "the mean is over these, and leaves out the longest"
+        )
+
+
+def most_steps(trained: int, episodes: int, longest: int | None) -> int:
+    """Largest number of steps of an evaluation: as many as were trained, but 1,000 to 100,000 an episode.
+
+    Args:
+        trained: steps of training.
+        longest: steps of an episode at the environment's time limit, which replaces the 1,000 if it is larger; None: no limit.
+    """
+    least = max(MIN_EPISODE_STEPS, min(longest or 0, MAX_EPISODE_STEPS))
+    return min(max(trained, least * episodes), MAX_EPISODE_STEPS * episodes)
+
+
+def play_episodes(
+    agent: Agent,
+    envs: AutoresetEnvs,
+    episodes: int,
+    seed: int,
+    deterministic: bool = True,
+    max_steps: int | None = None,
+    note: Note | None = None,
+) -> EvaluationResult:
+    """Play `episodes` episodes; rewards are those of the environment, before any normalisation.
+
+    The number of episodes of each environment is fixed beforehand: taking the first episodes to finish would favour short ones.
+
+    Args:
+        max_steps: episodes that have not ended after this many steps are dropped. Default: MAX_EPISODE_STEPS an episode.
+        note: takes a line on the progress every PROGRESS_SECONDS.
+    """
+    quota = np.full(envs.num_envs, episodes // envs.num_envs)
+    quota[: episodes % envs.num_envs] += 1
+    returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
+    running, left = np.zeros(envs.num_envs), quota.copy()
+    most = MAX_EPISODE_STEPS * episodes if max_steps is None else max_steps
+    steps, reward_sum, noted = 0, 0.0, time.monotonic()
+    valid = np.ones(envs.num_envs, bool)
+    agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
+    agent.reset()
+    obs, mask = envs.reset_and_mask(environment_seed(seed, Stream.EVALUATION_ENVIRONMENTS))
+    while left.any() and steps < most:
+        step = envs.step(agent.act(obs, deterministic, mask))
+        obs, mask = step.obs, step.action_mask
+        reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
+        counted = valid & (left > 0)
+        running += np.where(counted, reward, 0.0)
+        steps, reward_sum = steps + int(counted.sum()), reward_sum + float(reward[counted].sum())
+        done = np.logical_or(terminated, truncated) & valid
+        over = done if step.game_over is None else done & _to_host(step.game_over)
+        for index in np.flatnonzero(over & (left > 0)):
+            returns[index].append(float(running[index]))
+            running[index], left[index] = 0.0, left[index] - 1
+        agent.reset(done if envs.keeps_final_obs else ~valid)  # rows whose next observation is the first of an episode
+        valid = ~done if not envs.keeps_final_obs else valid
+        if note is not None and time.monotonic() - noted >= PROGRESS_SECONDS:
+            note(f"evaluating: {episodes - left.sum()} of {episodes} episodes, {steps:,} of at most {most:,} steps")
+            noted = time.monotonic()
+    agent.reset()
+    return EvaluationResult([value for played in returns for value in played], episodes, steps, reward_sum)
+
+
+def _to_host(batch: Any) -> NDArray[Any]:
+    """One step's array or tensor, on any device, as an array."""
+    return np.asarray(batch.detach().cpu() if is_tensor(batch) else batch)
+
+
+def evaluate_config(
+    agent: Agent,
+    config: TrainConfig,
+    plan: EvaluationPlan,
+    envs: VectorEnv[Any, Any, Any] | None = None,
+    note: Note = print,
+) -> dict[str, Any]:
+    """Play the plan's episodes in a run's environment: `return_mean return_std episodes`; nan, nan, 0 if no episode ended.
+
+    Args:
+        envs: environments to play in, which are left open; None: make them as for training.
+        note: takes lines for people: the number of episodes, the progress, and episodes that did not end.
+
+    Raises:
+        UsageError: the environment cannot be made.
+        TrainingFault: the environment failed.
+    """
+    most = plan.max_steps
+    if most is None:
+        most = most_steps(plan.trained_steps, plan.episodes, time_limit(config, envs))
+    note(f"evaluating for {plan.episodes} episodes, {most:,} steps at most")
+
+    def played(config: TrainConfig) -> EvaluationResult:
+        made = _make_envs(config, plan.episodes, deadline) if envs is None else envs
+        playing = AutoresetEnvs(made, deadline)
+        try:
+            return play_episodes(agent, playing, plan.episodes, plan.seed, plan.deterministic, most, note)
+        finally:
+            if envs is None:
+                playing.close()
+
+    with contextlib.closing(Deadline(config.env_timeout)) as deadline:
+        try:
+            try:
+                result = played(config)
+            except ForkHangs as error:
+                note(f"the evaluation starts again in one process: {error}")
+                result = played(replace(config, vectorization="sync"))
+        except UsageError:
+            raise
+        except ENVIRONMENT_ERRORS as error:
+            raise environment_fault(error, "during evaluation") from error
+    if result.remark is not None:
+        note(result.remark)
+    return result.report
+
+
+def time_limit(config: TrainConfig, envs: VectorEnv[Any, Any, Any] | None = None) -> int | None:
+    """Steps of an episode at the environment's time limit; None: the environment states none."""
+    spec = getattr(envs, "spec", None) or gym.registry.get(config.env_id.rpartition(":")[2])
+    limit = config.env_kwargs.get("max_episode_steps") or getattr(spec, "max_episode_steps", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _make_envs(config: TrainConfig, episodes: int, deadline: Deadline) -> VectorEnv[Any, Any, Any]:
+    """The run's environments; not more of them than training had, since more may not exist."""
+    return make_envs(
+        config.env_id,
+        min(episodes, MAX_ENVS, config.num_envs),
+        config.backend,
+        config.vectorization,
+        config.env_kwargs,
+        "cpu",
+        atari_settings(config),
+        config.num_threads,
+        deadline,
+    )
