@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import pytest
 import torch
 from environments import TAXI
 from gymnasium.spaces import Box
+from support.pages import command_in, python_in, section
 from torch.utils._pytree import tree_leaves
 
 from fastppo import TrainConfig, train
@@ -554,12 +554,10 @@ def test_a_number_that_is_not_finite_ends_the_run(what, tmp_path, capsys):
     assert torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["iteration"] == 1
 
 
-def test_the_readmes_environment_learns(tmp_path):
-    """README's example as it stands there: under 40 lines, run by the command given, better within a few seconds."""
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    section = re.search(r"## Your own environment on the device\n(.*?)\n## ", readme, re.DOTALL).group(1)
-    module = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
-    command = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1))
+def test_the_pages_environment_learns(tmp_path):
+    """The example of docs/environments.md: under 40 lines, run by the command given, better within a few seconds."""
+    text = section("docs/environments.md", "Your own environment on the device")
+    module, command = python_in(text), shlex.split(command_in(text))
     assert len(module.splitlines()) < 40
     assert command[1:3] == ["-m", "fastppo.train"]
     (tmp_path / "reach.py").write_text(module)

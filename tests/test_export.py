@@ -15,6 +15,7 @@ import torch
 from environments import ACTIONS, OBSERVATIONS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector.utils import batch_space
+from support.pages import PAGES, command_in, python_in, section
 from torch import nn
 
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
@@ -379,19 +380,12 @@ def test_a_missing_package(package, run_dir, tmp_path, monkeypatch, capsys):
     assert error == f"error: --format onnx needs {package}, which is not installed: pip install 'fastppo[export]'\n"
 
 
-def readme_section(name):
-    """Its text."""
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    return re.search(rf"^## {name}\n(.*?)(?=\n## |\Z)", readme, re.MULTILINE | re.DOTALL).group(1)
-
-
-def test_the_readmes_file_runs(tmp_path, monkeypatch):
-    """README's command and its lines of Python as they stand there."""
+def test_the_pages_file_runs(tmp_path, monkeypatch):
+    """The command of docs/python.md and its lines of Python as they stand there."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    section = readme_section("Your policy elsewhere")
-    command = shlex.split(re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1), comments=True)
-    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    text = section("docs/python.md", "Export")
+    command, example = shlex.split(command_in(text), comments=True), python_in(text)
     assert command[0].endswith("/fastppo")
     assert len(example.splitlines()) <= 4
     monkeypatch.chdir(tmp_path)
@@ -448,17 +442,17 @@ SAME_STEP = 'num_envs=8, vectorization_mode="sync", vector_kwargs={"autoreset_mo
     ],
     ids=["as it stands", "a step too early", "never", "reset within the step", "the exported file"],
 )
-def test_the_readmes_memory(changes, right, remembering, monkeypatch):
-    """README's loop acts as the policy does that plays each episode alone, on one environment; its other two ways do so too."""
-    section = readme_section("Memory")
-    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+def test_the_pages_memory(changes, right, remembering, monkeypatch):
+    """The loop of docs/memory.md, and its other two ways, act as the policy does on one environment, episode by episode."""
+    text = PAGES["docs/memory.md"]
+    example = python_in(text)
     monkeypatch.chdir(remembering)
     names = {}
     if "policy.act(obs)" in changes:
         session = pytest.importorskip("onnxruntime").InferenceSession
         told = export_policy(load_policy("runs/NAME"), "policy.onnx")
         (size,) = re.search(r"memory float32 \(batch, (\d+)\)", str(told)).groups()
-        start, call = (re.search(rf"`({name} = .*?)`", section).group(1) for name in ("memory", "action, memory"))
+        start, call = (re.search(rf"`({name} = .*?)`", text).group(1) for name in ("memory", "action, memory"))
         names = {"session": session("policy.onnx"), "np": np, "S": int(size)}
         exec(start, names)
         changes = {old: new.replace("{call}", call) for old, new in changes.items()}

@@ -1,13 +1,13 @@
 """A network of somebody's own: it trains, is kept and restored, follows from the seed, and is refused where it is wrong."""
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from environments import OBSERVATIONS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
+from support.pages import python_in, section
 from test_run import rows_of
 from test_spaces import trained
 from torch import nn
@@ -240,11 +240,9 @@ def test_what_a_network_is_given():
     assert network.critic(weights, {key: x for key, x in one.items() if key != "action_mask"}).shape == ()
 
 
-def test_the_readmes_network_learns(tmp_path, monkeypatch):
-    """README's example as it stands there, in 12 lines: it trains, and its policy loads again."""
-    readme = Path(__file__).parent.parent.joinpath("README.md").read_text()
-    section = re.search(r"## Your own network\n(.*?)\n## ", readme, re.DOTALL).group(1)
-    example = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+def test_the_pages_network_learns(tmp_path, monkeypatch):
+    """The example of docs/python.md as it stands there, in 12 lines: it trains, and its policy loads again."""
+    example = python_in(section("docs/python.md", "Your own network"))
     assert len([line for line in example.splitlines() if line]) <= 16
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "readme"}

@@ -1,7 +1,4 @@
-"""README.md: its examples run, its command lines are such that the flags' parsers take, its file tree is that of the package.
-
-Four examples are run where the things themselves are tested: see EXAMPLES.
-"""
+"""README and docs/: examples run, flags are known, links lead somewhere, file trees are those of the package."""
 
 import ast
 import importlib
@@ -13,47 +10,48 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+from support.pages import PAGES, ROOT, python_in, section
 
 import fastppo
 from fastppo import TrainConfig
 from fastppo.cli import parse, parse_train
 from fastppo.training import loop
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=\n## |\Z)", README, re.MULTILINE | re.DOTALL))
+TEXT = "\n".join(PAGES.values())
 COMMANDS = [
     line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("# ")
 ]
-QUOTED = re.findall(r"`((?:scripts/|\.venv/bin/|fastppo |python -m fastppo)[^`]*)`", README)
+QUOTED = re.findall(r"`((?:scripts/|\.venv/bin/|fastppo |python -m fastppo)[^`]*)`", TEXT)
 
-# section -> the test that runs its Python
+# page -> the tests that run its blocks of Python, in their order
 EXAMPLES = {
-    "From Python": "test_examples_run",
-    "Callbacks, and environments of your own": "test_examples_run",
-    "Your own environment on the device": "test_collect.test_the_readmes_environment_learns",
-    "Your own network": "test_module_policy.test_the_readmes_network_learns",
-    "Your policy elsewhere": "test_export.test_the_readmes_file_runs",
-    "Memory": "test_export.test_the_readmes_memory",
+    "docs/python.md": [
+        "test_docs.test_examples_run",
+        "test_docs.test_examples_run",
+        "test_module_policy.test_the_pages_network_learns",
+        "test_export.test_the_pages_file_runs",
+    ],
+    "docs/environments.md": ["test_collect.test_the_pages_environment_learns"],
+    "docs/memory.md": ["test_export.test_the_pages_memory"],
 }
 
 
 def test_every_example_is_run_somewhere():
-    """A new one belongs into EXAMPLES, with its test; sections have one block each."""
-    blocks = {name: text.count("```python\n") for name, text in SECTIONS.items() if "```python\n" in text}
-    assert blocks == dict.fromkeys(EXAMPLES, 1)
-    for name in EXAMPLES.values():
-        module, _, test = name.rpartition(".")
-        assert callable(getattr(importlib.import_module(module), test) if module else globals()[test])
+    """A new one belongs into EXAMPLES, with the test that runs it."""
+    blocks = {page: text.count("```python\n") for page, text in PAGES.items() if "```python\n" in text}
+    assert blocks == {page: len(tests) for page, tests in EXAMPLES.items()}
+    for name in {name for names in EXAMPLES.values() for name in names}:
+        module, _, test = name.partition(".")
+        assert callable(getattr(importlib.import_module(module), test))
 
 
 @pytest.mark.parametrize(
-    ("section", "obs"), [("From Python", np.zeros(6, np.float32)), ("Callbacks, and environments of your own", None)]
+    ("name", "obs"), [("Train and load", np.zeros(6, np.float32)), ("Callbacks and your own vector environment", None)]
 )
-def test_examples_run(section, obs, tmp_path, monkeypatch):
+def test_examples_run(name, obs, tmp_path, monkeypatch):
     """As they stand there, their runs cut to two iterations."""
     monkeypatch.chdir(tmp_path)
     train, lengths = loop.train, []
@@ -63,8 +61,8 @@ def test_examples_run(section, obs, tmp_path, monkeypatch):
         return train(replace(config, num_iterations=2, eval_episodes=2, compile="off", plain=True), *args, **kwargs)
 
     monkeypatch.setattr("fastppo.training.loop.train", of_a_moment)
-    names = {"__name__": "readme", "obs": obs}
-    exec(re.search(r"```python\n(.*?)```", SECTIONS[section], re.DOTALL)[1], names)
+    names = {"__name__": "page", "obs": obs}
+    exec(python_in(section("docs/python.md", name)), names)
     assert lengths[0] == 100_000
     assert (tmp_path / "runs").is_dir()
     assert names["result"].summary["iterations"] == 2
@@ -74,13 +72,13 @@ def test_examples_run(section, obs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def some_run(tmp_path, monkeypatch):
-    """A directory in which runs/NAME and sweeps/Acrobot-v1/best.json are what README's lines take them for."""
+    """A directory in which runs/NAME and sweeps/Acrobot-v1/best.json are what the pages take them for."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "NAME" / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "NAME" / "checkpoints" / "last.pt").touch()
     (tmp_path / "runs" / "NAME" / "config.json").write_text(TrainConfig().to_json())
     (tmp_path / "sweeps" / "Acrobot-v1").mkdir(parents=True)
-    preset = re.search(r'`(\{"settings".*?)`', README)[1]
+    preset = re.search(r'`(\{"settings".*?)`', TEXT)[1]
     (tmp_path / "sweeps" / "Acrobot-v1" / "best.json").write_text(preset)
 
 
@@ -125,7 +123,7 @@ def test_commands_in_sentences_are_taken(text):
 
 def test_flags_in_sentences_are_flags():
     """No --flag is named that nothing takes."""
-    flags = set(re.findall(r"`(--[a-z][a-z-]*)", README)) | set(re.findall(r"[(/ ](--[a-z][a-z-]*)[` =]", README))
+    flags = set(re.findall(r"`(--[a-z][a-z-]*)", TEXT)) | set(re.findall(r"[(/ ](--[a-z][a-z-]*)[` =]", TEXT))
     reference = (ROOT / "REFERENCE.md").read_text()
     of_torchrun = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     of_slurm = {"--nodes", "--ntasks-per-node", "--cpus-per-task", "--requeue"}
@@ -135,7 +133,7 @@ def test_flags_in_sentences_are_flags():
 
 def test_the_tree_is_that_of_the_package():
     """Each file of the package on a line of its own in its folder, and nothing that is not there."""
-    tree = SECTIONS["Files"].split("fastppo/\n")[1].split("    benchmarks/")[0]
+    tree = section("docs/structure.md", "Files").split("fastppo/\n")[1]
     named, folder = [], ""
     for line in tree.splitlines():
         indent, name = re.match(r"( *)(\S*)", line).groups()
@@ -146,6 +144,25 @@ def test_the_tree_is_that_of_the_package():
     package = Path(fastppo.__file__).parent
     files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
     assert sorted(named) == sorted(files)
+
+
+def test_readmes_tree_is_that_of_the_folders():
+    """Each folder and each module of the package's top, and the repository's folders."""
+    tree = section("README.md", "Files")
+    package, _, beside = tree.split("fastppo/\n")[1].partition("    docs/")
+    named = {name.rstrip("/") for line in package.splitlines() for name in line.split("    ")[0:] for name in name.split()}
+    tops = {path.name for path in Path(fastppo.__file__).parent.iterdir() if path.name[0] != "_"}
+    tops -= {"py.typed"}
+    assert {name for name in tops if name not in named} <= {"errors.py", "random_streams.py", "reference.py"}
+    assert all((ROOT / name).is_dir() for name in re.findall(r"^    (\w+)/", "    docs/" + beside, re.MULTILINE))
+
+
+def test_readme_ends_at_limits():
+    """It is short: what it is, how to install it, the first command, how it is fast, numbers, limits."""
+    headings = re.findall(r"^## (.*)$", PAGES["README.md"], re.MULTILINE)
+    assert headings[0] == "Three commands"
+    assert headings[-1] == "Limits"
+    assert len(PAGES["README.md"].splitlines()) <= 170
 
 
 def broken_tables(text):
@@ -162,20 +179,21 @@ def broken_tables(text):
 
 def test_tables_are_whole():
     """A blank line within a table ends it, and what follows is shown as text."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")]
-    assert len(pages) >= 5
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+    assert len(pages) >= 10
     assert {page.name: rows for page in pages if (rows := broken_tables(page.read_text()))} == {}
     assert broken_tables("| a | b |\n|---|---|\n| 1 | 2 |\n") == []
     assert broken_tables("| a | b |\n|---|---|\n\n| 1 | 2 |\n") == ["| 1 | 2 |"]
     assert broken_tables("| a | b |\n|---|---|\n| 1 |\n") == ["| 1 |"]
 
 
-def test_its_links_lead_somewhere():
-    """Files of the repository, and headings of this page."""
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    """Files of the repository, and headings of a page."""
+    for target in re.findall(r"\]\(([^)]+)\)", PAGES[name]):
         path, _, heading = target.partition("#")
         if not path.startswith("https://"):
-            page = ROOT / path if path else ROOT / "README.md"
+            page = (ROOT / name).parent / path if path else ROOT / name
             assert page.exists(), target
             if heading:
                 headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
