@@ -516,10 +516,10 @@ def test_gymnasiums_engine_steps_from_python():
     [
         (["--backend", "torch", "--env-id", "CartPole-v9"], ["--env-id 'CartPole-v9'", "CartPole-v1"]),
         (["--backend", "torch", "--env-id", "Taxi-v9"], ["--env-id 'Taxi-v9'", TAXI]),
-        (["--backend", "torch", "--env-id", TAXI], [f"--backend torch has no {TAXI}", "CartPole-v1", "README"]),
+        (["--backend", "torch", "--env-id", TAXI], [f"--backend torch has no {TAXI}", "CartPole-v1", "environments.md"]),
         (
             ["--backend", "torch", "--env-id", "LunarLander-v3"],
-            ["--backend torch has no LunarLander-v3", "CartPole-v1", "README"],
+            ["--backend torch has no LunarLander-v3", "CartPole-v1", "environments.md"],
         ),
         (["--backend", "nonsense"], ["--backend", "nonsense", "auto", "gymnasium", "torch"]),
         (["--backend", "torch", "--vectorization", "sync"], ["--vectorization sync", "--backend gymnasium"]),

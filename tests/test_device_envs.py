@@ -583,7 +583,7 @@ def test_spaces_that_are_no_tensor_are_refused():
 @pytest.mark.parametrize(
     ("env_id", "kwargs", "told"),
     [
-        ("CartPole-v9", {}, r"--backend torch has no CartPole-v9; it has: Acrobot-v1, CartPole-v0, .*README"),
+        ("CartPole-v9", {}, r"--backend torch has no CartPole-v9; it has: Acrobot-v1, CartPole-v0, .*environments.md"),
         ("environments:Walk-v0", {}, "--backend torch has no Walk-v0"),
         ("environments:WalkVector-v0", {}, "--backend torch has no WalkVector-v0"),
         ("nowhere.to.be.found:Reach-v0", {}, "--env-id nowhere.to.be.found:Reach-v0: module .* cannot be imported"),

@@ -296,7 +296,7 @@ def test_a_file_that_remembers_otherwise_is_not_kept(tmp_path):
             action = super().act(obs, deterministic, action_mask)
             self.steps += 1
             if self.steps == 8:
-                self.memory = self.memory + 0.5
+                self.rnn_state = self.rnn_state + 0.5
             return action
 
     agent = make_agent("CartPole", rnn="lstm")

@@ -53,7 +53,7 @@ def _registered(env_id: str, name: str, num_envs: int, env_kwargs: Mapping[str, 
     hint = "" if spec is not None else nearest(name, [key for key, value in gym.registry.items() if _may_be_ours(value)])
     raise UsageError(
         f"--backend torch has no {name}; it has: {', '.join(sorted(CLASSIC))} "
-        f'(or register your own: README, "Your own environment on the device"){hint}'
+        f'(or register your own: docs/environments.md, "Your own environment on the device"){hint}'
     )
 
 
