@@ -16,32 +16,7 @@ import tyro
 from fastppo.__main__ import VERBS
 from fastppo.cli import help_texts
 from fastppo.config import TrainConfig, described, flag, legal
-
-# the columns of metrics.csv, in their order
-METRICS = {
-    "iteration": "Rollouts collected and learned from since the run began.",
-    "global_step": "Transitions so far: steps of all environments, autoreset steps not counted.",
-    "seconds": "Time of all iterations so far, logging included, those before a --resume too.",
-    "sps": "Transitions per second over the last 10 iterations.",
-    "episodic_return_mean": "Mean return of the last 100 episodes to end, undiscounted, as the environment pays; nan before.",
-    "episodic_length_mean": "Mean length of these episodes, in steps.",
-    "episodes": "Episodes that have ended since the run began.",
-    "terminations": "Of this iteration's steps, those at which an episode came to its own end.",
-    "truncations": "Those at which it was cut off, by a time limit for one.",
-    "loss": "policy_loss + vf_coef * value_loss - ent_coef * entropy.",
-    "policy_loss": "-E[min(r A, clip(r, 1 - c, 1 + c) A)]; as those down to clipfrac a mean over the updates.",
-    "value_loss": "E[(V - V_target)^2], or clipped with --clip-vloss. On the scale of normalised rewards with --norm-reward.",
-    "entropy": "Mean entropy of the policy's distribution, in nats.",
-    "approx_kl": "E[(r - 1) - log r]: how far the policy is from the one that collected.",
-    "clipfrac": "Share of transitions whose ratio r was outside the clip range.",
-    "explained_variance": "1 - Var[V_target - V] / Var[V_target] before the update: 1 is perfect, 0 as good as a constant.",
-    "grad_norm": "2-norm of the gradient before it is clipped, mean over the updates.",
-    "updates": "Minibatches that moved the parameters: all of them, fewer after a stop by --target-kl.",
-    "learning_rate": "Adam's step size in this iteration.",
-    "env_share": "Share of the iteration's time in the environments' steps.",
-    "act_share": "Share in choosing actions; with environments on the device this is part of env_share.",
-    "learn_share": "Share in learning. What the three leave is logging, checkpoints, statistics and display.",
-}
+from fastppo.run.metrics import METRICS
 
 # the keys of summary.json, in their order; null where there is no finite number
 SUMMARY = {
@@ -137,11 +112,8 @@ def _default(spec: Any) -> str:
 
 
 def _metrics() -> Iterator[tuple[str, ...]]:
-    from fastppo.run.loggers import tag_of  # here: TensorBoard takes its time
-
-    for key, text in METRICS.items():
-        tag = tag_of(key)
-        yield f"`{key}`", f"`{tag}`" if tag else "", _text(text)
+    for name, metric in METRICS.items():
+        yield f"`{name}`", f"`{metric.tag}`" if metric.tag else "", _text(metric.text)
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:

@@ -654,7 +654,7 @@ def test_live_display_fits_80_columns(monkeypatch, columns):
     for shown in (
         "fastppo · CartPole-v1 · seed 1",
         "42%",
-        "1:06:40 gone, 1:06:40 to go",
+        "1:06:40 elapsed, 1:06:40 left",
         "123,456,789",
         "12,345",
         "1,234,567",

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -17,14 +17,16 @@ from rich.panel import Panel
 from rich.segment import ControlType
 from rich.text import Text
 
+from fastppo.run.metrics import METRICS, Row
 from fastppo.system.text import duration
 
-Row = Mapping[str, int | float]
 Line = list[str | tuple[str, str]]  # text, or text and style
 SPARKS = "▁▂▃▄▅▆▇█"
 DRAWN = SPARKS + "━─│╭╮╰╯·"  # all that the panel consists of beside ASCII
 BARS = 33  # of the curve, each a share of the run
 COLUMNS, LINES = 80, 8  # of the panel
+_PLACES = {metric.cell: metric for metric in METRICS.values() if metric.cell}
+CELLS = [[_PLACES[line, column] for column in range(3)] for line in range(4)]  # of the panel's lower half
 
 
 class Display(Protocol):
@@ -176,14 +178,14 @@ class LiveDisplay:
 
     def _panel(self, row: Row, progress: float, eta_seconds: float, engine: str) -> Panel:
         width = min(self._console.width, COLUMNS)
-        room = max(width - 47, 0)  # of the curve; the bar above ends where it does
-        done = round(progress * (room + 9))
+        room = max(width - 47, 0)  # of the curve
+        done = round(progress * (room + 7))
         lines: list[Line] = [
             [
                 ("━" * done, "green"),
-                ("─" * (room + 9 - done), "dim"),
+                ("─" * (room + 7 - done), "dim"),
                 f" {progress:4.0%}  ",
-                (f"{duration(row['seconds'])} gone, {duration(eta_seconds)} to go", "dim"),
+                (f"{duration(row['seconds'])} elapsed, {duration(eta_seconds)} left", "dim"),
             ],
             [
                 ("return ", "dim"),
@@ -192,16 +194,12 @@ class LiveDisplay:
                 (f"best {self._best}", "dim"),
             ],
         ]
-        for left, middle, (name, text) in (
-            (("step", f"{row['global_step']:,}"), ("policy loss", row["policy_loss"]), ("env", share(row["env_share"]))),
-            (("iteration", f"{row['iteration']:,}"), ("value loss", row["value_loss"]), ("act", share(row["act_share"]))),
-            (("episodes", f"{row['episodes']:,}"), ("entropy", row["entropy"]), ("learn", share(row["learn_share"]))),
-            (("length", figure(row["episodic_length_mean"])), ("approx kl", row["approx_kl"]), ("SPS", f"{row['sps']:15,.0f}")),
-        ):
-            line: Line = [(f"{left[0]:9}", "dim"), f" {left[1]:>13}"]
+        for left, middle, right in CELLS:
+            line: Line = [(f"{left.label:9}", "dim"), f" {shown(left.name, row):>13}"]
             if width == COLUMNS:
-                line += [(f"   {middle[0]:11}", "dim"), f" {figure(middle[1]):>10}"]
-            lines.append([*line, (f"     {name:6}", "dim"), (text, "bold" if name == "SPS" else "cyan")])
+                line += [(f"   {middle.label:11}", "dim"), f" {shown(middle.name, row):>10}"]
+            style = "bold" if right.name == "sps" else "cyan"
+            lines.append([*line, (f"     {right.label:6}", "dim"), (shown(right.name, row), style)])
         return Panel(
             Group(*(Text.assemble(*line, no_wrap=True, overflow="crop") for line in lines)),
             title=Text(self._title),
@@ -277,6 +275,16 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def share(value: float) -> str:
     """A bar of 10 columns and per cent, 15 columns together."""
     return f"{'█' * round(value * 10):10} {value:4.0%}"
+
+
+def shown(name: str, row: Row) -> str:
+    """A metric's value as text for the panel."""
+    value = row[name]
+    if name.endswith("_share"):
+        return share(value)
+    if name == "sps":
+        return f"{value:15,.0f}"
+    return f"{value:,}" if isinstance(value, int) else figure(value)
 
 
 def number(value: float) -> str:

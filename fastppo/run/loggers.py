@@ -16,13 +16,12 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastppo.errors import brief
 from fastppo.run.files import utf8_name
+from fastppo.run.metrics import METRICS, Row
 from fastppo.run.metrics_file import MetricsFile
 from fastppo.run.tracking import Tracker
 
 EVENT_SECONDS = 0.1  # between two events: one costs 350 us, most of them in a thread that holds Python's lock
 TRACK_SECONDS = 1.0  # between two rows for a tracker, which may send each over a network
-
-Row = Mapping[str, int | float]
 
 
 class Loggers:
@@ -168,24 +167,9 @@ class _Guarded:
         row, self._pending, self._last = self._pending, None, time.monotonic()
         if row is not None:
             step = int(row["global_step"])
-            tagged = {tag: row[key] for key in row if (tag := tag_of(key))}
+            tagged = {tag: value for key, value in row.items() if (tag := METRICS[key].tag)}
             self.do(lambda logger: logger.log(tagged, step))
 
     def _give_up(self, error: Exception) -> None:
         self._logger = None
         self._note(f"{self._name} gets nothing from here on ({brief(error)}); metrics.csv and training go on")
-
-
-def tag_of(key: str) -> str | None:
-    """A metric's name in TensorBoard and trackers, CleanRL's where it has one; None for what the others are drawn over."""
-    return None if key in ("iteration", "global_step") else _TAGS.get(key, f"charts/{key}")
-
-
-_TAGS = {
-    **{key: f"losses/{key}" for key in ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance")},
-    "grad_norm": "losses/grad_norm",
-    "sps": "charts/SPS",
-    "episodic_return_mean": "charts/episodic_return",
-    "episodic_length_mean": "charts/episodic_length",
-    **{key: f"time/{key}" for key in ("seconds", "env_share", "act_share", "learn_share")},
-}

@@ -40,7 +40,7 @@ from fastppo.system.cpus import is_forked
 from fastppo.system.modes import plain
 from fastppo.system.paths import current_directory
 from fastppo.system.platforms import SIGPIPE, peak_memory_mib, process_age
-from fastppo.training.multi_seed import joint_row, keep_joint, make_directories, reopen_all
+from fastppo.training.multi_seed import keep_joint, make_directories, reopen_all, shown_row
 from fastppo.training.reproducibility import guarantees, versions
 from fastppo.training.setup import Task, make_jobs, prepare
 from fastppo.training.state import normalization_of
@@ -213,7 +213,7 @@ def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: Vect
             eta = max(run.eta for run in runs)
             if metrics:
                 share_done = sum(min(run.progress, 1.0) for run in runs) / len(runs)
-                display.update(joint_row(runs), share_done, eta, f"{task.engine} · {device} · {tiers.name}")
+                display.update(shown_row(runs), share_done, eta, f"{task.engine} · {device} · {tiers.name}")
             if display.reader_gone:  # `| head -3`: the end is that of a signal
                 stop.received = SIGPIPE
             with plain():

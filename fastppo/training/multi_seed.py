@@ -21,11 +21,9 @@ from fastppo.errors import TrainingFault, UsageError
 from fastppo.policy.networks import Network
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
+from fastppo.run.metrics import joint_row
 from fastppo.training.state import TrainState
 from fastppo.training.training_run import AgentRun, Note, TrainResult, drawing_curves, fill_directory, reopen
-
-# of a joint row, what is of all seeds together; all else is the mean over them
-_SUMS = ("global_step", "sps", "episodes", "terminations", "truncations", "updates")
 
 
 def of_each_seed(config: TrainConfig) -> list[TrainConfig]:
@@ -95,20 +93,16 @@ def reopen_all(
     return top, directories, notes
 
 
-def joint_row(runs: Sequence[AgentRun]) -> dict[str, int | float]:
-    """What people see of an iteration: a run's row, or what those of several have in common; and the best return so far."""
+def shown_row(runs: Sequence[AgentRun]) -> dict[str, int | float]:
+    """What the display shows of an iteration: the metrics, of several seeds combined, and the best return so far."""
     if len(runs) == 1:
         return {**runs[0].row, "new_best": runs[0].new_best, "best_return": runs[0].state.best_return}
-    rows = [run.row for run in runs if run.row]
-    joint: dict[str, int | float] = {key: _mean([row[key] for row in rows]) for key in rows[0]}
-    joint |= {key: sum(row[key] for row in rows) for key in _SUMS}
-    joint |= {"iteration": max(row["iteration"] for row in rows), "new_best": any(run.new_best for run in runs)}
-    return {**joint, "best_return": _mean([run.state.best_return for run in runs])}
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return sum(known) / len(known) if known else math.nan
+    known = [run.state.best_return for run in runs if math.isfinite(run.state.best_return)]
+    return {
+        **joint_row([run.row for run in runs if run.row]),
+        "new_best": any(run.new_best for run in runs),
+        "best_return": sum(known) / len(known) if known else math.nan,
+    }
 
 
 def keep_joint(

@@ -34,6 +34,7 @@ from fastppo.rollout.storage import Outcomes, Phases
 from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
+from fastppo.run.metrics import METRICS, ordered_row
 from fastppo.run.tracking import Tracker
 from fastppo.training.checkpoints import Checkpoints
 from fastppo.training.reproducibility import differences
@@ -196,23 +197,25 @@ class AgentRun:
         self._recent.append((state.seconds - self._first_second, state.global_step - self._first_step))
 
         (before, steps_before), (now, steps_now) = self._recent[0], self._recent[-1]
-        self.row = {
-            "iteration": state.iteration,
-            "global_step": state.global_step,
-            "seconds": round(state.seconds, 6),
-            "sps": (steps_now - steps_before) / (now - before),
-            "episodic_return_mean": state.episodes.return_mean,
-            "episodic_length_mean": state.episodes.length_mean,
-            "episodes": state.episodes.episodes,
-            "terminations": int((terminated & valid).sum()),
-            "truncations": int((truncated & ~terminated & valid).sum()),
-            "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - config.ent_coef * metrics["entropy"],
-            **metrics,
-            "learning_rate": schedule.learning_rate.item(),
-            "env_share": phases.env / seconds,
-            "act_share": phases.act / seconds,
-            "learn_share": learn / seconds,
-        }
+        self.row = ordered_row(
+            {
+                "iteration": state.iteration,
+                "global_step": state.global_step,
+                "seconds": round(state.seconds, 6),
+                "sps": (steps_now - steps_before) / (now - before),
+                "episodic_return_mean": state.episodes.return_mean,
+                "episodic_length_mean": state.episodes.length_mean,
+                "episodes": state.episodes.episodes,
+                "terminations": int((terminated & valid).sum()),
+                "truncations": int((truncated & ~terminated & valid).sum()),
+                "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - config.ent_coef * metrics["entropy"],
+                **metrics,
+                "learning_rate": schedule.learning_rate.item(),
+                "env_share": phases.env / seconds,
+                "act_share": phases.act / seconds,
+                "learn_share": learn / seconds,
+            }
+        )
 
     @property
     def new_best(self) -> bool:
@@ -518,8 +521,7 @@ def read_metrics(learned: LearnResult) -> dict[str, float]:
                 f"{MINIBATCH_METRICS[key]} is not finite in minibatch {index} of the update, which was not applied"
             )
         raise TrainingFault("a parameter is not finite after the update, which was not applied")
-    keys = ("policy_loss", "value_loss", "entropy", "approx_kl", "clipfrac", "explained_variance", "grad_norm")
-    return {**{key: summary[key] for key in keys}, "updates": int(summary["updates"])}
+    return {**{name: summary[name] for name in METRICS if name in summary}, "updates": int(summary["updates"])}
 
 
 def _tell(callbacks: Sequence[Callback], view: View, moment: str = "on_iteration") -> str | None:

@@ -1,0 +1,147 @@
+"""Every metric of an iteration, once and in order: name, tag, text, how seeds combine, place in the live panel.
+
+This list decides the columns of metrics.csv, the tags of TensorBoard and trackers, the cells of the panel, the table in
+REFERENCE.md and the joint row of many seeds. The values come from training/training_run.py; those of the update come from
+core, under the names they have here.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+Row = Mapping[str, int | float]
+
+
+class Metric(NamedTuple):
+    """One metric of an iteration."""
+
+    name: str
+    """Column of metrics.csv."""
+    tag: str | None
+    """Name in TensorBoard and trackers, CleanRL's where it has one; None for the axes that the others are drawn over."""
+    text: str
+    """Its row in REFERENCE.md."""
+    seeds: Literal["mean", "sum", "max"] = "mean"
+    """How the values of several seeds become one."""
+    label: str = ""
+    """Its name in the live panel."""
+    cell: tuple[int, int] | None = None
+    """Its line and column in the live panel; None where that does not show it."""
+
+
+METRICS: Mapping[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "iteration", None, "Rollouts collected and learned from since the run began.", "max", label="iteration", cell=(1, 0)
+        ),
+        Metric(
+            "global_step",
+            None,
+            "Transitions so far: steps of all environments, autoreset steps not counted.",
+            "sum",
+            label="step",
+            cell=(0, 0),
+        ),
+        Metric("seconds", "time/seconds", "Time of all iterations so far, with logging and with those before a --resume."),
+        Metric("sps", "charts/SPS", "Transitions per second over the last 10 iterations.", "sum", label="SPS", cell=(3, 2)),
+        Metric(
+            "episodic_return_mean",
+            "charts/episodic_return",
+            "Mean undiscounted return of the last 100 finished episodes, in the environment's rewards; nan before the first.",
+        ),
+        Metric(
+            "episodic_length_mean",
+            "charts/episodic_length",
+            "Mean length of these episodes, in steps.",
+            label="length",
+            cell=(3, 0),
+        ),
+        Metric("episodes", "charts/episodes", "Episodes finished since the run began.", "sum", label="episodes", cell=(2, 0)),
+        Metric("terminations", "charts/terminations", "Steps of this iteration that terminated an episode.", "sum"),
+        Metric("truncations", "charts/truncations", "Steps of this iteration that truncated an episode.", "sum"),
+        Metric("loss", "charts/loss", "policy_loss + vf_coef * value_loss - ent_coef * entropy."),
+        Metric(
+            "policy_loss",
+            "losses/policy_loss",
+            "-E[min(r A, clip(r, 1 - c, 1 + c) A)]. This and the rows down to clipfrac are means over the updates.",
+            label="policy loss",
+            cell=(0, 1),
+        ),
+        Metric(
+            "value_loss",
+            "losses/value_loss",
+            "E[(V - V_target)^2], or clipped with --clip-vloss. In units of normalised rewards with --norm-reward.",
+            label="value loss",
+            cell=(1, 1),
+        ),
+        Metric(
+            "entropy",
+            "losses/entropy",
+            "Mean entropy of the policy's distribution, in nats.",
+            label="entropy",
+            cell=(2, 1),
+        ),
+        Metric(
+            "approx_kl",
+            "losses/approx_kl",
+            "E[(r - 1) - log r]: estimate of the KL divergence from the policy that collected the rollout.",
+            label="approx kl",
+            cell=(3, 1),
+        ),
+        Metric("clipfrac", "losses/clipfrac", "Share of transitions whose ratio r was outside the clip range."),
+        Metric(
+            "explained_variance",
+            "losses/explained_variance",
+            "1 - Var[V_target - V] / Var[V_target] before the update: 1 is perfect, 0 as good as a constant.",
+        ),
+        Metric("grad_norm", "losses/grad_norm", "2-norm of the gradient before clipping, mean over the updates."),
+        Metric(
+            "updates",
+            "charts/updates",
+            "Minibatches that moved the parameters: all of them, or fewer after a stop by --target-kl.",
+            "sum",
+        ),
+        Metric("learning_rate", "charts/learning_rate", "Adam's step size in this iteration."),
+        Metric(
+            "env_share",
+            "time/env_share",
+            "Share of the iteration's time spent in the environments' steps.",
+            label="env",
+            cell=(0, 2),
+        ),
+        Metric(
+            "act_share",
+            "time/act_share",
+            "Share spent on choosing actions; with environments on the device it is part of env_share.",
+            label="act",
+            cell=(1, 2),
+        ),
+        Metric(
+            "learn_share",
+            "time/learn_share",
+            "Share spent on learning. The rest is logging, checkpoints, statistics and display.",
+            label="learn",
+            cell=(2, 2),
+        ),
+    )
+}
+
+
+def ordered_row(values: Row) -> dict[str, int | float]:
+    """The values in the order of METRICS. Raises ValueError where a metric is missing or unknown."""
+    if values.keys() != METRICS.keys():
+        raise ValueError(f"not the metrics of an iteration: {sorted(values.keys() ^ METRICS.keys())}")
+    return {name: values[name] for name in METRICS}
+
+
+def joint_row(rows: Sequence[Row]) -> dict[str, int | float]:
+    """One row from those of several seeds, each metric combined as METRICS says."""
+    combine: dict[str, Callable[[Sequence[float]], int | float]] = {"mean": _mean, "sum": sum, "max": max}
+    return {metric.name: combine[metric.seeds]([row[metric.name] for row in rows]) for metric in METRICS.values()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of the finite values; nan where there are none."""
+    known = [value for value in values if math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
