@@ -19,7 +19,7 @@ from rich.table import Table
 from sps import Workload, run_fastppo
 
 from fastppo import TrainConfig
-from fastppo.policy.agent import make_network
+from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.storage import allocate_rollout
 

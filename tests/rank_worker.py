@@ -17,7 +17,7 @@ from fastppo.core.minibatches import draw_permutation
 from fastppo.core.ppo import learn
 from fastppo.errors import TrainingFault
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.normalization import init_moments, update_moments
 from fastppo.ranks import Ranks, start_ranks
 

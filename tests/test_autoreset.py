@@ -15,7 +15,7 @@ from fastppo.core.ppo import learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.policy.distributions import CATEGORICAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector
 from fastppo.rollout.storage import allocate_rollout

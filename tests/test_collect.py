@@ -31,7 +31,7 @@ from fastppo.envs.backends import make_envs
 from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.evaluate import console as evaluate_console
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.env_step import env_step_of, pack
@@ -314,7 +314,7 @@ from fastppo.core.acting import collect
 from fastppo.core.contracts import Normalization
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.env_step import env_step_of, pack
 

@@ -21,7 +21,7 @@ from fastppo.core.minibatches import draw_permutation
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.core.seed_axis import Seeds, of_seed, stack
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 
 T, N, E, M = 16, 4, 2, 16
 APPLIED = MINIBATCH_METRICS.index("applied")

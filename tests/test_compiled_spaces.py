@@ -20,9 +20,9 @@ from fastppo.compile import inductor
 from fastppo.compile.inductor import cache_key, compile_program
 from fastppo.core.adam import init_adam
 from fastppo.core.ppo import learn
-from fastppo.policy.agent import make_network
 from fastppo.policy.distributions import CATEGORICAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.make_network import make_network
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
 
 

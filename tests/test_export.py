@@ -21,9 +21,10 @@ from torch import nn
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.__main__ import console as fastppo_console
 from fastppo.export import console, export_policy
-from fastppo.policy.agent import Agent, make_network
+from fastppo.policy.agent import Agent
 from fastppo.policy.deployment import DeployedPolicy
 from fastppo.policy.distributions import choices
+from fastppo.policy.make_network import make_network
 from fastppo.policy.normalization import RunningMoments, make_normalization
 from fastppo.policy.spaces import action_spec, obs_spec
 

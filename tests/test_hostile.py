@@ -22,7 +22,7 @@ import torch
 
 from fastppo import TrainConfig, UsageError, load_policy
 from fastppo.evaluate import console as evaluate_console
-from fastppo.policy.spaces import space_from_data, space_to_data
+from fastppo.policy.codec import space_from_data, space_to_data
 from fastppo.run.checkpoint_file import FORMAT, load_checkpoint
 from fastppo.train import console
 

@@ -91,7 +91,7 @@ def test_only_one_module_names_the_compiler(path):
 def test_every_layer_was_looked_at():
     """The walk finds the package: were it empty, everything above would pass."""
     names = {module_name(path) for path in FILES}
-    assert {"fastppo", "fastppo.core.ppo", "fastppo.policy.networks"} <= names
+    assert {"fastppo", "fastppo.core.ppo", "fastppo.policy.network"} <= names
     units = [name for floor in FLOORS for unit in floor for name in unit]
     assert sorted(units) == sorted({[*name.split("."), ""][1] for name in names})
 
@@ -100,15 +100,15 @@ def test_every_layer_was_looked_at():
     ("module", "source", "found"),
     [
         ("fastppo.core.adam", "import torch\nfrom fastppo.core import losses", set()),
-        ("fastppo.core.adam", "def f():\n    from fastppo.policy import networks", {"fastppo.policy.networks"}),
+        ("fastppo.core.adam", "def f():\n    from fastppo.policy import network", {"fastppo.policy.network"}),
         ("fastppo.core.adam", "import fastppo", {"fastppo"}),
         ("fastppo.core.adam", "from .. import config", {"fastppo.config"}),
         ("fastppo.core.adam", "from .losses import masked_mean", set()),
         ("fastppo.core.adam", "if TYPE_CHECKING:\n    import fastppo.envs.make", {"fastppo.envs.make"}),
         ("fastppo.core.adam", "from fastppo.ranks import Ranks", {"fastppo.ranks.Ranks"}),
         ("fastppo.core.adam", "from fastppo.errors import UsageError", set()),
-        ("fastppo.policy.networks", "from fastppo.rollout.storage import x", {"fastppo.rollout.storage.x"}),
-        ("fastppo.policy.networks", "from fastppo.envs.make import make", {"fastppo.envs.make.make"}),
+        ("fastppo.policy.network", "from fastppo.rollout.storage import x", {"fastppo.rollout.storage.x"}),
+        ("fastppo.policy.network", "from fastppo.envs.make import make", {"fastppo.envs.make.make"}),
         ("fastppo.envs.cartpole", "from fastppo.core import scan\nfrom fastppo.system.cpus import available_cores", set()),
         (
             "fastppo.rollout.storage",

@@ -25,7 +25,8 @@ from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.render import make_drawn
 from fastppo.errors import EnvironmentFailed, TrainingFault
-from fastppo.policy.agent import Agent, make_network
+from fastppo.policy.agent import Agent
+from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.storage import allocate_rollout

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.evaluate import console as evaluate_console
-from fastppo.policy.networks import ModulePolicy
+from fastppo.policy.module_policy import ModulePolicy
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.train import console

@@ -9,8 +9,10 @@ import torch
 from environments import OBSERVATIONS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
+from fastppo.policy.actor_critic import ActorCritic
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.networks import ACTIVATIONS, ActorCritic, Encoder, MLPActorCritic, encode
+from fastppo.policy.encoder import Encoder, encode
+from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
 from fastppo.policy.spaces import obs_spec
 
 NN_ACTIVATION = {

@@ -15,7 +15,7 @@ from fastppo import train
 from fastppo.compile import inductor, library_cache, native
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, native_key, pack, unpack
 from fastppo.policy.distributions import CATEGORICAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -21,7 +21,7 @@ from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 
 COLUMN = {name: i for i, name in enumerate(MINIBATCH_METRICS)}
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))

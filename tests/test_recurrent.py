@@ -40,7 +40,8 @@ from fastppo.core.recurrence import STEPS
 from fastppo.core.seed_axis import Seeds, of_seed, stack
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.policy.agent import Agent, make_network
+from fastppo.policy.agent import Agent
+from fastppo.policy.make_network import make_network
 from fastppo.policy.rnn import RecurrentActorCritic, Rnn
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector

@@ -16,7 +16,7 @@ from fastppo.core.contracts import Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
-from fastppo.policy.agent import make_network
+from fastppo.policy.make_network import make_network
 from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector

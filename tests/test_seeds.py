@@ -27,7 +27,7 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.make import make_vec
 from fastppo.envs.multi_seed_envs import JoinedVectorEnv, SeedsVectorEnv, many
 from fastppo.policy.distributions import CATEGORICAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.reference import SEEDS_SUMMARY, SUMMARY
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory

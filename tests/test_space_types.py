@@ -18,8 +18,10 @@ from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.core.contracts import Normalization
 from fastppo.envs import check
 from fastppo.policy import spaces
-from fastppo.policy.agent import Agent, make_network
-from fastppo.policy.spaces import action_spec, obs_spec, space_from_data, space_to_data
+from fastppo.policy.agent import Agent
+from fastppo.policy.codec import space_from_data, space_to_data
+from fastppo.policy.make_network import make_network
+from fastppo.policy.spaces import action_spec, obs_spec
 
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
 VECTOR = Box(-1.0, 1.0, (3,), np.float32)

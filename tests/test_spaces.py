@@ -15,8 +15,9 @@ from test_run import rows_of
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.evaluate import console as evaluate_console
-from fastppo.policy.networks import channels_first
-from fastppo.policy.spaces import action_spec, is_image_shape, obs_spec, space_from_data, space_to_data
+from fastppo.policy.codec import space_from_data, space_to_data
+from fastppo.policy.encoder import channels_first
+from fastppo.policy.spaces import action_spec, is_image_shape, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
 from fastppo.rollout.storage import allocate_rollout

@@ -214,7 +214,7 @@ def test_the_trial_is_work_that_threads_can_share(monkeypatch):
     import gymnasium as gym
 
     from fastppo.policy.distributions import CATEGORICAL
-    from fastppo.policy.networks import MLPActorCritic
+    from fastppo.policy.mlp import MLPActorCritic
     from fastppo.policy.spaces import action_spec, obs_spec
 
     policy = MLPActorCritic(4, 2, CATEGORICAL, (8,))

@@ -18,7 +18,7 @@ from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, ProgramSel
 from fastppo.core import acting
 from fastppo.core.contracts import Normalization
 from fastppo.policy.distributions import CATEGORICAL
-from fastppo.policy.networks import MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.train import console
 
 FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]

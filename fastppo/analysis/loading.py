@@ -7,8 +7,9 @@ import torch
 
 from fastppo.config import TrainConfig, read_run_config
 from fastppo.errors import UsageError, brief
-from fastppo.policy.agent import Agent, agent_from_state
-from fastppo.policy.networks import ModuleFactory
+from fastppo.policy.agent import Agent
+from fastppo.policy.codec import agent_from_state
+from fastppo.policy.module_policy import ModuleFactory
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from fastppo.system.modes import ours

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from fastppo.core.contracts import Obs, Weights
 from fastppo.core.recurrence import NUM_GATES, NUM_STATES, Cells, gru, gru_step, lstm, lstm_step
-from fastppo.policy.networks import Composed, Encoder, Family, MLPActorCritic, Part, Shaped, check_shapes, masked
+from fastppo.policy.actor_critic import masked
+from fastppo.policy.encoder import Encoder
+from fastppo.policy.mlp import MLPActorCritic
+from fastppo.policy.network import Composed, Family, Part, Shaped, check_shapes
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ compares are those of what was sampled.
 """
 
 import math
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +23,6 @@ from fastppo.errors import UsageError
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Distribution, MultiCategorical
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
-MAX_NUMBERS, MAX_PARTS, MAX_NESTING = 2**24, 1024, 16  # of a space in a checkpoint
 NO_BOUND = 1e38  # a bound of this size or more is how environments say that there is none: float32's largest, float64's
 MIN_IMAGE_SIDE = 36  # the least that the three convolutions of the Nature CNN leave something of
 
@@ -278,104 +276,3 @@ def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
 
 def _torch_dtype(space: gym.Space[Any]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, space.dtype)).dtype
-
-
-def space_to_data(space: gym.Space[Any]) -> dict[str, Any]:
-    """A supported space as plain data for a checkpoint."""
-    if isinstance(space, Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": str(space.dtype)}
-    if isinstance(space, MultiDiscrete):
-        numbers, start = torch.from_numpy(space.nvec.astype(np.int64)), torch.from_numpy(space.start.astype(np.int64))
-        return {"type": "MultiDiscrete", "nvec": numbers, "start": start, "dtype": str(space.dtype)}
-    if isinstance(space, MultiBinary):
-        return {"type": "MultiBinary", "shape": list(space.shape)}
-    if isinstance(space, Dict):
-        return {"type": "Dict", "spaces": {name: space_to_data(part) for name, part in space.spaces.items()}}
-    if isinstance(space, Tuple):
-        return {"type": "Tuple", "spaces": [space_to_data(part) for part in space.spaces]}
-    assert isinstance(space, Box)
-    low, high = torch.from_numpy(space.low.copy()), torch.from_numpy(space.high.copy())
-    return {"type": "Box", "low": low, "high": high, "dtype": str(space.dtype)}
-
-
-def space_from_data(data: Any) -> gym.Space[Any]:
-    """The inverse of `space_to_data`; raises KeyError or ValueError for data that describes no supported space.
-
-    Nothing is made before its size is known to be within MAX_NUMBERS and MAX_PARTS: the data may be anybody's.
-    """
-    if _count_parts(data) > MAX_PARTS:
-        raise ValueError(f"a space of more than {MAX_PARTS} parts, or nested more than {MAX_NESTING} deep")
-    return _space(data)
-
-
-def _count_parts(data: Any, depth: int = 0) -> int:
-    """Spaces that `data` describes, itself included; more than MAX_PARTS as soon as it is certain that there are too many."""
-    parts = data.get("spaces", ()) if isinstance(data, dict) else ()
-    if depth == MAX_NESTING or len(parts) >= MAX_PARTS:
-        return MAX_PARTS + 1
-    count = 1
-    for part in parts.values() if isinstance(parts, dict) else parts:
-        count += _count_parts(part, depth + 1)
-        if count > MAX_PARTS:
-            break
-    return count
-
-
-def _space(data: Any) -> gym.Space[Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"a space is described by a dict, not by a {type(data).__name__}")
-    kind = data["type"]
-    if kind == "Discrete":
-        n, start = data["n"], data["start"]
-        _check_numbers([n], [start])
-        dtype = np.dtype(_dtype({"dtype": "int64", **data}))  # older versions kept none
-        if dtype == np.int64:  # older gymnasium's only type
-            return Discrete(n, start=start)
-        if dtype.kind not in "iu" or not np.iinfo(dtype).min <= start <= start + n - 1 <= n + start <= np.iinfo(dtype).max:
-            raise ValueError(f"a Discrete of {n} numbers from {start} on, of dtype {dtype}")
-        return Discrete(n, start=start, dtype=dtype.type)
-    if kind == "MultiDiscrete":
-        numbers, start = _array(data["nvec"]), _array(data["start"])
-        if numbers.dtype != np.int64 or start.dtype != np.int64 or numbers.shape != start.shape:
-            raise ValueError("a MultiDiscrete whose nvec and start are not whole numbers, as many of each")
-        _check_numbers(numbers.flatten().tolist(), start.flatten().tolist())
-        return MultiDiscrete(numbers, dtype=_dtype(data), start=start)
-    if kind == "MultiBinary":
-        shape = data["shape"]
-        if not isinstance(shape, list) or len(shape) > MAX_NESTING:
-            raise ValueError(f"a MultiBinary of shape {reprlib.repr(shape)}")
-        _check_numbers(shape, [])
-        if math.prod(shape) > MAX_NUMBERS:
-            raise ValueError(f"a space of more than {MAX_NUMBERS} numbers")
-        return MultiBinary(shape)
-    if kind == "Dict" and isinstance(data["spaces"], dict):
-        return Dict({name: _space(part) for name, part in data["spaces"].items()})
-    if kind == "Tuple" and isinstance(data["spaces"], list):
-        return Tuple([_space(part) for part in data["spaces"]])
-    if kind == "Box":
-        low, high = _array(data["low"]), _array(data["high"])
-        if low.dtype != high.dtype or low.shape != high.shape or not (low <= high).all():
-            raise ValueError("a Box whose bounds do not fit each other")
-        return Box(low, high, dtype=_dtype(data))
-    raise ValueError(f"unknown space {reprlib.repr(kind)}")
-
-
-def _check_numbers(numbers: list[Any], starts: list[Any]) -> None:
-    """Raise ValueError unless all are whole numbers, of a size that a network can take."""
-    if not all(type(x) is int and 1 <= x <= MAX_NUMBERS for x in numbers) or sum(numbers) > MAX_NUMBERS:
-        raise ValueError(f"a space of {reprlib.repr(numbers)}: at least 1 and at most {MAX_NUMBERS} are expected")
-    if not all(type(x) is int and abs(x) < 2**62 for x in starts):
-        raise ValueError(f"a space that starts at {reprlib.repr(starts)}")
-
-
-def _array(x: Any) -> NDArray[Any]:
-    if not isinstance(x, Tensor) or x.layout != torch.strided or x.numel() > MAX_NUMBERS:
-        raise ValueError(f"a space's bounds are a {type(x).__name__}, not a dense tensor of at most {MAX_NUMBERS} numbers")
-    return x.numpy()
-
-
-def _dtype(data: Mapping[str, Any]) -> Any:
-    name = data["dtype"]
-    if name not in ("bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64))):
-        raise ValueError(f"a space of dtype {reprlib.repr(name)}")
-    return np.dtype(name).type

@@ -27,7 +27,7 @@ from fastppo.core.seed_axis import of_seed, stack
 from fastppo.envs.autoreset import ResetSeed
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import RankLost, TrainingFault
-from fastppo.policy.networks import ModuleFactory
+from fastppo.policy.module_policy import ModuleFactory
 from fastppo.presets import describe
 from fastppo.random_streams import Stream
 from fastppo.ranks import Ranks, checked
@@ -61,7 +61,7 @@ def train(
 
     Args:
         policy: `policy(inputs, num_outputs) -> torch.nn.Module`, a network of your own instead of ours: see
-            fastppo.policy.networks.ModulePolicy for what it is given and returns.
+            fastppo.policy.module_policy.ModulePolicy for what it is given and returns.
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
         envs: a vector environment of your own instead of one made from env_id, trained and evaluated on, and left open. The run
             is named after the id it was registered with, or its class, unless env_id is set.

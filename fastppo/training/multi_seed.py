@@ -18,7 +18,7 @@ from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.policy.networks import Network
+from fastppo.policy.network import Network
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import joint_row

@@ -32,8 +32,10 @@ from fastppo.envs.probe import Choice, choose_vectorization
 from fastppo.envs.render import make_drawn
 from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
-from fastppo.policy.agent import Agent, make_network
-from fastppo.policy.networks import ModuleFactory, ModulePolicy, Network
+from fastppo.policy.agent import Agent
+from fastppo.policy.make_network import make_network
+from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
+from fastppo.policy.network import Network
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of

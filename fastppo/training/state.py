@@ -18,8 +18,8 @@ from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.contracts import Normalization
 from fastppo.core.losses import Total, alone
 from fastppo.errors import UsageError, brief
-from fastppo.policy.agent import checked, moments_from_state, policy_state, weights_from_state
-from fastppo.policy.networks import Network
+from fastppo.policy.codec import checked, moments_from_state, policy_state, weights_from_state
+from fastppo.policy.network import Network
 from fastppo.policy.normalization import (
     RunningMoments,
     discounted_return,

@@ -20,7 +20,7 @@ from torch import Tensor
 from fastppo.core.contracts import obs_of
 from fastppo.core.gradient import grad_and_aux
 from fastppo.core.recurrence import STEPS
-from fastppo.policy.networks import Network
+from fastppo.policy.network import Network
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.storage import allocate_rollout

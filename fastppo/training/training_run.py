@@ -28,7 +28,8 @@ from fastppo.core.contracts import LearnResult, Normalization, Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
 from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.policy.agent import Agent
-from fastppo.policy.networks import ModuleFactory, Network
+from fastppo.policy.module_policy import ModuleFactory
+from fastppo.policy.network import Network
 from fastppo.ranks import ALONE, Ranks
 from fastppo.rollout.storage import Outcomes, Phases
 from fastppo.run.directory import OthersDirectory, RunDirectory

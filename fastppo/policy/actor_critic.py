@@ -1,0 +1,53 @@
+"""The network for observations that are more than one vector: an encoder, then the layers of actor and critic."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastppo.core.contracts import Obs, Weights
+from fastppo.policy.distributions import choices, mask_logits
+from fastppo.policy.encoder import Encoder
+from fastppo.policy.mlp import MLPActorCritic
+from fastppo.policy.network import Composed, Family, Part
+from fastppo.policy.spaces import ACTION_MASK
+
+
+@dataclass(frozen=True)
+class ActorCritic(Composed):
+    """Any observation: an `Encoder` that actor and critic share, then an `MLPActorCritic`. Illegal actions are masked.
+
+    `mlp.obs_size` is `encoder.size`.
+    """
+
+    encoder: Encoder
+    mlp: MLPActorCritic
+    distribution: Family = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "distribution", self.mlp.distribution)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """In the order of the buffer."""
+        return self.encoder, self.mlp
+
+    def actor(self, weights: Weights, obs: Obs) -> Any:
+        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
+        return masked(self.mlp.actor(weights, self.encoder.encode(weights, obs)), obs, self.mlp)
+
+    def critic(self, weights: Weights, obs: Obs) -> Tensor:
+        """V(obs), (...)."""
+        return self.mlp.critic(weights, self.encoder.encode(weights, obs))
+
+    def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
+        """Both at once."""
+        dist, value = self.mlp.actor_critic(weights, self.encoder.encode(weights, obs))
+        return masked(dist, obs, self.mlp), value
+
+
+def masked(dist: Any, obs: Obs, mlp: MLPActorCritic) -> Any:
+    """`dist` with the logits of illegal actions masked, where the observation tells which those are."""
+    if isinstance(obs, Tensor) or ACTION_MASK not in obs:
+        return dist
+    return mask_logits(dist, obs[ACTION_MASK], choices(mlp.distribution, mlp.action_size))

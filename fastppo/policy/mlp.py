@@ -1,0 +1,155 @@
+"""Multi-layer perceptrons for actor and critic. Take vectors."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.core.contracts import Weights
+from fastppo.policy.distributions import DIAGONAL_NORMAL
+from fastppo.policy.network import DistributionMixin, Family, check_shapes
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "elu": torch.nn.functional.elu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+}
+
+
+def _rows(obs: Tensor) -> Tensor:
+    """(..., D) -> (1, R, D)."""
+    return obs.reshape(1, -1, obs.shape[-1])
+
+
+@dataclass(frozen=True)
+class MLPActorCritic(DistributionMixin):
+    """Multi-layer perceptrons for actor and critic, apart or on a shared backbone; a `core.contracts.Policy`.
+
+    obs_size: D, observations are (..., D). action_size: A, the number of logits or of action components.
+    """
+
+    obs_size: int
+    action_size: int
+    distribution: Family
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    activation: str = "tanh"
+    share_backbone: bool = False
+    log_std_init: float = 0.0
+    shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shapes", self._weight_shapes())
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every weight, in the order they lie in the buffer. Matrices are (in, out)."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for trunk in ("backbone",) if self.share_backbone else ("actor", "critic"):
+            sizes = (self.obs_size, *self.hidden_sizes)
+            for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+                shapes[f"{trunk}.{layer}.weight"] = (fan_in, fan_out)
+                shapes[f"{trunk}.{layer}.bias"] = (fan_out,)
+        features = (self.obs_size, *self.hidden_sizes)[-1]
+        for head, size in (("actor", self.action_size), ("critic", 1)):
+            shapes[f"{head}.head.weight"] = (features, size)
+            shapes[f"{head}.head.bias"] = (size,)
+        if self.distribution is DIAGONAL_NORMAL:
+            shapes["actor.log_std"] = (self.action_size,)
+        return shapes
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh flat buffer (P,) on the CPU: orthogonal weights, gain sqrt(2), 0.01 for the actor's head and 1 for the
+        critic's, zero biases (Andrychowicz et al., 2021, arXiv 2006.05990; Engstrom et al., 2020, arXiv 2005.12729)."""
+        params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
+        for name, weight in self.weights(params).items():
+            if name.endswith(".weight"):
+                gain = {"actor.head.weight": 0.01, "critic.head.weight": 1.0}.get(name, math.sqrt(2.0))
+                torch.nn.init.orthogonal_(weight, gain, generator=generator)
+            elif name == "actor.log_std":
+                weight.fill_(self.log_std_init)
+        return params
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of the flat buffer `params`, (P,), by name.
+
+        A head's matrix (features, A) lies in the buffer as (A, features): with A = 2 its gradient takes MKL 4 us instead of
+        25, the forward product 6 instead of 22 (256 rows, one thread).
+        """
+        parts = params.split([math.prod(shape) for shape in self.shapes.values()])
+        return {
+            name: part.view(shape[::-1]).mT if name.endswith("head.weight") else part.view(shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        check_shapes(weights, self.shapes)
+        return torch.cat(
+            [(weights[name].mT if name.endswith("head.weight") else weights[name]).flatten() for name in self.shapes]
+        )
+
+    def actor(self, weights: Weights, obs: Tensor) -> Any:
+        """Distribution parameters for obs (..., D): logits (..., A), or (mean, log_std) of (..., A) each."""
+        (features,) = self._features(weights, _rows(obs), self._trunks[:1])
+        return self._actor_head(weights, features, obs.shape[:-1])
+
+    def critic(self, weights: Weights, obs: Tensor) -> Tensor:
+        """V(obs): (..., D) -> (...)."""
+        (features,) = self._features(weights, _rows(obs), self._trunks[-1:])
+        return self._critic_head(weights, features, obs.shape[:-1])
+
+    def actor_critic(self, weights: Weights, obs: Tensor) -> tuple[Any, Tensor]:
+        """Both; a shared backbone runs once."""
+        return self.both(weights, _rows(obs), obs.shape[:-1])
+
+    def both(self, weights: Weights, x: Tensor, shape: torch.Size) -> tuple[Any, Tensor]:
+        """`actor_critic` of rows x (1, R, D), or (2, R, D) where actor and critic see something of their own.
+
+        shape: of what is returned, R numbers in all.
+        """
+        features = self._features(weights, x, self._trunks)
+        return self._actor_head(weights, features[0], shape), self._critic_head(weights, features[-1], shape)
+
+    @property
+    def _trunks(self) -> tuple[str, ...]:
+        return ("backbone",) if self.share_backbone else ("actor", "critic")
+
+    def _features(self, weights: Weights, x: Tensor, trunks: tuple[str, ...]) -> Tensor:
+        """Last hidden layer of each trunk: (1 or K, R, D) -> (K, R, features), K trunks and R rows.
+
+        The trunks are of one shape and run as one batched product: with 256 rows a 64x64 layer of both, forward and backward,
+        takes 91 us instead of 133 on two cores, because each core works through a network of its own.
+        """
+        activation = ACTIVATIONS[self.activation]
+        if len(trunks) == 1:  # acting: 40 us for eight observations, 74 the other way
+            (x,) = x
+            for layer in range(len(self.hidden_sizes)):
+                x = activation(torch.addmm(weights[f"{trunks[0]}.{layer}.bias"], x, weights[f"{trunks[0]}.{layer}.weight"]))
+            return x.unsqueeze(0)
+        x = x.expand(len(trunks), -1, -1)  # (K, R, D)
+        for layer in range(len(self.hidden_sizes)):
+            weight, bias = (
+                torch.stack([weights[f"{trunk}.{layer}.{part}"] for trunk in trunks]) for part in ("weight", "bias")
+            )  # (K, in, out), (K, out)
+            x = activation(torch.baddbmm(bias.unsqueeze(1), x, weight))
+        return x
+
+    def _actor_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Any:
+        # transposed, (A, R): a narrow output as A long rows, so that what follows reads whole vectors of it
+        out = torch.addmm(weights["actor.head.bias"].unsqueeze(1), weights["actor.head.weight"].mT, features.mT)
+        out = out.mT.reshape(*shape, -1)  # (..., A)
+        return (out, weights["actor.log_std"].expand_as(out)) if "actor.log_std" in weights else out
+
+    def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
+        value = torch.mv(features, weights["critic.head.weight"].squeeze(1)) + weights["critic.head.bias"]  # (R,)
+        return value.reshape(shape)

@@ -1,0 +1,126 @@
+"""What every network is: pure functions of one flat parameter buffer. Knows nothing of learning or of environments.
+
+The buffer is one tensor (P,); every weight is a view of it. The gradient norm, Adam and a copy of the parameters are then one
+operation each instead of one per layer.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastppo.core.contracts import Policy, Weights
+from fastppo.policy.distributions import Distribution, MultiCategorical
+
+Family = Distribution | MultiCategorical
+
+
+class Network(Policy, Protocol):
+    """A `core.contracts.Policy` with parameters to make, keep and restore."""
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        ...
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh flat buffer (P,) on the CPU."""
+        ...
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        ...
+
+
+class DistributionMixin:
+    """What every network does with its distribution; a part of `core.contracts.Policy`."""
+
+    distribution: Family
+
+    @property
+    def rnn_state_size(self) -> int:
+        """Nothing is remembered."""
+        return 0
+
+    def sample(self, dist: Any, noise: Tensor) -> Tensor:
+        """An action from the distribution and its noise."""
+        return self.distribution.sample(dist, noise)
+
+    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
+        """Log-density of the action, (...)."""
+        return self.distribution.log_prob(dist, action)
+
+    def entropy(self, dist: Any) -> Tensor:
+        """Entropy in nats, (...)."""
+        return self.distribution.entropy(dist)
+
+
+class Part(Protocol):
+    """A piece of a network, with its own stretch of the flat buffer."""
+
+    @property
+    def num_params(self) -> int:
+        """Numbers it has in the buffer."""
+        ...
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh stretch, (num_params,), on the CPU."""
+        ...
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of its stretch, by names that no other part has."""
+        ...
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`, which may hold those of other parts too. Raises KeyError or ValueError."""
+        ...
+
+
+class Shaped:
+    """What a `Part` whose weights have these shapes takes of the buffer."""
+
+    shapes: dict[str, tuple[int, ...]]  # name -> shape, in the order of the buffer
+
+    @property
+    def num_params(self) -> int:
+        """Numbers it has in the buffer."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+class Composed(DistributionMixin):
+    """A network of parts, which lie in the flat buffer one behind the other."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """In the order of the buffer."""
+        raise NotImplementedError
+
+    @property
+    def num_params(self) -> int:
+        """P, the length of the flat buffer."""
+        return sum(part.num_params for part in self.parts)
+
+    def init(self, generator: torch.Generator) -> Tensor:
+        """A fresh flat buffer (P,) on the CPU."""
+        return torch.cat([part.init(generator) for part in self.parts])
+
+    def weights(self, params: Tensor) -> dict[str, Tensor]:
+        """Views of the flat buffer `params`, (P,), by name."""
+        stretches = params.split([part.num_params for part in self.parts])
+        views: dict[str, Tensor] = {}
+        for part, stretch in zip(self.parts, stretches, strict=True):
+            views |= part.weights(stretch)
+        return views
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """The inverse of `weights`: a new flat buffer, (P,). Raises KeyError or ValueError where name or shape differ."""
+        return torch.cat([part.flatten(weights) for part in self.parts])
+
+
+def check_shapes(weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise KeyError or ValueError where a name is missing or a shape differs."""
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != tuple(shape):
+            raise ValueError(f"weight {name} is {tuple(weights[name].shape)}, not {tuple(shape)}")
