@@ -6,6 +6,7 @@ import importlib.util
 import os
 import random
 import sys
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from fastppo.compile import native
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))  # for ids such as environments:Walk-v0, in child processes too
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 torch.set_num_threads(1)
 for name in ("CI", "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TERM", "PYTHONWARNINGS", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -44,8 +46,8 @@ def pytest_runtest_setup(item):
 
 # Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the
 # other waiting. xdist's own order, by numbers of tests, has those that compile last.
-LONG_FILES = ["torchrun", "compilation", "recurrent", "seeds", "tiers", "collect", "backends", "compiled_spaces", "sweep"]
-LONG_FILES += ["export", "recurrent_runs"]
+LONG_FILES = ["torchrun", "compilation", "rnn_compile", "seeds", "tiers", "collect", "backends", "compiled_spaces", "sweep"]
+LONG_FILES += ["export", "rnn_runs"]
 
 
 def pytest_collection_modifyitems(items):
@@ -69,7 +71,7 @@ def _own_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures():
-    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see tiny_runs.drawn."""
+    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see support.runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("fastppo.training.training_run.plot_curves", lambda *_: None)
         patched.setattr("fastppo.training.multi_seed.draw_page", lambda *_, **__: None)

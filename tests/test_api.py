@@ -9,36 +9,13 @@ import pytest
 import torch
 from environments import WalkVector
 from gymnasium.vector import SyncVectorEnv
-from test_resume import differing, result_of
-from tiny_runs import tiny
 
-from fastppo import Callback, TrainConfig, TrainingFault, UsageError, View, load_policy, train
+from fastppo import Callback, TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.envs.make_device import make_device_vec
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.metrics_file import read_rows
-
-
-class Recorder(Callback):
-    """Notes every call; stops in iteration `stop`, raises in `fail`."""
-
-    def __init__(self, stop=None, fail=None):
-        self.calls, self.stop, self.fail = [], stop, fail
-
-    def on_iteration(self, run: View) -> bool | None:
-        self.calls.append(("iteration", run.iteration, run.global_step, run.progress))
-        self.view = run
-        if run.iteration == self.fail:
-            raise ValueError("no more\nof this")
-        return run.iteration == self.stop
-
-    def on_checkpoint(self, run: View) -> None:
-        kept = load_checkpoint(run.run_dir / "checkpoints" / "last.pt")["iteration"]
-        self.calls.append(("checkpoint", run.iteration, kept))
-
-    def on_end(self, run: View) -> None:
-        assert not (run.run_dir / "summary.json").exists()
-        self.calls.append(("end", run.iteration))
-
+from support.resume import differing, result_of
+from support.runs import Recorder, tiny
 
 # --- callbacks
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from test_resume import stopped_after
-from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.run.best import BestPolicy
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.episodes import EpisodeStatistics, Finished
+from support.resume import stopped_after
+from support.runs import tiny
 
 
 class Kept:

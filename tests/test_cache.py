@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_compilation import CATEGORICAL_POLICY, job
 
 from fastppo.__main__ import console
 from fastppo.compile import inductor, library_cache, native
@@ -21,6 +20,7 @@ from fastppo.compile.inductor import (
     load_program,
     native_key,
 )
+from support.programs import CATEGORICAL_POLICY, job
 
 DAY = 86_400.0
 NOW = 2_000_000_000.0

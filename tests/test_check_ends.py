@@ -7,13 +7,13 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.vector.utils import batch_space
-from tiny_runs import tiny
 
 from fastppo import TrainingFault, UsageError, train
 from fastppo.envs import check
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.multi_seed_envs import JoinedVectorEnv, many
 from fastppo.errors import EnvironmentFailed
+from support.runs import tiny
 
 
 class Drift(VectorEnv):

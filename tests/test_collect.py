@@ -17,30 +17,25 @@ import pytest
 import torch
 from environments import TAXI
 from gymnasium.spaces import Box
-from support.pages import command_in, python_in, section
 from torch.utils._pytree import tree_leaves
 
 from fastppo import TrainConfig, train
 from fastppo.compile import inductor, native
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, compile_program
-from fastppo.core.acting import act, collect
-from fastppo.core.contracts import CollectResult, Normalization
+from fastppo.core.acting import act
+from fastppo.core.contracts import CollectResult
 from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.backends import make_envs
 from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.evaluate import console as evaluate_console
-from fastppo.policy.mlp import MLPActorCritic
-from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
-from fastppo.rollout.env_step import env_step_of, pack
 from fastppo.rollout.step_collector import TensorCollector
-from fastppo.rollout.storage import allocate_rollout
 from fastppo.train import console
+from support.device_envs import CPU, N, T, setup
+from support.pages import command_in, python_in, section
 
-T, N = 11, 6
-CPU = torch.device("cpu")
 KEYS = ("obs", "action", "reward", "terminated", "truncated", "valid")
 
 
@@ -82,49 +77,6 @@ class Faulty:
 
 
 gym.register("Faulty-v0", vector_entry_point=lambda num_envs, **kwargs: TorchVectorEnv(Faulty(**kwargs), num_envs))
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """Environments, their policy and all that `collect` wants."""
-
-    envs: TorchVectorEnv
-    spec: object
-    policy: MLPActorCritic
-    params: torch.Tensor
-    normalization: Normalization
-
-    @property
-    def obs(self):
-        return obs_spec(self.envs.single_observation_space)
-
-    def rollout(self):
-        return allocate_rollout(T, N, self.obs, self.spec, False, CPU)
-
-    def noise(self, seed):
-        return self.spec.distribution.noise(self.spec.noise_shape(T, N), torch.Generator().manual_seed(seed))
-
-    def program(self, **settings):
-        return functools.partial(collect, policy=self.policy, env_step=env_step_of(self.envs, self.spec), **settings)
-
-    def arguments(self, seed=0):
-        """A rollout's; the environments stand where they stand."""
-        return self.params, self.normalization, pack(self.envs.running), self.noise(seed), self.envs.draw(T)
-
-
-def setup(env, squash=False, norm_obs=False, seed=1):
-    """A policy that pushes hard enough for the bounds of actions to matter."""
-    envs = TorchVectorEnv(env, N)
-    envs.reset(seed=2 + seed)
-    spec = action_spec(env.action_space, squash)
-    size = env.observation_space.shape[0]
-    policy = MLPActorCritic(size, spec.size, spec.distribution, (8, 8), log_std_init=0.5)
-    params = policy.init(torch.Generator().manual_seed(seed))
-    params += 0.1 * torch.randn(params.shape, generator=torch.Generator().manual_seed(2))
-    mean, scale = (
-        ({"obs": torch.linspace(-0.1, 0.2, size)}, {"obs": torch.linspace(2.0, 5.0, size)}) if norm_obs else (None, None)
-    )
-    return Setup(envs, spec, policy, params, Normalization(mean, scale, None, torch.zeros(()), torch.ones(())))
 
 
 # --- eager

@@ -15,30 +15,10 @@ import torch
 
 from fastppo.compile import inductor
 from fastppo.compile.inductor import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
-from fastppo.core.adam import init_adam
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Schedule
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.core.seed_axis import Seeds, of_seed, stack
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
-from fastppo.policy.mlp import MLPActorCritic
-
-T, N, E, M = 16, 4, 2, 16
-APPLIED = MINIBATCH_METRICS.index("applied")
-SETTINGS = {
-    "gamma": 0.99,
-    "gae_lambda": 0.95,
-    "advantage_estimator": "gae",
-    "norm_returns": False,
-    "norm_adv": True,
-    "clip_reward": False,
-    "clip_vloss": True,
-    "vf_coef": 0.5,
-    "max_grad_norm": 0.5,
-    "target_kl": None,
-    "adam_eps": 1e-5,
-    "minibatch_size": M,
-}
+from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, T, assert_same, job
 
 
 @pytest.fixture(autouse=True)
@@ -48,46 +28,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
-    """(learn, arguments): a rollout with both kinds of ends and the rows after them masked, those full of absurd numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    params = policy.init(generator)
-    obs = torch.randn(T + 1, N, policy.obs_size, generator=generator)
-    if policy.distribution is CATEGORICAL:
-        action = torch.randint(policy.action_size, (T + 1, N), generator=generator)
-    else:
-        action = torch.randn(T + 1, N, policy.action_size, generator=generator)
-    terminated = torch.rand(T + 1, N, generator=generator) < 0.1
-    truncated = torch.rand(T + 1, N, generator=generator) < 0.1
-    valid = torch.ones(T + 1, N, dtype=torch.bool)
-    valid[1:] = ~(terminated | truncated)[:-1]
-    reward = torch.where(valid, torch.rand(T + 1, N, generator=generator), 1e6)
-    rollout = {
-        "obs": obs, "action": action, "reward": reward, "terminated": terminated, "truncated": truncated, "valid": valid
-    }  # fmt: skip
-    permutation = torch.stack([torch.randperm(T * N, generator=generator) for _ in range(E)])
-    schedule = Schedule(torch.tensor(learning_rate), torch.tensor(0.2), torch.tensor(0.01))
-    obs_mean, obs_scale = (
-        ({"obs": torch.full((policy.obs_size,), 0.5)}, {"obs": torch.full((policy.obs_size,), 2.0)})
-        if normalized
-        else (None, None)
-    )
-    reward_scale = torch.tensor(0.5) if normalized else None
-    normalization = Normalization(obs_mean, obs_scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
-    arguments = (params, init_adam(params), rollout, permutation, schedule, normalization)
-    return functools.partial(learn, policy=policy, **(SETTINGS | settings)), arguments
-
-
-def assert_same(result, expected):
-    for name, one, other in zip(expected._fields, result, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
-    assert torch.equal(result.minibatch_metrics[:, APPLIED], expected.minibatch_metrics[:, APPLIED])
-
-
-CATEGORICAL_POLICY = MLPActorCritic(4, 3, CATEGORICAL, (16, 16))
-NORMAL_POLICY = MLPActorCritic(5, 2, DIAGONAL_NORMAL, (16, 16))
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +234,7 @@ def test_second_process_loads_without_the_compiler(library):
     _, _, _, cache_dir = library
     script = (
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
-        "from test_compilation import *\n"
+        "from support.programs import *\n"
         "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
         "c = load_program(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"

@@ -3,7 +3,6 @@
 A file of its own: what it imports, tests/test_compilation.py shows a second process not to need.
 """
 
-import functools
 import os
 import subprocess
 import sys
@@ -11,19 +10,12 @@ import sys
 import gymnasium as gym
 import pytest
 import torch
-from environments import ACTIONS, OBSERVATIONS
-from test_compilation import N, T, assert_same, job
-from torch import nn
+from environments import ACTIONS
 
-from fastppo import TrainConfig
 from fastppo.compile import inductor
 from fastppo.compile.inductor import cache_key, compile_program
-from fastppo.core.adam import init_adam
-from fastppo.core.ppo import learn
-from fastppo.policy.distributions import CATEGORICAL
-from fastppo.policy.make_network import make_network
-from fastppo.policy.mlp import MLPActorCritic
-from fastppo.policy.spaces import action_spec, obs_spec
+from support.networks import Relu, Small, structured_job
+from support.programs import assert_same
 
 
 @pytest.fixture(autouse=True)
@@ -33,51 +25,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-class Small(nn.Module):
-    """One hidden layer for both heads, with a constant tensor of its own."""
-
-    activation = staticmethod(torch.tanh)
-
-    def __init__(self, inputs, num_outputs, shift=0.0):
-        super().__init__()
-        self.body = nn.Linear(*inputs, 16)
-        self.actor, self.critic = nn.Linear(16, num_outputs), nn.Linear(16, 1)
-        self.register_buffer("shift", torch.full((16,), shift))
-
-    def forward(self, obs):
-        x = self.activation(self.body(obs)) + self.shift
-        return self.actor(x), self.critic(x)
-
-
-class Relu(Small):
-    """The same shapes and names, another function."""
-
-    activation = staticmethod(torch.relu)
-
-
-def structured_job(observation, action_space, policy=None, seed=0, network_seed=0, **settings):
-    """`job` for a space of tests/environments.py: (learn, arguments)."""
-    action = action_spec(action_space, False)
-    space = OBSERVATIONS[observation]
-    spec = obs_spec(space, None, action)
-    network = make_network(spec, action, TrainConfig(hidden_sizes=(16,), cnn_size=16), policy, network_seed)
-    learn_eagerly, (_, _, rollout, *rest) = job(MLPActorCritic(1, action.size, CATEGORICAL), seed, **settings)
-    space.seed(seed)
-    rows = [space.sample() for _ in range((T + 1) * N)]
-    del rollout["obs"]
-    for leaf in spec:
-        stacked = torch.stack([torch.as_tensor(leaf.find(row)).to(leaf.dtype) for row in rows])
-        rollout[leaf.key] = stacked.unflatten(0, (T + 1, N))
-    generator = torch.Generator().manual_seed(seed)
-    params = network.init(generator)
-    obs = {leaf.key: rollout[leaf.key] for leaf in spec}
-    dist = network.actor(network.weights(params), obs if len(obs) > 1 else rollout["obs"])
-    noise = action.distribution.noise(action.noise_shape(T + 1, N), generator)
-    rollout["action"] = network.sample(dist, noise)
-    program = functools.partial(learn, **{**learn_eagerly.keywords, "policy": network})
-    return program, (params, init_adam(params), rollout, *rest)
 
 
 @pytest.mark.usefixtures("needs_compiler")
@@ -140,7 +87,7 @@ def test_a_network_of_ones_own_has_its_program_in_another_process():
     """No address, no order of a set in its key."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
-        "from test_compiled_spaces import *\n"
+        "import gymnasium as gym; from fastppo.compile.inductor import cache_key; from support.networks import *\n"
         "print(cache_key(*structured_job('float32', gym.spaces.Discrete(3), Small)))\n"
     )
     done = subprocess.run(

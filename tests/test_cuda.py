@@ -5,12 +5,12 @@ from functools import partial
 
 import pytest
 import torch
-from test_compilation import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job
-from test_tensor_envs import KINDS, TensorTwin, act, started
 
 from fastppo.compile.inductor import GraphedProgram
 from fastppo.core.acting import act_from_params
 from fastppo.train import console
+from support.programs import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job
+from support.tensor_envs import KINDS, TensorTwin, act, started
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,6 @@ import torch
 from gymnasium.spaces import Box, Dict, Discrete
 from gymnasium.vector import AutoresetMode, VectorWrapper
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
-from tiny_runs import tiny
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -20,6 +19,7 @@ from fastppo.envs.classic import CLASSIC, CartPole, Pendulum, PendulumState
 from fastppo.envs.device import Running, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.make_device import make_device_vec
 from fastppo.errors import UsageError
+from support.runs import tiny
 
 IDS = sorted(CLASSIC)
 VARIANTS = [

@@ -10,12 +10,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from support.pages import PAGES, ROOT, python_in, section
 
 import fastppo
 from fastppo import TrainConfig
 from fastppo.cli import parse, parse_train
 from fastppo.training import loop
+from support.pages import PAGES, ROOT, python_in, section
 
 TEXT = "\n".join(PAGES.values())
 COMMANDS = [

@@ -15,7 +15,6 @@ import torch
 from environments import ACTIONS, OBSERVATIONS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector.utils import batch_space
-from support.pages import PAGES, command_in, python_in, section
 from torch import nn
 
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
@@ -27,6 +26,7 @@ from fastppo.policy.distributions import choices
 from fastppo.policy.make_network import make_network
 from fastppo.policy.normalization import RunningMoments, make_normalization
 from fastppo.policy.spaces import action_spec, obs_spec
+from support.pages import PAGES, command_in, python_in, section
 
 SUFFIX = {"onnx": ".onnx", "torch": ".pt2"}
 PENDULUM = Box(np.float32([-1, -1, -8]), np.float32([1, 1, 8]))

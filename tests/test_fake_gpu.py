@@ -1,12 +1,9 @@
-"""What runs on a GPU, on a machine without one: tests/fake_gpu.py. Needs no CUDA; tests/test_cuda.py needs a GPU."""
+"""What runs on a GPU, on a machine without one: tests/support/fake_gpu.py. Needs no CUDA; tests/test_cuda.py needs a GPU."""
 
 import contextlib
-from dataclasses import dataclass
 
-import gymnasium as gym
 import pytest
 import torch
-from fake_gpu import fake_gpus
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,13 +14,15 @@ from fastppo.core.seed_axis import stack
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
-from fastppo.ranks import Ranks
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.storage import RnnState, allocate_rollout
 from fastppo.system.devices import resolved
 from fastppo.training.setup import make_jobs, prepare
 from fastppo.training.state import normalization_of
 from fastppo.training.training_run import schedule_at
+from support.device_envs import ON_TENSORS
+from support.fake_gpu import fake_gpus
+from support.processes import PretendedRanks
 
 HOST = {"env_id": "CartPole-v1", "vectorization": "sync"}
 DEVICE = {"env_id": "CartPole-v1", "backend": "torch"}
@@ -31,9 +30,6 @@ CONTINUOUS = {"env_id": "Pendulum-v1", "vectorization": "sync", "norm_obs": True
 ANY = {"env_id": "environments:AnySpacesVector-v0"}
 DICT = {**ANY, "env_kwargs": {"observation": "masked", "action": "multi-discrete"}}
 IMAGES = {**ANY, "env_kwargs": {"observation": "image (C, H, W)"}}
-
-
-gym.register("OnTensors-v0", vector_entry_point=lambda num_envs: TorchVectorEnv(CartPole(), num_envs))
 
 
 class Module(nn.Module):
@@ -44,27 +40,6 @@ class Module(nn.Module):
     def forward(self, obs):
         out = self.head(torch.tanh(self.body(obs)))
         return out[:, :-1], out[:, -1]
-
-
-@dataclass(frozen=True)
-class PretendedRanks(Ranks):
-    """The second of two processes; the other one has found the same."""
-
-    def all_reduce(self, x):
-        return x + x
-
-    def gather(self, x, dim=0):
-        return torch.cat([x, x], dim)
-
-    def highest(self, *numbers):
-        return list(numbers)
-
-    def check(self, error):
-        if error is not None:
-            raise error
-
-    def agree(self, value):
-        return value
 
 
 def two_processes(device, timeout):
@@ -167,7 +142,7 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
                 assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, expected)
 
 
-PYTHON = {"env_id": "OnTensors-v0", "backend": "gymnasium"}
+PYTHON = {"env_id": ON_TENSORS, "backend": "gymnasium"}
 COLLECTED = {name: case for name, (case, _) in CASES.items() if case.get("backend") == "torch"}
 COLLECTED |= {"tensors of the CPU": PYTHON, "tensors of the CPU, memory": {**PYTHON, "rnn": "gru"}}
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import differing, result_of
 
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.run import directory as directory_module
@@ -24,6 +23,7 @@ from fastppo.run.directory import RunDirectory
 from fastppo.run.loggers import Loggers
 from fastppo.run.metrics_file import MetricsFile, read_rows
 from fastppo.train import console
+from support.resume import differing, result_of
 
 
 def tiny(run_dir, **settings):

@@ -27,6 +27,7 @@ from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import EnvironmentFailed, UsageError
 from fastppo.system.cpus import available_cores
 from fastppo.train import console
+from support.processes import is_running
 
 HANGS = 600.0  # seconds that an environment sleeps
 SOON = HANGS / 2  # what waits for it takes longer, and nothing else does however busy the machine is
@@ -390,15 +391,6 @@ def test_processes_end_with_their_parent(doing):
         parent.stdout.close()
         for pid in filter(is_running, pids):
             os.kill(pid, signal.SIGKILL)
-
-
-def is_running(pid):
-    """Not ended, and no zombie that nobody has waited for."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 USES_TORCH = """

@@ -144,3 +144,11 @@ def test_the_check_itself(module, source, found):
 def test_the_compiler_check_itself(source, found):
     """Using, importing or configuring the compiler is seen however it is spelled; re.compile and a flag are not it."""
     assert any(under(name, tool) for name in named(source) for tool in (*COMPILERS, *CUDA_GRAPHS)) is found
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.stem)
+def test_no_test_imports_a_test(path):
+    """What several tests need is in tests/support. Its environments have one name, the one that their ids start with."""
+    tops = {name.split(".")[0] for name in imported(path.read_text(), "support")}
+    assert {name for name in tops if name.startswith("test_") or name == "conftest"} == set()
+    assert not any(under(name, "support.environments") for name in imported(path.read_text(), "support"))

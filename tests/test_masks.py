@@ -11,8 +11,6 @@ import torch
 from environments import TAXI, AnySpaces
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from test_compilation import SETTINGS
-from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.analysis.evaluation import play_episodes
@@ -31,6 +29,8 @@ from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.storage import allocate_rollout
 from fastppo.training.setup import info_mask_size
+from support.programs import SETTINGS
+from support.runs import tiny
 
 T, N = 150, 4
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))

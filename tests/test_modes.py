@@ -13,7 +13,6 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from tiny_runs import tiny
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +22,7 @@ from fastppo.analysis.video import play
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.render import make_drawn
 from fastppo.system import modes
+from support.runs import tiny
 
 PLAIN = SimpleNamespace(inference=False, grad=True, dtype=torch.float32, device="cpu", autocast=False)
 expected, seen = PLAIN, set()

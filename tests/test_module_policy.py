@@ -7,9 +7,6 @@ import pytest
 import torch
 from environments import OBSERVATIONS
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary
-from support.pages import python_in, section
-from test_run import rows_of
-from test_spaces import trained
 from torch import nn
 
 from fastppo import TrainConfig, UsageError, load_policy, train
@@ -18,6 +15,8 @@ from fastppo.policy.module_policy import ModulePolicy
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.train import console
+from support.pages import python_in, section
+from support.runs import rows_of, trained
 
 
 class Small(nn.Module):

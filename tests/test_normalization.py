@@ -12,9 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
-from test_api import Recorder
-from test_resume import differing, result_of
-from tiny_runs import tiny
 
 from fastppo import TrainingFault, load_policy, train
 from fastppo.core.contracts import Normalization, normalize_obs
@@ -29,6 +26,8 @@ from fastppo.policy.normalization import (
 )
 from fastppo.policy.spaces import obs_spec
 from fastppo.run.metrics_file import read_rows
+from support.resume import differing, result_of
+from support.runs import Recorder, tiny
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 4)])

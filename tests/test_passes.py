@@ -5,24 +5,25 @@ from itertools import pairwise
 import pytest
 import torch
 from environments import ACTIONS, VECTOR
-from test_compilation import CATEGORICAL_POLICY, job
-from test_programs import (
+
+from fastppo.compile import inductor
+from fastppo.core.ppo import split_evenly
+from support.programs import (
+    CATEGORICAL_POLICY,
     CONTINUOUS,
     DISCRETE,
     CountingPolicy,
     assert_together,
+    job,
     make_params,
     make_permutation,
     make_rollout,
     update,
     updates_of,
 )
-from test_recurrent import make_params as make_recurrent_params
-from test_recurrent import make_policy as make_recurrent_policy
-from test_recurrent import make_rollout as make_recurrent_rollout
-
-from fastppo.compile import inductor
-from fastppo.core.ppo import split_evenly
+from support.recurrent import make_params as make_recurrent_params
+from support.recurrent import make_policy as make_recurrent_policy
+from support.recurrent import make_rollout as make_recurrent_rollout
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -5,9 +5,8 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
-import numpy as np
 import pytest
-from gymnasium.spaces import Box, Discrete
+from environments import Wandering
 
 from fastppo import Callback, TrainConfig, UsageError, train
 from fastppo.compile.selector import cache_dir
@@ -21,43 +20,10 @@ MODULE = """
 import os
 from pathlib import Path
 import gymnasium as gym
-from test_paths import Wandering
+from environments import Wandering
 os.chdir(Path(__file__).parent / "elsewhere")
 gym.register("Wandering-v0", entry_point=Wandering, kwargs={"to": None})
 """
-
-
-class Wandering(gym.Env):
-    """Changes the current directory in each call."""
-
-    observation_space, action_space = Box(-1.0, 1.0, (2,), np.float32), Discrete(2)
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own form)
-
-    def __init__(self, to, render_mode=None):
-        self.to, self.render_mode = to, render_mode
-        self.go()
-
-    def go(self):
-        if self.to is not None:
-            os.chdir(self.to)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.go()
-        self.elapsed = 0
-        return np.zeros(2, np.float32), {}
-
-    def step(self, action):
-        self.go()
-        self.elapsed += 1
-        return np.zeros(2, np.float32), 1.0, self.elapsed == 5, False, {}
-
-    def render(self):
-        self.go()
-        return np.zeros((16, 16, 3), np.uint8)
-
-    def close(self):
-        self.go()
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from tiny_runs import write_run
 
 from fastppo.analysis.run_groups import find_runs, group_runs, read_run
 from fastppo.plot import console
+from support.runs import write_run
 
 NAN = float("nan")
 ENDS = (".png", ".svg", "-losses.png", "-losses.svg")

@@ -13,7 +13,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from environments import Walk
-from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.envs import vector
@@ -32,6 +31,7 @@ from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.errors import UsageError
 from fastppo.random_streams import Stream, seed_of
 from fastppo.training.setup import COPIED_GENERATOR
+from support.runs import tiny
 
 
 class Slow(gym.Env):

@@ -20,8 +20,6 @@ import numpy as np
 import pytest
 import torch
 from environments import Walk, WithProcess
-from test_grouped import is_running
-from tiny_runs import tiny
 
 from fastppo import UsageError, train
 from fastppo.envs import check, probe, streams, vector
@@ -30,6 +28,8 @@ from fastppo.envs.deadline import Deadline
 from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ForkHangs
 from fastppo.system import cpus
+from support.processes import is_running
+from support.runs import tiny
 
 # --- processes of their own
 

@@ -8,14 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_compilation import CATEGORICAL_POLICY, job
-from tiny_runs import tiny
 
-from fastppo import train
 from fastppo.compile import inductor, library_cache, native
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, native_key, pack, unpack
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
+from support.programs import CATEGORICAL_POLICY, job, jobs_of
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -37,25 +35,6 @@ CONFIGURATIONS = [
     {**ANY_SPACES, "env_kwargs": {"observation": "nested"}},
     {**ANY_SPACES, "env_kwargs": {"observation": "nested"}, "rnn": "lstm", "num_minibatches": 2},
 ]
-
-
-def jobs_of(tmp_path, **settings):
-    """The programs of a run as `train` hands them to whoever compiles."""
-
-    class Captured(Exception):
-        pass
-
-    def capture(mode, jobs, *_):
-        captured.update(jobs)
-        raise Captured
-
-    captured = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.training.loop.ProgramSelector", capture)
-        with pytest.raises(Captured):
-            train(tiny(tmp_path, check_env=False, **{"num_steps": 4, **settings}))
-    assert len(captured) == 2
-    return captured
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -8,26 +8,35 @@ import torch
 from stable_baselines3.common.utils import explained_variance as sb3_explained_variance
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
-from test_compilation import SETTINGS
 from torch.distributions import Categorical, Independent, Normal
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 
 from fastppo.core.acting import act
 from fastppo.core.adam import AdamState, init_adam
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Normalization
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.ppo import MINIBATCH_METRICS, learn
+from fastppo.core.ppo import MINIBATCH_METRICS
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
-
-COLUMN = {name: i for i, name in enumerate(MINIBATCH_METRICS)}
-OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
-DISCRETE = MLPActorCritic(3, 4, CATEGORICAL, (16, 16))
-CONTINUOUS = MLPActorCritic(3, 2, DIAGONAL_NORMAL, (16, 16), share_backbone=True)
-POLICIES = pytest.mark.parametrize("policy", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
+from support.programs import (
+    COLUMN,
+    DISCRETE,
+    OFF,
+    POLICIES,
+    CountingPolicy,
+    HostSyncs,
+    assert_same_bits,
+    assert_together,
+    column,
+    make_params,
+    make_permutation,
+    make_rollout,
+    to_meta,
+    update,
+    updates_of,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,96 +46,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_params(policy, seed=0, dtype=torch.float32):
-    """A policy that prefers some actions: (P,), every weight, bias and log_std away from 0."""
-    generator = torch.Generator().manual_seed(seed)
-    return (policy.init(generator) + 0.1 * torch.randn(policy.num_params, generator=generator)).to(dtype)
-
-
-def make_rollout(policy, num_steps, num_envs, seed=1, dtype=torch.float32):
-    """A rollout as next-step autoreset leaves it: after an end comes a resetting row, invalid, that ends nothing itself."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (num_steps + 1, num_envs)
-    chance = torch.rand(shape, generator=generator)
-    terminated, truncated = chance < 0.12, (chance > 0.1) & (chance < 0.25)
-    for t in range(1, num_steps + 1):
-        resetting = (terminated | truncated)[t - 1]
-        terminated[t] &= ~resetting
-        truncated[t] &= ~resetting
-    valid = torch.cat((torch.arange(num_envs)[None] != 1, ~(terminated | truncated)[:-1]))  # environment 1 begins by resetting
-    terminated[0, 1] = truncated[0, 1] = False
-    valid[1, 1] = True
-    discrete = policy.distribution is CATEGORICAL
-    return {
-        "obs": torch.randn(*shape, policy.obs_size, generator=generator, dtype=dtype),
-        "action": torch.randint(policy.action_size, shape, generator=generator)
-        if discrete
-        else torch.randn(*shape, policy.action_size, generator=generator, dtype=dtype),
-        "reward": torch.where(valid, torch.randn(shape, generator=generator, dtype=dtype), 0.0),
-        "terminated": terminated,
-        "truncated": truncated,
-        "valid": valid,
-    }
-
-
-def make_permutation(epochs, batch_size, seed=2):
-    """(E, B) int64."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randperm(batch_size, generator=generator) for _ in range(epochs)])
-
-
-def update(
-    policy, params, rollout, permutation, normalization=OFF, adam=None, lr=1e-2, clip_coef=0.25, ent_coef=0.02, **options
-):
-    """`learn` with settings that exercise every term, unless told otherwise; one minibatch an epoch."""
-    schedule = Schedule(*(torch.tensor(x, dtype=params.dtype, device=params.device) for x in (lr, clip_coef, ent_coef)))
-    settings = SETTINGS | {"minibatch_size": permutation.shape[-1], "gamma": 127 / 128, "gae_lambda": 61 / 64} | options
-    adam = init_adam(params) if adam is None else adam
-    return learn(params, adam, rollout, permutation, schedule, normalization, policy=policy, **settings)
-
-
-def column(learned, name):
-    """One metric over the minibatches, as a list."""
-    return learned.minibatch_metrics[:, COLUMN[name]].tolist()
-
-
-def assert_same_bits(one, other):
-    """Parameters and optimiser state equal to the last bit."""
-    assert torch.equal(one.params, other.params)
-    assert all(torch.equal(x, y) for x, y in zip(one.adam, other.adam, strict=True))
-
-
-def updates_of(workers, *args, **options):
-    """`update` by so many threads at once, each as one of the workers."""
-    barrier, places = threading.Barrier(workers, timeout=60), [None] * workers
-
-    def all_reduce(x, worker, over_ranks):
-        places[worker[0].item()] = x
-        barrier.wait()
-        total = sum(places[1:], start=places[0])
-        barrier.wait()
-        return total
-
-    def work(number):
-        shared = {"worker": torch.tensor([number, 0]), "num_workers": workers, "all_reduce": all_reduce}
-        return update(*args, **options, **shared)
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, range(workers)))
-
-
-def assert_together(results, expected, **tolerance):
-    """What each of several has computed: the same bits, and but for rounding what one alone computes.
-
-    tolerance: of the statistics, whose default is that of float32.
-    """
-    for result in results:
-        assert_same_bits(result, results[0])
-        torch.testing.assert_close(result.params, expected.params, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(result.minibatch_metrics, expected.minibatch_metrics, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result[3:], expected[3:], **tolerance)
 
 
 # --- against an update made of other people's parts ---
@@ -295,30 +214,6 @@ def test_first_minibatch_has_ratio_one(policy):
     assert clipfrac[0] == 0.0
     assert min(deviation[1:]) > 1e-3
     assert min(approx_kl[1:]) > 1e-6
-
-
-class CountingPolicy:
-    """A policy that remembers which rows it was shown. An observation is its row's number, and so is its action."""
-
-    rnn_state_size = 0
-
-    def __init__(self):
-        self.seen, self.actions = [], []
-
-    def weights(self, params):
-        return {"w": params}
-
-    def actor_critic(self, weights, obs):
-        self.seen.append(obs.squeeze(-1).long())
-        number = obs.squeeze(-1)
-        return number * weights["w"], number * weights["w"]
-
-    def log_prob(self, dist, action):
-        self.actions.append(action)
-        return -0.001 * dist
-
-    def entropy(self, dist):
-        return dist
 
 
 def test_every_transition_is_gathered_exactly_once_an_epoch():
@@ -612,11 +507,6 @@ def test_clipped_rewards_are_learned_as_their_signs(estimator):
     assert torch.equal(rollout["reward"], before)
 
 
-def to_meta(tree):
-    """The same tensors without any data."""
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to("meta"), tree)
-
-
 @POLICIES
 @pytest.mark.parametrize("gradient", [grad_and_aux, functional_grad_and_aux])
 @pytest.mark.parametrize("estimator", ["gae", "monte-carlo"])
@@ -646,21 +536,6 @@ def test_programs_run_without_data(policy, gradient, estimator):
     assert all(x.is_meta for x in (*learned[:1], *learned.adam, *learned[2:]))
     noise = torch.zeros(2, policy.action_size, device="meta")
     assert act(policy, policy.weights(params), normalization, rollout["obs"][0], noise).shape[0] == 2
-
-
-class HostSyncs(TorchDispatchMode):
-    """Records every operation that would make the host wait for the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
-        if mask or name in {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
 
 
 @POLICIES

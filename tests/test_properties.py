@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 from environments import ACTIONS, OBSERVATIONS
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
-from test_resume import differing, result_of
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.config import flag
 from fastppo.training.training_run import AgentRun
+from support.resume import differing, result_of
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

@@ -11,8 +11,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from test_fake_gpu import PretendedRanks  # registers OnTensors-v0 too
-from tiny_runs import tiny
 
 from fastppo import load_policy, train
 from fastppo.analysis.evaluation import EvaluationPlan, play_episodes
@@ -25,6 +23,9 @@ from fastppo.envs.make import make_vec
 from fastppo.random_streams import Stream, environment_seed, seed_of
 from fastppo.training.loop import environment_seeds
 from fastppo.training.setup import prepare
+from support.device_envs import ON_TENSORS
+from support.processes import PretendedRanks
+from support.runs import tiny
 
 HOST = {"env_id": "Acrobot-v1", "vectorization": "sync", "check_env": False}
 DEVICE = {"env_id": "CartPole-v1", "backend": "torch", "check_env": False}
@@ -171,7 +172,7 @@ def seeds_of_ranks(settings, size, seeded, iteration=0):
         HOST,
         {**HOST, "vectorization": "grouped", "num_threads": 1},
         DEVICE,
-        {"env_id": "OnTensors-v0", "backend": "gymnasium", "check_env": False},
+        {"env_id": ON_TENSORS, "backend": "gymnasium", "check_env": False},
     ],
     ids=["entry-point", "sync", "grouped", "device", "device, stepped from Python"],
 )

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rank_worker
 import torch
 
 from fastppo.core.minibatches import draw_permutation
@@ -26,6 +25,7 @@ from fastppo.ranks import (
     threads_per_rank,
 )
 from fastppo.system.cpus import machine_cores
+from support import rank_worker
 
 WORKER = Path(rank_worker.__file__)
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.__main__ import VERBS, console
 from fastppo.reference import SUMMARY, reference
 from fastppo.run.metrics import METRICS
 from fastppo.run.metrics_file import read_rows
+from support.runs import tiny
 
 FILE = Path(__file__).parent.parent / "REFERENCE.md"
 

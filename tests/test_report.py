@@ -6,11 +6,11 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-from tiny_runs import write_run
 
 from fastppo.cli import help_texts
 from fastppo.config import TrainConfig
 from fastppo.report import MAX_VIDEO_BYTES, console, report
+from support.runs import write_run
 
 HOSTILE = "<script>alert(1)</script>\"onload='x'&amp;{{ 7 * 7 }}\x1b[31m"
 ESCAPED = "&lt;script&gt;alert(1)&lt;/script&gt;&#34;onload=&#39;x&#39;&amp;amp;{{ 7 * 7 }}\\x1b[31m"

@@ -1,6 +1,5 @@
 """The run directory: what is in it, how it gets there, that the same seed fills it with the same bits, and going on from it."""
 
-import csv
 import io
 import json
 import os
@@ -18,7 +17,6 @@ import pytest
 import torch
 from rich.cells import cell_len
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import drawn
 
 from fastppo import TrainConfig, TrainingFault, load_policy, train
 from fastppo.run.checkpoint_file import FORMAT, load_checkpoint
@@ -27,6 +25,7 @@ from fastppo.run.display import LiveDisplay, PlainDisplay, figure, make_display,
 from fastppo.run.loggers import EVENT_SECONDS, Loggers
 from fastppo.system.text import duration
 from fastppo.train import console
+from support.runs import drawn, rows_of
 
 TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
 CONTRACT_COLUMNS = [
@@ -88,12 +87,6 @@ def tiny(run_dir, **settings):
     """A run of a second or so."""
     settings = {"num_envs": 4, "num_steps": 32, "num_iterations": 3, "eval_episodes": 0, **settings}
     return TrainConfig(run_dir=str(run_dir), **settings)
-
-
-def rows_of(run_dir):
-    """metrics.csv as dicts of text."""
-    with (Path(run_dir) / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def without_times(rows):

@@ -216,7 +216,7 @@ def test_a_read_only_clone_is_told(clone):
 
 def test_what_lies_beside_the_code_changes_nothing(clone):
     """The results of training, an environment of one's own, notebooks, other tools' settings, folders named as our modules."""
-    for folder in ("runs/CartPole", "tiny_runs", "environments", "test_seeds", "torch"):
+    for folder in ("runs/CartPole", "support", "environments", "test_seeds", "torch"):
         (clone.path / folder).mkdir(parents=True)
         (clone.path / folder / "__init__.py").write_text("import   sys, os\n")
     for name in ("reach.py", "fastppo.py", "conftest.py", "setup.py"):

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_program_keys import jobs_of
 
 import fastppo
 from fastppo.compile.inductor import BackgroundCompile, cache_key, compile_program, native_key
+from support.programs import jobs_of
 
 ROOT = Path(fastppo.__file__).parent
 # Modules of ours that compute nothing inside a program: messages, processes, what the machine has, seeds of generators.

@@ -12,7 +12,6 @@ from gymnasium.vector.utils import iterate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.core.contracts import Normalization
@@ -22,6 +21,7 @@ from fastppo.policy.agent import Agent
 from fastppo.policy.codec import space_from_data, space_to_data
 from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
+from support.runs import tiny
 
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
 VECTOR = Box(-1.0, 1.0, (3,), np.float32)

@@ -10,7 +10,6 @@ from environments import ACTIONS, OBSERVATIONS, AnySpaces
 from environments import any_spaces as made
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from gymnasium.vector import SyncVectorEnv, VectorEnv
-from test_run import rows_of
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -21,6 +20,7 @@ from fastppo.policy.spaces import action_spec, is_image_shape, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
 from fastppo.rollout.storage import allocate_rollout
+from support.runs import rows_of, trained
 
 CPU = torch.device("cpu")
 MODES = ("NextStep", "SameStep", "Disabled")
@@ -372,27 +372,6 @@ def test_a_run_trains_and_its_policy_acts(tmp_path, observation, action):
         # one row and three round differently: by less than a discrete action, or half of a float16
         np.testing.assert_allclose(alone, actions[index], rtol=1e-3, atol=1e-5)
         np.testing.assert_allclose(policy.value(env.observed[0]), values[index], rtol=1e-4, atol=1e-5)
-
-
-def trained(tmp_path, observation, action, policy=None, mode="NextStep", **settings):
-    """A tiny run of AnySpaces."""
-    settings = {"compile": "off", **settings}
-    config = TrainConfig(
-        env_id="environments:AnySpacesVector-v0",
-        env_kwargs={"observation": observation, "action": action, "mode": mode},
-        num_envs=2,
-        num_steps=8,
-        num_minibatches=2,
-        update_epochs=2,
-        num_iterations=2,
-        hidden_sizes=(8,),
-        cnn_size=8,
-        eval_episodes=2,
-        plain=True,
-        run_dir=str(tmp_path / "run"),
-        **settings,
-    )
-    return train(config, policy)
 
 
 @pytest.mark.parametrize(("observation", "action"), [("nested", "box float64"), ("image (H, W, C)", "multi-discrete 2-D")])

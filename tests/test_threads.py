@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_runs import tiny
 
 from fastppo import train
 from fastppo.training import setup
 from fastppo.training.reproducibility import guarantees
 from fastppo.training.thread_trial import PATIENCE, ROUNDS, TRIAL_SECONDS, Choice, Watch, choose, minibatch_of
+from support.runs import tiny
 
 CPU = torch.device("cpu")
 

@@ -4,9 +4,7 @@ Most ranks are forked from a process that has torch already, with the environmen
 this process, where torchrun has its own.
 """
 
-import csv
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,16 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from test_resume import differing
 
 from fastppo.cli import parse_train, run
-from fastppo.train import console
 from fastppo.training.loop import environment_seed, train
+from support.processes import Started, assert_same_run, last_of, rows_of
+from support.resume import differing
 
-TIMES = ("seconds", "sps", "env_share", "act_share", "learn_share")
 COMMON = ["--num-envs", "8", "--num-steps", "16", "--compile", "off", "--plain", "--eval-episodes", "0", "--no-anneal-lr"]
 COMMON += ["--no-check-env"]
 CASES = {
@@ -33,14 +28,6 @@ CASES = {
 FOR_EVER = ["--num-iterations", "100000", "--checkpoint-iterations", "2"]
 FAULT, TERMINATED = 3, 128 + signal.SIGTERM
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-
-
-def be_a_rank(environment, said, call, args):
-    """What a forked process does: `call(args)`, with its output in files `said`.out and `said`.err."""
-    os.environ.update(environment)
-    for number, ending in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{said}.{ending}", os.O_WRONLY | os.O_CREAT), number)
-    sys.exit(call(args))
 
 
 def train_until_seen(args):
@@ -60,88 +47,12 @@ def train_until_seen(args):
     return run(lambda args: train(parse_train(args), callbacks=[Enough()]), args)
 
 
-class Started:
-    """`size` processes that train together, each in `folder`'s own working directory; of size 1 without torchrun."""
-
-    def __init__(self, folder, size, args, call=console, args_of=None):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "tensordict", "gymnasium", "tyro", "matplotlib.pyplot", "torch.utils.tensorboard"]
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.size = folder, size
-        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
-        common |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "GROUP_RANK": 0}
-        common |= {"OMP_NUM_THREADS": 1, "GLOO_SOCKET_IFNAME": "lo"}
-        self.tag = f"{time.monotonic_ns()}"
-        self.processes = []
-        for rank in range(size):
-            environment = (common | {"RANK": rank, "LOCAL_RANK": rank}) if size > 1 else {"OMP_NUM_THREADS": 1}
-            environment = {key: str(value) for key, value in environment.items()}
-            own = [*args, *(args_of(rank) if args_of else [])]
-            target = (environment, str(folder / f"{self.tag}-{rank}"), call, own)
-            self.processes.append(context.Process(target=be_a_rank, args=target))
-            self.processes[-1].start()
-
-    def wait(self, seconds=600):
-        """Their exit codes; none is left behind."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(end - time.monotonic(), 0.0))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        assert None not in codes, (codes, self.said("out"), self.said("err"))
-        return codes
-
-    def said(self, ending):
-        """What each of them printed: "out" or "err"."""
-        return [(self.folder / f"{self.tag}-{rank}.{ending}").read_text() for rank in range(self.size)]
-
-    def kill(self, number, *ranks):
-        for rank in ranks:
-            os.kill(self.processes[rank].pid, number)
-
-
-def rows_of(run_dir):
-    """metrics.csv without what a clock has a part in."""
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
-
-
-def last_of(run_dir):
-    return torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)
-
-
 def wait_for_row(run_dir, number, seconds=600):
     """Until that many iterations are logged."""
     end, path = time.monotonic() + seconds, run_dir / "metrics.csv"
     while not path.exists() or path.read_text().count("\n") <= number:
         assert time.monotonic() < end, "no such iteration"
         time.sleep(0.02)
-
-
-def assert_same_run(one, other):
-    """Metrics, parameters and optimiser within float32 tolerance, and what is counted exactly."""
-    ours, theirs = rows_of(one), rows_of(other)
-    assert len(ours) == len(theirs) > 0
-    for row, expected in zip(ours, theirs, strict=True):
-        for key in ("iteration", "global_step", "episodes", "terminations", "truncations", "episodic_return_mean", "updates"):
-            np.testing.assert_equal(row[key], expected[key])
-        for key, value in row.items():
-            np.testing.assert_allclose(value, expected[key], rtol=2e-3, atol=1e-5, err_msg=key)
-    ours, theirs = last_of(one), last_of(other)
-    names = [name for name in theirs if name not in ("seconds", "made_with")]
-    assert ours.keys() == theirs.keys()
-    for name in names:
-        pairs = zip(*(torch.utils._pytree.tree_leaves(kept[name]) for kept in (ours, theirs)), strict=True)
-        for left, right in pairs:
-            if isinstance(left, torch.Tensor):
-                torch.testing.assert_close(
-                    left, right, rtol=1e-3, atol=1e-5, equal_nan=True, msg=lambda text, at=name: f"{at}: {text}"
-                )
 
 
 @pytest.fixture(scope="module")

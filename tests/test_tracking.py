@@ -4,12 +4,12 @@ import importlib.util
 import sqlite3
 
 import pytest
-from tiny_runs import tiny
 
 from fastppo import UsageError, train
 from fastppo.run import loggers, tracking
 from fastppo.run.metrics import METRICS
 from fastppo.run.metrics_file import read_rows
+from support.runs import tiny
 
 
 class Fake:

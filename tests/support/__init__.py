@@ -1,0 +1,1 @@
+"""What several test files share: environments, small runs, the programs' arguments, pretended devices and processes."""

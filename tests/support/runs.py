@@ -3,11 +3,14 @@
 import contextlib
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
+from fastppo import Callback, View, train
 from fastppo.analysis.curves import draw_page, plot_curves, render
 from fastppo.config import TrainConfig
+from fastppo.run.checkpoint_file import load_checkpoint
 
 COLUMNS = {
     "seconds": 1.0,
@@ -56,3 +59,52 @@ def write_run(path, returns, summary=None, columns=None, **settings):
     if summary is not None:
         (path / "summary.json").write_text(json.dumps(summary))
     return path
+
+
+class Recorder(Callback):
+    """Notes every call; stops in iteration `stop`, raises in `fail`."""
+
+    def __init__(self, stop=None, fail=None):
+        self.calls, self.stop, self.fail = [], stop, fail
+
+    def on_iteration(self, run: View) -> bool | None:
+        self.calls.append(("iteration", run.iteration, run.global_step, run.progress))
+        self.view = run
+        if run.iteration == self.fail:
+            raise ValueError("no more\nof this")
+        return run.iteration == self.stop
+
+    def on_checkpoint(self, run: View) -> None:
+        kept = load_checkpoint(run.run_dir / "checkpoints" / "last.pt")["iteration"]
+        self.calls.append(("checkpoint", run.iteration, kept))
+
+    def on_end(self, run: View) -> None:
+        assert not (run.run_dir / "summary.json").exists()
+        self.calls.append(("end", run.iteration))
+
+
+def trained(tmp_path, observation, action, policy=None, mode="NextStep", **settings):
+    """A tiny run of AnySpaces."""
+    settings = {"compile": "off", **settings}
+    config = TrainConfig(
+        env_id="environments:AnySpacesVector-v0",
+        env_kwargs={"observation": observation, "action": action, "mode": mode},
+        num_envs=2,
+        num_steps=8,
+        num_minibatches=2,
+        update_epochs=2,
+        num_iterations=2,
+        hidden_sizes=(8,),
+        cnn_size=8,
+        eval_episodes=2,
+        plain=True,
+        run_dir=str(tmp_path / "run"),
+        **settings,
+    )
+    return train(config, policy)
+
+
+def rows_of(run_dir):
+    """metrics.csv as dicts of text."""
+    with (Path(run_dir) / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))

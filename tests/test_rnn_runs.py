@@ -13,10 +13,6 @@ import pytest
 import torch
 from environments import AnySpaces, Cue
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from test_resume import differing, result_of, settings_of, stopped_after
-from test_seeds import SHORT, assert_alike, params_of
-from test_torchrun import Started, assert_same_run, rows_of
-from tiny_runs import tiny
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.analysis.evaluation import play_episodes
@@ -28,6 +24,10 @@ from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.make import make_vec
 from fastppo.random_streams import Stream, environment_seed
 from fastppo.train import console
+from support.processes import Started, assert_same_run, rows_of
+from support.resume import differing, result_of, settings_of, stopped_after
+from support.runs import tiny
+from support.seeds import SHORT, assert_alike, params_of
 
 SMALL = {"rnn_hidden_size": 8, "hidden_sizes": (8,)}
 LSTM, GRU = ({"rnn": kind, **SMALL} for kind in ("lstm", "gru"))

@@ -1,6 +1,6 @@
 """Tiny environments whose right answers are known. Importing this module registers them; it knows nothing of fastppo.
 
-Their ids work as `environments:Id-v0` wherever the tests directory is on the path (pytest puts it there).
+Their ids work as `environments:Id-v0` wherever tests/support is on the path (conftest.py puts it there).
 """
 
 import contextlib
@@ -516,6 +516,39 @@ def any_spaces(num_envs, mode="NextStep", **kwargs):
 def cues(num_envs, mode="NextStep"):
     """Cue in a chosen autoreset mode."""
     return SyncVectorEnv([Cue] * num_envs, autoreset_mode=AutoresetMode(mode))
+
+
+class Wandering(gym.Env):
+    """Changes the current directory in each call."""
+
+    observation_space, action_space = Box(-1.0, 1.0, (2,), np.float32), Discrete(2)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's own form)
+
+    def __init__(self, to, render_mode=None):
+        self.to, self.render_mode = to, render_mode
+        self.go()
+
+    def go(self):
+        if self.to is not None:
+            os.chdir(self.to)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.go()
+        self.elapsed = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.go()
+        self.elapsed += 1
+        return np.zeros(2, np.float32), 1.0, self.elapsed == 5, False, {}
+
+    def render(self):
+        self.go()
+        return np.zeros((16, 16, 3), np.uint8)
+
+    def close(self):
+        self.go()
 
 
 def _register(env_id, **spec):
