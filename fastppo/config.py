@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.errors import UsageError, nearest
 from fastppo.system.paths import absolute
+
+if TYPE_CHECKING:
+    from fastppo.envs.factory import EnvConfig
 
 MAX_JSON_BYTES = 2**20  # of a file of settings or results; config.json has two thousand
 MAX_BATCH_SIZE = 2**31 - 1
@@ -302,6 +305,33 @@ class TrainConfig:
     def rows_per_unit(self) -> int:
         """Rows that stay together in a minibatch: one, or with a memory the T of an environment."""
         return 1 if self.rnn is None else self.num_steps
+
+    @property
+    def env_config(self) -> "EnvConfig":
+        """The environments of this run; the one place where settings become those of envs/factory.py."""
+        from fastppo.envs.atari import AtariSettings  # here: settings alone do not wait for gymnasium
+        from fastppo.envs.factory import EnvConfig
+
+        return EnvConfig(
+            env_id=self.env_id,
+            num_envs=self.num_envs,
+            num_seeds=self.num_seeds,
+            env_kwargs=self.env_kwargs,
+            backend=self.backend,
+            vectorization=self.vectorization,
+            num_threads=self.num_threads,
+            atari=AtariSettings(
+                noop_max=self.atari_noop_max,
+                frame_skip=self.atari_frame_skip,
+                screen_size=self.atari_screen_size,
+                grayscale=self.atari_grayscale,
+                frame_stack=self.atari_frame_stack,
+                sticky_actions=self.atari_sticky_actions,
+                episodic_life=self.episodic_life,
+                fire_reset=self.fire_reset,
+                full_action_space=self.atari_full_action_space,
+            ),
+        )
 
     @property
     def iterations_per_checkpoint(self) -> int | None:

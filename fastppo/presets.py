@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.config import TrainConfig, read_json
-from fastppo.envs.make import find_spec
+from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
 
 

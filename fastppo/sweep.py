@@ -30,7 +30,7 @@ from fastppo.analysis.search_space import OF_THE_SWEEP, Space, built_in_space, r
 from fastppo.cli import parse, parse_train, run
 from fastppo.config import TrainConfig, flag
 from fastppo.envs.envpool import task_of
-from fastppo.envs.make import find_spec
+from fastppo.envs.registry import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief
 from fastppo.random_streams import Stream, seed_of
 from fastppo.run.display import number

@@ -8,9 +8,8 @@ from typing import Any
 
 from fastppo.cli import parse_train, run
 from fastppo.config import default_runs
-from fastppo.envs.atari import is_atari
 from fastppo.envs.envpool import task_of
-from fastppo.envs.make import find_spec
+from fastppo.envs.registry import find_spec, is_atari
 from fastppo.system.paths import current_directory
 
 

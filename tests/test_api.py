@@ -11,7 +11,7 @@ from environments import WalkVector
 from gymnasium.vector import SyncVectorEnv
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, load_policy, train
-from fastppo.envs.make_device import make_device_vec
+from fastppo.envs.factory import EnvConfig, make_device_envs
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.metrics_file import read_rows
 from support.resume import differing, result_of
@@ -183,7 +183,7 @@ def test_their_name(tmp_path):
 
 def test_on_the_device(tmp_path):
     """A TorchVectorEnv is collected from by the program, as with --backend torch: the same bits."""
-    train(tiny(tmp_path / "given"), envs=make_device_vec("CartPole-v1", 2, {}, "cpu"))
+    train(tiny(tmp_path / "given"), envs=make_device_envs(EnvConfig("CartPole-v1", 2), "cpu"))
     train(tiny(tmp_path / "made", backend="torch"))
     assert differing(result_of(tmp_path / "made"), result_of(tmp_path / "given")) == []
 

@@ -13,7 +13,10 @@ from fastppo.core.advantages import generalized_advantage
 from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.ppo import learn
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.make import make_vec
+from fastppo.envs.cartpole import SeededCartPole
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
+from fastppo.envs.registry import default_vectorization
+from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
@@ -231,8 +234,9 @@ def test_modes_without_resetting_rows_train(tmp_path, mode):
 
 def test_cartpoles_own_vector_environment():
     """After an end comes one invalid row that holds the final observation, then a fresh episode near the upright."""
-    envs, chosen = make_vec("CartPole-v1", 4, "auto", {})
-    assert chosen == "entry-point"
+    assert default_vectorization("CartPole-v1") == "entry-point"
+    envs = make_gymnasium_envs(EnvConfig("CartPole-v1", 4))
+    assert isinstance(envs, SeededCartPole)
     (rollout,) = collected_cartpole(AutoresetEnvs(envs))
     done = (rollout["terminated"] | rollout["truncated"])[:-1]
     assert done.any()
@@ -260,8 +264,8 @@ def test_async_equals_sync():
     """Environments in processes of their own give bit for bit the rows of those in this one."""
     rollouts = []
     for vectorization in ("sync", "async"):
-        envs, chosen = make_vec("environments:Walk-v0", 2, vectorization, {})
-        assert chosen == vectorization
+        envs = make_gymnasium_envs(EnvConfig("environments:Walk-v0", 2, vectorization))
+        assert isinstance(envs, GroupedVectorEnv) == (vectorization == "async")
         rollouts.append(collected(AutoresetEnvs(envs), num_steps=20, iterations=2, seed=11))
     for sync, other in zip(*rollouts, strict=True):
         for key, rows in sync.items():

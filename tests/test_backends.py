@@ -16,11 +16,11 @@ import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from fastppo import TrainConfig, UsageError, train
-from fastppo.envs.atari import FIRE, NO_FIRE, NOOP, AtariSettings, EpisodicLife, atari_settings, is_atari
+from fastppo.envs.atari import FIRE, NO_FIRE, NOOP, AtariSettings, EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
-from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.envpool import EnvPoolVectorEnv, RawPool, make_envpool, task_of
-from fastppo.envs.probe import choose_vectorization
+from fastppo.envs.factory import EnvConfig, choose_vectorization, engine_name, make_envs
+from fastppo.envs.registry import is_atari
 from fastppo.train import console
 
 N = 3
@@ -49,7 +49,11 @@ def make(engine, **settings):
     for package in ("envpool", "ale"):
         if engine.startswith(package):
             pytest.importorskip({"ale": "ale_py"}.get(package, package))
-    return make_envs(env_id, N, backend, vectorization, env_kwargs, "cpu", AtariSettings(**settings), num_threads=2)
+    return make_envs(
+        EnvConfig(
+            env_id, N, vectorization, env_kwargs=env_kwargs, backend=backend, num_threads=2, atari=AtariSettings(**settings)
+        )
+    )
 
 
 def numpy_of(batch):
@@ -130,13 +134,13 @@ def test_cartpole_returns_its_lengths(engine):
 def test_envpool_tells_a_time_limit_as_truncation(env_id):
     """At the step that gymnasium's TimeLimit cuts, and not as a termination; a fallen pole is told as one."""
     pytest.importorskip("envpool")
-    envs = make_envs(env_id, N, "envpool", "auto", {"max_episode_steps": 6}, "cpu", AtariSettings())
+    envs = make_envs(EnvConfig(env_id, N, env_kwargs={"max_episode_steps": 6}, backend="envpool"))
     _, _, terminated, truncated, _ = played(envs, some_actions(envs, 20))
     expected = [step % 7 == 5 for step in range(20)]  # 6 steps and a resetting row
     assert truncated.tolist() == [[cut] * N for cut in expected]
     assert not terminated.any()
     envs.close()
-    envs = make_envs("CartPole-v1", N, "envpool", "auto", {}, "cpu", AtariSettings())
+    envs = make_envs(EnvConfig("CartPole-v1", N, backend="envpool"))
     obs, _, terminated, truncated, _ = played(envs, np.ones((30, N), np.int64))
     assert terminated.any()
     assert not truncated.any()
@@ -147,14 +151,14 @@ def test_envpool_tells_a_time_limit_as_truncation(env_id):
 def test_envpool_is_seeded_by_reset():
     """Oracle: a pool that was made with the seed. Without one the random numbers go on."""
     envpool = pytest.importorskip("envpool")
-    envs = make_envs("Pendulum-v1", N, "envpool", "auto", {}, "cpu", AtariSettings())
+    envs = make_envs(EnvConfig("Pendulum-v1", N, backend="envpool"))
     unseeded = envs.reset()[0]
     mine = [envs.reset(seed=11)[0], envs.reset()[0]]
     pool = envpool.make("Pendulum-v1", env_type="gymnasium", num_envs=N, seed=11)
     np.testing.assert_array_equal(mine, [pool.reset()[0], pool.reset()[0]])
     assert (mine[0] != mine[1]).all()
     assert (mine[0] != unseeded).all()
-    other = make_envs("Pendulum-v1", N, "envpool", "auto", {}, "cpu", AtariSettings())
+    other = make_envs(EnvConfig("Pendulum-v1", N, backend="envpool"))
     assert (other.reset()[0] != unseeded).all()
     envs.close()
     other.close()
@@ -253,7 +257,7 @@ def test_screens_are_those_of_gymnasiums_preprocessing(game, backend, colour):
     if backend == "envpool":
         pytest.importorskip("envpool")
     settings = replace(WHOLE_GAMES, grayscale=not colour)
-    envs = make_envs(f"ALE/{game}-v5", N, backend, "auto", {}, "cpu", settings)
+    envs = make_envs(EnvConfig(f"ALE/{game}-v5", N, backend=backend, atari=settings))
     actions = np.random.default_rng(3).integers(0, envs.single_action_space.n, 40)
     obs, reward, *_ = played(envs, np.repeat(actions[:, None], N, axis=1))
     envs.close()
@@ -278,7 +282,7 @@ def test_scores_and_ends_are_those_of_the_plain_game(backend):
     pytest.importorskip("ale_py")
     if backend == "envpool":
         pytest.importorskip("envpool")
-    envs = make_envs("ALE/Breakout-v5", N, backend, "auto", {}, "cpu", AtariSettings(noop_max=1))
+    envs = make_envs(EnvConfig("ALE/Breakout-v5", N, backend=backend, atari=AtariSettings(noop_max=1)))
     actions = some_actions(envs, 700, seed=2)
     _, reward, terminated, truncated, game_over = played(envs, actions)
     envs.close()
@@ -323,7 +327,7 @@ def test_rewards_are_not_clipped(backend):
     pytest.importorskip("ale_py")
     if backend == "envpool":
         pytest.importorskip("envpool")
-    envs = make_envs("ALE/SpaceInvaders-v5", N, backend, "auto", {}, "cpu", AtariSettings())
+    envs = make_envs(EnvConfig("ALE/SpaceInvaders-v5", N, backend=backend))
     reward = played(envs, some_actions(envs, 150))[1]
     assert reward.max() >= 5
     envs.close()
@@ -336,7 +340,7 @@ def test_fire_starts_every_life(backend, fire_reset):
     pytest.importorskip("ale_py")
     if backend == "envpool":
         pytest.importorskip("envpool")
-    envs = make_envs("ALE/Breakout-v5", N, backend, "auto", {}, "cpu", AtariSettings(fire_reset=fire_reset))
+    envs = make_envs(EnvConfig("ALE/Breakout-v5", N, backend=backend, atari=AtariSettings(fire_reset=fire_reset)))
     _, _, terminated, _, game_over = played(envs, np.full((160, N), NOOP))
     assert (terminated.sum(axis=0) >= 5).all() == fire_reset
     assert game_over.any() == fire_reset
@@ -349,7 +353,7 @@ def test_whole_games_where_lives_end_nothing(backend):
     pytest.importorskip("ale_py")
     if backend == "envpool":
         pytest.importorskip("envpool")
-    envs = make_envs("ALE/Breakout-v5", N, backend, "auto", {}, "cpu", AtariSettings(episodic_life=False))
+    envs = make_envs(EnvConfig("ALE/Breakout-v5", N, backend=backend, atari=AtariSettings(episodic_life=False)))
     envs.reset(seed=0)
     envs.action_space.seed(0)
     ends = 0
@@ -370,7 +374,7 @@ def test_sticky_actions_are_the_flags(backend):
     games = {}
     for sticky in (0.0, 0.25):
         settings = replace(WHOLE_GAMES, sticky_actions=sticky)
-        envs = make_envs("ALE/Pong-v5", N, backend, "auto", {}, "cpu", settings)
+        envs = make_envs(EnvConfig("ALE/Pong-v5", N, backend=backend, atari=settings))
         actions = np.repeat(some_actions(envs, 60)[:, :1], N, axis=1)
         games[sticky] = [played(envs, actions, seed)[0] for seed in (1, 2)]
         envs.close()
@@ -384,7 +388,7 @@ def test_other_settings_arrive():
     pytest.importorskip("envpool")
     settings = AtariSettings(frame_skip=2, screen_size=50, frame_stack=3, full_action_space=True, fire_reset=False)
     for backend in ("auto", "envpool"):
-        envs = make_envs("ALE/Breakout-v5", N, backend, "auto", {}, "cpu", settings)
+        envs = make_envs(EnvConfig("ALE/Breakout-v5", N, backend=backend, atari=settings))
         assert envs.single_observation_space.shape == (3, 50, 50)
         assert envs.single_action_space.n == 18
         envs.reset(seed=0)
@@ -499,19 +503,19 @@ def test_lives_by_hand(lives, rows, told):
 
 def test_settings_come_from_the_flags():
     """The flags' defaults are the literature's, and each reaches its setting."""
-    assert atari_settings(TrainConfig()) == AtariSettings()
+    assert TrainConfig().env_config.atari == AtariSettings()
     changed = AtariSettings(7, 2, 50, False, 3, 0.25, False, False, True)
     flags = {
         name if name in ("episodic_life", "fire_reset") else f"atari_{name}": value for name, value in vars(changed).items()
     }
-    assert atari_settings(TrainConfig(**flags)) == changed
+    assert TrainConfig(**flags).env_config.atari == changed
 
 
 def test_who_runs_what():
     """ALE's games run in ALE's own vector environment, without a trial; the names that logs and summaries show."""
     pytest.importorskip("ale_py")
-    assert choose_vectorization("ALE/Pong-v5", 8, "auto", {})[:2] == ("entry-point", "ALE's own vector environment")
-    assert choose_vectorization("PongNoFrameskip-v4", 8, "auto", {})[:2] == ("entry-point", "ALE's own vector environment")
+    assert choose_vectorization(EnvConfig("ALE/Pong-v5", 8))[:2] == ("entry-point", "ALE's own vector environment")
+    assert choose_vectorization(EnvConfig("PongNoFrameskip-v4", 8))[:2] == ("entry-point", "ALE's own vector environment")
     names = {
         "entry-point": "gymnasium/entry-point",
         "sync": "gymnasium/sync",
@@ -523,7 +527,7 @@ def test_who_runs_what():
     for engine, name in names.items():
         env_id, backend, vectorization, _ = ENGINES[engine]
         envs = make(engine)
-        assert engine_name(envs, env_id, backend, vectorization) == name
+        assert engine_name(envs, EnvConfig(env_id, backend=backend, vectorization=vectorization)) == name
         envs.close()
 
 
@@ -550,8 +554,8 @@ def test_choosing_costs_no_torch():
     """A wrong flag answers at once: whether an id is Atari, and what is chosen for it, is known without torch."""
     pytest.importorskip("ale_py")
     code = (
-        "import sys; from fastppo.envs.probe import choose_vectorization; import fastppo.envs.envpool; "
-        "choose_vectorization('ALE/Pong-v5', 8, 'auto', {}); sys.exit('torch' in sys.modules)"
+        "import sys; from fastppo.envs.factory import EnvConfig, choose_vectorization; import fastppo.envs.envpool; "
+        "choose_vectorization(EnvConfig('ALE/Pong-v5', 8)); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -596,7 +600,7 @@ def test_what_is_refused(env_id, backend, vectorization, env_kwargs, message):
     pytest.importorskip("envpool")
     pytest.importorskip("ale_py")
     with pytest.raises(UsageError, match=message):
-        make_envs(env_id, N, backend, vectorization, env_kwargs, "cpu", AtariSettings())
+        make_envs(EnvConfig(env_id, N, vectorization, env_kwargs=env_kwargs, backend=backend))
 
 
 @pytest.mark.parametrize(
@@ -639,7 +643,7 @@ def test_what_is_not_installed(monkeypatch, env_id, backend, missing, extra):
         monkeypatch.setitem(sys.modules, missing, None)
         monkeypatch.delitem(gym.registry, env_id, raising=False)
     with pytest.raises(UsageError, match=rf"not installed: pip install 'fastppo\[{extra}\]'"):
-        make_envs(env_id, N, backend, "sync" if missing == "gymnasium" else "auto", {}, "cpu", AtariSettings())
+        make_envs(EnvConfig(env_id, N, "sync" if missing == "gymnasium" else "auto", backend=backend))
 
 
 def test_the_command_line_asks_who_runs_it(tmp_path, capsys):

@@ -19,10 +19,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.envs import check
-from fastppo.envs.atari import AtariSettings
-from fastppo.envs.backends import make_envs
 from fastppo.envs.check import Finding, check_envs, find
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_envs, make_gymnasium_envs
 from fastppo.train import console
 
 
@@ -267,7 +265,7 @@ gym.register("Checked-v0", entry_point=lambda which=None: Sound() if which is No
 
 def found(env_id, num_envs=3, vectorization="sync", **env_kwargs):
     """The findings, with the environments themselves as training has them."""
-    envs, _ = make_vec(env_id, num_envs, vectorization, env_kwargs)
+    envs = make_gymnasium_envs(EnvConfig(env_id, num_envs, vectorization, env_kwargs=env_kwargs))
     try:
         return find(envs, env_id, env_kwargs, f"gymnasium/{vectorization}")
     finally:
@@ -539,7 +537,7 @@ def test_one_environment_and_a_coin(monkeypatch):
 def test_other_engines(env_id, backend, package):
     """Environments on the device, ALE's and EnvPool's."""
     pytest.importorskip(package)
-    envs = make_envs(env_id, 2, backend, "auto", {}, "cpu", AtariSettings())
+    envs = make_envs(EnvConfig(env_id, 2, backend=backend))
     engine = "ale" if env_id.startswith("ALE/") else backend
     assert find(envs, env_id, {}, engine) == []
     envs.close()
@@ -568,7 +566,7 @@ def test_several_errors():
     """A line each, those of warnings left for another time."""
     both = stepping(lambda obs, *rest: (obs + 9, "much", None, *rest[2:]))
     BROKEN["both"] = (both, "")
-    envs, _ = make_vec("Checked-v0", 2, "sync", {"which": "both"})
+    envs = make_gymnasium_envs(EnvConfig("Checked-v0", 2, "sync", env_kwargs={"which": "both"}))
     with pytest.raises(UsageError) as raised:
         check_envs(envs, "Checked-v0", {"which": "both"}, "gymnasium/sync")
     first, second = str(raised.value).splitlines()
@@ -641,7 +639,7 @@ def test_a_slow_environment_is_not_waited_for(monkeypatch):
 
 def test_a_copy_that_cannot_be_made():
     """An environment that is there only once is trained on as it is, and the line says so."""
-    envs, _ = make_vec("Checked-v0", 1, "sync", {})
+    envs = make_gymnasium_envs(EnvConfig("Checked-v0", 1, "sync"))
     BROKEN["only one"] = (lambda: 1 / 0, "")
     (finding,) = find(envs, "Checked-v0", {"which": "only one"}, "gymnasium/sync")
     assert not finding.is_error

@@ -24,11 +24,10 @@ from fastppo.compile import inductor, native
 from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, compile_program
 from fastppo.core.acting import act
 from fastppo.core.contracts import CollectResult
-from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.backends import make_envs
 from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
 from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.factory import EnvConfig, make_envs
 from fastppo.evaluate import console as evaluate_console
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.step_collector import TensorCollector
@@ -458,7 +457,7 @@ def test_both_engines_make_the_same_run(tmp_path):
 
 def test_gymnasiums_engine_steps_from_python():
     """--backend gymnasium gives a TensorCollector even for a class that could be collected on the device."""
-    envs = AutoresetEnvs(make_envs("Pushed-v0", N, "gymnasium", "auto", {}, CPU, AtariSettings()))
+    envs = AutoresetEnvs(make_envs(EnvConfig("Pushed-v0", N, backend="gymnasium"), CPU))
     ours = setup(Spoilt())
     assert isinstance(start_collector(envs, ours.rollout(), ours.obs, ours.spec, seed=0), TensorCollector)
 

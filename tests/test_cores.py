@@ -6,8 +6,7 @@ import os
 import pytest
 import torch
 
-from fastppo.envs.make import num_processes
-from fastppo.envs.probe import choose_vectorization
+from fastppo.envs.factory import EnvConfig, choose_vectorization, num_processes
 from fastppo.ranks import threads_per_rank
 from fastppo.system import cpus
 from fastppo.system.cpus import available_cores, cpu_quota, engine_threads, machine_cores
@@ -157,7 +156,7 @@ def test_everybody_asks_the_same(of, monkeypatch):
     assert engine_threads(8) == {"num_threads": 3}
     assert engine_threads(2) == {"num_threads": 2}
     of(quota=1.9)
-    assert choose_vectorization("environments:Walk-v0", 8, "auto", {})[:2] == ("sync", "one core")
+    assert choose_vectorization(EnvConfig("environments:Walk-v0", 8))[:2] == ("sync", "one core")
     of()
     assert engine_threads(8) == {"thread_affinity_offset": 0}
     assert engine_threads(7) == {}

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastppo import TrainingFault, train
 from fastppo.envs.classic import CLASSIC, CartPole, Pendulum, PendulumState
 from fastppo.envs.device import Running, TorchVectorEnv, autoreset_step, start
-from fastppo.envs.make_device import make_device_vec
+from fastppo.envs.factory import EnvConfig, make_device_envs
 from fastppo.errors import UsageError
 from support.runs import tiny
 
@@ -220,7 +220,7 @@ def ks_statistic(a, b):
 def test_first_states_are_distributed_as_gymnasiums(env_id):
     """Each component of the state: two-sample Kolmogorov-Smirnov at the level 0.001 and the bounds; components independent."""
     count = 3000
-    envs = make_device_vec(env_id, count, {}, "cpu")
+    envs = make_device_envs(EnvConfig(env_id, count), "cpu")
     obs, _ = envs.reset(seed=3)
     ours = table(envs.running.state).double().numpy()
     theirs = reference(env_id, {})
@@ -243,7 +243,7 @@ def test_first_states_are_distributed_as_gymnasiums(env_id):
 @pytest.mark.parametrize("env_id", IDS)
 def test_the_first_observation_is_that_of_the_first_state(env_id):
     """reset's observation is what gymnasium says of the same state."""
-    envs = make_device_vec(env_id, 5, {}, "cpu")
+    envs = make_device_envs(EnvConfig(env_id, 5), "cpu")
     obs, info = envs.reset(seed=5)
     assert info == {}
     theirs = reference(env_id, {})
@@ -256,7 +256,7 @@ def test_the_first_observation_is_that_of_the_first_state(env_id):
 @pytest.mark.parametrize("env_id", IDS)
 def test_spaces_and_time_limits_are_the_registered_ones(env_id):
     """What a policy is built for, and when an episode is cut, come from the table as from gymnasium's registry."""
-    envs, theirs = make_device_vec(env_id, 3, {}, "cpu"), gym.make_vec(env_id, 3, vectorization_mode="sync")
+    envs, theirs = make_device_envs(EnvConfig(env_id, 3), "cpu"), gym.make_vec(env_id, 3, vectorization_mode="sync")
     assert envs.single_observation_space == theirs.single_observation_space
     assert envs.single_action_space == theirs.single_action_space
     assert envs.observation_space == theirs.observation_space
@@ -279,7 +279,7 @@ def test_episodes_end_and_begin_as_under_gymnasiums_own_rule(env_id):
     """Beside SyncVectorEnv, started from the same states at every reset, whatever action comes on the resetting row."""
     generator = torch.Generator().manual_seed(6)
     limit = 15
-    envs = make_device_vec(env_id, 4, {"max_episode_steps": limit}, "cpu")
+    envs = make_device_envs(EnvConfig(env_id, 4, env_kwargs={"max_episode_steps": limit}), "cpu")
     theirs = gym.make_vec(env_id, 4, vectorization_mode="sync", max_episode_steps=limit)
     assert theirs.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
     obs, _ = envs.reset(seed=7)
@@ -401,7 +401,7 @@ def test_the_same_seed_gives_the_same_bits(env_id):
     """One seed is one run; another seed another; without a seed the generator goes on, and begins somewhere new."""
 
     def run(seed):
-        envs = make_device_vec(env_id, 3, {"max_episode_steps": 5}, "cpu")
+        envs = make_device_envs(EnvConfig(env_id, 3, env_kwargs={"max_episode_steps": 5}), "cpu")
         generator = torch.Generator().manual_seed(0)
         obs = [envs.reset(seed=seed)[0]]
         obs += [envs.step(some_actions(envs.env, generator, 3))[0] for _ in range(12)]
@@ -434,7 +434,7 @@ def array_conversion(envs):
 @pytest.mark.parametrize("to_numpy", [ToNumpy, array_conversion])
 def test_outside_code_runs_it(to_numpy):
     """As numpy it goes through gymnasium's statistics of episodes, on actions sampled from its action space."""
-    envs = to_numpy(make_device_vec("CartPole-v1", 3, {"max_episode_steps": 30}, "cpu"))
+    envs = to_numpy(make_device_envs(EnvConfig("CartPole-v1", 3, env_kwargs={"max_episode_steps": 30}), "cpu"))
     envs = RecordEpisodeStatistics(envs)
     envs.reset(seed=1)
     envs.action_space.seed(1)
@@ -454,7 +454,9 @@ def test_outside_code_runs_it(to_numpy):
 
 def test_running_can_be_taken_and_put_back():
     """A program that steps the environments itself gives the rows that the wrapper gives: draw, autoreset_step, put back."""
-    envs, by_hand = (make_device_vec("CartPole-v1", 3, {"max_episode_steps": 4}, "cpu") for _ in range(2))
+    envs, by_hand = (
+        make_device_envs(EnvConfig("CartPole-v1", 3, env_kwargs={"max_episode_steps": 4}), "cpu") for _ in range(2)
+    )
     for each in (envs, by_hand):
         each.reset(seed=2)
     action = torch.tensor([0, 1, 1])
@@ -537,7 +539,7 @@ def test_a_registered_environment_of_ones_own():
     made = gym.make_vec("Reach-v0", num_envs=3)
     assert isinstance(made, TorchVectorEnv)
     assert made.env == Reach(goal=2.0, max_episode_steps=7)
-    envs = make_device_vec("Reach-v0", 3, {"goal": 0.5, "max_episode_steps": 4}, "cpu")
+    envs = make_device_envs(EnvConfig("Reach-v0", 3, env_kwargs={"goal": 0.5, "max_episode_steps": 4}), "cpu")
     assert envs.env == Reach(goal=0.5, max_episode_steps=4)
     assert envs.num_envs == 3
     assert "Reach-v0" in repr(envs)
@@ -549,9 +551,9 @@ def test_a_registered_environment_of_ones_own():
         assert torch.equal(obs[:, 0], envs.running.state["position"])
     assert max(pushes) == 4.0
     with pytest.raises(UsageError, match=r"--env-kwargs do not fit Reach-v0: .*gaol"):
-        make_device_vec("Reach-v0", 3, {"gaol": 1}, "cpu")
+        make_device_envs(EnvConfig("Reach-v0", 3, env_kwargs={"gaol": 1}), "cpu")
     with pytest.raises(UsageError, match=r"--backend torch has no Reech-v0; it has: .*; nearest: Reach-v0"):
-        make_device_vec("Reech-v0", 3, {}, "cpu")
+        make_device_envs(EnvConfig("Reech-v0", 3), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -595,13 +597,15 @@ def test_spaces_that_are_no_tensor_are_refused():
 def test_what_cannot_be_made_is_told(env_id, kwargs, told):
     """Unknown ids, environments that are not on the device and wrong arguments: one line that names the flag."""
     with pytest.raises(UsageError, match=told) as caught:
-        make_device_vec(env_id, 2, kwargs, "cpu")
+        make_device_envs(EnvConfig(env_id, 2, env_kwargs=kwargs), "cpu")
     assert "\n" not in str(caught.value)
 
 
 def test_an_id_in_a_module():
     """module:Id imports the module first; arguments reach the constructor, also over a version's own limit."""
-    envs = make_device_vec("environments:CartPole-v0", 2, {"sutton_barto_reward": True, "max_episode_steps": 9}, "cpu")
+    envs = make_device_envs(
+        EnvConfig("environments:CartPole-v0", 2, env_kwargs={"sutton_barto_reward": True, "max_episode_steps": 9}), "cpu"
+    )
     assert envs.env == CartPole(sutton_barto_reward=True, max_episode_steps=9)
 
 
@@ -610,7 +614,7 @@ def test_frames_are_gymnasiums(env_id):
     """One frame per environment, pixel for pixel what gymnasium draws of the same state, an action's arrow included."""
     pytest.importorskip("pygame")
     generator = torch.Generator().manual_seed(10)
-    envs = make_device_vec(env_id, 2, {}, "cpu", render_mode="rgb_array")
+    envs = make_device_envs(EnvConfig(env_id, 2), "cpu", render_mode="rgb_array")
     theirs = gym.make("CartPole-v1" if env_id == "CartPole-v0" else env_id, render_mode="rgb_array").unwrapped
     theirs.reset(seed=0)
     envs.reset(seed=1)
@@ -633,22 +637,22 @@ def test_frames_are_gymnasiums(env_id):
 
 def test_without_pygame_or_a_render_mode(monkeypatch):
     """A missing package is named with what installs it; without a render mode there is no picture."""
-    envs = make_device_vec("CartPole-v1", 1, {}, "cpu", render_mode="rgb_array")
+    envs = make_device_envs(EnvConfig("CartPole-v1", 1), "cpu", render_mode="rgb_array")
     envs.reset(seed=0)
     monkeypatch.setitem(sys.modules, "pygame", None)
     with pytest.raises(UsageError, match=r'needs pygame: pip install "gymnasium\[classic-control\]"'):
         envs.render()
-    plain = make_device_vec("CartPole-v1", 1, {}, "cpu")
+    plain = make_device_envs(EnvConfig("CartPole-v1", 1), "cpu")
     plain.reset(seed=0)
     with pytest.warns(UserWarning, match="without a render mode"):
         assert plain.render() is None
     with pytest.raises(UsageError, match="no render mode 'human'"):
-        make_device_vec("CartPole-v1", 1, {}, "cpu", render_mode="human")
+        make_device_envs(EnvConfig("CartPole-v1", 1), "cpu", render_mode="human")
 
 
 def test_running_is_a_tree():
     """Running is what a compiled loop carries: a tree of tensors, nothing else in it."""
-    envs = make_device_vec("Pendulum-v1", 2, {}, "cpu")
+    envs = make_device_envs(EnvConfig("Pendulum-v1", 2), "cpu")
     envs.reset(seed=0)
     assert isinstance(envs.running, Running)
     assert all(isinstance(leaf, torch.Tensor) and leaf.shape[0] == 2 for leaf in tree_leaves(envs.running))

@@ -11,7 +11,7 @@ from gymnasium.vector import SyncVectorEnv
 from fastppo import TrainConfig, load_policy, train
 from fastppo.analysis.evaluation import most_steps, play_episodes
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
 from fastppo.evaluate import console
 from fastppo.random_streams import Stream, environment_seed
 from fastppo.train import console as train_console
@@ -45,7 +45,7 @@ def episodes_by_hand(seed, num_envs, episodes):
 @pytest.mark.parametrize(("num_envs", "episodes"), [(8, 40), (8, 13), (3, 2), (1, 5)])
 def test_short_episodes_are_not_favoured(lengths_run, num_envs, episodes):
     """Half of the episodes are short. The first K to finish would mostly be those; a share for each environment is fair."""
-    envs, _ = make_vec("environments:Lengths-v0", num_envs, "auto", {})
+    envs = make_gymnasium_envs(EnvConfig("environments:Lengths-v0", num_envs))
     returns = play_episodes(load_policy(lengths_run), AutoresetEnvs(envs), episodes, seed=7).returns
     envs.close()
     assert returns == episodes_by_hand(environment_seed(7, Stream.EVALUATION_ENVIRONMENTS), num_envs, episodes)
@@ -69,8 +69,10 @@ def test_the_last_line_is_json(lengths_run, capsys):
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 def test_every_autoreset_mode_evaluates_alike(tmp_path, mode):
     """Steps that only reset are no steps of an episode: the returns are those of next-step mode without a bribe."""
-    envs, _ = make_vec("environments:WalkVector-v0", 4, "auto", {"mode": mode, "bribe": 100.0 * (mode == "NextStep")})
-    reference, _ = make_vec("environments:WalkVector-v0", 4, "auto", {})
+    envs = make_gymnasium_envs(
+        EnvConfig("environments:WalkVector-v0", 4, env_kwargs={"mode": mode, "bribe": 100.0 * (mode == "NextStep")})
+    )
+    reference = make_gymnasium_envs(EnvConfig("environments:WalkVector-v0", 4))
     config = TrainConfig(env_id="environments:WalkVector-v0", num_iterations=1, num_steps=8, eval_episodes=0)
     policy = train(TrainConfig(**{**vars(config), "run_dir": str(tmp_path / "run")})).policy
     played, expected = (play_episodes(policy, AutoresetEnvs(one), 20, 0) for one in (envs, reference))

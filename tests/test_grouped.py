@@ -22,7 +22,7 @@ from fastppo import TrainConfig, train
 from fastppo.envs import vector
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.make import make_vec, num_processes
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs, num_processes
 from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import EnvironmentFailed, UsageError
 from fastppo.system.cpus import available_cores
@@ -205,9 +205,10 @@ def test_one_batch_that_is_reused():
 @pytest.mark.parametrize(("vectorization", "processes"), [("sync", 0), ("grouped", 1), ("async", 4)])
 def test_every_vectorization_is_the_same_engine(vectorization, processes):
     """Its processes, beside this one; the environments are those of gymnasium's own making, bit for bit, and as they were."""
-    envs, chosen = make_vec("environments:Walk-v1", 5, vectorization, {}, num_threads=2)
+    envs = make_gymnasium_envs(EnvConfig("environments:Walk-v1", 5, vectorization, num_threads=2))
     theirs = gym.make_vec("environments:Walk-v1", 5, vectorization_mode="sync")
-    assert (chosen, len(multiprocessing.active_children())) == (vectorization, processes)
+    assert isinstance(envs, GroupedVectorEnv) == (vectorization != "sync")
+    assert len(multiprocessing.active_children()) == processes
     for name in ("num_envs", "single_observation_space", "observation_space", "single_action_space", "action_space"):
         assert getattr(envs, name) == getattr(theirs, name), name
     assert (envs.metadata, envs.render_mode) == (theirs.metadata, theirs.render_mode)
@@ -219,9 +220,9 @@ def test_made_by_its_name():
     """--vectorization grouped: as many processes as --num-threads or cores, and environments."""
     cores = available_cores()
     assert [num_processes(8, None), num_processes(8, 1), num_processes(8, 3), num_processes(2, 5)] == [min(8, cores), 1, 3, 2]
-    envs, chosen = make_vec("environments:Walk-v0", 3, "grouped", {}, num_threads=2)
-    assert (chosen, envs.num_envs, len(multiprocessing.active_children())) == ("grouped", 3, 1)
-    theirs, _ = make_vec("environments:Walk-v0", 3, "sync", {})
+    envs = make_gymnasium_envs(EnvConfig("environments:Walk-v0", 3, "grouped", num_threads=2))
+    assert (type(envs), envs.num_envs, len(multiprocessing.active_children())) == (GroupedVectorEnv, 3, 1)
+    theirs = make_gymnasium_envs(EnvConfig("environments:Walk-v0", 3, "sync"))
     assert_equal(played(envs, 10), played(theirs, 10))
 
 
@@ -243,7 +244,7 @@ def test_environments_that_cannot_be_made():
     with pytest.raises(EnvironmentFailed, match=r"^environment 2: other spaces"):
         GroupedVectorEnv([Walk, Walk, partial(Fragile, "never")], 2)
     with pytest.raises(UsageError, match=r"--env-kwargs do not fit environments:Fragile-v0.*where"):
-        make_vec("environments:Fragile-v0", 3, "grouped", {}, num_threads=2)
+        make_gymnasium_envs(EnvConfig("environments:Fragile-v0", 3, "grouped", num_threads=2))
     assert not multiprocessing.active_children()
 
 

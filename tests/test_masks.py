@@ -19,9 +19,9 @@ from fastppo.core.acting import act
 from fastppo.core.adam import init_adam
 from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
-from fastppo.envs.atari import AtariSettings
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.render import make_drawn
+from fastppo.envs.factory import EnvConfig
+from fastppo.envs.render import make_render_env
 from fastppo.errors import EnvironmentFailed, TrainingFault
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
@@ -346,9 +346,9 @@ def test_action_masks_of_a_method(how, tmp_path):
     result = train(tiny(tmp_path / "run", **settings, eval_episodes=2))
     assert result.policy.obs.info_mask.size == 4
     assert result.summary["eval_return_mean"] == 10.0
-    drawn = make_drawn(settings["env_id"], "auto", {}, AtariSettings())
-    assert play(result.policy, drawn, lambda frame: None, 0, False, 1000) == (10.0, 10)
-    drawn.close()
+    render_env = make_render_env(EnvConfig(settings["env_id"]))
+    assert play(result.policy, render_env, lambda frame: None, 0, False, 1000) == (10.0, 10)
+    render_env.close()
 
 
 @pytest.mark.parametrize(

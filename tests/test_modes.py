@@ -20,7 +20,8 @@ from fastppo import Callback, UsageError, load_policy, train
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.analysis.video import play
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.render import make_drawn
+from fastppo.envs.factory import EnvConfig
+from fastppo.envs.render import make_render_env
 from fastppo.system import modes
 from support.runs import tiny
 
@@ -253,7 +254,7 @@ def test_evaluation_and_videos(tmp_path):
     result = train(tiny(tmp_path / "run", **settings))
     seen.clear()
     evaluate_config(result.policy, tiny(tmp_path / "run", **settings), EvaluationPlan(episodes=2, seed=0))
-    with contextlib.closing(make_drawn("Looks-v0", "auto", {}, None)) as envs:
+    with contextlib.closing(make_render_env(EnvConfig("Looks-v0"))) as envs:
         play(result.policy, envs, lambda frame: None, 0, True, 10)
     assert {"init", "reset", "step", "render", "close"} <= seen
 

@@ -12,7 +12,7 @@ import pytest
 import fastppo
 from fastppo import TrainConfig, UsageError, preset_for, train
 from fastppo.cli import parse_train
-from fastppo.envs.make import find_spec
+from fastppo.envs.registry import find_spec
 from fastppo.presets import PRESETS, choose_preset, describe, load_preset
 from fastppo.train import console
 from fastppo.training.training_run import TrainResult

@@ -18,11 +18,12 @@ from fastppo import train
 from fastppo.envs import vector
 from fastppo.envs.check import Tried, try_copy
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.envs.probe import (
+from fastppo.envs.factory import (
     ASYNC_FROM,
     GROUPED_FROM,
     PROBE_SECONDS,
     PROBE_STEPS,
+    EnvConfig,
     choose_vectorization,
     start_alike,
     step_seconds,
@@ -69,7 +70,8 @@ gym.register("Pooled-v0", Pooled, disable_env_checker=True)
 def chosen(env_id, num_envs, wanted="auto", env_kwargs=None, num_threads=None, tried=None, deadline=NO_DEADLINE):
     """The choice, its environments closed. tried: seconds of a step and the share computed; None: those of a real copy."""
     copy = None if tried is None else partial(Tried, (), True, *tried)
-    choice = choose_vectorization(env_id, num_envs, wanted, env_kwargs or {}, num_threads, deadline, copy)
+    config = EnvConfig(env_id, num_envs, wanted, env_kwargs or {}, num_threads=num_threads)
+    choice = choose_vectorization(config, deadline, copy)
     if isinstance(choice.envs, GroupedVectorEnv):
         assert choice.envs.num_envs == num_envs
         choice.envs.close()
@@ -83,17 +85,14 @@ def no_trial():
 
 def test_a_vector_class_of_its_own_comes_first():
     """No trial where the environment brings its own vectorisation."""
-    assert choose_vectorization("CartPole-v1", 8, "auto", {}, None, NO_DEADLINE, no_trial).vectorization == "entry-point"
+    assert choose_vectorization(EnvConfig("CartPole-v1", 8), tried=no_trial).vectorization == "entry-point"
 
 
 @pytest.mark.parametrize("wanted", ["sync", "grouped", "async"])
 def test_a_choice_is_obeyed(wanted):
     """--vectorization decides, without a trial."""
-    assert choose_vectorization("Slow-v0", 4, wanted, {}, None, NO_DEADLINE, no_trial) == (
-        wanted,
-        "as --vectorization asks",
-        None,
-    )
+    choice = choose_vectorization(EnvConfig("Slow-v0", 4, wanted), tried=no_trial)
+    assert choice == (wanted, "as --vectorization asks", None)
 
 
 def of_steps(seconds, monkeypatch):
@@ -108,7 +107,7 @@ def of_steps(seconds, monkeypatch):
         taken.append((measured, len(multiprocessing.active_children())))
         return seconds.pop(0)
 
-    monkeypatch.setattr("fastppo.envs.probe.step_seconds", timed)
+    monkeypatch.setattr("fastppo.envs.factory.step_seconds", timed)
     return taken
 
 
@@ -117,7 +116,7 @@ def test_fast_environments_stay_in_one_process(monkeypatch):
     monkeypatch.setattr(multiprocessing.Process, "start", None)
     choice = chosen("Pendulum-v1", 2, num_threads=2, tried=(GROUPED_FROM / 3, 1.0))
     assert choice.vectorization == "sync"
-    assert "ms, too little to share out" in choice.why
+    assert "ms, too little to share out" in choice.reason
 
 
 @pytest.mark.parametrize(("long", "choice"), [(ASYNC_FROM, "async"), (600.0, "grouped")])
@@ -126,8 +125,8 @@ def test_environments_that_wait_get_processes(monkeypatch, long, choice):
 
     What is measured in processes is not left to how busy this machine is.
     """
-    monkeypatch.setattr("fastppo.envs.probe.ASYNC_FROM", long)
-    monkeypatch.setattr("fastppo.envs.probe.step_seconds", lambda envs, deadline: 0.0)
+    monkeypatch.setattr("fastppo.envs.factory.ASYNC_FROM", long)
+    monkeypatch.setattr("fastppo.envs.factory.step_seconds", lambda envs, deadline: 0.0)
     assert chosen("Slow-v0", 8, num_threads=2).vectorization == choice
     assert not multiprocessing.active_children()
     assert gym.spec("Slow-v0").kwargs == {}
@@ -184,21 +183,21 @@ def test_what_is_chosen_from_times(monkeypatch, sync, computing, kind, taken, ch
     """
     made, closed = [], []
 
-    def make(env_id, num_envs, vectorization, env_kwargs, num_threads, deadline, is_trial):
+    def make(config, deadline, is_trial):
         assert is_trial
-        made.append(vectorization)
+        made.append(config.vectorization)
         if taken is REFUSED:
             raise UsageError("no processes")
-        return SimpleNamespace(close=lambda: closed.append(vectorization)), vectorization
+        return SimpleNamespace(close=lambda: closed.append(config.vectorization))
 
     def seconds(envs, deadline):
         if taken is FAILS:
             raise ValueError
         return taken
 
-    monkeypatch.setattr("fastppo.envs.probe.make_vec", make)
-    monkeypatch.setattr("fastppo.envs.probe.start_alike", lambda *_: False)
-    monkeypatch.setattr("fastppo.envs.probe.step_seconds", seconds)
+    monkeypatch.setattr("fastppo.envs.factory.make_gymnasium_envs", make)
+    monkeypatch.setattr("fastppo.envs.factory.start_alike", lambda *_: False)
+    monkeypatch.setattr("fastppo.envs.factory.step_seconds", seconds)
     found = chosen("Slow-v0", 4, num_threads=2, tried=(sync / 4, computing))
     assert found[:2] == (choice, reason)
     assert made == ([] if kind is None else [kind])
@@ -208,17 +207,17 @@ def test_what_is_chosen_from_times(monkeypatch, sync, computing, kind, taken, ch
 
 def test_no_trial_on_one_core(monkeypatch):
     """Nothing to share out to, and nothing is made to find out."""
-    monkeypatch.setattr("fastppo.envs.probe.make_vec", None)
-    assert choose_vectorization("Slow-v0", 8, "auto", {}, 1, NO_DEADLINE, no_trial)[:2] == ("sync", "one core")
+    monkeypatch.setattr("fastppo.envs.factory.make_gymnasium_envs", None)
+    assert choose_vectorization(EnvConfig("Slow-v0", 8, num_threads=1), tried=no_trial)[:2] == ("sync", "one core")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3})
-    assert choose_vectorization("Slow-v0", 8, "auto", {}, None, NO_DEADLINE, no_trial)[:2] == ("sync", "one core")
+    assert choose_vectorization(EnvConfig("Slow-v0", 8), tried=no_trial)[:2] == ("sync", "one core")
 
 
 @pytest.mark.parametrize(("env_id", "num_envs", "choice"), [("CartPole-v1", 4, "entry-point"), ("Slow-v0", 1, "sync")])
 def test_no_trial_without_a_choice(monkeypatch, env_id, num_envs, choice):
     """Nothing is made where there is nothing to choose from."""
-    monkeypatch.setattr("fastppo.envs.probe.make_vec", None)
-    assert choose_vectorization(env_id, num_envs, "auto", {}, None, NO_DEADLINE, no_trial).vectorization == choice
+    monkeypatch.setattr("fastppo.envs.factory.make_gymnasium_envs", None)
+    assert choose_vectorization(EnvConfig(env_id, num_envs), tried=no_trial).vectorization == choice
 
 
 class Trial:
@@ -239,7 +238,7 @@ class Trial:
 def test_a_trial_is_short(monkeypatch, seconds, steps):
     """So many steps, or so many seconds, whichever comes first; the seconds of one of them come out of it."""
     trial = Trial(seconds)
-    monkeypatch.setattr("fastppo.envs.probe.time", SimpleNamespace(perf_counter=lambda: trial.now))
+    monkeypatch.setattr("fastppo.envs.factory.time", SimpleNamespace(perf_counter=lambda: trial.now))
     assert step_seconds(trial) == pytest.approx(seconds)
     assert len(trial.actions) == steps
     space = gym.spaces.Discrete(2, seed=seed_of(0, Stream.PROBE_ACTIONS))
@@ -262,7 +261,7 @@ def test_a_fork_that_hangs_is_a_reason_for_one_process(monkeypatch):
         choice = chosen("Pooled-v0", 4, num_threads=2, deadline=deadline)
     assert any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
     assert choice.vectorization == "sync"
-    assert "a fork has none of the threads" in choice.why
+    assert "a fork has none of the threads" in choice.reason
     assert not multiprocessing.active_children()
 
 

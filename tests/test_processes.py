@@ -22,7 +22,7 @@ import torch
 from environments import Walk, WithProcess
 
 from fastppo import UsageError, train
-from fastppo.envs import check, probe, streams, vector
+from fastppo.envs import check, factory, streams, vector
 from fastppo.envs.check import try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
@@ -317,7 +317,7 @@ def test_environments_are_made_and_reset_once(vectorization, num_seeds, made, re
     """Eight for training and a copy to try out, reset once where that is slow; of "auto" once more, in a trial of processes."""
     use_two_cores(monkeypatch)
     monkeypatch.setattr(check, "SECONDS", 0.01)  # a reset of a hundredth of a second is slow
-    monkeypatch.setattr(probe, "BETTER", 1e9)  # the trial is won, however busy the machine is
+    monkeypatch.setattr(factory, "BETTER", 1e9)  # the trial is won, however busy the machine is
     monkeypatch.setattr(Counted, "path", str(tmp_path / "count"))
     settings = {"num_envs": 8 // num_seeds, "num_seeds": num_seeds, "num_steps": 2, "num_iterations": 1, "num_minibatches": 1}
     train(tiny(tmp_path / "run", env_id="Counted-v0", vectorization=vectorization, **settings))

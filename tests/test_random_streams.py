@@ -19,7 +19,7 @@ from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
 from fastppo.random_streams import Stream, environment_seed, seed_of
 from fastppo.training.loop import environment_seeds
 from fastppo.training.setup import prepare
@@ -210,8 +210,8 @@ def test_cartpole_starts_episodes_as_gymnasium_does():
 
     So do two halves of it, which are two processes'.
     """
-    whole = make_vec("CartPole-v1", 6, "entry-point", {})[0]
-    halves = [make_vec("CartPole-v1", 3, "entry-point", {})[0] for _ in range(2)]
+    whole = make_gymnasium_envs(EnvConfig("CartPole-v1", 6, "entry-point"))
+    halves = [make_gymnasium_envs(EnvConfig("CartPole-v1", 3, "entry-point")) for _ in range(2)]
     separate = gym.make_vec("CartPole-v1", num_envs=6, vectorization_mode="sync")
     assert isinstance(whole, SeededCartPole)
     actions = np.random.default_rng(0).integers(2, size=(600, 6))  # some 27 episodes each: more than are drawn ahead

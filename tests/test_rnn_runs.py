@@ -21,7 +21,7 @@ from fastppo.analysis.video import play
 from fastppo.cli import parse_train
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
 from fastppo.random_streams import Stream, environment_seed
 from fastppo.train import console
 from support.processes import Started, assert_same_run, rows_of
@@ -395,7 +395,7 @@ def test_every_space(name, tmp_path):
     assert all(math.isfinite(float(row[loss])) for row in rows for loss in LOSSES)
     agent = load_policy(run.run_dir)
 
-    envs, _ = make_vec(settings["env_id"], 3, "auto", kwargs)
+    envs = make_gymnasium_envs(EnvConfig(settings["env_id"], 3, env_kwargs=kwargs))
     assert len(play_episodes(agent, AutoresetEnvs(envs), 6, seed=0, deterministic=False).returns) == 6
     alone = envs.envs[0]
     obs, info = alone.reset(seed=1)
@@ -463,7 +463,7 @@ def test_evaluation_remembers_one_episode(cue_run, mode):
     """
     watched = Watched(load_policy(cue_run))
     watched.agent.act(np.ones((5, 2), np.float32))  # of other environments, which evaluation forgets
-    envs = make_vec("environments:CueVector-v0", 3, "auto", {"mode": mode})[0]
+    envs = make_gymnasium_envs(EnvConfig("environments:CueVector-v0", 3, env_kwargs={"mode": mode}))
     returns = play_episodes(watched, AutoresetEnvs(envs), 12, seed=7).returns
     envs.close()
     assert watched.agent.rnn_state is None
@@ -550,7 +550,7 @@ def test_what_has_to_be_remembered_is_learned(tmp_path):
     for kind in (None, "gru"):
         settings = {"num_envs": 16, "num_steps": 32, "num_iterations": 60, "learning_rate": 0.01, "update_epochs": 4}
         config = tiny(tmp_path / str(kind), env_id=CUE, rnn=kind, **SMALL, **settings, backend="gymnasium")
-        envs = make_vec("environments:CueVector-v0", 8, "auto", {})[0]
+        envs = make_gymnasium_envs(EnvConfig("environments:CueVector-v0", 8))
         found[kind] = np.mean(play_episodes(train(config).policy, AutoresetEnvs(envs), 100, seed=3).returns)
         envs.close()
     assert found["gru"] > 0.95

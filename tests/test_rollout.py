@@ -15,7 +15,7 @@ from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.contracts import Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
 from fastppo.policy.make_network import make_network
 from fastppo.policy.normalization import RunningMoments, init_moments, make_normalization, update_moments
 from fastppo.policy.spaces import action_spec, obs_spec
@@ -276,7 +276,7 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
     train(TrainConfig(**{**vars(config), "resume": str(tmp_path), "num_iterations": 5}))
     after = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
 
-    envs = AutoresetEnvs(make_vec(env_id, 4, "auto", {})[0])
+    envs = AutoresetEnvs(make_gymnasium_envs(EnvConfig(env_id, 4)))
     rollout = allocate_rollout(32, 4, policy.obs, policy.action, envs.keeps_final_obs, CPU)
     collector = HostCollector(envs, rollout, policy.obs, policy.action)
     collector.reset(environment_seed(config.seed, 3))

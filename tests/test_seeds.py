@@ -20,7 +20,7 @@ from fastppo.compile import inductor
 from fastppo.compile.inductor import compile_program
 from fastppo.core.seed_axis import Seeds, of_seed, one_by_one, over_seeds, stack
 from fastppo.envs.classic import CartPole
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_envs, make_gymnasium_envs
 from fastppo.envs.multi_seed_envs import JoinedVectorEnv, SeedsVectorEnv, many
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
@@ -108,7 +108,7 @@ def test_a_module_whose_frozen_weights_differ_by_seed_is_refused(tmp_path):
 )
 def test_environments_of_a_seed_are_those_of_its_own_vector_environment(env_id, mode, kind):
     """Three times four in one, over many episode ends and a reset in between: each four as gymnasium has them, to the bit."""
-    envs = many(lambda num_envs: make_vec(env_id, num_envs, "entry-point", {})[0], 4, 3)
+    envs = many(lambda num_envs: make_gymnasium_envs(EnvConfig(env_id, num_envs, "entry-point")), 4, 3)
     assert isinstance(envs, kind)
     alone = [gym.make_vec(env_id, num_envs=4, vectorization_mode=mode) for _ in range(3)]
     actions = np.random.default_rng(0).integers(2, size=(300, 12))
@@ -127,7 +127,7 @@ def test_environments_of_a_seed_are_those_of_its_own_vector_environment(env_id, 
 
 def test_processes_are_seeded_one_by_one():
     """In processes there is one pool for all seeds, and the s-th seed's i-th environment has seed + i, as gymnasium does it."""
-    envs = many(lambda num_envs: make_vec("Acrobot-v1", num_envs, "grouped", {}, 2)[0], 3, 2)
+    envs = many(lambda num_envs: make_gymnasium_envs(EnvConfig("Acrobot-v1", num_envs, "grouped", num_threads=2)), 3, 2)
     assert isinstance(envs, SeedsVectorEnv)
     obs, _ = envs.reset(seed=[5, 50])
     expected = [gym.make("Acrobot-v1").reset(seed=seed)[0] for seed in (5, 6, 7, 50, 51, 52)]
@@ -139,15 +139,10 @@ def test_processes_are_seeded_one_by_one():
 def test_engines_in_c_are_seeded_one_by_one(backend):
     """EnvPool's and ALE's own environments of two seeds start as they would in two runs."""
     pytest.importorskip("envpool" if backend == "envpool" else "ale_py")
-    from fastppo.config import TrainConfig
-    from fastppo.envs.atari import atari_settings
-    from fastppo.envs.backends import make_envs
-
     env_id = "CartPole-v1" if backend == "envpool" else "ALE/Pong-v5"
-    settings = atari_settings(TrainConfig())
 
     def make(num_envs):
-        return make_envs(env_id, num_envs, "envpool" if backend == "envpool" else "auto", "auto", {}, "cpu", settings, 1)
+        return make_envs(EnvConfig(env_id, num_envs, backend="envpool" if backend == "envpool" else "auto", num_threads=1))
 
     envs = many(make, 2, 2)
     assert isinstance(envs, SeedsVectorEnv)

@@ -19,7 +19,8 @@ from torchrl.envs import CatTensors, Compose, EnvBase, PendulumEnv, StepCounter,
 
 from fastppo import TrainConfig, TrainingFault, UsageError, train
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.make import make_vec
+from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
+from fastppo.envs.registry import default_vectorization
 from fastppo.envs.torchrl import TorchRLVectorEnv
 from fastppo.policy.spaces import action_spec
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
@@ -388,9 +389,11 @@ def test_wrong_use(tmp_path):
 
 def test_the_entry_point_is_chosen_by_itself():
     """An id with nothing but a vector entry point works with --vectorization auto and entry-point."""
+    assert default_vectorization("TensorTwin-v0") == "entry-point"
     for wanted in ("auto", "entry-point"):
-        envs, chosen = make_vec("TensorTwin-v0", 2, wanted, {"mode": "Disabled"})
-        assert (chosen, envs.num_envs) == ("entry-point", 2)
+        envs = make_gymnasium_envs(EnvConfig("TensorTwin-v0", 2, wanted, env_kwargs={"mode": "Disabled"}))
+        assert isinstance(envs, TensorTwin)
+        assert envs.num_envs == 2
         envs.close()
 
 

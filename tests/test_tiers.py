@@ -443,7 +443,7 @@ def test_calls_per_iteration(tmp_path):
     from environments import Walk  # noqa: F401 (registers the environments)
 
     from fastppo.envs.autoreset import AutoresetEnvs
-    from fastppo.envs.make import make_vec
+    from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
     from fastppo.policy.spaces import action_spec, obs_spec
     from fastppo.rollout.step_collector import HostCollector
     from fastppo.rollout.storage import allocate_rollout
@@ -455,7 +455,7 @@ def test_calls_per_iteration(tmp_path):
             calls.append("step")
             return super().step(action)
 
-    made, _ = make_vec("CartPole-v1", 4, "auto", {})
+    made = make_gymnasium_envs(EnvConfig("CartPole-v1", 4))
     spec = action_spec(made.single_action_space, False)
     obs_space = obs_spec(made.single_observation_space)
     rollout = allocate_rollout(16, 4, obs_space, spec, False, torch.device("cpu"))

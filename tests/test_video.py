@@ -13,7 +13,7 @@ from PIL import Image
 
 from fastppo import Callback, TrainConfig, UsageError, train
 from fastppo.analysis.video import choose_suffix, video_file
-from fastppo.envs.atari import AtariSettings, make_ale, make_drawn_ale
+from fastppo.envs.atari import AtariSettings, make_ale, make_rgb_ale
 from fastppo.evaluate import console
 
 SMALL = {"num_envs": 4, "num_steps": 32, "num_iterations": 4, "eval_episodes": 0, "compile": "off", "device": "cpu"}
@@ -136,7 +136,7 @@ def test_without_ffmpeg_it_is_a_gif(monkeypatch):
     [
         (["--video", "avi"], "--video takes mp4, gif or nothing, got 'avi'"),
         (["--video", "--video-episodes", "0"], "--video-episodes must be at least 1, got 0"),
-        (["--video"], "environments:Walk-v0 cannot be drawn: it has no render mode rgb_array; its render modes: none"),
+        (["--video"], "environments:Walk-v0 cannot be rendered: it has no render mode rgb_array; its render modes: none"),
         (["--render", "human"], "--render human can open no window (there is no display)"),
     ],
 )
@@ -182,25 +182,25 @@ def test_a_window_shows_the_episodes_that_are_counted(cartpole):
 @pytest.mark.parametrize(
     "settings", [AtariSettings(noop_max=0), AtariSettings(noop_max=0, episodic_life=False, grayscale=False)]
 )
-def test_the_atari_game_that_is_drawn_is_the_one_trained_on(settings):
+def test_the_atari_game_that_renders_is_the_one_trained_on(settings):
     """Oracle: ALE's vector environment under the same actions, through lives, a game's end and the next one's start."""
     pytest.importorskip("ale_py")
     pytest.importorskip("cv2")
-    trained, drawn = make_ale("ALE/Breakout-v5", 1, {}, settings), make_drawn_ale("ALE/Breakout-v5", {}, settings)
-    steps = [(trained.reset(seed=0)[0], 0, 0, 0), (drawn.reset(seed=0)[0], 0, 0, 0)]
+    trained, renders = make_ale("ALE/Breakout-v5", 1, {}, settings), make_rgb_ale("ALE/Breakout-v5", {}, settings)
+    steps = [(trained.reset(seed=0)[0], 0, 0, 0), (renders.reset(seed=0)[0], 0, 0, 0)]
     games, rng = 0, np.random.default_rng(0)
     while games < 2:
         assert np.abs(steps[0][0].astype(int) - steps[1][0]).max() <= 1
         assert steps[0][1:4] == steps[1][1:4]
         action = rng.integers(0, trained.single_action_space.n, 1)
-        steps = [envs.step(action) for envs in (trained, drawn)]
+        steps = [envs.step(action) for envs in (trained, renders)]
         games += int(getattr(trained, "game_over", steps[0][2])[0])
-    frame = drawn.render()[0]
+    frame = renders.render()[0]
     assert frame.shape == (210, 160, 3)
     assert frame.std() > 10
-    assert drawn.metadata["render_fps"] == 15
+    assert renders.metadata["render_fps"] == 15
     trained.close()
-    drawn.close()
+    renders.close()
 
 
 def test_a_video_of_atari(tmp_path, capsys):

@@ -16,10 +16,9 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from fastppo.config import TrainConfig
-from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
-from fastppo.envs.backends import make_envs
 from fastppo.envs.deadline import Deadline
+from fastppo.envs.factory import make_envs
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environment_fault
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
@@ -192,14 +191,5 @@ def time_limit(config: TrainConfig, envs: VectorEnv[Any, Any, Any] | None = None
 
 def _make_envs(config: TrainConfig, episodes: int, deadline: Deadline) -> VectorEnv[Any, Any, Any]:
     """The run's environments; not more of them than training had, since more may not exist."""
-    return make_envs(
-        config.env_id,
-        min(episodes, MAX_ENVS, config.num_envs),
-        config.backend,
-        config.vectorization,
-        config.env_kwargs,
-        "cpu",
-        atari_settings(config),
-        config.num_threads,
-        deadline,
-    )
+    num_envs = min(episodes, MAX_ENVS, config.num_envs)
+    return make_envs(replace(config.env_config, num_envs=num_envs), "cpu", deadline)

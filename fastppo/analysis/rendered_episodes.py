@@ -8,10 +8,9 @@ from typing import Any
 from fastppo.analysis.evaluation import EvaluationPlan, EvaluationResult, most_steps, time_limit
 from fastppo.analysis.video import check_display, play, record, window
 from fastppo.config import TrainConfig
-from fastppo.envs.atari import atari_settings
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.render import frames_per_second, make_drawn
+from fastppo.envs.render import frames_per_second, make_render_env
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
 
@@ -19,10 +18,11 @@ from fastppo.random_streams import Stream, environment_seed, seed_of
 @contextlib.contextmanager
 def _rendered_envs(config: TrainConfig) -> Iterator[AutoresetEnvs]:
     """One environment of the run, which can be rendered; raises UsageError if it cannot."""
-    with contextlib.closing(Deadline(config.env_timeout)) as deadline:
-        atari = atari_settings(config)
-        with contextlib.closing(make_drawn(config.env_id, config.backend, config.env_kwargs, atari, deadline)) as envs:
-            yield envs
+    with (
+        contextlib.closing(Deadline(config.env_timeout)) as deadline,
+        contextlib.closing(make_render_env(config.env_config, deadline)) as envs,
+    ):
+        yield envs
 
 
 def show_episodes(agent: Agent, config: TrainConfig, plan: EvaluationPlan) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.config import RESUMABLE, TrainConfig, check_setting, divisors, is_whole, read_json, read_text
-from fastppo.envs.atari import is_atari
+from fastppo.envs.registry import is_atari
 from fastppo.errors import UsageError, nearest
 
 if TYPE_CHECKING:

@@ -43,7 +43,7 @@ def play(
     Raises:
         TrainingFault: the environment failed.
     """
-    from fastppo.envs.render import draw
+    from fastppo.envs.render import render_frame
 
     total, counts = 0.0, True
     for steps in range(limit + 1):
@@ -54,7 +54,7 @@ def play(
             else:
                 step = envs.step(agent.act(obs, deterministic, mask))
                 obs, mask = step.obs, step.action_mask
-            frame = draw(envs)
+            frame = render_frame(envs)
         except UsageError:
             raise
         except ENVIRONMENT_ERRORS as error:

@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
-from fastppo.envs.make import find_spec, first_line
+from fastppo.envs.registry import find_spec, first_line
 from fastppo.errors import UsageError, brief
 from fastppo.system.cpus import engine_threads
 
@@ -55,32 +55,6 @@ class AtariSettings:
     """FIRE starts a game and a life where the game has it (baselines' FireResetEnv)."""
     full_action_space: bool = False
     """All 18 actions instead of those that the game uses (Machado et al. 2018)."""
-
-
-def atari_settings(config: Any) -> AtariSettings:
-    """The settings from a configuration's flags: atari_NAME, and episodic_life and fire_reset by their own names."""
-    return AtariSettings(
-        noop_max=config.atari_noop_max,
-        frame_skip=config.atari_frame_skip,
-        screen_size=config.atari_screen_size,
-        grayscale=config.atari_grayscale,
-        frame_stack=config.atari_frame_stack,
-        sticky_actions=config.atari_sticky_actions,
-        episodic_life=config.episodic_life,
-        fire_reset=config.fire_reset,
-        full_action_space=config.atari_full_action_space,
-    )
-
-
-def is_atari(env_id: str) -> bool:
-    """Whether this id, or module:Id, is one of ALE's games in gymnasium's registry. False for an id that nobody registered.
-
-    Imports the module, and ale_py where the id looks like one of its own.
-    """
-    try:
-        return find_spec(env_id).entry_point == "ale_py.env:AtariEnv"
-    except UsageError:
-        return False
 
 
 def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
@@ -125,7 +99,7 @@ def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings
     return tell_lives(ale if settings.grayscale else _channels_first(ale), settings, has_fire=actions[FIRE] == "FIRE")
 
 
-def make_drawn_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
+def make_rgb_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
     """One game of `make_ale`'s, through gymnasium's wrappers, whose `render` returns the console's screen, (210, 160, 3).
 
     ALE's vector environment draws nothing. Observations are its own, give or take 1 of 255 where OpenCV rounds otherwise.
@@ -140,7 +114,7 @@ def make_drawn_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSe
 
     other = next((name for name in env_kwargs if name != "max_num_frames_per_episode"), None)
     if other is not None:
-        raise UsageError(f"--env-kwargs {other}: {env_id} cannot be drawn with it, only ALE's vector environment takes it")
+        raise UsageError(f"--env-kwargs {other}: {env_id} cannot be rendered with it, only ALE's vector environment takes it")
     own = {
         "frameskip": 1,
         "repeat_action_probability": settings.sticky_actions,

@@ -11,7 +11,7 @@ mask that allows nothing, running statistics in a wrapper, and what else gymnasi
 
 Environments that are made one by one (sync, grouped, async) are checked on one copy made for it, so that those that train are
 as they were; then gymnasium's checker has it, unless resets are slow or actions masked: it acts at random. The copy also tells
-how long a step takes (envs/probe.py) and how wide masks are. It is reset once where that takes half a second, else four times,
+how long a step takes and how wide masks are. It is reset once where that takes half a second, else four times,
 and 15 times more by gymnasium's checker where all of these take no longer than that. The global random generators are put back.
 
 A vector class may be the only one that its machine can hold (a simulator on a GPU): that very one is reset and stepped, and
@@ -124,7 +124,7 @@ def check_envs(
     """Check the environments of a run before it starts.
 
     Args:
-        envs: those that will be trained on, `engine` who runs them: see fastppo.envs.backends.engine_name.
+        envs: those that will be trained on, `engine` who runs them: see fastppo.envs.factory.engine_name.
         deadline: for all of it.
         tried: what `try_copy` returned, where that has been called already.
 

@@ -15,7 +15,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, tell_lives
-from fastppo.envs.make import first_line
+from fastppo.envs.registry import first_line
 from fastppo.errors import UsageError, brief, nearest
 from fastppo.system.cpus import engine_threads
 

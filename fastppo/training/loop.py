@@ -324,8 +324,8 @@ def open_runs(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: c
             display.note(line)
     if not task.ranks.is_main:
         callbacks = ()
-    elif task.drawn is not None and config.record_every is not None:
-        callbacks = (*callbacks, Recorder(task.drawn, config.record_every, display.note))
+    elif task.render_env is not None and config.record_every is not None:
+        callbacks = (*callbacks, Recorder(task.render_env, config.record_every, display.note))
     runs = []
     for own, state, directory in zip(configs, states, directories, strict=True):
         note = partial(_note_of_seed, display, own.seed) if task.several else display.note

@@ -21,15 +21,12 @@ from fastppo.core import acting, ppo
 from fastppo.core.contracts import obs_of
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
-from fastppo.envs.atari import atari_settings, is_atari
 from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.backends import engine_name, make_envs
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.multi_seed_envs import SeedsVectorEnv, many
-from fastppo.envs.probe import Choice, choose_vectorization
-from fastppo.envs.render import make_drawn
+from fastppo.envs.factory import make_training_envs
+from fastppo.envs.render import make_render_env
 from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent
@@ -85,7 +82,7 @@ class Task:
     provenance: dict[str, str]
     findings: tuple[str, ...]  # lines on the environments
     notes: tuple[str, ...]  # other lines that are to be told
-    drawn: AutoresetEnvs | None  # an environment for videos
+    render_env: AutoresetEnvs | None  # for videos
     has_copies: bool  # False: there can be no other environments beside these, so far as is known
 
     @property
@@ -162,7 +159,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     with checked(ranks):
         copy = Copy(local, deadline)
         if given is None:
-            made, engine, why = make_own(local, device, deadline, copy)
+            made, engine, why = make_training_envs(local.env_config, device, deadline, copy.tried)
             envs = AutoresetEnvs(made, deadline)
             cleanup.callback(envs.close)
         else:
@@ -183,10 +180,10 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
         if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
             findings.append(COPIED_GENERATOR)
-    drawn = None
+    render_env = None
     if config.record_every is not None and ranks.is_main:
-        drawn = make_recorded(config, given, deadline)
-        cleanup.callback(drawn.close)
+        render_env = make_recorded(config, given, deadline)
+        cleanup.callback(render_env.close)
     configs = of_each_seed(config)
     trial, notes = None, [] if note is None else [note]
     with plain():
@@ -230,7 +227,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         provenance=made_with(device, torch.get_num_threads(), workers),
         findings=tuple(findings),
         notes=tuple(notes),
-        drawn=drawn,
+        render_env=render_env,
         has_copies=tried is None or tried.was_made,
     )
 
@@ -260,42 +257,12 @@ class Copy:
         return self.result
 
 
-def make_own(config: TrainConfig, device: torch.device, deadline: Deadline, copy: Copy) -> tuple[VectorEnv, str, str]:
-    """The environments that `config` names, which engine runs them, and why that one; raises UsageError."""
-    choice = Choice("auto", f"as --backend {config.backend} asks")
-    total = config.num_envs * config.num_seeds
-    if config.backend in ("auto", "gymnasium"):
-        wanted, kwargs = config.vectorization, config.env_kwargs
-        choice = choose_vectorization(config.env_id, total, wanted, kwargs, config.num_threads, deadline, copy.tried)
-
-    def make(num_envs: int) -> VectorEnv:
-        return make_envs(
-            config.env_id,
-            num_envs,
-            config.backend,
-            choice.vectorization,
-            config.env_kwargs,
-            device,
-            atari_settings(config),
-            config.num_threads,
-            deadline,
-        )
-
-    engine = f"gymnasium/{choice.vectorization}"
-    if engine in ONE_BY_ONE and not is_atari(config.env_id):
-        made = make(total) if choice.envs is None else choice.envs
-        made = made if config.num_seeds == 1 else SeedsVectorEnv(made, config.num_seeds)
-        return made, engine, choice.why
-    made = make(total) if config.num_seeds == 1 else many(make, config.num_envs, config.num_seeds)
-    return made, engine_name(made, config.env_id, config.backend, choice.vectorization), choice.why
-
-
 def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
-    """The one environment that --record-every draws; raises UsageError where there is none."""
+    """The environment that --record-every makes videos of; raises UsageError where it cannot be made."""
     if given is not None:
         raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
     try:
-        return make_drawn(config.env_id, config.backend, config.env_kwargs, atari_settings(config), deadline)
+        return make_render_env(config.env_config, deadline)
     except UsageError as error:
         raise UsageError(f"--record-every makes one more environment, with render_mode=rgb_array: {error}") from None
 

@@ -1,0 +1,70 @@
+"""From an environment id to its registered spec, or a UsageError that names the nearest known ids. Does not import torch."""
+
+import importlib
+
+import gymnasium as gym
+
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
+
+INSTALL = "pip install 'fastppo[{}]'"
+
+
+def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """The registered spec of `env_id`, which may be module:Id; raises UsageError with the nearest known ids."""
+    name = import_module_of(env_id)
+    if name not in gym.registry and (name.startswith("ALE/") or "NoFrameskip-v" in name):
+        _register_atari(name)
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
+        raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
+
+
+def import_module_of(env_id: str) -> str:
+    """Import the module of module:Id, so that it registers its environments, and return the Id; raises UsageError."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ENVIRONMENT_ERRORS as error:  # a user's module may raise anything; a script exits
+            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {located(error)}") from None
+    return name
+
+
+def is_atari(env_id: str) -> bool:
+    """Whether this id, or module:Id, is a game of ALE in gymnasium's registry. False for an id that is not registered.
+
+    Imports the module, and ale_py where the id looks like one of its ids.
+    """
+    try:
+        return find_spec(env_id).entry_point == "ale_py.env:AtariEnv"
+    except UsageError:
+        return False
+
+
+def default_vectorization(env_id: str) -> str:
+    """What "auto" is without a trial: "entry-point" where the environment has a vector class of its own, else "sync"."""
+    return "sync" if find_spec(env_id).vector_entry_point is None else "entry-point"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its type where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _register_atari(name: str) -> None:
+    """Import ale_py, which registers its games; raises UsageError where it is not installed."""
+    try:
+        import ale_py
+    except ImportError:
+        message = f"--env-id {name} needs a package that is not installed: {INSTALL.format('atari')}"
+        raise UsageError(message) from None
+    gym.register_envs(ale_py)
+
+
+def _newest_first(name: str) -> list[str]:
+    """Registered ids with the same name and another version, the newest first; all registered ids where there are none."""
+    family = name.rpartition("-v")[0] or name
+    same = [env_id for env_id in gym.registry if env_id.rpartition("-v")[0].lower() == family.lower()]
+    return sorted(same, reverse=True) or list(gym.registry)
