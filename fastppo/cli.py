@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import tyro
 
-from fastppo.config import TrainConfig, check_resumable, flag, with_absolute_paths
+from fastppo.bounds import flag
+from fastppo.config import OLD_NAMES, TrainConfig, check_resumable, with_absolute_paths
 from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import print_any_letter, silence_stdout
@@ -95,6 +96,7 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Flags of `fastppo.train` -> settings: the preset (or the resumed run's settings) first, then the other flags."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
+    args = [_with_current_name(arg) for arg in args]
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
@@ -119,6 +121,13 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     config = with_absolute_paths(given, place)
     check_resumable(before, config)
     return config
+
+
+def _with_current_name(arg: str) -> str:
+    """A flag by its old name -> by its current one; any other argument as it is."""
+    name, equals, text = arg.partition("=")
+    old = next((old for old in OLD_NAMES if name.replace("_", "-") == flag(old)), None)
+    return arg if old is None else flag(OLD_NAMES[old]) + equals + text
 
 
 def _restarted(args: Sequence[str]) -> str | None:

@@ -19,9 +19,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import TrainConfig, read_json
+from fastppo.config import TrainConfig, with_current_names
 from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
+from fastppo.system.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,7 @@ def read_preset(path: str) -> Preset:
     settings, source, env_id = data.get("settings"), data.get("source", "a file"), data.get("env_id", TrainConfig.env_id)
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: settings must be names with values, as in {form}, got {reprlib.repr(settings)}")
+    settings = with_current_names(settings)
     if not isinstance(source, str) or not source.isprintable() or len(source) > 500:
         raise UsageError(f"{path}: source must be a line of text, got {reprlib.repr(source)}")
     _known(path, settings, [spec.name for spec in fields(TrainConfig) if spec.name not in NOT_IN_FILES], "setting of a preset")

@@ -298,10 +298,10 @@ def check_shares(
     """
     if num_shards % num_ranks:
         raise UsageError(
-            f"--minibatch-strata {num_shards} is not a multiple of the {num_ranks} ranks; nearest that are: "
+            f"--minibatch-shards {num_shards} is not a multiple of the {num_ranks} ranks; nearest that are: "
             f"{_nearest(num_shards, lambda value: value % num_ranks == 0)}"
         )
-    parts = f"{num_ranks} ranks" if num_shards == num_ranks else f"--minibatch-strata {num_shards}"
+    parts = f"{num_ranks} ranks" if num_shards == num_ranks else f"--minibatch-shards {num_shards}"
     if num_envs % num_shards:
         raise UsageError(
             f"--num-envs {num_envs} does not fall into equal parts for {parts}; nearest that do: "

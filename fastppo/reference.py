@@ -12,10 +12,12 @@ from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from fastppo.__main__ import VERBS
+from fastppo.bounds import described, flag
 from fastppo.cli import help_texts
-from fastppo.config import TrainConfig, described, flag, legal
+from fastppo.config import TrainConfig, legal
 from fastppo.run.metrics import METRICS
 
 # the keys of summary.json, in their order; null where there is no finite number
@@ -92,14 +94,15 @@ def _flags(kind: type) -> Iterator[tuple[str, ...]]:
     for spec in fields(kind):
         hint, name = hints[spec.name], f"`{flag(spec.name)}`"
         bare, remarks = getattr(hint, "__origin__", hint), getattr(hint, "__metadata__", ())
+        parsers = [remark for remark in remarks if isinstance(remark, PrimitiveConstructorSpec)]
         values = legal(spec.name) if kind is TrainConfig else described(bare)
         values = values.removeprefix("one of ").removesuffix(", or nothing")
         if tyro.conf.Positional in remarks:
             name, values = spec.name.upper(), ""
         elif bare is bool:
             name, values = f"{name} `{flag('no_' + spec.name)}`", ""
-        elif remarks:
-            values = remarks[0].metavar
+        elif parsers:
+            values = parsers[0].metavar
         yield name, _text(values), _default(spec), _text(texts[spec.name])
 
 

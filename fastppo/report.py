@@ -17,9 +17,10 @@ import tyro
 from fastppo.analysis.curves import LOSSES, PALETTE, RETURN, draw_page, inked, render
 from fastppo.analysis.run_groups import LARGEST, Group, Run, read_run, setting_text
 from fastppo.cli import help_texts, parse, run
-from fastppo.config import TrainConfig, read_json
+from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
 from fastppo.run.files import is_inside, replace_file
+from fastppo.system.json_files import read_json
 from fastppo.system.text import printable
 
 MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of a page together

@@ -27,8 +27,9 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from fastppo.analysis.search_space import OF_THE_SWEEP, Space, built_in_space, read_space, to_settings
+from fastppo.bounds import flag
 from fastppo.cli import parse, parse_train, run
-from fastppo.config import TrainConfig, flag
+from fastppo.config import TrainConfig
 from fastppo.envs.envpool import task_of
 from fastppo.envs.registry import find_spec
 from fastppo.errors import TrainingFault, UsageError, brief

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from fastppo import TrainConfig, UsageError
+from fastppo.bounds import flag
 from fastppo.cli import parse_train
-from fastppo.config import flag
-from fastppo.presets import PRESETS
+from fastppo.presets import PRESETS, load_preset
 from fastppo.train import console
 
 
@@ -189,3 +189,14 @@ def test_settings_that_look_odd_but_are_meant():
     """Legal extremes are not refused."""
     TrainConfig(gamma=1.0, gae_lambda=0.0, ent_coef=0.0, max_grad_norm=float("inf"), eval_episodes=0, seed=0)
     TrainConfig(hidden_sizes=(), num_envs=1, num_steps=1, num_minibatches=1, norm_adv=False)
+
+
+def test_the_old_name_of_a_setting(tmp_path):
+    """The old flag still works, and files of an older version are read."""
+    for given in ("--minibatch-strata 4", "--minibatch-strata=4", "--minibatch_strata 4", "--minibatch-shards 4"):
+        assert parse_train(["--preset", "none", *given.split()]) == TrainConfig(minibatch_shards=4)
+    old = TrainConfig(minibatch_shards=4).to_json().replace("minibatch_shards", "minibatch_strata")
+    (tmp_path / "config.json").write_text(old)
+    assert TrainConfig.from_json(tmp_path / "config.json") == TrainConfig(minibatch_shards=4)
+    (tmp_path / "preset.json").write_text('{"settings": {"minibatch_strata": 4}}')
+    assert load_preset(tmp_path / "preset.json").minibatch_shards == 4

@@ -19,7 +19,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from fastppo import TrainConfig
-from fastppo.config import flag
+from fastppo.bounds import flag
 from fastppo.presets import PRESETS
 from fastppo.train import console
 

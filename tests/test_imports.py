@@ -17,7 +17,7 @@ FLOORS = (
     ({"system"},),
     ({"core"}, {"ranks"}),
     ({"compile"}, {"policy"}, {"envs"}),
-    ({"rollout"}, {"config", "presets", "callbacks"}, {"run"}),
+    ({"rollout"}, {"bounds", "combinations", "config", "presets", "callbacks"}, {"run"}),
     ({"analysis"},),
     ({"training"},),
     ({"", "__main__", "cli", "train", "evaluate", "export", "plot", "report", "sweep", "cache", "reference"},),

@@ -10,9 +10,10 @@ from environments import Wandering
 
 from fastppo import Callback, TrainConfig, UsageError, train
 from fastppo.compile.selector import cache_dir
-from fastppo.config import absolute, default_runs, with_absolute_paths
+from fastppo.config import default_runs, with_absolute_paths
 from fastppo.evaluate import console as evaluate
 from fastppo.sweep import console as sweep
+from fastppo.system.paths import absolute
 from fastppo.train import console
 
 FLAGS = ["--num-envs", "2", "--num-steps", "16", "--num-iterations", "2", "--eval-episodes", "1", "--compile", "off", "--plain"]

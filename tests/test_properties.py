@@ -23,7 +23,7 @@ from environments import ACTIONS, OBSERVATIONS
 from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 from fastppo import TrainConfig, UsageError, load_policy, train
-from fastppo.config import flag
+from fastppo.bounds import flag
 from fastppo.training.training_run import AgentRun
 from support.resume import differing, result_of
 

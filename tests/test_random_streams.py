@@ -155,7 +155,7 @@ def seeds_of_ranks(settings, size, seeded, iteration=0):
     for rank in range(size):
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as cleanup:
             patch.setattr("fastppo.training.setup.start_ranks", lambda *_, rank=rank: PretendedRanks(rank, size, rank, "cpu"))
-            task = prepare(tiny("unused", num_envs=8, minibatch_strata=4, **settings), None, None, cleanup)
+            task = prepare(tiny("unused", num_envs=8, minibatch_shards=4, **settings), None, None, cleanup)
             seeded.torch.clear()
             seeded.numpy.clear()
             runs = [SimpleNamespace(config=task.config, state=SimpleNamespace(iteration=iteration))]

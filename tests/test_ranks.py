@@ -225,8 +225,8 @@ def test_threads_are_shared_out(monkeypatch):
     ("num_envs", "minibatch_size", "num_shards", "num_ranks", "said"),
     [
         (10, 20, 4, 4, "--num-envs 10 does not fall into equal parts for 4 ranks; nearest that do: 8 or 12"),
-        (2, 4, 4, 2, "--num-envs 2 does not fall into equal parts for --minibatch-strata 4; nearest that do: 4"),
-        (8, 16, 6, 4, "--minibatch-strata 6 is not a multiple of the 4 ranks; nearest that are: 4 or 8"),
+        (2, 4, 4, 2, "--num-envs 2 does not fall into equal parts for --minibatch-shards 4; nearest that do: 4"),
+        (8, 16, 6, 4, "--minibatch-shards 6 is not a multiple of the 4 ranks; nearest that are: 4 or 8"),
         # 8 environments x 9 steps = 72 rows in minibatches of 18: 12 and 24 divide 72 and have four equal parts
         (8, 18, 4, 4, "--minibatch-size 12 or 24, or --num-minibatches 6 or 3"),
     ],

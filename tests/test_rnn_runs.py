@@ -239,7 +239,7 @@ def test_seeds_go_on_with_what_each_remembers(tmp_path):
 
 # --- several processes
 
-RANKS = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--minibatch-strata", "2", "--compile", "off"]
+RANKS = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--minibatch-shards", "2", "--compile", "off"]
 RANKS += [
     "--plain",
     "--eval-episodes",

@@ -377,7 +377,7 @@ def test_a_run_of_seeds_that_is_killed_goes_on(tmp_path):
     ("settings", "message"),
     [
         ({"num_seeds": 0}, "--num-seeds must be a whole number between 1 and 1024, got 0"),
-        ({"num_seeds": 2, "track": "wandb"}, "--track wandb tells of one run: with --num-seeds 2 leave it off"),
+        ({"num_seeds": 2, "track": "wandb"}, "--track wandb follows one run: with --num-seeds 2 leave it off"),
         ({"num_seeds": 2, "exact_resume": True}, "--exact-resume is for one seed: with --num-seeds 2 leave it off"),
         ({"num_seeds": 1024, "num_envs": 4096, "num_steps": 512}, "--num-seeds 1024 times 4 epochs of 2097152 rows"),
     ],

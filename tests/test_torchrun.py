@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
     def run(case, size):
         if (case, size) not in done:
             folder = tmp_path_factory.mktemp(f"{case}-{size}")
-            flags = [*COMMON, *CASES[case], "--minibatch-strata", "4", "--num-iterations", "6"]
+            flags = [*COMMON, *CASES[case], "--minibatch-shards", "4", "--num-iterations", "6"]
             started = Started(folder / "said", size, [*flags, "--run-dir", str(folder / "run")])
             assert started.wait() == [0] * size, started.said("err")
             done[case, size] = folder / "run", started
@@ -100,7 +100,7 @@ def test_only_rank_0_writes_and_speaks(trained):
 
 def test_other_numbers_of_processes_go_on(trained, tmp_path):
     """2, then 1, then 4: environments on the device go on where they were, and all is as if nothing had happened."""
-    run_dir, flags = tmp_path / "run", [*COMMON, *CASES["device"], "--minibatch-strata", "4"]
+    run_dir, flags = tmp_path / "run", [*COMMON, *CASES["device"], "--minibatch-shards", "4"]
     assert Started(tmp_path, 2, [*flags, "--run-dir", str(run_dir), "--num-iterations", "2"]).wait() == [0, 0]
     for size, iterations in ((1, "4"), (4, "6")):
         started = Started(tmp_path, size, ["--resume", str(run_dir), "--num-iterations", iterations])

@@ -18,9 +18,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.config import RESUMABLE, TrainConfig, check_setting, divisors, is_whole, read_json, read_text
+from fastppo.combinations import divisors
+from fastppo.config import RESUMABLE, TrainConfig, check_setting, is_whole
 from fastppo.envs.registry import is_atari
 from fastppo.errors import UsageError, nearest
+from fastppo.system.json_files import read_json, read_text
 
 if TYPE_CHECKING:
     import optuna

@@ -343,7 +343,7 @@ def _note_of_seed(display: Display, seed: int, line: str) -> None:
 def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> None:
     """This process's part of an iteration's minibatches, (E, B / K), or of environments (E, N / K) for a policy with memory."""
     config, ranks = task.config, task.ranks
-    unit, num_shards = config.rows_per_unit, config.minibatch_strata or 1
+    unit, num_shards = config.rows_per_unit, config.minibatch_shards or 1
     size = config.rows_per_minibatch // unit
     draw_permutation(out, generator, config.num_steps // unit, config.num_envs, size, num_shards, ranks.rank, ranks.size)
 

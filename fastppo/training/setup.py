@@ -15,8 +15,9 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastppo.bounds import flag
 from fastppo.compile.selector import ProgramSpec
-from fastppo.config import TrainConfig, flag
+from fastppo.config import TrainConfig
 from fastppo.core import acting, ppo
 from fastppo.core.contracts import obs_of
 from fastppo.core.gradient import functional_grad_and_aux
@@ -153,7 +154,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     device = resolved(ranks.device if ranks.size > 1 else device)
     with checked(ranks):
         check_same(config, ranks.agree(config), ranks)
-    config, note = with_strata(config, ranks)
+    config, note = with_shards(config, ranks)
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     with checked(ranks):
@@ -289,7 +290,7 @@ def check_same(config: TrainConfig, episode_start: TrainConfig, ranks: Ranks) ->
             )
 
 
-def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
+def with_shards(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
     """`config` with its groups of environments (core/minibatches.py), and a line where they are not those of before.
 
     Raises UsageError for what cannot be shared out.
@@ -298,13 +299,13 @@ def with_strata(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | N
         raise UsageError(
             f"--num-seeds {config.num_seeds} is for one process, and torchrun has started {ranks.size}: use one of them"
         )
-    num_shards, note = config.minibatch_strata or ranks.size, None
+    num_shards, note = config.minibatch_shards or ranks.size, None
     if config.resume and num_shards % ranks.size:
         note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {num_shards}"
         num_shards = ranks.size
     rows, unit = config.rows_per_minibatch, config.rows_per_unit
     check_shares(config.num_envs, config.num_steps, rows, num_shards, ranks.size, unit)
-    return config if num_shards == 1 else replace(config, minibatch_strata=num_shards), note
+    return config if num_shards == 1 else replace(config, minibatch_shards=num_shards), note
 
 
 def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:

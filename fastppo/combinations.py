@@ -1,0 +1,89 @@
+"""Settings that are legal alone and not together. Each check raises UsageError with the flags and the nearest legal values."""
+
+import math
+from typing import TYPE_CHECKING
+
+from fastppo.bounds import flag
+from fastppo.errors import UsageError
+
+if TYPE_CHECKING:
+    from fastppo.config import TrainConfig
+
+MAX_BATCH_SIZE = 2**31 - 1
+
+
+def check_combinations(config: "TrainConfig") -> None:
+    """All checks of one run's settings."""
+    if config.clip_reward and config.norm_reward:
+        raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
+    if config.norm_returns and config.advantage != "monte-carlo":
+        raise UsageError("--norm-returns is for --advantage monte-carlo: set that too, or use --norm-reward")
+    if config.backend in ("torch", "envpool") and config.vectorization != "auto":
+        raise UsageError(
+            f"--vectorization {config.vectorization} is for --backend gymnasium; "
+            f"{config.backend} steps all at once: leave it off"
+        )
+    if config.num_seeds > 1:
+        _check_seeds(config)
+    _check_minibatches(config)
+
+
+def _check_seeds(config: "TrainConfig") -> None:
+    if config.track is not None:
+        raise UsageError(f"--track {config.track} follows one run: with --num-seeds {config.num_seeds} leave it off")
+    if config.exact_resume:
+        raise UsageError(
+            f"--exact-resume is for one seed: with --num-seeds {config.num_seeds} leave it off "
+            "(environments of --backend torch resume exactly without it)"
+        )
+    if config.batch_size * config.update_epochs * config.num_seeds > MAX_BATCH_SIZE:
+        raise UsageError(
+            f"--num-seeds {config.num_seeds} times {config.update_epochs} epochs of {config.batch_size} rows must be at most "
+            f"{MAX_BATCH_SIZE}"
+        )
+
+
+def _check_minibatches(config: "TrainConfig") -> None:
+    batch_size = config.batch_size
+    if batch_size > MAX_BATCH_SIZE:
+        raise UsageError(f"--num-envs {config.num_envs} x --num-steps {config.num_steps} must be at most {MAX_BATCH_SIZE}")
+    name = "minibatch_size" if config.minibatch_size else "num_minibatches"
+    value = config.minibatch_size or config.num_minibatches
+    if config.rnn is not None:
+        _check_sequences(config, name, value)
+    if batch_size % value:
+        raise UsageError(
+            f"{flag(name)} {value} does not divide the batch of {batch_size} (--num-envs {config.num_envs} x "
+            f"--num-steps {config.num_steps}); nearest that do: {_neighbours(value, divisors(batch_size))}"
+        )
+    if config.norm_adv and batch_size // config.minibatches_per_epoch < 2:
+        raise UsageError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches or set --no-norm-adv")
+    if batch_size * config.update_epochs > MAX_BATCH_SIZE:
+        raise UsageError(
+            f"--update-epochs {config.update_epochs} times the batch of {batch_size} must be at most {MAX_BATCH_SIZE}; "
+            f"largest --update-epochs: {MAX_BATCH_SIZE // batch_size}"
+        )
+
+
+def _check_sequences(config: "TrainConfig", name: str, value: int) -> None:
+    """With a recurrent network minibatches are of whole sequences."""
+    rows = 1 if name == "num_minibatches" else config.num_steps
+    legal = [rows * number for number in divisors(config.num_envs)]
+    if value not in legal:
+        raise UsageError(
+            f"{flag(name)} {value}: --rnn {config.rnn} learns from whole sequences, so minibatches must divide --num-envs "
+            f"{config.num_envs}; nearest that do: {flag(name)} {_neighbours(value, legal)}"
+        )
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _neighbours(value: int, legal: list[int]) -> str:
+    """'4 or 8': the legal numbers next to a value, below and above."""
+    below = [number for number in legal if number < value][-1:]
+    above = [number for number in legal if number > value][:1]
+    return " or ".join(map(str, below + above))

@@ -1,0 +1,50 @@
+"""Text and JSON files that anybody may have written, read as data. Costs no torch."""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from fastppo.errors import UsageError
+
+MAX_JSON_BYTES = 2**20  # config.json has two thousand
+
+
+def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
+    """An object of JSON from a file that may be anybody's: read as data, MAX_JSON_BYTES at most, no name twice.
+
+    Raises UsageError, which says with `hint` what to do about a file that cannot be opened, and that it does not hold `what`.
+    """
+    text = read_text(path, hint)
+    try:
+        data = json.loads(text, object_pairs_hook=_without_repetition)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} does not hold {what}, but {reprlib.repr(data)}")
+    return data
+
+
+def read_text(path: Path, hint: str) -> str:
+    """The text of a regular file of at most MAX_JSON_BYTES; raises UsageError as `read_json`."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path} is no regular file")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): {hint}") from None
+    if len(text) > MAX_JSON_BYTES:
+        raise UsageError(f"{path} is larger than any {path.name} of fastppo: {MAX_JSON_BYTES} bytes are read at most")
+    try:
+        return text.decode("utf-8-sig")
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from None
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values under one name each reader would take another."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("a name stands in it twice")
+    return data
