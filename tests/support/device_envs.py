@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import gymnasium as gym
+import numpy as np
 import torch
+from gymnasium.spaces import Box
 
 from fastppo.core.acting import collect
 from fastppo.core.contracts import Normalization
-from fastppo.envs.classic import CartPole
+from fastppo.envs.classic import CartPole, Pendulum
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
@@ -64,3 +67,43 @@ def setup(env, squash=False, norm_obs=False, seed=1):
 
 ON_TENSORS = "OnTensors-v0"
 gym.register(ON_TENSORS, vector_entry_point=lambda num_envs: TorchVectorEnv(CartPole(), num_envs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoilt(Pendulum):
+    """A pendulum with a constant tensor in its step, whose reward is not finite beyond 1000 rad, where only tests put it."""
+
+    WIND: ClassVar[torch.Tensor] = torch.tensor([0.25, 0.5])
+    worst: float = float("-inf")
+
+    def step(self, state, action, random):
+        state, obs, reward, terminated, truncated = super().step(state, action + self.WIND[1] * random[:, :1], random)
+        return state, obs, torch.where(state.theta > 1000.0, self.worst, reward - self.WIND[0]), terminated, truncated
+
+
+gym.register("Pushed-v0", vector_entry_point=lambda num_envs, **kwargs: TorchVectorEnv(Spoilt(**kwargs), num_envs))
+
+
+@dataclasses.dataclass(frozen=True)
+class Faulty:
+    """Counts its steps and never ends; in the 41st, `what` of environment 2 is not finite."""
+
+    what: str = "reward"
+    max_episode_steps: ClassVar[None] = None
+    num_random: ClassVar[int] = 1
+    observation_space: ClassVar[gym.Space] = Box(-np.inf, np.inf, (1,), np.float32)
+    action_space: ClassVar[gym.Space] = Box(-1.0, 1.0, (1,), np.float32)
+
+    def reset(self, random):
+        return torch.zeros_like(random[:, 0]), torch.zeros_like(random)
+
+    def step(self, state, action, random):
+        state = state + 1.0
+        bad = (state == 41.0) & (torch.arange(len(state), device=state.device) == 2)
+        reward = state.masked_fill(bad, float("nan")) if self.what == "reward" else state
+        obs = state.masked_fill(bad, float("inf")) if self.what == "obs" else state
+        going_on = torch.zeros_like(bad)
+        return state, obs.unsqueeze(-1), reward, going_on, going_on
+
+
+gym.register("Faulty-v0", vector_entry_point=lambda num_envs, **kwargs: TorchVectorEnv(Faulty(**kwargs), num_envs))

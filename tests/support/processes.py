@@ -3,6 +3,7 @@
 import csv
 import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -129,3 +130,12 @@ def rows_of(run_dir):
     """metrics.csv as numbers, without what a clock has a part in."""
     with (run_dir / "metrics.csv").open(newline="") as file:
         return [{key: float(value) for key, value in row.items() if key not in TIMES} for row in csv.DictReader(file)]
+
+
+def in_a_process(script, folder, *args):
+    """stdout of a Python process that starts in `folder`."""
+    command = [sys.executable, "-c", script, *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -225,3 +225,6 @@ def setting(spaces="discrete", kind="lstm", users=2, num_steps=12, num_envs=4, s
 NORMALIZED = Normalization(
     {"obs": torch.tensor([0.5, -0.5, 0.0])}, {"obs": torch.tensor([2.0, 0.5, 1.0])}, None, torch.tensor(3.0), torch.tensor(2.0)
 )
+
+
+SMALL = {"rnn_hidden_size": 8, "hidden_sizes": (8,)}

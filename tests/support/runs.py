@@ -3,9 +3,12 @@
 import contextlib
 import csv
 import json
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo import Callback, View, train
 from fastppo.analysis.curves import draw_page, plot_curves, render
@@ -108,3 +111,71 @@ def rows_of(run_dir):
     """metrics.csv as dicts of text."""
     with (Path(run_dir) / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
+
+
+def short_run(run_dir, **settings):
+    """A run of a second or so."""
+    settings = {"num_envs": 4, "num_steps": 32, "num_iterations": 3, "eval_episodes": 0, **settings}
+    return TrainConfig(run_dir=str(run_dir), **settings)
+
+
+def without_times(rows):
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def checkpoint(run_dir, name="last"):
+    return torch.load(Path(run_dir) / "checkpoints" / f"{name}.pt", weights_only=True)
+
+
+def assert_same(a, b, path=""):
+    """Two checkpoints hold the same bits."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for index, (one, other) in enumerate(zip(a, b, strict=True)):
+            assert_same(one, other, f"{path}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, path
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def next_second():
+    """Wait for it: TensorBoard reads a run's files in the order of their names, which begin with the second."""
+    time.sleep(1.0 - time.time() % 1.0)
+
+
+def assert_events_are_rows(run_dir, always):
+    """Each event in TensorBoard's own reader is the row of metrics.csv with its step, under CleanRL's tags, and none is twice.
+
+    always: indices of rows that have an event whatever the speed.
+    """
+    events, rows = EventAccumulator(str(run_dir)), rows_of(run_dir)
+    events.Reload()
+    row_of = {int(row["global_step"]): row for row in rows}
+    for tag, column in {
+        "charts/episodic_return": "episodic_return_mean",
+        "charts/SPS": "sps",
+        "charts/learning_rate": "learning_rate",
+        "losses/policy_loss": "policy_loss",
+        "losses/value_loss": "value_loss",
+        "losses/entropy": "entropy",
+        "losses/approx_kl": "approx_kl",
+        "losses/explained_variance": "explained_variance",
+        "time/seconds": "seconds",
+    }.items():
+        scalars = events.Scalars(tag)
+        steps = [scalar.step for scalar in scalars]
+        assert steps == sorted(set(steps))
+        assert {int(rows[index]["global_step"]) for index in always} <= set(steps) <= set(row_of)
+        for scalar in scalars:
+            assert scalar.value == pytest.approx(float(row_of[scalar.step][column]), nan_ok=True), (tag, scalar.step)
+    return events
