@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -56,9 +55,7 @@ def _main(args: Sequence[str]) -> None:
         raise UsageError(f"--older-than {days:g} is for clear: list shows all programs")
     if days is not None and not 0 <= days < math.inf:
         raise UsageError(f"--older-than {days:g} must be a number of days, 0 or more")
-    from fastppo.compile.selector import cache_dir  # imports torch: --help and wrong flags do not wait for it
-
-    path: Path = cache_dir()
+    path = library_cache.cache_dir()
     if settings.action == "list":
         entries = library_cache.entries(path)
         lines = [*table(entries, time.time()), f"{_sum(entries)}, in {path}"]

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import time
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,12 @@ import pytest
 import torch
 
 from fastppo.__main__ import console
-from fastppo.compile import inductor, library_cache, native
-from fastppo.compile.inductor import (
-    BackgroundCompile,
-    CompileError,
-    LoadError,
-    cache_key,
-    compile_program,
-    load_program,
-    native_key,
-)
+from fastppo.compile import compiled_program, inductor, library_cache, native
+from fastppo.compile.background import BackgroundCompile
+from fastppo.compile.compile_errors import CompileError, LoadError
+from fastppo.compile.compiled_program import load_program
+from fastppo.compile.inductor import compile_program
+from fastppo.compile.key import cache_key, native_key
 from support.programs import CATEGORICAL_POLICY, job
 
 DAY = 86_400.0
@@ -168,10 +165,10 @@ class Shop:
         monkeypatch.setattr(inductor, "_build", self.build)
         monkeypatch.setattr(native, "build", lambda path: self.make(path, "helpers"))
         monkeypatch.setattr(native, "has_compiler", lambda: True)
-        native_load, program_load = native.load.__wrapped__, inductor.CompiledProgram
+        native_load, program_load = native.load.__wrapped__, compiled_program.CompiledProgram
         monkeypatch.setattr(native, "load", lambda path: path.read_bytes() == b"good" or native_load(path))
         monkeypatch.setattr(
-            inductor, "CompiledProgram", lambda path, *args: path.read_bytes() == b"good" or program_load(path, *args)
+            compiled_program, "CompiledProgram", lambda path, *args: path.read_bytes() == b"good" or program_load(path, *args)
         )
 
     def make(self, path, name):
@@ -227,7 +224,7 @@ def test_what_never_loads_is_one_line_and_no_loop(shop, monkeypatch):
     with pytest.raises(LoadError, match=r"^the compiled program does not load: [^\n]+$"):
         shop.load(compile_program)
     assert shop.built == ["program"]
-    monkeypatch.setattr(inductor.subprocess, "Popen", None)
+    monkeypatch.setattr(subprocess, "Popen", None)
     with pytest.raises(CompileError, match="does not load"):
         BackgroundCompile(shop.program, shop.example, shop.cache_dir)
     shop.content = b"good"

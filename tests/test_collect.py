@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fastppo.compile import inductor
 from fastppo.compile.inductor import compile_program
+from fastppo.compile.program import flat_tensors
+from fastppo.compile.trace import trace
 from fastppo.core.acting import act
 from fastppo.core.contracts import CollectResult
 from fastppo.envs.autoreset import AutoresetEnvs
@@ -157,8 +158,8 @@ def test_traced_collect_equals_eager(env, squash):
     """Bounds of actions and an environment's own constants are part of the graph that the compiler is given."""
     ours = setup(env, squash)
     arguments = ours.arguments()
-    graph, _ = inductor._trace(ours.program(), arguments)
-    results, expected = graph(*inductor._tensors(arguments)), ours.program()(*arguments)
+    graph, _ = trace(ours.program(), arguments)
+    results, expected = graph(*flat_tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
     assert_same(CollectResult(tuple(results[:rows]), *results[rows:]), expected)
 
@@ -167,8 +168,8 @@ def test_traced_collect_of_choices_equals_eager():
     """Discrete actions, normalised observations."""
     ours = setup(CartPole(max_episode_steps=2), norm_obs=True)
     arguments = ours.arguments()
-    graph, _ = inductor._trace(ours.program(), arguments)
-    results, expected = graph(*inductor._tensors(arguments)), ours.program()(*arguments)
+    graph, _ = trace(ours.program(), arguments)
+    results, expected = graph(*flat_tensors(arguments)), ours.program()(*arguments)
     rows = len(expected.running)
     assert_same(CollectResult(tuple(results[:rows]), *results[rows:]), expected)
     assert torch.equal(CollectResult(tuple(results[:rows]), *results[rows:]).action, expected.action)

@@ -6,13 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key
+from fastppo.compile.background import BackgroundCompile
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.key import cache_key
 from fastppo.envs.classic import CartPole
 from support.processes import in_a_process
 
 ROOM = """
 import dataclasses, functools, torch
-from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, load_program
+from fastppo.compile.background import BackgroundCompile
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.compiled_program import load_program
+from fastppo.compile.key import cache_key
 from fastppo.core.acting import collect
 from fastppo.core.contracts import Normalization
 from fastppo.envs.classic import CartPole
@@ -95,7 +100,7 @@ def test_ours_are_known_by_their_files(room):
 
 IN_A_SCRIPT = """
 import sys, time, pathlib
-from fastppo.compile.selector import TRIAL_ITERATIONS, ProgramSelector, ProgramSpec
+from fastppo.compile.selector import ProgramSelector, ProgramSpec, TRIAL_ITERATIONS
 
 def hidden():
     class Hidden(Room):

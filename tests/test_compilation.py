@@ -13,8 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fastppo.compile import inductor
-from fastppo.compile.inductor import BackgroundCompile, CompileError, compile_program, load_program, rational_tanh
+from fastppo.compile.background import BackgroundCompile
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.compiled_program import load_program
+from fastppo.compile.decompositions import rational_tanh
+from fastppo.compile.inductor import compile_program
+from fastppo.compile.program import flat_tensors
+from fastppo.compile.trace import trace
+from fastppo.compile.workers import WorkerPool
 from fastppo.core.contracts import Schedule
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.seed_axis import Seeds, of_seed, stack
@@ -103,8 +109,8 @@ def test_two_compiled_workers_equal_eager(team):
 def test_a_failing_worker_is_an_error_not_a_hang(team):
     """The other workers stop waiting for it, and the caller is told."""
     compiled, _, settings = team
-    tensors = inductor._tensors(job(NORMAL_POLICY, **settings)[1])
-    spoilt = inductor.WorkerPool(compiled._library, 2)
+    tensors = flat_tensors(job(NORMAL_POLICY, **settings)[1])
+    spoilt = WorkerPool(compiled._library, 2)
     inputs = [[*tensors, worker] for worker in spoilt.workers]
     run = spoilt._run
     spoilt._run = lambda given: run([None] if given is inputs[1] else given)  # no tensor: the second one fails at once
@@ -200,7 +206,7 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(team):
     """Ten runs in one process do not end with ten threads that wait for nothing."""
     compiled, _, _ = team
     before = threading.active_count()
-    others = [inductor.WorkerPool(compiled._library, 3) for _ in range(4)]
+    others = [WorkerPool(compiled._library, 3) for _ in range(4)]
     assert threading.active_count() == before + 8
     del others
     deadline = time.monotonic() + 60
@@ -222,8 +228,8 @@ def test_traced_program_equals_eager(policy, share_backbone, settings):
     """The graph that the compiler is given, run operator by operator: every setting, without the wait for a compiler."""
     policy = dataclasses.replace(policy, share_backbone=share_backbone)
     learn_eagerly, arguments = job(policy, **settings)
-    graph, _ = inductor._trace(learn_eagerly, arguments)
-    params, *rest = graph(*inductor._tensors(arguments))
+    graph, _ = trace(learn_eagerly, arguments)
+    params, *rest = graph(*flat_tensors(arguments))
     expected = learn_eagerly(*arguments)
     torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
     torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-6)

@@ -12,8 +12,10 @@ import pytest
 import torch
 from environments import ACTIONS
 
-from fastppo.compile import inductor
-from fastppo.compile.inductor import cache_key, compile_program
+from fastppo.compile.inductor import compile_program
+from fastppo.compile.key import cache_key
+from fastppo.compile.program import flat_tensors
+from fastppo.compile.trace import trace
 from support.networks import Relu, Small, structured_job
 from support.programs import assert_same
 
@@ -64,8 +66,8 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
 def test_traced_program_equals_eager_for(observation, action, policy):
     """As the compiler is given it: leaves of all kinds, in an order that both sides agree on; somebody's module."""
     learn_eagerly, arguments = structured_job(observation, action, policy)
-    graph, _ = inductor._trace(learn_eagerly, arguments)
-    params, *rest = graph(*inductor._tensors(arguments))
+    graph, _ = trace(learn_eagerly, arguments)
+    params, *rest = graph(*flat_tensors(arguments))
     expected = learn_eagerly(*arguments)
     torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
     torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-5)

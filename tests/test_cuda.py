@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from fastppo.compile.inductor import GraphedProgram
+from fastppo.compile.cuda_graph import GraphedProgram
 from fastppo.core.acting import act_from_params
 from fastppo.train import console
 from support.programs import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job

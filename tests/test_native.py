@@ -3,7 +3,8 @@
 import pytest
 
 from fastppo.compile import native
-from fastppo.compile.inductor import CompileError, compile_program
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.inductor import compile_program
 from fastppo.envs.classic import CartPole
 from support.device_envs import setup
 from support.processes import in_a_process

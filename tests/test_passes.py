@@ -6,7 +6,8 @@ import pytest
 import torch
 from environments import ACTIONS, VECTOR
 
-from fastppo.compile import inductor
+from fastppo.compile.program import flat_tensors
+from fastppo.compile.trace import trace
 from fastppo.core.ppo import split_evenly
 from support.programs import (
     CATEGORICAL_POLICY,
@@ -166,8 +167,8 @@ def test_workers_in_passes_that_do_not_divide(microbatch_size):
 def test_the_traced_form_fills_up_its_last_pass_too():
     """The graph that the compiler is given, where neither the rollout's 68 rows nor a minibatch's 16 fill passes of 3."""
     learn_eagerly, arguments = job(CATEGORICAL_POLICY, microbatch_size=3)
-    graph, _ = inductor._trace(learn_eagerly, arguments)
-    params, *rest = graph(*inductor._tensors(arguments))
+    graph, _ = trace(learn_eagerly, arguments)
+    params, *rest = graph(*flat_tensors(arguments))
     expected = job(CATEGORICAL_POLICY)[0](*arguments)
     torch.testing.assert_close(params, expected.params, rtol=2e-4, atol=2e-6)
     torch.testing.assert_close(rest[3], expected.minibatch_metrics, rtol=2e-4, atol=2e-6)

@@ -9,7 +9,7 @@ import pytest
 from environments import Wandering
 
 from fastppo import Callback, TrainConfig, UsageError, train
-from fastppo.compile.selector import cache_dir
+from fastppo.compile.library_cache import cache_dir
 from fastppo.config import default_runs, with_absolute_paths
 from fastppo.evaluate import console as evaluate
 from fastppo.sweep import console as sweep

@@ -18,8 +18,9 @@ from environments import Walk
 
 import fastppo
 from fastppo import TrainConfig, load_policy, train
-from fastppo.compile import inductor, native
-from fastppo.compile.inductor import CompileError, load_program
+from fastppo.compile import compiled_program, native
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.compiled_program import load_program
 from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.run import files
 from fastppo.run.metrics_file import read_rows
@@ -151,7 +152,7 @@ def test_signals_that_this_system_has_not():
 def test_windows_trains_eagerly(monkeypatch, tmp_path):
     """One line, before the cache is looked for."""
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(inductor, "cache_key", lambda *_: "key")
+    monkeypatch.setattr(compiled_program, "cache_key", lambda *_: "key")
     with pytest.raises(CompileError, match="compiled programs are for Linux and macOS"):
         load_program(None, (), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()

@@ -2,6 +2,10 @@
 
 import dataclasses
 import functools
+import os
+import pickle
+import platform
+import signal
 import subprocess
 import sys
 
@@ -9,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.compile import inductor, library_cache, native
-from fastppo.compile.inductor import BackgroundCompile, CompileError, cache_key, native_key, pack, unpack
+from fastppo.compile import background, library_cache, native
+from fastppo.compile.background import BackgroundCompile, pack, unpack
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.key import _compiler_version, cache_key, describe, native_key
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
 from support.programs import CATEGORICAL_POLICY, job, jobs_of
@@ -86,13 +92,13 @@ def test_a_program_that_changes_on_its_way_is_not_built(tmp_path, monkeypatch):
 def served(monkeypatch, capsys, tmp_path, key):
     """What the compiler's process answers to a job that should have this key."""
     program, example = job(CATEGORICAL_POLICY)
-    sent = inductor.pickle.dumps((pack(program, example, None), key, tmp_path, 1))
-    monkeypatch.setattr(inductor.sys, "stdin", type("", (), {"buffer": type("", (), {"read": staticmethod(lambda: sent)})}))
-    monkeypatch.setattr(inductor.os, "nice", lambda _: None)
-    monkeypatch.setattr(inductor.signal, "signal", lambda *_: None)
+    sent = pickle.dumps((pack(program, example, None), key, tmp_path, 1))
+    monkeypatch.setattr(sys, "stdin", type("", (), {"buffer": type("", (), {"read": staticmethod(lambda: sent)})}))
+    monkeypatch.setattr(os, "nice", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     built = []
-    monkeypatch.setattr(inductor, "compile_program", lambda *args: built.append(args))
-    inductor._serve()
+    monkeypatch.setattr(background, "compile_program", lambda *args: built.append(args))
+    background.serve()
     return built, capsys.readouterr().out
 
 
@@ -103,7 +109,7 @@ def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypat
     key = cache_key(program, example)
     built, told = served(monkeypatch, capsys, tmp_path, key)
     assert (len(built), told) == (1, "")
-    monkeypatch.setattr(inductor, "_processor", lambda: "another one")
+    monkeypatch.setattr("fastppo.compile.key._processor", lambda: "another one")
     built, told = served(monkeypatch, capsys, tmp_path, key)
     assert built == []
     assert "looks different" in told
@@ -119,14 +125,14 @@ def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: patch.setattr(inductor.platform, "libc_ver", lambda: ("glibc", "1.0")),
-        lambda patch: patch.setattr(inductor, "_cpp_library", lambda: "libstdc++.so.6.0.1"),
+        lambda patch: patch.setattr(platform, "libc_ver", lambda: ("glibc", "1.0")),
+        lambda patch: patch.setattr("fastppo.compile.key._cpp_library", lambda: "libstdc++.so.6.0.1"),
         lambda patch: patch.setenv("CXX", "some-compiler"),
-        lambda patch: patch.setattr(inductor, "_compiler_version", lambda _: "g++ 1.0"),
+        lambda patch: patch.setattr("fastppo.compile.key._compiler_version", lambda _: "g++ 1.0"),
         lambda patch: patch.setenv("CPATH", "/somewhere"),
-        lambda patch: patch.setattr(inductor.sys, "version", "3.99"),
+        lambda patch: patch.setattr(sys, "version", "3.99"),
         lambda patch: patch.setattr(torch, "__version__", "99.0"),
-        lambda patch: patch.setattr(inductor, "_processor", lambda: "another one"),
+        lambda patch: patch.setattr("fastppo.compile.key._processor", lambda: "another one"),
         lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
     ],
     ids=["glibc", "libstdc++", "CXX", "compiler", "CPATH", "python", "torch", "processor", "instructions"],
@@ -151,8 +157,8 @@ def test_the_settings_of_inductor_are_in_the_key(monkeypatch):
 
 def test_a_compiler_that_cannot_be_asked_is_no_fault(monkeypatch):
     """A missing one, and one that fails, have no version."""
-    assert inductor._compiler_version("no-such-compiler-anywhere") == ""
-    assert inductor._compiler_version(sys.executable).startswith("Python")
+    assert _compiler_version("no-such-compiler-anywhere") == ""
+    assert _compiler_version(sys.executable).startswith("Python")
     monkeypatch.setenv("CXX", "no-such-compiler-anywhere")
     assert len(native_key()) > len("native-")
     assert native.compiler() == "no-such-compiler-anywhere"
@@ -204,13 +210,13 @@ def function(x):
 )
 def test_a_setting_is_described_by_what_it_is(one, other):
     """Not by its address, nor by a text that leaves out the middle of an array: equal ones alike, others apart."""
-    copied = inductor.pickle.loads(inductor.pickle.dumps(one))
-    assert inductor._describe(copied) == inductor._describe(one)
-    assert inductor._describe(other) != inductor._describe(one)
+    copied = pickle.loads(pickle.dumps(one))
+    assert describe(copied) == describe(one)
+    assert describe(other) != describe(one)
 
 
 def test_a_set_is_described_whatever_its_order():
     """Which depends on how it was made, and for texts on the process's seed of hashes."""
     one, other = frozenset([0, 8]), frozenset([8, 0])
     assert list(one) != list(other)
-    assert inductor._describe(one) == inductor._describe(other)
+    assert describe(one) == describe(other)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from environments import VECTOR
 
-from fastppo.compile import inductor
 from fastppo.compile.inductor import compile_program
+from fastppo.compile.program import flat_tensors
+from fastppo.compile.trace import trace
 from fastppo.core.acting import act_recurrent_from_params, collect
 from fastppo.core.adam import init_adam
 from fastppo.core.contracts import Normalization, Schedule
@@ -80,7 +81,7 @@ def test_compiled_learn_equals_eager_for(kind, options, shared, cache_dir):
 def test_traced_learn_has_the_cells_of_the_library(kind, users):
     """What the compiler is given goes through the library's loops, forward and backward, and not through a step at a time."""
     program, arguments = learn_job(kind, users=users, layers=2)
-    graph, _ = inductor._trace(program, arguments)
+    graph, _ = trace(program, arguments)
     graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
     called = {str(node.target) for one in graphs for node in one.nodes}
     assert {f"fastppo.{kind}.default", f"fastppo.{kind}_backward.default"} <= called
@@ -115,8 +116,8 @@ def test_compiled_act_equals_eager(compiles, cache_dir, request):
         request.getfixturevalue("needs_compiler")
         compiled = compile_program(act, arguments, cache_dir)
     else:
-        graph, _ = inductor._trace(act, arguments)
-        compiled = lambda *given: graph(*inductor._tensors(given))  # noqa: E731
+        graph, _ = trace(act, arguments)
+        compiled = lambda *given: graph(*flat_tensors(given))  # noqa: E731
     rnn_state = arguments[4]
     for seed in range(6):
         params, normalization, obs, noise, _, episode_start = act_job("lstm", 7, seed, hidden=5)[1]

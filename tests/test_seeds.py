@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastppo import Callback, TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.analysis.run_groups import find_runs
-from fastppo.compile import inductor
 from fastppo.compile.inductor import compile_program
+from fastppo.compile.program import flat_tensors
+from fastppo.compile.trace import trace
 from fastppo.core.seed_axis import Seeds, of_seed, one_by_one, over_seeds, stack
 from fastppo.envs.classic import CartPole
 from fastppo.envs.factory import EnvConfig, make_envs, make_gymnasium_envs
@@ -183,8 +184,8 @@ def test_a_program_traced_over_seeds_is_each_alone(jobs):
     """What the compiler is given where several seeds go into one call, run by PyTorch: loops carry all seeds along."""
     program, examples = jobs()
     stacked = stack(examples)
-    graph, _ = inductor._trace(program, stacked, mapped=True)
-    results, expected = graph(*inductor._tensors(stacked)), [program(*example) for example in examples]
+    graph, _ = trace(program, stacked, mapped=True)
+    results, expected = graph(*flat_tensors(stacked)), [program(*example) for example in examples]
     for seed, alone in enumerate(expected):
         assert_same([x[seed] for x in results], alone)
 

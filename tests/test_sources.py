@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import fastppo
-from fastppo.compile.inductor import BackgroundCompile, cache_key, compile_program, native_key
+from fastppo.compile.background import BackgroundCompile
+from fastppo.compile.inductor import compile_program
+from fastppo.compile.key import cache_key, native_key
 from support.programs import jobs_of
 
 ROOT = Path(fastppo.__file__).parent

@@ -20,7 +20,8 @@ from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.cli import run
 from fastppo.compile import workers as workers_module
 from fastppo.compile.compile_errors import explain
-from fastppo.compile.selector import ProgramSelector, cache_dir
+from fastppo.compile.library_cache import cache_dir
+from fastppo.compile.selector import ProgramSelector
 from fastppo.compile.workers import LINE, WorkerPool
 from fastppo.config import read_run_config
 from fastppo.evaluate import console as evaluate
@@ -235,7 +236,7 @@ def test_no_process_for_the_compiler(tmp_path, monkeypatch, capsys):
     def refused(*_, **__):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
-    monkeypatch.setattr("fastppo.compile.inductor.subprocess.Popen", refused)
+    monkeypatch.setattr("fastppo.compile.background.subprocess.Popen", refused)
     train(TrainConfig(run_dir=str(tmp_path / "run"), num_envs=2, num_steps=16, num_iterations=5, eval_episodes=0))
     assert (
         "since compiling failed: no process could be started for it: Resource temporarily unavailable"

@@ -9,6 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+
+class CompileError(RuntimeError):
+    """This program cannot be compiled or loaded here. The message is one line; training continues eagerly."""
+
+
+class LoadError(CompileError):
+    """A library in the cache does not load. It has been removed, so that it is built again."""
+
+
 # What the system says, in an exception or in a compiler's output, and what that means for the directory it is about.
 _DISK = {
     errno.ENOSPC: "there is no room left in {}",
@@ -42,6 +51,11 @@ def explain(error: BaseException, cache_dir: Path) -> str:
     is_ours = isinstance(error, subprocess.CalledProcessError)
     name = "native.cpp does not compile: " if is_ours else f"{type(error).__name__}: "
     return (first if first.startswith(name) else name + first)[:300]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message that is not empty, at most 300 characters."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

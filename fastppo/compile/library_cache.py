@@ -16,10 +16,15 @@ import json
 import os
 import re
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from fastppo.compile.compile_errors import CompileError, explain
+from fastppo.system.platforms import is_private, user_number
 
 MAX_BYTES = 512 * 2**20  # of all libraries; one is 2 MB (8 environments, two hidden layers)
 MAX_UNUSED_SECONDS = 90 * 86_400.0
@@ -37,6 +42,42 @@ class Entry:
     built: float | None  # None where its description is lost, as the next two are ""
     program: str
     torch: str
+
+
+def cache_dir() -> Path:
+    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo where that is no absolute path.
+
+    A user without a home directory, or with one that cannot be written, as in many containers, has fastppo-UID among the
+    temporary files. What lies there is loaded only if nobody else can have put it there: see `check_cache_dir`.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        return Path(given) / "fastppo"
+    return home_cache() or Path(tempfile.gettempdir()) / f"fastppo-{user_number()}"
+
+
+def home_cache() -> Path | None:
+    """~/.cache/fastppo, if it is there or can be made."""
+    try:
+        cache = Path.home() / ".cache" / "fastppo"
+        above = next(place for place in (cache, *cache.parents) if place.exists())
+    except (RuntimeError, OSError):  # no HOME and no entry for the user; no right to look
+        return None
+    return cache if above == cache or os.access(above, os.W_OK) else None
+
+
+def check_cache_dir(cache_dir: Path) -> None:
+    """Create `cache_dir` (mode 0700) or see that it is a directory of ours that nobody else can write to or read.
+
+    What lies there is loaded into the process: raises CompileError where another user could have put it.
+    """
+    try:
+        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = cache_dir.lstat()
+    except OSError as error:
+        raise CompileError(f"no cache directory: {explain(error, cache_dir)}") from error
+    if not stat.S_ISDIR(status.st_mode) or not is_private(status):
+        raise CompileError(f"cache directory {cache_dir} must be owned by this user, with mode 0700")
 
 
 def find(cache_dir: Path, key: str) -> Path | None:

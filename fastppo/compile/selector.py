@@ -8,30 +8,24 @@ changes over at an iteration's boundary. Knows nothing of what the programs comp
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastppo.compile import native
-from fastppo.compile.inductor import (
-    BackgroundCompile,
-    CompiledProgram,
-    CompileError,
-    GraphedProgram,
-    compile_program,
-    load_program,
-)
+from fastppo.compile import library_cache, native
+from fastppo.compile.background import BackgroundCompile
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.compiled_program import CompiledProgram, load_program
+from fastppo.compile.cuda_graph import GraphedProgram
+from fastppo.compile.inductor import compile_program
 from fastppo.core.contracts import LearnResult, Normalization
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
 from fastppo.system.modes import bound
-from fastppo.system.platforms import user_number
 from fastppo.system.text import duration
 
 BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
@@ -79,8 +73,8 @@ class ProgramSelector:
         if mode == "off":
             note("programs: eager, as --compile off asks")
             return
-        if not os.environ.get("XDG_CACHE_HOME") and _home_cache() is None:
-            note(f"there is no home directory that can be written: compiled programs are kept in {cache_dir()}")
+        if not os.environ.get("XDG_CACHE_HOME") and library_cache.home_cache() is None:
+            note(f"there is no home directory that can be written: compiled programs are kept in {library_cache.cache_dir()}")
         started = time.perf_counter()
         failed: CompileError | None = None
         try:
@@ -148,7 +142,7 @@ class ProgramSelector:
                 name = self._waiting.pop(0)
                 job = self._jobs[name]
                 with _threads(self._num_threads):
-                    self._building = (name, BackgroundCompile(job.program, job.example, cache_dir(), job.seeds))
+                    self._building = (name, BackgroundCompile(job.program, job.example, library_cache.cache_dir(), job.seeds))
             elif self._building is not None:
                 name, build = self._building
                 with _threads(self._num_threads):
@@ -172,10 +166,10 @@ class ProgramSelector:
         """Take up what the cache has; build or put on the list what it has not."""
         for name, job in self._jobs.items():
             with _threads(self._num_threads):
-                loaded = load_program(job.program, job.example, cache_dir(), job.seeds, self._ranks)
+                loaded = load_program(job.program, job.example, library_cache.cache_dir(), job.seeds, self._ranks)
                 if loaded is None and build:
-                    self._note(f"compiling {name} (once: later runs load it from {cache_dir()})")
-                    loaded = compile_program(job.program, job.example, cache_dir(), job.seeds, self._ranks)
+                    self._note(f"compiling {name} (once: later runs load it from {library_cache.cache_dir()})")
+                    loaded = compile_program(job.program, job.example, library_cache.cache_dir(), job.seeds, self._ranks)
             if loaded is None:
                 self._waiting.append(name)
             else:
@@ -228,25 +222,3 @@ def _threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def cache_dir() -> Path:
-    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo where that is no absolute path.
-
-    A user without a home directory, or with one that cannot be written, as in many containers, has fastppo-UID among the
-    temporary files. What lies there is loaded only if nobody else can have put it there: see compilation.check_cache_dir.
-    """
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):
-        return Path(given) / "fastppo"
-    return _home_cache() or Path(tempfile.gettempdir()) / f"fastppo-{user_number()}"
-
-
-def _home_cache() -> Path | None:
-    """~/.cache/fastppo, if it is there or can be made."""
-    try:
-        cache = Path.home() / ".cache" / "fastppo"
-        above = next(place for place in (cache, *cache.parents) if place.exists())
-    except (RuntimeError, OSError):  # no HOME and no entry for the user; no right to look
-        return None
-    return cache if above == cache or os.access(above, os.W_OK) else None

@@ -13,8 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastppo.compile.inductor import CompileError, compile_program
-from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, ProgramSelector, ProgramSpec, cache_dir
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.inductor import compile_program
+from fastppo.compile.library_cache import cache_dir
+from fastppo.compile.selector import BUILD_SECONDS, TRIAL_ITERATIONS, ProgramSelector, ProgramSpec
 from fastppo.core import acting
 from fastppo.core.contracts import Normalization
 from fastppo.policy.distributions import CATEGORICAL

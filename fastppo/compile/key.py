@@ -1,0 +1,176 @@
+"""The key under which a compiled program is kept: a digest of all that it is computed from.
+
+That is the text of our sources, settings, layouts of tensors, the machine and its software. Where the text of somebody's own
+network or environment is not known, the graph of what it computes stands for it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import inspect
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastppo.compile import native
+from fastppo.compile.program import Example, Program, flat_tensors, layout_of, of_one_call
+from fastppo.core import acting, contracts, ppo
+from fastppo.core.seed_axis import Seeds, of_seed
+
+# what Inductor and the C++ compiler read from the environment, beside CXX
+_INDUCTOR_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "AOT_INDUCTOR_", "AOTINDUCTOR_")
+_COMPILER_VARIABLES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "OMP_PREFIX")
+
+
+def native_key() -> str:
+    """Digest of all that shapes the helpers' library."""
+    texts = [_digest(path.read_bytes()) for path in (native.SOURCE, Path(native.__file__))]  # what is built, and how
+    facts = (texts, _machine())
+    return f"native-{_digest(repr(facts).encode())[:25]}"
+
+
+def cache_key(program: Program, example: Example, seeds: Seeds | None = None) -> str:
+    """Digest of all that shapes the program: sources, the machine and its software, threads, settings, layouts of tensors."""
+    example = of_one_call(example, seeds)
+    mapped = seeds is not None and seeds.per_call > 1
+    facts = (
+        (_sources(program, of_seed(example, 0) if mapped else example), mapped),
+        (_machine(), torch.get_num_threads(), _inductor_settings()),
+        (program.func.__qualname__, describe(program.keywords)),
+        layout_of(flat_tensors(example)),
+    )
+    return _digest(repr(facts).encode())[:32]
+
+
+def describe(value: Any) -> Any:
+    """A description of a setting that is the same in every process: no addresses."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return (type(value).__qualname__, describe(fields))
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), str(value.dtype), _digest(value.detach().cpu().contiguous().numpy().tobytes()))
+    if isinstance(value, np.ndarray):
+        return (value.shape, value.dtype.str, _digest(np.ascontiguousarray(value).tobytes()))
+    if isinstance(value, Mapping):
+        return [(key, describe(value[key])) for key in sorted(value)]
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(repr(describe(item)) for item in value)
+    if isinstance(value, functools.partial):
+        return [describe(part) for part in (value.func, value.args, value.keywords)]
+    if callable(value) and hasattr(value, "__qualname__"):
+        return (value.__module__, value.__qualname__)
+    if isinstance(value, torch.nn.Module):  # its graph is told beside it, and its weights are no part of the program
+        return type(value).__qualname__
+    if "__repr__" not in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:  # the default one: an address
+        return (type(value).__qualname__, describe(vars(value)))
+    return repr(value)
+
+
+def _sources(program: Program, example: Example) -> list[str]:
+    """Digests of the text of everything that computes something in it; of an `env_step` that does not name it, of its graph."""
+    policy = program.keywords["policy"]
+    folders = {Path(__file__).parent, Path(ppo.__file__).parent, Path(inspect.getfile(type(policy))).parent}
+    files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
+    env_step, graph = program.keywords.get("env_step"), ""
+    if hasattr(policy, "module"):
+        graph += _policy_graph(program, example)
+    if env_step is not None:
+        named = env_step.sources()
+        files += named or []
+        graph += _environment_graph(program, example) if named is None else ""
+    return [_digest(path.read_bytes()) for path in files] + [_digest(graph.encode())]
+
+
+def _policy_graph(program: Program, example: Example) -> str:
+    """What somebody's own network computes, constants included, for one observation of each environment."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    policy, params = program.keywords["policy"], example[0]
+    if program.func is ppo.learn:
+        obs: Any = pytree.tree_map(lambda rows: rows[0], contracts.obs_of(example[2]))
+    else:
+        obs = example[2][0] if program.func is acting.collect else example[2]
+    graph = make_fx(lambda params, obs: policy.actor_critic(policy.weights(params), obs))(params, obs)
+    return _graph_text(graph)
+
+
+def _environment_graph(program: Program, example: Example) -> str:
+    """What the environments of a `collect` compute, constants included: their code may lie anywhere and call anything."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    params, normalization, running, noise, random = example
+    policy = program.keywords["policy"]
+    if policy.rnn_state_size:
+        *others, memory, first = running
+        act, running = acting.act_recurrent_from_params, tuple(others)
+        action, _ = act(params, normalization, running[0], noise[0], memory, first, policy=policy)
+    else:
+        action = acting.act_from_params(params, normalization, running[0], noise[0], policy=policy)
+    return _graph_text(make_fx(program.keywords["env_step"])(running, action, random[0]))
+
+
+def _graph_text(graph: torch.fx.GraphModule) -> str:
+    constants = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
+    return f"{graph.code}{describe(constants)}"
+
+
+def _machine() -> tuple[Any, ...]:
+    """What a library depends on beside its source: torch, Python, the processor, the C and C++ libraries, the compiler."""
+    return (
+        (torch.__version__, torch.version.git_version, sys.version),
+        (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability()),
+        (platform.libc_ver(), platform.mac_ver()[0], _cpp_library()),
+        (native.compiler(), _compiler_version(native.compiler())),
+        [(name, os.environ.get(name)) for name in _COMPILER_VARIABLES],
+    )
+
+
+def _inductor_settings() -> list[tuple[str, str]]:
+    """Those of the environment; ours are text of this folder."""
+    names = [name for name in os.environ if name.startswith(_INDUCTOR_VARIABLES) and name != "TORCHINDUCTOR_CACHE_DIR"]
+    return [(name, os.environ[name]) for name in sorted(names)]
+
+
+@functools.cache
+def _cpp_library() -> str:
+    """The C++ library that this process has loaded, with its version: libstdc++.so.6.0.30. "" where that is not told."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = {Path(line.split()[-1]).name for line in lines if "/" in line}
+        return " ".join(sorted(name for name in names if name.startswith(("libstdc++.so", "libc++.so"))))
+    return ""
+
+
+@functools.cache
+def _compiler_version(compiler: str) -> str:
+    """The first line of what it says of itself; "" where there is none."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = [*native.words_of(compiler), "--version"]
+        told = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
+        return told.stdout.partition("\n")[0]
+    return ""
+
+
+def _processor() -> str:
+    """Name and instruction sets of the processor: the library is compiled for exactly this one."""
+    with contextlib.suppress(OSError):
+        wanted = ("model name", "flags", "Features")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
+        return "\n".join(line for line in lines if line.startswith(wanted))
+    return f"{platform.processor()} of {platform.node()}"  # which of them it is is not told: none of another machine's
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

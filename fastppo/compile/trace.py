@@ -1,0 +1,162 @@
+"""From a program to the graph that Inductor is given: ATen operators, loops as PyTorch's scan operator. Compiles nothing.
+
+make_fx runs the function once on fake tensors and records its operators. There is no Dynamo, so nothing of the algorithm has
+to be written for the compiler.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from fastppo.compile import native
+from fastppo.compile.decompositions import decompositions
+from fastppo.compile.program import Example, Program, is_shared, plain
+from fastppo.compile.workers import WORKER_FIELDS
+from fastppo.core import acting, ppo
+from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.seed_axis import over_seeds
+
+
+def trace(program: Program, example: Example, mapped: bool = False) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """`program`, or that over seeds, as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    if program.func is acting.collect:
+        program = functools.partial(program, scan=_traced_scan)
+    if program.func is ppo.learn:
+        program = functools.partial(
+            program,
+            scan=_traced_scan,
+            grad_and_aux=functional_grad_and_aux,
+            cells=native.CELLS,
+            all_reduce=native.all_reduce,
+        )
+    if is_shared(program):
+        example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
+    function = over_seeds(program) if mapped else program
+    leaves, spec = pytree.tree_flatten(plain(example))
+    present = [index for index, leaf in enumerate(leaves) if leaf is not None]
+
+    def flat_program(*tensors: Tensor) -> list[Tensor]:
+        filled: list[Tensor | None] = [None] * len(leaves)
+        for index, tensor in zip(present, tensors, strict=True):
+            filled[index] = tensor
+        return _unaliased(pytree.tree_leaves(function(*pytree.tree_unflatten(filled, spec))), tensors)
+
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
+    inputs = [fake_mode.from_tensor(leaves[index]) for index in present]
+    with fake_mode:
+        return _tidy(make_fx(flat_program, decomposition_table=decompositions())(*inputs)), inputs
+
+
+def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+    """`core.scan.scan` as PyTorch's scan operator, while tracing.
+
+    The operator wants a flat body that closes over no tensor. The body is therefore traced by itself first: what it closes
+    over shows up as constants of its graph, and these become inputs. Under torch.func.vmap, over seeds, the body is one of
+    whole tensors, seeds first; PyTorch's own rule would put them last, where products do not want them.
+    """
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return _scan_operator(body, carry, xs, contextlib.nullcontext)
+    seeds: Any = retrieve_current_functorch_interpreter()
+    leaves, spec = pytree.tree_flatten(carry)
+
+    def whole(x: Tensor) -> Tensor:  # (S, ...), of what the body sees as (...)
+        return torch._C._functorch._remove_batch_dim(x, seeds.level(), seeds.batch_size(), 0).contiguous()
+
+    def mapped(x: Tensor, dim: int = 0) -> Tensor:
+        return torch._C._functorch._add_batch_dim(x, dim, seeds.level())
+
+    def whole_body(carry: list[Tensor], x: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        after, ys = body(pytree.tree_unflatten(map(mapped, carry), spec), tuple(map(mapped, x)))
+        return list(map(whole, pytree.tree_leaves(after))), tuple(map(whole, ys))
+
+    steps_first = tuple(whole(x).movedim(1, 0).contiguous() for x in xs)  # (L, S, ...)
+    last, ys = _scan_operator(whole_body, list(map(whole, leaves)), steps_first, seeds.lower)
+    return pytree.tree_unflatten(map(mapped, last), spec), tuple(mapped(y, 1) for y in ys)
+
+
+def _scan_operator(
+    body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...], below: Callable[[], contextlib.AbstractContextManager[Any]]
+) -> tuple[Any, tuple[Tensor, ...]]:
+    """See `_traced_scan`; the operator is called within `below()`."""
+    from torch._higher_order_ops.scan import scan_op
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+    leaves, spec = pytree.tree_flatten(carry)
+
+    def flat_body(*args: Tensor) -> list[Tensor]:
+        carry, ys = body(pytree.tree_unflatten(args[: len(leaves)], spec), args[len(leaves) :])
+        return _unaliased([*pytree.tree_leaves(carry), *ys], args)
+
+    with disable_proxy_modes_tracing():
+        inputs = [*(leaf.clone() for leaf in leaves), *(x[0].clone() for x in xs)]
+        graph = make_fx(flat_body, decomposition_table=decompositions())(*inputs)
+    closed_over: list[Tensor] = []
+    placeholder = graph.graph.find_nodes(op="placeholder")[-1]
+    for node in graph.graph.find_nodes(op="get_attr"):
+        tensor = getattr(graph, node.target)
+        if not isinstance(tensor, Tensor):  # the body of a loop inside this one
+            continue
+        known = [index for index, other in enumerate(closed_over) if other is tensor]
+        if not known:
+            closed_over.append(tensor)
+            with graph.graph.inserting_after(placeholder):
+                placeholder = graph.graph.placeholder(f"closed_over_{len(closed_over) - 1}")
+                placeholder.meta = node.meta.copy()
+        index = known[0] if known else len(closed_over) - 1
+        node.replace_all_uses_with(graph.graph.find_nodes(op="placeholder")[len(inputs) + index])
+        graph.graph.erase_node(node)
+    _compute_scalars_once(_tidy(graph))
+    interpret = torch.fx.Interpreter(graph).run
+    # a constant of somebody's (the bounds of actions) is real; as the result of an operator it is like all others
+    outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
+    with below():
+        results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
+    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
+
+
+def _unaliased(results: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    """`results` with a copy of each that is an input itself: neither the operator nor a library may return its input."""
+    return [result.clone() if any(result is given for given in inputs) else result for result in results]
+
+
+def _tidy(graph: Any) -> Any:
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _compute_scalars_once(graph: Any) -> None:
+    """Give every 0-d intermediate that meets a larger tensor a place in memory.
+
+    Inductor writes 0-d arithmetic into each loop that uses it, and the compiler cannot move it out (pointers may alias): Adam's
+    two expm1 and the clipping's sqrt ran for each vector of parameters, 62 us a minibatch instead of 19 (one thread).
+    """
+    import torch._inductor.test_operators
+
+    realize = torch.ops._inductor_test.realize.default
+
+    def rank(node: Any) -> int:
+        value = node.meta.get("val")
+        return value.ndim if isinstance(value, Tensor) else -1
+
+    for node in list(graph.graph.nodes):
+        users = [user for user in node.users if rank(user) > 0 and "cat" not in str(user.target)]
+        if node.op == "call_function" and rank(node) == 0 and users:
+            with graph.graph.inserting_after(node):
+                kept = graph.graph.call_function(realize, (node,))
+                kept.meta = node.meta.copy()
+            for user in users:
+                user.replace_input_with(node, kept)
+    graph.recompile()
