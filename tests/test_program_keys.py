@@ -82,7 +82,7 @@ class Restless(MLPActorCritic):
 def test_a_program_that_changes_on_its_way_is_not_built(tmp_path, monkeypatch):
     """The result would be kept where nobody looks for it: said at once, in a line, and no process is started."""
     tmp_path.chmod(0o700)
-    monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(background, "subprocess", None)
     program, example = job(CATEGORICAL_POLICY)
     policy = Restless(4, 3, CATEGORICAL, (16, 16))
     with pytest.raises(CompileError, match=r"looks different in the process that compiles; --compile on [^\n]*$"):
