@@ -46,7 +46,7 @@ def pytest_runtest_setup(item):
 
 # Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the
 # other waiting. xdist's own order, by numbers of tests, has those that compile last.
-LONG_FILES = ["torchrun", "compilation", "rnn_compile", "seeds", "tiers", "collect", "backends", "compiled_spaces", "sweep"]
+LONG_FILES = ["torchrun", "compilation", "rnn_compile", "seeds", "selector", "collect", "backends", "compiled_spaces", "sweep"]
 LONG_FILES += ["export", "rnn_runs"]
 
 
