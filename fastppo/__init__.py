@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fastppo.analysis.loading import load_policy
     from fastppo.presets import load_preset, preset_for
     from fastppo.training.loop import train
-    from fastppo.training.training_run import TrainResult
+    from fastppo.training.results import TrainResult
 
 __all__ = [
     "Callback",
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
 
         return train
     if name == "TrainResult":
-        from fastppo.training.training_run import TrainResult
+        from fastppo.training.results import TrainResult
 
         return TrainResult
     if name == "load_policy":

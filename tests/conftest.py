@@ -76,7 +76,7 @@ def _own_cache(tmp_path_factory):
 def _no_pictures():
     """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see support.runs.drawn."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.training.training_run.plot_curves", lambda *_: None)
+        patched.setattr("fastppo.training.results.plot_curves", lambda *_: None)
         patched.setattr("fastppo.training.multi_seed.draw_page", lambda *_, **__: None)
         patched.setattr("fastppo.training.multi_seed.render", lambda *_: b"")
         yield

@@ -16,7 +16,7 @@ from fastppo.envs import vector
 from fastppo.random_streams import Stream
 from fastppo.random_streams import environment_seed as seed_of_environments
 from fastppo.train import console
-from fastppo.training.loop import environment_seed
+from fastppo.training.setup import environment_seed
 
 NUM_ENVS, NUM_STEPS = 4, 8
 VECTORIZATIONS = ["sync", "grouped", "async"]  # one process, environments 2 and 3 in another one, one each

@@ -10,16 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastppo.compile import selector
 from fastppo.config import TrainConfig
-from fastppo.core.seed_axis import stack
 from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
 from fastppo.rollout.collector import start_collector
-from fastppo.rollout.storage import RnnState, allocate_rollout
 from fastppo.system.devices import resolved
+from fastppo.training.job import allocate_buffers
 from fastppo.training.setup import make_jobs, prepare
-from fastppo.training.state import normalization_of
-from fastppo.training.training_run import schedule_at
 from support.device_envs import ON_TENSORS
 from support.fake_gpu import fake_gpus
 from support.processes import PretendedRanks
@@ -69,31 +66,6 @@ CASES = {
 }
 
 
-def example_of(task):
-    """What `learn` takes, noise for all steps, the rollout and the memory, as training/loop.py makes them."""
-    config, device, seeds = task.config, task.device, len(task.states) if task.several else None
-    rnn_state = task.network.rnn_state_size
-    keeps_final_obs = task.envs.keeps_final_obs
-    rollout = allocate_rollout(
-        config.num_steps, task.local.num_envs, task.obs, task.action, keeps_final_obs, device, seeds, rnn_state > 0
-    )
-    tensors = dict(rollout.items())
-    lead = () if seeds is None else (seeds,)
-    if rnn_state:
-        tensors["rnn_state"] = torch.zeros(*lead, task.local.num_envs, rnn_state, device=device)
-    remembered = RnnState(tensors["rnn_state"]) if rnn_state else None
-    each = [(s.params, s.adam, normalization_of(s), schedule_at(0.0, config, device)) for s in task.states]
-    params, adam, normalization, schedule = each[0] if seeds is None else stack(each)
-    units = task.local.batch_size // config.rows_per_unit
-    permutation = torch.zeros(*lead, config.update_epochs, units, dtype=torch.int64, device=device)
-    shape = task.action.noise_shape(config.num_steps, config.num_envs)
-    noise = task.action.distribution.noise(shape, task.states[0].generators["actions"])
-    noise = task.ranks.share(noise, 1).contiguous()
-    if seeds is not None:
-        noise = torch.stack([noise] * seeds, 0 if task.on_device else 1)
-    return (params, adam, tensors, permutation, schedule, normalization), noise, rollout, remembered
-
-
 @contextlib.contextmanager
 def prepared(settings, policy, device="cuda:0", current=0):
     """The task of a run on a pretended GPU, and the list of GPUs that were the current one."""
@@ -126,8 +98,8 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     monkeypatch.setattr("fastppo.training.setup.MIN_WORKER_ROWS", 1)
     expected = torch.device("cuda", 1 if ranks else 0)
     with prepared(settings, policy) as (task, _):
-        example, noise, _, _ = example_of(task)
-        jobs = make_jobs(task, example, noise)
+        buffers = allocate_buffers(task)
+        jobs = make_jobs(task, buffers.learn_arguments(), buffers.noise)
         chosen = selector.ProgramSelector("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
         for name, job in jobs.items():
@@ -153,13 +125,15 @@ def test_rollouts_are_filled_on_the_gpu(case, monkeypatch):
     if case.startswith("ranks"):
         monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
     with prepared(COLLECTED[case], None) as (task, _), torch.no_grad():
-        example, noise, rollout, rnn_state = example_of(task)
+        buffers = allocate_buffers(task)
+        example, noise = buffers.learn_arguments(), buffers.noise
         chosen = selector.ProgramSelector("off", make_jobs(task, example, noise), 1, print, task.ranks)
-        seed = [1, 2, 3][: task.config.num_seeds] if task.several else 1
-        collector = start_collector(task.envs, rollout, task.obs, task.action, seed, rnn_state)
+        collector = start_collector(
+            task.envs, buffers.rollout, task.obs, task.action, task.environment_seeds(), buffers.rnn_state
+        )
         for cut in (False, True):
             collector.collect(chosen.act(example[-1]), noise, cut)
-        assert {x.device for x in rollout.values()} == {task.device}
+        assert {x.device for x in buffers.rollout.values()} == {task.device}
         states = collector.state_dicts()
         if task.on_device:
             collector.load_state_dicts(states)

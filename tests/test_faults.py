@@ -418,7 +418,7 @@ def test_a_logger_that_fails(tmp_path, monkeypatch, capsys):
 
 def test_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     """A broken matplotlib costs the picture, not the run."""
-    monkeypatch.setattr("fastppo.training.training_run.plot_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastppo.training.results.plot_curves", lambda *_: 1 / 0)
     train(tiny(tmp_path / "run"))
     assert "curves.png could not be drawn (ZeroDivisionError: division by zero)" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from fastppo.cli import parse_train
 from fastppo.envs.registry import find_spec
 from fastppo.presets import PRESETS, choose_preset, describe, load_preset
 from fastppo.train import console
-from fastppo.training.training_run import TrainResult
+from fastppo.training.results import TrainResult
 
 TINY = [
     "--num-envs",

@@ -24,7 +24,7 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.bounds import flag
-from fastppo.training.training_run import AgentRun
+from fastppo.training.training_run import TrainingRun
 from support.resume import differing, result_of
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -222,17 +222,17 @@ def check_checkpoints(run_dir, config):
 
 def check_resumed(settings):
     """Stopped in iteration 1 and resumed equals not interrupted: the same bits, whatever checkpoints there were."""
-    keep = AgentRun.keep
+    checkpoint_if_due = TrainingRun.checkpoint_if_due
 
     def interrupted(self, environments):
-        keep(self, environments)
+        checkpoint_if_due(self, environments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(io.StringIO()):
         whole, parted = Path(place, "whole"), Path(place, "parted")
         train(TrainConfig(run_dir=str(whole), **settings))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(AgentRun, "keep", interrupted)
+            patched.setattr(TrainingRun, "checkpoint_if_due", interrupted)
             with pytest.raises(SystemExit):
                 train(TrainConfig(run_dir=str(parted), **settings))
         assert json.loads((parted / "summary.json").read_text())["iterations"] == 1

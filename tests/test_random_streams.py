@@ -21,7 +21,6 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
 from fastppo.random_streams import Stream, environment_seed, seed_of
-from fastppo.training.loop import environment_seeds
 from fastppo.training.setup import prepare
 from support.device_envs import ON_TENSORS
 from support.processes import PretendedRanks
@@ -158,8 +157,8 @@ def seeds_of_ranks(settings, size, seeded, iteration=0):
             task = prepare(tiny("unused", num_envs=8, minibatch_shards=4, **settings), None, None, cleanup)
             seeded.torch.clear()
             seeded.numpy.clear()
-            runs = [SimpleNamespace(config=task.config, state=SimpleNamespace(iteration=iteration))]
-            first.append(np.asarray(task.envs.reset(environment_seeds(task, runs))))
+            task.states[0].iteration = iteration
+            first.append(np.asarray(task.envs.reset(task.environment_seeds())))
         found.append(list(seeded.torch if isinstance(task.made.unwrapped, TorchVectorEnv) else seeded.numpy))
     return found, np.concatenate(first)
 

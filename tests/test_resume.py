@@ -13,7 +13,7 @@ import torch
 from fastppo import TrainingFault, train
 from fastppo.run.metrics_file import read_rows
 from fastppo.train import console
-from fastppo.training.training_run import read_metrics
+from fastppo.training.update import read_metrics
 from support.resume import CASES, differing, result_of, settings_of, stopped_after
 from support.runs import tiny
 

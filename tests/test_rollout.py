@@ -21,7 +21,7 @@ from fastppo.policy.normalization import RunningMoments, init_moments, make_norm
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector
 from fastppo.rollout.storage import allocate_rollout
-from fastppo.training.loop import environment_seed
+from fastppo.training.setup import environment_seed
 
 CPU = torch.device("cpu")
 

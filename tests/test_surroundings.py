@@ -129,7 +129,7 @@ def test_an_interrupt_during_the_last_evaluation(tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastppo.training.training_run.evaluate_config", interrupted)
+    monkeypatch.setattr("fastppo.training.results.evaluate_config", interrupted)
     assert console([*FLAGS, "--run-dir", str(tmp_path / "run")]) == 130
     captured = capsys.readouterr()
     assert "training is over and kept; only its evaluation was interrupted, do it with" in captured.out

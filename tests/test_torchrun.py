@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from fastppo.cli import parse_train, run
-from fastppo.training.loop import environment_seed, train
+from fastppo.training.loop import train
+from fastppo.training.setup import environment_seed
 from support.processes import Started, assert_same_run, last_of, rows_of
 from support.resume import differing
 

@@ -1,13 +1,18 @@
-"""Programs over a leading axis of seeds: S agents that share nothing but the call. Knows nothing of what they compute.
+"""The leading axis of S seeds: S agents that share nothing but the call. Knows nothing of what programs compute.
+
+`SeedAxis` joins and separates the tensors of seeds and maps a program over them. A single seed has no axis: its tensors and
+programs stay as they are.
 
 `over_seeds` maps a program with torch.func.vmap: one operation for all seeds, so that small ones cost what one costs.
-`one_by_one` is the same in S calls, for programs whose operations are large by themselves, or do not map well: convolutions
-with weights of their own.
+`one_by_one` calls it S times, for programs whose operations are large by themselves, or do not map well: convolutions with
+weights of their own.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only, tree_unflatten
@@ -45,11 +50,37 @@ def one_by_one(program: Callable[..., Any], number: int) -> Callable[..., Any]:
     return called
 
 
-def stack(values: list[Any]) -> Any:
-    """S trees of tensors as one with a leading axis of S."""
-    return tree_map(lambda first, *rest: None if first is None else torch.stack((first, *rest)), *values)
+def stack(values: list[Any], dim: int = 0) -> Any:
+    """S trees of tensors as one, with an axis of S at `dim`."""
+    return tree_map(lambda first, *rest: None if first is None else torch.stack((first, *rest), dim), *values)
 
 
-def of_seed(tree: Any, seed: int) -> Any:
-    """That seed's part of a tree of tensors (S, ...): views."""
-    return tree_map_only(Tensor, lambda x: x[seed], tree)
+def of_seed(tree: Any, seed: int, dim: int = 0) -> Any:
+    """One seed's part of a tree of tensors or arrays with an axis of S at `dim`: views."""
+    return tree_map_only((Tensor, np.ndarray), lambda x: x[(slice(None),) * (dim % x.ndim) + (seed,)], tree)
+
+
+@dataclass(frozen=True)
+class SeedAxis:
+    """The axis of `size` seeds in tensors that hold all of them; with one seed there is none."""
+
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What it adds to the shape of one seed's tensor: (S,), or () for a single seed."""
+        return () if self.size == 1 else (self.size,)
+
+    def stack(self, values: list[Any], dim: int = 0) -> Any:
+        """S trees of tensors as one; of a single seed its own tree."""
+        return values[0] if self.size == 1 else stack(values, dim)
+
+    def unstack(self, tree: Any, dim: int = 0) -> list[Any]:
+        """Each seed's part of a tree of tensors or arrays: views."""
+        return [tree] if self.size == 1 else [of_seed(tree, seed, dim) for seed in range(self.size)]
+
+    def map(self, program: Callable[..., Any], at_once: bool) -> Callable[..., Any]:
+        """`program` of one seed as one of all seeds: with vmap `at_once`, else one seed after another."""
+        if self.size == 1:
+            return program
+        return over_seeds(program) if at_once else one_by_one(program, self.size)

@@ -1,53 +1,40 @@
-"""Training, from top to bottom: collect a rollout, learn from it, move the statistics, log, repeat.
+"""Training, from top to bottom: collect a rollout, learn from it, account for it, keep it, repeat.
 
 `train(config)` is the whole job. What a step or an update computes is in core/; what an iteration means for a run, its counters
-and checkpoints and logs, is in training_run.py. With --num-seeds S there are S runs, whose environments and programs are one.
+and checkpoints and logs, is in training_run.py; how training ends is in ends.py. With --num-seeds S there are S runs, whose
+environments and programs are one.
 """
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from fastppo import random_streams
-from fastppo.analysis.video import Recorder
 from fastppo.callbacks import Callback
-from fastppo.compile.selector import ProgramSelector
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.seed_axis import of_seed, stack
-from fastppo.envs.autoreset import ResetSeed
-from fastppo.envs.device import TorchVectorEnv
-from fastppo.errors import RankLost, TrainingFault
 from fastppo.policy.module_policy import ModuleFactory
-from fastppo.presets import describe
-from fastppo.random_streams import Stream
 from fastppo.ranks import Ranks, checked
 from fastppo.rollout.collector import Collector, start_collector
-from fastppo.rollout.storage import STEP_KEYS, Outcomes, RnnState, allocate_rollout
-from fastppo.run.directory import RunDirectory
-from fastppo.run.display import Display, NoDisplay, make_display
-from fastppo.run.signals import StopSignals
+from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases
 from fastppo.system.cpus import is_forked
 from fastppo.system.modes import plain
 from fastppo.system.paths import current_directory
-from fastppo.system.platforms import SIGPIPE, peak_memory_mib, process_age
-from fastppo.training.multi_seed import keep_joint, make_directories, reopen_all, shown_row
-from fastppo.training.reproducibility import guarantees, versions
-from fastppo.training.setup import Task, make_jobs, prepare
-from fastppo.training.state import normalization_of
-from fastppo.training.thread_trial import Watch
-from fastppo.training.training_run import AgentRun, TrainResult, make_directory, reopen, schedule_at, share_environments
-
-Opened = tuple[list[AgentRun], RunDirectory | None, Display]
+from fastppo.system.platforms import SIGPIPE, process_age
+from fastppo.training.ends import finish, isolating_fault, keeping_state
+from fastppo.training.job import Job, draw_noise, start_job
+from fastppo.training.multi_seed import shown_row
+from fastppo.training.results import TrainResult
+from fastppo.training.setup import Task, prepare
+from fastppo.training.state import share_environments
+from fastppo.training.training_run import Times
 
 
 def train(
@@ -67,7 +54,7 @@ def train(
             is named after the id it was registered with, or its class, unless env_id is set.
 
     Raises:
-        UsageError: a setting that cannot be; nothing has been written.
+        UsageError: a setting is not possible. Nothing has been written.
         TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
         KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
@@ -78,266 +65,74 @@ def train(
 
 
 def train_in(
-    runs: Path,
+    place: Path,
     config: TrainConfig,
     policy: ModuleFactory | None = None,
     callbacks: Sequence[Callback] = (),
     envs: VectorEnv | None = None,
 ) -> TrainResult:
-    """`train`, with absolute paths. runs: where a run directory goes that `config` does not name."""
+    """`train`, with absolute paths. place: where a run directory goes that `config` does not name."""
     with contextlib.ExitStack() as cleanup:
-        if torch.is_inference_mode_enabled():  # no tensor of a run that goes on may be of that kind
+        if torch.is_inference_mode_enabled():  # its tensors could not be trained on
             cleanup.enter_context(torch.inference_mode(False))
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         if config.num_threads is not None or is_forked():  # before the first operation that threads would share
             torch.set_num_threads(config.num_threads or 1)
-        task = prepare(config, policy, envs, cleanup)
-        opened = open_runs(task, runs, callbacks, cleanup)
-        return _train(task, opened, policy, envs)
+        job = start_job(prepare(config, policy, envs, cleanup), place, callbacks, cleanup)
+        with keeping_state(job, envs):
+            run_iterations(job)
+        return finish(job, policy, envs)
 
 
-def _train(task: Task, opened: Opened, policy: ModuleFactory | None, given: VectorEnv | None) -> TrainResult:
-    runs, top, display = opened
-    config, ranks, device, action, several = task.config, task.ranks, task.device, task.action, task.several
-    states = task.states
-
-    # --- what the programs take: buffers made once; of several seeds one for all, with a leading axis
-    num_seeds = config.num_seeds if several else None
-    keeps_final_obs = task.envs.keeps_final_obs
-    rnn_state_size = task.network.rnn_state_size
-    rollout = allocate_rollout(
-        config.num_steps, task.local.num_envs, task.obs, action, keeps_final_obs, device, num_seeds, rnn_state_size > 0
-    )
-    rollout_tensors: dict[str, Tensor] = dict(rollout.items())
-    rnn_state: RnnState | None = None
-    if rnn_state_size:
-        lead = (*((len(runs),) if several else ()), task.local.num_envs)
-        rollout_tensors["rnn_state"] = torch.zeros(*lead, rnn_state_size, dtype=torch.float32, device=device)
-        rnn_state = RnnState(rollout_tensors["rnn_state"])
-    rollouts = [of_seed(rollout_tensors, index) for index in range(len(runs))] if several else [rollout_tensors]
-    steps_of = [{key: rows[key][:-1] for key in STEP_KEYS} for rows in rollouts]
-    params = stack([state.params for state in states]) if several else states[0].params
-    adam = stack([state.adam for state in states]) if several else states[0].adam
-    if several:
-        for state, own in zip(states, params, strict=True):
-            state.params = own  # a view: what acts and learns is one tensor
-    units = task.local.batch_size // config.rows_per_unit
-    permutations = torch.empty(len(runs), config.update_epochs, units, dtype=torch.int64, device=device)
-    permutation = permutations if several else permutations[0]
-    noise_shape = action.noise_shape(config.num_steps, config.num_envs)
-    noises = [action.distribution.noise(noise_shape, torch.Generator(device))] * len(runs)  # (T, N, ...) of each seed
-    goes_by = [(normalization_of(state), schedule_at(0.0, config, device)) for state in states]
-
-    def joined_noise() -> Tensor:
-        if several:  # environments on the device are stepped seed by seed, others step by step
-            return torch.stack(noises, 0 if task.on_device else 1)
-        return noises[0] if ranks.size == 1 else ranks.share(noises[0], 1).contiguous()
-
-    normalization, schedule = stack(goes_by) if several else goes_by[0]
-    example = (params, adam, rollout_tensors, permutation, schedule, normalization)
-    jobs = make_jobs(task, example, joined_noise())
-    with plain():
-        tiers = ProgramSelector(config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, ranks)
-    watch = None
-    if task.trial is not None and tiers.name == "eager" and torch.get_num_threads() > 1:
-        watch = Watch(task.trial, display.note, task.provenance)
-    promises = guarantees(device, tiers.may_change, task.restarts or task.on_device, watch is not None)
-    for line in promises:
-        display.note(line)
-
-    start_seconds = first_update_seconds = math.nan
-    stop, stopped_by = StopSignals(), 0  # the latter as all ranks see it
-    collector: Collector | None = None
-    try:
-        with checked(ranks):
-            collector = start_collector(task.envs, rollout, task.obs, action, environment_seeds(task, runs), rnn_state)
-        assert collector is not None
-        kept = [share_environments(state.environments, ranks) for state in states if state.environments is not None]
-        if len(kept) == len(runs):
-            collector.load_state_dicts(kept)
-        start_seconds = process_age()
-        mark, iterations = time.perf_counter(), 0
-        while not (stopped_by := ranks.highest(stop.received or 0)[0]):
-            running = [index for index, run in enumerate(runs) if not run.over]
-            if not running:
-                break
-            before = collector.state_dicts()
-            for index in running:
-                goes_by[index] = runs[index].begin(None if before is None else before[index])
-                draw_minibatches(task, permutations[index], states[index].generators["minibatches"])
-                noises[index] = action.distribution.noise(noise_shape, states[index].generators["actions"])
-            normalization, schedule = stack(goes_by) if several else goes_by[0]
-            noise = joined_noise()
-
-            # collect: T steps of N environments under frozen parameters and statistics
-            iteration, checkpoints = states[0].iteration, runs[0].checkpoints  # only a run alone restarts at checkpoints
-            restart = checkpoints.restarts_at(iteration + 1)
-            with checked(ranks):
-                if iterations > 0 and checkpoints.restarts_at(iteration):
-                    collector.reset(environment_seeds(task, runs))
-                elif config.reset_each_rollout and iteration > 0 and not checkpoints.restarts_at(iteration):
-                    collector.reset(None)
-                phases = collector.collect(tiers.act(normalization), noise, cut=config.reset_each_rollout or restart)
-
-            # learn: E epochs of minibatches, one call
-            learn_started = time.perf_counter()
-            outcomes = of_all(collector.outcomes(), ranks)
-            steps = steps_of if ranks.size == 1 else [tensors_of(outcomes, device)]
-            if config.norm_reward or (config.norm_obs and iteration == 0):
-                for index in running:
-                    goes_by[index] = (runs[index].normalize(rollouts[index], steps[index]), goes_by[index][1])
-                normalization, schedule = stack(goes_by) if several else goes_by[0]
-            with plain(), torch.no_grad():
-                learned = tiers.learn(params, adam, rollout_tensors, permutation, schedule, normalization)
-            adam = learned.adam
-            metrics = {}  # of the seeds that go on
-            for index in running:
-                update = of_seed(learned, index) if several else learned
-                with faults_of(runs[index], rollouts[index], several):
-                    metrics[index] = runs[index].learn(update, rollouts[index])
-            learn_seconds = time.perf_counter() - learn_started
-            if watch is not None and tiers.name == "eager":
-                watch.update(iteration, learn_seconds)
-
-            # account: from account to account, what logging and checkpoints take is in the next iteration's time
-            now = time.perf_counter()
-            seconds, mark = now - mark, now
-            if iterations == 0:
-                first_update_seconds = process_age()
-            iterations += 1
-            for index in metrics:
-                own_outcomes = Outcomes(*(rows[..., index, :] for rows in outcomes)) if several else outcomes
-                runs[index].account(own_outcomes, metrics[index], goes_by[index][1], phases, learn_seconds, seconds)
-                with faults_of(runs[index], rollouts[index], several):
-                    runs[index].tell(partial(state_dict_of, collector, index))
-            eta = max(run.eta for run in runs)
-            if metrics:
-                share_done = sum(min(run.progress, 1.0) for run in runs) / len(runs)
-                display.update(shown_row(runs), share_done, eta, f"{task.engine} · {device} · {tiers.name}")
-            if display.reader_gone:  # `| head -3`: the end is that of a signal
-                stop.received = SIGPIPE
-            with plain():
-                tiers.update(iterations, eta)
-            for index in metrics:
-                with faults_of(runs[index], rollouts[index], several):
-                    runs[index].keep(partial(state_dict_of, collector, index))
-            for index in running:
-                if runs[index].over and runs[index].fault is None:
-                    runs[index].rest(state_dict_of(collector, index))
-        for index, run in enumerate(runs):
-            if not run.over:
-                run.rest(state_dict_of(collector, index))
-            if run.enough:
-                run.note(f"training ends here: {run.enough}")
-    except TrainingFault as fault:
-        ended = reported(fault, runs, {} if collector is None else collector.kept())
-        if not isinstance(fault, RankLost):
-            leave_together(ranks)
-        if stop.received and ranks.size == 1:  # a signal to all processes of a job has ended those of the environments too
-            display.note(f"{ended}\nstopped by {stop.name}")
-            raise stop.exception() from fault
-        raise ended from fault
-    except KeyboardInterrupt:
-        for run in runs:
-            run.note(f"stopped at once; iterations up to {run.checkpoints.iteration} are kept, {run.checkpoints.go_on}")
-        raise
-    finally:
-        display.close()
-        for run in runs:
-            run.close()
-        if given is None and task.has_copies:
-            task.envs.close()  # evaluation has the machine to itself
-        tiers.close()
-        stop.restore()
-
-    # --- what came out
-    if ranks.size > 1:
-        stop.received = stopped_by or None
-    about = {
-        "start_seconds": start_seconds,
-        "first_update_seconds": first_update_seconds,
-        "compile_seconds": tiers.compile_seconds,
-        "tier": tiers.name,
-        "backend": task.engine,
-        "device": str(device),
-        "peak_memory_mib": peak_memory_mib(),
-        "reproducibility": promises,
-        "made_with": task.provenance,
-        "versions": versions(),
-    }
-    if several:  # what one of them cannot write is no reason to lose another's last state
-        for run in runs:
-            with contextlib.suppress(TrainingFault):
-                run.checkpoints.finish(run.state)
-    evaluated_in = given if task.has_copies else task.made
-    results = [run.finish(about, stop.name, policy, evaluated_in, not stop.received) for run in runs if run.fault is None]
-    failed = [run for run in runs if run.fault is not None]
-    if top is not None and results:
-        result = keep_joint(top, config, results, [run.config.seed for run in failed], display.note)
-    elif results:
-        (result,) = results
-    if results:
-        steps, seconds, sps = (result.summary[key] for key in ("global_step", "seconds", "sps"))
-        display.note(f"{steps:,} steps in {seconds:.1f} s, {sps:,.0f} steps/s; results in {result.run_dir}")
-    if stop.received:
-        display.note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
-        leave_together(ranks)
-        raise stop.exception()
-    if failed:
-        raise TrainingFault("\n".join(f"seed {run.config.seed}: {run.fault}" for run in failed))
-    return result
+def run_iterations(job: Job) -> None:
+    """Train until all runs are over or a signal asks to stop. Raises TrainingFault."""
+    collector = start_environments(job)
+    mark = time.perf_counter()
+    while not stop_requested(job) and job.running:
+        begin(job, collector)
+        phases = collect(job, collector)
+        update = learn(job, collector)
+        now = time.perf_counter()  # the time of logging and checkpoints counts for the next iteration
+        times = Times(now - mark, phases.env, phases.act, update.seconds)
+        mark = now
+        account(job, update, times)
+        keep(job, update)
+    for index, run in enumerate(job.runs):
+        if not run.over:
+            run.mark_resumable(job.environments_of(index))
+        if run.enough:
+            run.note(f"training ends here: {run.enough}")
 
 
-def open_runs(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack) -> Opened:
-    """Make or reopen the directory of a run, or those of all seeds, and tell people what is about to be trained.
-
-    Args:
-        place: where a directory goes that the settings do not name.
-
-    Returns:
-        A run for each seed; the directory that theirs are in, where there are several; where lines for people go.
-
-    Raises:
-        UsageError: the directory cannot be had.
-    """
-    config, configs, states = task.config, task.configs, task.states
-    fresh = [task.data_of(state) for state in states]
-    top: RunDirectory | None = None
-    notes: list[str | None] = [describe(config)]
-    if task.several and config.resume:
-        top, directories, notes = reopen_all(config, configs, states, task.network, fresh, cleanup)
-    elif task.several:
-        top, directories = make_directories(config, place, configs, fresh, cleanup)
-    elif config.resume:
-        directory, notes = reopen(config, task.restarts, states[0], task.network, fresh[0], cleanup, task.ranks)
-        directories = [directory]
-    else:
-        directories = [make_directory(config, place, fresh[0], task.ranks)]
-        cleanup.callback(directories[0].unlock)
-
-    named = f"seeds {configs[0].seed} to {configs[-1].seed}" if task.several else f"seed {config.seed}"
-    title = f"fastppo · {config.env_id} · {named}"
-    display: Display = make_display(config.plain, title) if task.ranks.is_main else NoDisplay()
-    cleanup.callback(display.close)  # whatever happens: a terminal gets its cursor back
-    for line in (f"run directory {(top or directories[0]).path}", *notes, *task.notes, *task.describe()):
-        if line is not None:
-            display.note(line)
-    if not task.ranks.is_main:
-        callbacks = ()
-    elif task.render_env is not None and config.record_every is not None:
-        callbacks = (*callbacks, Recorder(task.render_env, config.record_every, display.note))
-    runs = []
-    for own, state, directory in zip(configs, states, directories, strict=True):
-        note = partial(_note_of_seed, display, own.seed) if task.several else display.note
-        runs.append(
-            AgentRun(own, state, directory, task.data_of, task.agent_of, callbacks, task.restarts, note, top, task.ranks)
-        )
-        cleanup.callback(runs[-1].close)
-    return runs, top, display
+def start_environments(job: Job) -> Collector:
+    """Reset the environments, or put them where a checkpoint left them."""
+    task, buffers = job.task, job.buffers
+    with checked(task.ranks):
+        seed = task.environment_seeds()
+        job.collector = start_collector(task.envs, buffers.rollout, task.obs, task.action, seed, buffers.rnn_state)
+    assert job.collector is not None
+    saved = [share_environments(state.environments, task.ranks) for state in task.states if state.environments is not None]
+    if len(saved) == len(task.states):
+        job.collector.load_state_dicts(saved)
+    job.start_seconds = process_age()
+    return job.collector
 
 
-def _note_of_seed(display: Display, seed: int, line: str) -> None:
-    display.note(f"seed {seed}: {line}")
+def stop_requested(job: Job) -> bool:
+    """Whether a process has received a signal to stop; all processes get the same answer."""
+    (job.stopped_by,) = job.task.ranks.highest(job.stop.received or 0)
+    return job.stopped_by > 0
+
+
+def begin(job: Job, collector: Collector) -> None:
+    """Draw an iteration's random numbers and freeze what it acts and learns under."""
+    environments = collector.state_dicts()
+    for index in job.running:
+        run, buffers = job.runs[index], job.buffers
+        generators = run.state.generators
+        buffers.inputs[index] = run.begin_iteration(None if environments is None else environments[index])
+        draw_minibatches(job.task, buffers.permutations[index], generators["minibatches"])
+        buffers.noises[index] = draw_noise(job.task, generators["actions"])
 
 
 def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> None:
@@ -348,39 +143,55 @@ def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> Non
     draw_permutation(out, generator, config.num_steps // unit, config.num_envs, size, num_shards, ranks.rank, ranks.size)
 
 
-@contextlib.contextmanager
-def faults_of(run: AgentRun, rollout: Mapping[str, Tensor], several: bool) -> Iterator[None]:
-    """A fault of one of several seeds ends that one: it is kept and told, and the others go on. rollout: its own."""
-    try:
-        yield
-    except TrainingFault as fault:
-        if not several:
-            raise
-        if run.fault is None:
-            run.fault = run.report(fault, {key: rows.cpu() for key, rows in rollout.items()})
-            run.note(f"{fault}; the other seeds go on")
+def collect(job: Job, collector: Collector) -> Phases:
+    """T steps of N environments under frozen parameters and statistics."""
+    task, buffers = job.task, job.buffers
+    iteration, resets = task.states[0].iteration, task.config.reset_each_rollout
+    restarts_at = job.runs[0].checkpoints.restarts_at  # only the run of a single seed restarts its environments at checkpoints
+    normalization, _ = buffers.axis.stack(buffers.inputs)
+    with checked(task.ranks):
+        if job.iterations > 0 and restarts_at(iteration):
+            collector.reset(task.environment_seeds())
+        elif resets and iteration > 0 and not restarts_at(iteration):
+            collector.reset(None)
+        return collector.collect(job.selector.act(normalization), buffers.noise, cut=resets or restarts_at(iteration + 1))
 
 
-def reported(fault: TrainingFault, runs: Sequence[AgentRun], kept: Mapping[str, Tensor]) -> TrainingFault:
-    """Keep what all runs have reached; the fault as the user is told it. kept: the rollout as far as it came."""
-    told = fault
-    for index, run in enumerate(runs):
-        if run.over:
-            with contextlib.suppress(TrainingFault):
-                run.checkpoints.finish(run.state)
-        else:
-            told = run.report(fault, kept if len(runs) == 1 else {key: rows[:, index] for key, rows in kept.items()})
-    return told
+class Update(NamedTuple):
+    """What an iteration brought."""
+
+    outcomes: list[Outcomes]  # of each seed and all processes, (T, N)
+    metrics: dict[int, dict[str, float]]  # by index of the seeds whose update was applied
+    seconds: float  # that learning took
 
 
-def leave_together(ranks: Ranks) -> None:
-    """Wait for the one that writes: torchrun ends all processes once one of them has left with an exit code."""
-    with contextlib.suppress(RankLost):
-        ranks.barrier()
+def learn(job: Job, collector: Collector) -> Update:
+    """E epochs of minibatches, one call for all seeds."""
+    started = time.perf_counter()
+    task, buffers, running = job.task, job.buffers, job.running
+    config, ranks, axis = task.config, task.ranks, buffers.axis
+    outcomes = global_outcomes(collector.outcomes(), ranks)
+    if config.norm_reward or (config.norm_obs and task.states[0].iteration == 0):
+        for index in running:
+            rollout = buffers.rollouts[index]
+            normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))
+            buffers.inputs[index] = buffers.inputs[index]._replace(normalization=normalization)
+    with plain(), torch.no_grad():
+        result = job.selector.learn(*buffers.learn_arguments())
+    buffers.adam = result.adam
+    metrics = {}
+    for index, own_result in enumerate(axis.unstack(result)):
+        if index in running:
+            with isolating_fault(job, index):
+                metrics[index] = job.runs[index].apply_update(own_result, buffers.rollouts[index])
+    seconds = time.perf_counter() - started
+    if job.thread_watch is not None and job.selector.name == "eager":
+        job.thread_watch.update(task.states[0].iteration, seconds)
+    return Update(axis.unstack(outcomes, -2), metrics, seconds)
 
 
-def of_all(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
-    """What the rollouts of all processes brought: (T, N)."""
+def global_outcomes(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
+    """The outcomes of the rollouts of all processes: (T, N)."""
     if ranks.size == 1:
         return outcomes
     rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:-1]]), 2)  # (5, T, N): one exchange
@@ -388,28 +199,44 @@ def of_all(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
     return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut))
 
 
-def tensors_of(outcomes: Outcomes, device: torch.device) -> dict[str, Tensor]:
-    """`reward terminated truncated valid`, (T, N), by key of the rollout."""
+def global_steps(rollout: dict[str, Tensor], outcomes: Outcomes, ranks: Ranks) -> dict[str, Tensor]:
+    """`reward terminated truncated valid` of all processes, (T, N), on the device.
+
+    rollout: (T+1, N / K, ...) of this process. outcomes: the result of `global_outcomes`.
+    """
+    if ranks.size == 1:
+        return {key: rollout[key][:-1] for key in STEP_KEYS}
+    device = rollout["reward"].device
     return {key: torch.from_numpy(getattr(outcomes, key)).to(device) for key in STEP_KEYS}
 
 
-def environment_seed(seed: int, iteration: int) -> int:
-    """Seed of the environments of a run that starts, or goes on, at `iteration`."""
-    return random_streams.environment_seed(seed, Stream.ENVIRONMENTS, iteration)
+def account(job: Job, update: Update, times: Times) -> None:
+    """Count what the iteration brought, log it, call the callbacks, show it."""
+    task, runs, selector = job.task, job.runs, job.selector
+    if job.iterations == 0:
+        job.first_update_seconds = process_age()
+    job.iterations += 1
+    for index, metrics in update.metrics.items():
+        learning_rate = job.buffers.inputs[index].schedule.learning_rate
+        runs[index].record(update.outcomes[index], metrics, learning_rate, times)
+        with isolating_fault(job, index):
+            runs[index].log_and_call_back(partial(job.environments_of, index))
+    if update.metrics:
+        progress = sum(min(run.progress, 1.0) for run in runs) / len(runs)
+        engine = f"{task.engine} · {task.device} · {selector.name}"
+        job.display.update(shown_row(runs), progress, max(run.eta for run in runs), engine)
+    if job.display.reader_gone:  # `| head -3`: training ends as after a signal
+        job.stop.received = SIGPIPE
 
 
-def environment_seeds(task: Task, runs: Sequence[AgentRun]) -> ResetSeed:
-    """What the environments are reset with where the runs start, go on or restart: of several, one each.
-
-    Of several processes' the i-th one has seed + i, as in one process. Functions on tensors draw what those of all draw.
-    """
-    draws_for_all = isinstance(task.made.unwrapped, TorchVectorEnv)
-    offset = 0 if draws_for_all else task.ranks.rank * task.local.num_envs
-    each = [environment_seed(run.config.seed, run.state.iteration) + offset for run in runs]
-    return each if len(runs) > 1 else each[0]
-
-
-def state_dict_of(collector: Collector, index: int) -> dict[str, Any] | None:
-    """That seed's environments as they stand, see Collector.state_dicts."""
-    states = collector.state_dicts()
-    return None if states is None else states[index]
+def keep(job: Job, update: Update) -> None:
+    """Between iterations: use programs that have been compiled, write checkpoints."""
+    with plain():
+        job.selector.update(job.iterations, max(run.eta for run in job.runs))
+    for index in update.metrics:
+        run = job.runs[index]
+        if run.fault is None:
+            with isolating_fault(job, index):
+                run.checkpoint_if_due(partial(job.environments_of, index))
+        if run.over and run.fault is None:
+            run.mark_resumable(job.environments_of(index))

@@ -6,8 +6,7 @@ of how they are trained.
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +17,54 @@ from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import TrainConfig, check_resumable
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.policy.network import Network
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import joint_row
-from fastppo.training.state import TrainState
-from fastppo.training.training_run import AgentRun, Note, TrainResult, drawing_curves, fill_directory, reopen
+from fastppo.training.results import TrainResult, drawing_curves
+from fastppo.training.resume import fill_directory, reopen
+from fastppo.training.setup import Task, seed_folder
+from fastppo.training.training_run import Note, TrainingRun
 
 
-def of_each_seed(config: TrainConfig) -> list[TrainConfig]:
-    """The settings of each seed's own run, --seed and those after it; of a single one, `config` itself."""
-    if config.num_seeds == 1:
-        return [config]
-    seeds = range(config.seed, config.seed + config.num_seeds)
-    resume = None if config.resume is None else Path(config.resume)
-    return [
-        replace(config, seed=seed, num_seeds=1, run_dir=None, resume=None if resume is None else str(resume / folder(seed)))
-        for seed in seeds
-    ]
-
-
-def folder(seed: int) -> str:
-    """Where a seed's run lies."""
-    return f"seed-{seed}"
-
-
-def make_directories(
-    config: TrainConfig,
-    place: Path,
-    configs: Sequence[TrainConfig],
-    starts: Sequence[Mapping[str, Any]],
-    cleanup: contextlib.ExitStack,
-) -> tuple[RunDirectory, list[RunDirectory]]:
-    """The directory of all and those of each seed, locked until `cleanup`; raises UsageError as RunDirectory.create."""
+def make_seed_directories(task: Task, place: Path, cleanup: contextlib.ExitStack) -> tuple[RunDirectory, list[RunDirectory]]:
+    """The directory of all seeds and those of each, locked until `cleanup`. Raises UsageError as RunDirectory.create."""
+    config, configs = task.config, task.configs
 
     def fill(top: RunDirectory) -> None:
         top.write_text(top.config, config.to_json())
-        for own, start in zip(configs, starts, strict=True):
-            path = top.path / folder(own.seed)
+        for own, state in zip(configs, task.states, strict=True):
+            path = top.path / seed_folder(own.seed)
             path.mkdir()
-            fill_directory(own, start, RunDirectory(path))
+            fill_directory(own, task.data_of(state), RunDirectory(path))
 
     top = RunDirectory.create(config.run_dir, config.env_id, f"{configs[0].seed}-{configs[-1].seed}", fill, place)
     cleanup.callback(top.unlock)
-    directories = [RunDirectory(top.path / folder(own.seed)) for own in configs]
+    directories = [RunDirectory(top.path / seed_folder(own.seed)) for own in configs]
     for directory in directories:
         directory.lock()
         cleanup.callback(directory.unlock)
     return top, directories
 
 
-def reopen_all(
-    config: TrainConfig,
-    configs: Sequence[TrainConfig],
-    states: Sequence[TrainState],
-    network: Network,
-    fresh: Sequence[Mapping[str, Any]],
-    cleanup: contextlib.ExitStack,
-) -> tuple[RunDirectory, list[RunDirectory], list[str | None]]:
-    """Put the state of every seed that --resume names back; arguments, result and errors as `agent_run.reopen`."""
-    top = RunDirectory(Path(config.resume or ""))
-    check_resumable(TrainConfig.from_json(top.config), config)
+def reopen_seeds(task: Task, cleanup: contextlib.ExitStack) -> tuple[RunDirectory, list[RunDirectory], list[str]]:
+    """Put the state of every seed that --resume names back; the result and errors as of `resume.reopen`."""
+    top = RunDirectory(Path(task.config.resume or ""))
+    check_resumable(TrainConfig.from_json(top.config), task.config)
     try:
         top.lock()
         cleanup.callback(top.unlock)
         directories, notes = [], []
-        for own, state, start in zip(configs, states, fresh, strict=True):
-            directory, lines = reopen(own, False, state, network, start, cleanup)
+        for own, state in zip(task.configs, task.states, strict=True):
+            directory, lines = reopen(own, state, task, cleanup)
             directories.append(directory)
-            notes += [line and f"seed {own.seed}: {line}" for line in lines]
-        top.write_text(top.config, config.to_json())
+            notes += [f"seed {own.seed}: {line}" for line in lines]
+        top.write_text(top.config, task.config.to_json())
     except OSError as error:
         raise UsageError(f"--resume {top.path} cannot be written: {error.strerror}") from None
     return top, directories, notes
 
 
-def shown_row(runs: Sequence[AgentRun]) -> dict[str, int | float]:
+def shown_row(runs: Sequence[TrainingRun]) -> dict[str, int | float]:
     """What the display shows of an iteration: the metrics, of several seeds combined, and the best return so far."""
     if len(runs) == 1:
         return {**runs[0].row, "new_best": runs[0].new_best, "best_return": runs[0].state.best_return}
@@ -105,7 +76,7 @@ def shown_row(runs: Sequence[AgentRun]) -> dict[str, int | float]:
     }
 
 
-def keep_joint(
+def save_joint_results(
     top: RunDirectory, config: TrainConfig, results: Sequence[TrainResult], failed: Sequence[int], note: Note
 ) -> TrainResult:
     """Write summary.json and curves.png of all seeds, and say how they did.

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +16,15 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastppo import random_streams
 from fastppo.bounds import flag
 from fastppo.compile.selector import ProgramSpec
 from fastppo.config import TrainConfig
 from fastppo.core import acting, ppo
 from fastppo.core.contracts import obs_of
 from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
-from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.core.seed_axis import SeedAxis, Seeds, one_by_one, over_seeds
+from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
@@ -43,11 +45,9 @@ from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain, under
-from fastppo.training.multi_seed import of_each_seed
 from fastppo.training.reproducibility import made_with, versions
-from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, init_state, normalization_of
+from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
 from fastppo.training.thread_trial import choose, minibatch_of
-from fastppo.training.training_run import gather_environments, named_after
 
 # Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
@@ -97,14 +97,26 @@ class Task:
         return isinstance(self.made, TorchVectorEnv)
 
     @property
-    def several(self) -> bool:
-        """Whether tensors have a leading axis of seeds."""
-        return self.config.num_seeds > 1
+    def axis(self) -> SeedAxis:
+        """The axis of seeds in tensors of all of them."""
+        return SeedAxis(self.config.num_seeds)
 
     @property
     def restarts(self) -> bool:
         """Whether environments restart at checkpoints; those on the device are kept in them as they stand."""
         return self.config.exact_resume and not self.on_device
+
+    def environment_seeds(self) -> ResetSeed:
+        """The seeds that the environments are reset with where the runs start, go on or restart: of several runs, one each.
+
+        The i-th environment has seed + i, whichever process it is in. Functions on tensors draw the numbers of all processes.
+        """
+        draws_for_all = isinstance(self.made.unwrapped, TorchVectorEnv)
+        offset = 0 if draws_for_all else self.ranks.rank * self.local.num_envs
+        each = [
+            environment_seed(own.seed, state.iteration) + offset for own, state in zip(self.configs, self.states, strict=True)
+        ]
+        return each if self.axis.shape else each[0]
 
     def data_of(self, state: TrainState | PolicySnapshot) -> dict[str, Any]:
         """A state, or the policy of one, as plain data for a checkpoint."""
@@ -129,6 +141,11 @@ class Task:
             *self.findings,
             f"{where}, {self.network.num_params:,} parameters; CPU threads: {threads}",
         ]
+
+
+def environment_seed(seed: int, iteration: int) -> int:
+    """The seed of the environments of a run that starts, or goes on, at `iteration`."""
+    return random_streams.environment_seed(seed, Stream.ENVIRONMENTS, iteration)
 
 
 def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv | None, cleanup: contextlib.ExitStack) -> Task:
@@ -185,7 +202,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     if config.record_every is not None and ranks.is_main:
         render_env = make_recorded(config, given, deadline)
         cleanup.callback(render_env.close)
-    configs = of_each_seed(config)
+    configs = seed_configs(config)
     trial, notes = None, [] if note is None else [note]
     with plain():
         networks = [make_network(obs, action, own, policy, seed_of(own.seed, Stream.PARAMETERS)) for own in configs]
@@ -231,6 +248,33 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         render_env=render_env,
         has_copies=tried is None or tried.was_made,
     )
+
+
+def seed_configs(config: TrainConfig) -> list[TrainConfig]:
+    """The settings of each seed's own run, --seed and those after it; of a single one, `config` itself."""
+    if config.num_seeds == 1:
+        return [config]
+    seeds = range(config.seed, config.seed + config.num_seeds)
+    resume = None if config.resume is None else Path(config.resume)
+    return [
+        replace(
+            config, seed=seed, num_seeds=1, run_dir=None, resume=None if resume is None else str(resume / seed_folder(seed))
+        )
+        for seed in seeds
+    ]
+
+
+def seed_folder(seed: int) -> str:
+    """The name of a seed's run directory, among those of all seeds."""
+    return f"seed-{seed}"
+
+
+def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
+    """`config` with the name of environments that were not made from it, unless the settings name them."""
+    if config.env_id != TrainConfig.env_id:
+        return config
+    spec = getattr(envs, "spec", None)
+    return replace(config, env_id=type(envs.unwrapped).__name__ if spec is None else spec.id)
 
 
 def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, ...]:

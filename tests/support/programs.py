@@ -237,7 +237,7 @@ def jobs_of(tmp_path, **settings):
 
     captured = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastppo.training.loop.ProgramSelector", capture)
+        patch.setattr("fastppo.training.job.ProgramSelector", capture)
         with pytest.raises(Captured):
             train(tiny(tmp_path, check_env=False, **{"num_steps": 4, **settings}))
     assert len(captured) == 2

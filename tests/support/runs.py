@@ -43,7 +43,7 @@ def tiny(run_dir, **settings):
 def drawn():
     """Runs within it draw their curves.png, which conftest.py spares the others."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.training.training_run.plot_curves", plot_curves)
+        patched.setattr("fastppo.training.results.plot_curves", plot_curves)
         patched.setattr("fastppo.training.multi_seed.draw_page", draw_page)
         patched.setattr("fastppo.training.multi_seed.render", render)
         yield

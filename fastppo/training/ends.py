@@ -1,0 +1,128 @@
+"""How training ends: faults, signals, and what is reported when the loop is done. Knows nothing of an iteration."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gymnasium.vector import VectorEnv
+
+from fastppo.errors import RankLost, TrainingFault
+from fastppo.policy.module_policy import ModuleFactory
+from fastppo.ranks import Ranks
+from fastppo.system.platforms import peak_memory_mib
+from fastppo.training.job import Job
+from fastppo.training.multi_seed import save_joint_results
+from fastppo.training.reproducibility import versions
+from fastppo.training.results import Ending, TrainResult, finish_run
+
+
+@contextlib.contextmanager
+def keeping_state(job: Job, given: VectorEnv | None) -> Iterator[None]:
+    """Around the loop: after a fault the last resumable state is kept and reported, and in any case everything is closed.
+
+    given: the caller's own environments, which stay open.
+    """
+    try:
+        yield
+    except TrainingFault as fault:
+        ended = _report(fault, job)
+        if not isinstance(fault, RankLost):
+            _leave_together(job.task.ranks)
+        if job.stop.received and job.task.ranks.size == 1:  # the signal has ended the processes of environments too
+            job.display.note(f"{ended}\nstopped by {job.stop.name}")
+            raise job.stop.exception() from fault
+        raise ended from fault
+    except KeyboardInterrupt:
+        for run in job.runs:
+            run.note(f"stopped at once; iterations up to {run.checkpoints.iteration} are kept, {run.checkpoints.go_on}")
+        raise
+    finally:
+        job.display.close()
+        for run in job.runs:
+            run.close()
+        if given is None and job.task.has_copies:
+            job.task.envs.close()  # evaluation has the machine to itself
+        job.selector.close()
+        job.stop.restore()
+
+
+@contextlib.contextmanager
+def isolating_fault(job: Job, index: int) -> Iterator[None]:
+    """A fault of one of several seeds ends that seed's run: it is kept and reported, and the others go on."""
+    run = job.runs[index]
+    try:
+        yield
+    except TrainingFault as fault:
+        if len(job.runs) == 1:
+            raise
+        rollout = {key: rows.cpu() for key, rows in job.buffers.rollouts[index].items()}
+        run.fault = run.report_fault(fault, rollout)
+        run.note(f"{fault}; the other seeds go on")
+
+
+def _report(fault: TrainingFault, job: Job) -> TrainingFault:
+    """Keep what all runs have reached. Returns the fault with words for the user."""
+    saved = {} if job.collector is None else job.collector.kept()  # (T+1, N), or (T+1, S, N): as far as it came
+    reported = fault
+    for run, rollout in zip(job.runs, job.task.axis.unstack(saved, 1), strict=True):
+        if run.over:
+            with contextlib.suppress(TrainingFault):
+                run.checkpoints.finish(run.state)
+        else:
+            reported = run.report_fault(fault, rollout)
+    return reported
+
+
+def _leave_together(ranks: Ranks) -> None:
+    """Wait for the process that writes: torchrun ends all processes once one of them has left with an exit code."""
+    with contextlib.suppress(RankLost):
+        ranks.barrier()
+
+
+def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> TrainResult:
+    """Write the results of all runs. The arguments are those of `train`.
+
+    Raises:
+        TrainingFault: a seed had a fault, or results cannot be written.
+        KeyboardInterrupt, SystemExit: a signal stopped the loop.
+    """
+    task, runs, stop, note = job.task, job.runs, job.stop, job.display.note
+    if task.ranks.size > 1:
+        stop.received = job.stopped_by or None
+    if len(runs) > 1:
+        for run in runs:  # first of all: a seed that cannot be written must not cost the others their last state
+            with contextlib.suppress(TrainingFault):
+                run.checkpoints.finish(run.state)
+    evaluated_in = given if task.has_copies else task.made
+    ending = Ending(_about(job), stop.name, policy, evaluated_in, not stop.received)
+    results = [finish_run(run, task, ending) for run in runs if run.fault is None]
+    failed = [run for run in runs if run.fault is not None]
+    if results:
+        result = results[0]
+        if job.top is not None:
+            result = save_joint_results(job.top, task.config, results, [run.config.seed for run in failed], note)
+        steps, seconds, sps = (result.summary[key] for key in ("global_step", "seconds", "sps"))
+        note(f"{steps:,} steps in {seconds:.1f} s, {sps:,.0f} steps/s; results in {result.run_dir}")
+    if stop.received:
+        note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
+        _leave_together(task.ranks)
+        raise stop.exception()
+    if failed:
+        raise TrainingFault("\n".join(f"seed {run.config.seed}: {run.fault}" for run in failed))
+    return result
+
+
+def _about(job: Job) -> Mapping[str, Any]:
+    """The part of summary.json on how the runs were made."""
+    return {
+        "start_seconds": job.start_seconds,
+        "first_update_seconds": job.first_update_seconds,
+        "compile_seconds": job.selector.compile_seconds,
+        "tier": job.selector.name,
+        "backend": job.task.engine,
+        "device": str(job.task.device),
+        "peak_memory_mib": peak_memory_mib(),
+        "reproducibility": job.guarantees,
+        "made_with": job.task.provenance,
+        "versions": versions(),
+    }

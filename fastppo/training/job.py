@@ -1,0 +1,217 @@
+"""What one call of `train` has open: a run for each seed, and the buffers, programs and environments that they share."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from fastppo.analysis.video import Recorder
+from fastppo.callbacks import Callback
+from fastppo.compile.selector import ProgramSelector
+from fastppo.core.adam import AdamState
+from fastppo.core.seed_axis import SeedAxis
+from fastppo.presets import describe
+from fastppo.rollout.collector import Collector
+from fastppo.rollout.storage import RnnState, allocate_rollout
+from fastppo.run.directory import RunDirectory
+from fastppo.run.display import Display, NoDisplay, make_display
+from fastppo.run.signals import StopSignals
+from fastppo.system.modes import plain
+from fastppo.training.multi_seed import make_seed_directories, reopen_seeds
+from fastppo.training.reproducibility import guarantees
+from fastppo.training.resume import make_directory, reopen
+from fastppo.training.setup import Task, make_jobs
+from fastppo.training.thread_trial import Watch
+from fastppo.training.training_run import TrainingRun
+from fastppo.training.update import FrozenInputs, frozen_inputs
+
+
+@dataclass
+class Buffers:
+    """What the programs read, allocated once. The tensors of many seeds are one, with the axis of seeds first.
+
+    The lists have an entry for each seed, which belongs to the running iteration.
+    """
+
+    axis: SeedAxis
+    rollout: TensorDict  # filled by the collector
+    rnn_state: RnnState | None  # likewise, of a policy with memory
+    learn_rollout: dict[str, Tensor]  # the tensors of both, as `learn` takes them
+    params: Tensor  # (P,); each seed's state has a view of it
+    adam: AdamState
+    permutation: Tensor  # (E, units)
+    rollouts: list[dict[str, Tensor]]  # each seed's part of `learn_rollout`: views
+    permutations: list[Tensor]  # each seed's part of `permutation`: views
+    noises: list[Tensor]  # (T, N, ...) of this process
+    inputs: list[FrozenInputs]
+    noise_dim: int  # of the axis of seeds in the noise of all
+
+    @property
+    def noise(self) -> Tensor:
+        """The noise of all seeds, as collectors take it."""
+        noise: Tensor = self.axis.stack(self.noises, self.noise_dim)
+        return noise
+
+    def learn_arguments(self) -> tuple[Any, ...]:
+        """The arguments of `learn`."""
+        normalization, schedule = self.axis.stack(self.inputs)
+        return self.params, self.adam, self.learn_rollout, self.permutation, schedule, normalization
+
+
+def allocate_buffers(task: Task) -> Buffers:
+    """The buffers of all seeds, with noise and inputs of the right form; `params` of the states become views."""
+    config, axis, states, device = task.config, task.axis, task.states, task.device
+    num_envs, rnn_state_size = task.local.num_envs, task.network.rnn_state_size
+    rollout = allocate_rollout(
+        config.num_steps,
+        num_envs,
+        task.obs,
+        task.action,
+        task.envs.keeps_final_obs,
+        device,
+        axis.size if axis.shape else None,
+        rnn_state_size > 0,
+    )
+    tensors: dict[str, Tensor] = dict(rollout.items())
+    rnn_state: RnnState | None = None
+    if rnn_state_size:
+        tensors["rnn_state"] = torch.zeros(*axis.shape, num_envs, rnn_state_size, dtype=torch.float32, device=device)
+        rnn_state = RnnState(tensors["rnn_state"])
+    params = axis.stack([state.params for state in states])
+    for state, own in zip(states, axis.unstack(params), strict=True):
+        state.params = own  # what acts and learns is one tensor
+    units = task.local.batch_size // config.rows_per_unit
+    permutation = torch.empty(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
+    return Buffers(
+        axis=axis,
+        rollout=rollout,
+        rnn_state=rnn_state,
+        learn_rollout=tensors,
+        params=params,
+        adam=axis.stack([state.adam for state in states]),
+        permutation=permutation,
+        rollouts=axis.unstack(tensors),
+        permutations=axis.unstack(permutation),
+        noises=[draw_noise(task, torch.Generator(device)) for _ in states],
+        inputs=[frozen_inputs(state, 0.0, config) for state in states],
+        noise_dim=0 if task.on_device else 1,  # device environments go seed by seed, the others step by step
+    )
+
+
+def draw_noise(task: Task, generator: torch.Generator) -> Tensor:
+    """The noise of one seed's actions, (T, N / K, ...): this process's part of what all processes draw."""
+    noise = task.action.distribution.noise(task.action.noise_shape(task.config.num_steps, task.config.num_envs), generator)
+    return task.ranks.share(noise, 1).contiguous()
+
+
+@dataclass
+class Job:
+    """A training job under way."""
+
+    task: Task
+    runs: list[TrainingRun]  # of each seed
+    top: RunDirectory | None  # the directory of all seeds, where there are several
+    display: Display
+    buffers: Buffers
+    selector: ProgramSelector
+    thread_watch: Watch | None
+    guarantees: list[str]  # what the same settings give again
+    stop: StopSignals
+    stopped_by: int = 0  # the signal that stopped the loop, the same in all processes
+    collector: Collector | None = None
+    iterations: int = 0  # done by this process
+    start_seconds: float = math.nan  # from the start of the process to the first iteration
+    first_update_seconds: float = math.nan  # and to the end of it
+
+    @property
+    def running(self) -> list[int]:
+        """The seeds, by index, whose runs go on."""
+        return [index for index, run in enumerate(self.runs) if not run.over]
+
+    def environments_of(self, index: int) -> dict[str, Any] | None:
+        """One seed's environments as they stand, see Collector.state_dicts."""
+        states = None if self.collector is None else self.collector.state_dicts()
+        return None if states is None else states[index]
+
+
+def start_job(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack) -> Job:
+    """Open the runs, allocate the buffers, load or build the programs.
+
+    Args:
+        place: where a run directory goes that the settings do not name.
+
+    Raises:
+        UsageError: the directory cannot be made or reopened.
+    """
+    runs, top, display = open_runs(task, place, callbacks, cleanup)
+    buffers = allocate_buffers(task)
+    jobs = make_jobs(task, buffers.learn_arguments(), buffers.noise)
+    with plain():
+        selector = ProgramSelector(task.config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, task.ranks)
+    thread_watch = None
+    if task.trial is not None and selector.name == "eager" and torch.get_num_threads() > 1:
+        thread_watch = Watch(task.trial, display.note, task.provenance)
+    promises = guarantees(task.device, selector.may_change, task.restarts or task.on_device, thread_watch is not None)
+    for line in promises:
+        display.note(line)
+    return Job(task, runs, top, display, buffers, selector, thread_watch, promises, StopSignals())
+
+
+def open_runs(
+    task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack
+) -> tuple[list[TrainingRun], RunDirectory | None, Display]:
+    """Make or reopen the directory of a run, or those of all seeds, and tell people what will be trained.
+
+    Returns:
+        A run for each seed; the directory of all seeds, where there are several; the display.
+
+    Raises:
+        UsageError: the directory cannot be made or reopened.
+    """
+    config, several = task.config, task.axis.size > 1
+    top: RunDirectory | None = None
+    described = describe(config)
+    notes = [] if described is None else [described]
+    if several and config.resume:
+        top, directories, notes = reopen_seeds(task, cleanup)
+    elif several:
+        top, directories = make_seed_directories(task, place, cleanup)
+    elif config.resume:
+        directory, notes = reopen(config, task.states[0], task, cleanup)
+        directories = [directory]
+    else:
+        directories = [make_directory(task, place, cleanup)]
+
+    display = _open_display(task, cleanup)
+    for line in (f"run directory {(top or directories[0]).path}", *notes, *task.notes, *task.describe()):
+        display.note(line)
+    if not task.ranks.is_main:
+        callbacks = ()
+    elif task.render_env is not None and config.record_every is not None:
+        callbacks = (*callbacks, Recorder(task.render_env, config.record_every, display.note))
+    runs = []
+    for own, state, directory in zip(task.configs, task.states, directories, strict=True):
+        note = partial(_note_of_seed, display, own.seed) if several else display.note
+        runs.append(TrainingRun(own, state, directory, task, callbacks, note, top))
+        cleanup.callback(runs[-1].close)
+    return runs, top, display
+
+
+def _open_display(task: Task, cleanup: contextlib.ExitStack) -> Display:
+    configs = task.configs
+    seeds = f"seed {configs[0].seed}" if len(configs) == 1 else f"seeds {configs[0].seed} to {configs[-1].seed}"
+    title = f"fastppo · {task.config.env_id} · {seeds}"
+    display: Display = make_display(task.config.plain, title) if task.ranks.is_main else NoDisplay()
+    cleanup.callback(display.close)  # whatever happens: a terminal gets its cursor back
+    return display
+
+
+def _note_of_seed(display: Display, seed: int, line: str) -> None:
+    display.note(f"seed {seed}: {line}")

@@ -1,0 +1,228 @@
+"""Begin a run's directory, or go on with it: reopen the directory, check its newest checkpoint, put the state back.
+
+Knows nothing of the loop.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastppo.config import TrainConfig, check_resumable
+from fastppo.core.adam import AdamState
+from fastppo.errors import UsageError, brief
+from fastppo.policy.codec import checked, moments_from_state, weights_from_state
+from fastppo.policy.network import Network
+from fastppo.random_streams import Stream, seed_of
+from fastppo.run.directory import OthersDirectory, RunDirectory
+from fastppo.training.reproducibility import differences
+from fastppo.training.setup import Task
+from fastppo.training.state import PolicySnapshot, TrainState, snapshot, snapshot_data
+
+
+def make_directory(task: Task, place: Path, cleanup: contextlib.ExitStack) -> RunDirectory:
+    """The directory of a new run with its settings and the checkpoint of iteration 0, locked until `cleanup`.
+
+    place: where the directory goes if the settings name none. Raises UsageError.
+    """
+    config, ranks = task.config, task.ranks
+    directory: RunDirectory | None = None
+    refused: UsageError | None = None
+    if ranks.is_main:
+        fill = partial(fill_directory, config, task.data_of(task.states[0]))
+        try:
+            directory = RunDirectory.create(config.run_dir, config.env_id, config.seed, fill, place)
+            cleanup.callback(directory.unlock)
+        except UsageError as error:
+            refused = error
+    ranks.check(refused)
+    path = ranks.agree(None if directory is None else directory.path)
+    return directory or OthersDirectory(path or Path())
+
+
+def fill_directory(config: TrainConfig, start: Mapping[str, Any], directory: RunDirectory) -> None:
+    """Write what the run can be resumed from. start: the checkpoint of iteration 0."""
+    directory.write_text(directory.config, config.to_json())
+    directory.keep(0, start, config.keep_checkpoints)
+
+
+def reopen(config: TrainConfig, state: TrainState, task: Task, cleanup: contextlib.ExitStack) -> tuple[RunDirectory, list[str]]:
+    """Put the state of the run that --resume names back into `state`. The main process reads; the others get what it read.
+
+    Args:
+        config: of this run, one of task.configs. state: fresh, the one of task.states that belongs to it.
+        cleanup: unlocks the directory.
+
+    Returns:
+        The directory, locked, and lines for people on where the run goes on.
+
+    Raises:
+        UsageError: the run cannot go on, or not with these settings.
+    """
+    ranks, fresh = task.ranks, task.data_of(state)
+    directory = (RunDirectory if ranks.is_main else OthersDirectory)(Path(config.resume or ""))
+    found: tuple[TrainConfig, Path, dict[str, Any], str | None] | None = None
+    refused: UsageError | None = None
+    try:
+        if ranks.is_main:
+            before = TrainConfig.from_json(directory.config)
+            check_resumable(before, config)
+            directory.lock()
+            cleanup.callback(directory.unlock)
+            found = (before, *directory.newest(kept_only=task.restarts))
+    except UsageError as error:
+        refused = error
+    except OSError as error:
+        refused = _not_writable(directory, error)
+    ranks.check(refused)
+    found = ranks.agree(found)
+    assert found is not None
+    before, path, checkpoint, damage = found
+    lost = load_state(state, task.network, checkpoint, fresh, path)
+    try:
+        directory.write_text(directory.config, config.to_json())
+    except OSError as error:
+        refused = _not_writable(directory, error)
+    ranks.check(refused)
+    environments = _continue_environments(state, task.restarts)
+    changed = differences(checkpoint["made_with"], fresh["made_with"])
+    notes = [
+        damage,
+        f"going on from iteration {state.iteration}, step {state.global_step}; {environments}",
+        *lost,
+        f"not as before, so last bits may differ: {changed}" if changed else None,
+        _annealing_note(before, config),
+    ]
+    return directory, [note for note in notes if note is not None]
+
+
+def _not_writable(directory: RunDirectory, error: OSError) -> UsageError:
+    return UsageError(f"--resume {directory.path} cannot be written: {error.strerror}")
+
+
+def _continue_environments(state: TrainState, restarts: bool) -> str:
+    """How the environments go on, for people; episodes under way that cannot go on are dropped from the state."""
+    if restarts:
+        return "the environments restart as they did there: what comes is what came, or would have come, after it"
+    if state.environments is not None:
+        return "the environments go on where they were"
+    state.forget_running()
+    state.return_carry.zero_()
+    return "the environments start new episodes"
+
+
+def _annealing_note(before: TrainConfig, config: TrainConfig) -> str | None:
+    """A line where another length of the run changes what is annealed."""
+    annealed = [name for name, on in (("learning rate", config.anneal_lr), ("clip range", config.anneal_clip)) if on]
+    same = (config.total_timesteps, config.num_iterations) == (before.total_timesteps, before.num_iterations)
+    if same or not annealed:
+        return None
+    return f"another length: {' and '.join(annealed)} annealed to it from here on, not from the start"
+
+
+def load_state(
+    state: TrainState, network: Network, checkpoint: Mapping[str, Any], expected: Mapping[str, Any], path: Path
+) -> list[str]:
+    """Put the result of `state.checkpoint_of` back into a fresh state.
+
+    Args:
+        expected: the fresh state's own `checkpoint_of`, whose keys, types and shapes the checkpoint must have.
+        path: of the checkpoint, for messages.
+
+    Returns:
+        What could not be put back, a line each.
+
+    Raises:
+        UsageError: the checkpoint is of another run or another program.
+    """
+    device = state.params.device
+    try:
+        params = weights_from_state(checkpoint["policy"], network)
+        made_on = checkpoint["made_with"]["device"]
+        same_device = made_on.partition(":")[0] == device.type
+        if not same_device:
+            checkpoint = {**checkpoint, "environments": None}
+        if "best" not in checkpoint:  # of an older version, which judged by the last 100 episodes
+            checkpoint = {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
+        check_alike(expected, checkpoint)
+        counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
+        if min(counts) < 0:
+            raise ValueError("its counters are below 0")
+        _load_tensors(state, checkpoint)
+        state.params.copy_(params)
+        state.episodes.load_state_dict(checkpoint["episodes"])
+        state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
+        state.seconds = checkpoint["seconds"]
+        state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
+        state.environments = checkpoint["environments"]
+        if state.environments is not None:
+            torch.Generator(device).set_state(state.environments["generator"])  # refused here, or not at all
+        if same_device:
+            for name, generator in state.generators.items():
+                generator.set_state(checkpoint["generators"][name])
+            return []
+    except UsageError:
+        raise
+    except Exception as error:  # torch raises errors of many types for what the checks let pass
+        raise UsageError(f"--resume: {path} does not fit the run's config.json ({brief(error)})") from None
+    # a generator of another device has another kind of state; the numbers of its start have been used
+    for generator in state.generators.values():
+        generator.manual_seed(seed_of(generator.initial_seed(), Stream.CONTINUED, state.iteration))
+    return [f"random numbers start anew, since those of {made_on} cannot go on on {device}"]
+
+
+def _load_tensors(state: TrainState, checkpoint: Mapping[str, Any]) -> None:
+    """Adam's state and the statistics."""
+    policy, adam, params, device = checkpoint["policy"], checkpoint["adam"], state.params, state.params.device
+    state.adam = AdamState(**{key: checked(adam[key], f"adam.{key}", params.dtype).to(device) for key in adam})
+    state.obs_moments = moments_from_state(policy["obs_moments"], device)
+    if state.return_moments is not None:
+        moments = moments_from_state({"reward": checkpoint["return_moments"]}, device) or {}
+        state.return_moments = moments["reward"]
+    for key in ("return_mean", "return_std"):
+        setattr(state, key, checked(policy[key], key, torch.float32, ()).to(device))
+    state.return_carry = checked(checkpoint["return_carry"], "return_carry", torch.float32).to(device)
+
+
+def snapshot_from(data: Any, state: TrainState) -> PolicySnapshot:
+    """The inverse of `snapshot_data`, for the run of `state`. Raises ValueError for the policy of another run."""
+    check_alike(snapshot_data(snapshot(state)), data, "best.policy")
+    device = state.params.device
+    names = ("params", "return_mean", "return_std")
+    named = {name: checked(data[name], f"best.policy.{name}", torch.float32).to(device) for name in names}
+    obs_moments = moments_from_state(data["obs_moments"], device)
+    rewards = moments_from_state({"reward": data["return_moments"]}, device) if data["return_moments"] else None
+    return PolicySnapshot(
+        **{
+            **data,
+            **named,
+            "wide": state.wide,
+            "obs_moments": obs_moments or None,
+            "return_moments": None if rewards is None else rewards["reward"],
+        }
+    )
+
+
+_OPEN = ("made_with",)  # packages may have come or gone
+
+
+def check_alike(expected: Any, given: Any, name: str = "") -> None:
+    """Raise ValueError where plain data differs in keys, types, shapes or dtypes. Of lists, only those of tensors."""
+    if name == "generators" or (name == "environments" and given is None):  # set_state checks these
+        return
+    if type(expected) is not type(given):
+        raise ValueError(f"{name or 'it'} is of type {type(given).__name__}, not {type(expected).__name__}")
+    if isinstance(expected, list) and expected and isinstance(expected[0], Tensor):
+        expected, given = dict(enumerate(expected)), dict(enumerate(given))
+    if isinstance(expected, dict):
+        if expected.keys() != given.keys() and name not in _OPEN:
+            other = sorted(map(str, expected.keys() ^ given.keys()))
+            raise ValueError(f"{name or 'the checkpoint'} has other keys than it should: {', '.join(other)}")
+        for key in expected.keys() & given.keys():
+            check_alike(expected[key], given[key], f"{name}.{key}".removeprefix("."))
+    elif isinstance(expected, Tensor) and (expected.shape, expected.dtype) != (given.shape, given.dtype):
+        raise ValueError(f"{name} is {tuple(given.shape)} {given.dtype}, not {tuple(expected.shape)} {expected.dtype}")
