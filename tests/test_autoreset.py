@@ -15,8 +15,8 @@ from fastppo.core.ppo import learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
+from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.registry import default_vectorization
-from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec

@@ -18,7 +18,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fastppo import TrainConfig, UsageError, train
-from fastppo.envs import check
+from fastppo.envs import check_calls, check_trial
 from fastppo.envs.check import Finding, check_envs, find
 from fastppo.envs.factory import EnvConfig, make_envs, make_gymnasium_envs
 from fastppo.train import console
@@ -27,7 +27,8 @@ from fastppo.train import console
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch):
     """The check measures with the tests' clock."""
-    monkeypatch.setattr(check, "time", Clock)
+    monkeypatch.setattr(check_calls, "time", Clock)
+    monkeypatch.setattr(check_trial, "time", Clock)
 
 
 class Sound(gym.Env):
@@ -123,7 +124,7 @@ class NothingAllowed(Sound):
 
 
 class Clock:
-    """Stands in for `time` in envs/check.py: no time passes unless an environment says so, however busy the machine is."""
+    """Stands in for `time` in the check: no time passes unless an environment says so, however busy the machine is."""
 
     now = 0.0
 
@@ -163,7 +164,7 @@ ERRORS = {
     ),
     "reset's info is none": (
         resetting(lambda self, **kwargs: (Sound.reset(self, **kwargs)[0], None)),
-        "reset returned None as info; it has to be a dict, {} where there is nothing to tell",
+        "reset returned None as info; it has to be a dict, {} where it is empty",
     ),
     "step returns four values": (
         stepping(lambda obs, reward, terminated, truncated, info: (obs, reward, terminated, info)),
@@ -171,7 +172,7 @@ ERRORS = {
     ),
     "step's info is a list": (
         stepping(lambda *five: (*five[:4], [])),
-        "step returned a list as info; it has to be a dict, {} where there is nothing to tell",
+        "step returned a list as info; it has to be a dict, {} where it is empty",
     ),
     # observations
     "shape": (
@@ -250,7 +251,7 @@ WARNINGS = {
     "alike": (OneSeedForAll, "all 3 environments start alike whatever the seed: each needs random numbers of its own"),
     "terminated is a number": (
         stepping(lambda obs, reward, ended, *rest: (obs, reward, int(ended), *rest)),
-        "terminated is 0; a bool is meant",
+        "terminated is 0; expected a bool",
     ),
     "nothing is legal": (NothingAllowed, "action_mask allows no action in the middle of an episode"),
     "slow": (SlowResets, "gymnasium's checker is left out: with 15 resets it would take "),
@@ -344,7 +345,7 @@ VECTOR_ERRORS = {
     ),
     "info": (
         lambda n: Sounds(n, first=lambda obs, info: (obs, [info])),
-        "reset returned a list as info; it has to be a dict, {} where there is nothing to tell",
+        "reset returned a list as info; it has to be a dict, {} where it is empty",
     ),
     "four values": (
         lambda n: Sounds(n, change=lambda obs, reward, ended, cut, info: (obs, reward, ended | cut, info)),
@@ -378,7 +379,7 @@ VECTOR_WARNINGS = {
     ),
     "ends of numbers": (
         lambda n: Sounds(n, change=lambda *five: (*five[:3], five[3].astype(np.int8), five[4])),
-        "truncated is ndarray (3,) int8; a bool is meant",
+        "truncated is ndarray (3,) int8; expected a bool",
     ),
     "seed": (
         lambda n: Sounds(n, first=lambda obs, info: (np.random.default_rng().uniform(-1, 1, obs.shape).astype("f"), info)),
@@ -518,7 +519,7 @@ def test_one_environment_and_a_coin(monkeypatch):
     """One environment cannot differ from another, and two that start by the toss of a coin are often alike."""
     assert found("Checked-v0", num_envs=1) == []
     for seed in range(8):
-        monkeypatch.setattr(check, "SEED", seed)
+        monkeypatch.setattr(check_trial, "SEED", seed)
         assert found("environments:ProbeRewardIsObservation-v0") == []
     assert found("environments:ProbeConstantReward-v0") == []
 
@@ -623,7 +624,7 @@ def test_the_run_is_the_same_with_and_without(env_id, settings, tmp_path):
 
 def test_a_slow_environment_is_not_waited_for(monkeypatch):
     """Steps end when the time is up: after one of two copies, which takes 0.12 s of the 0.1, and not after 32."""
-    monkeypatch.setattr(check, "SECONDS", 0.1)
+    monkeypatch.setattr(check_trial, "SECONDS", 0.1)
     steps = []
 
     def slow(*five):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from environments import Failing
 
-from fastppo.envs import vector
+from fastppo.envs import grouped
 from fastppo.random_streams import Stream
 from fastppo.random_streams import environment_seed as seed_of_environments
 from fastppo.train import console
@@ -107,7 +107,7 @@ def test_a_process_that_cannot_say_anything(tmp_path, capfd, vectorization, name
     started = time.monotonic()
     first = fault_of(flags_of(tmp_path / "hung", vectorization, 3, 2, "hang-in-c"), capfd)
     assert first.endswith(f"an environment failed in step 2 of the rollout: {named}: no answer for 1 s (--env-timeout)")
-    assert time.monotonic() - started > LIMIT + vector.NAME_SECONDS
+    assert time.monotonic() - started > LIMIT + grouped.NAME_SECONDS
 
 
 def test_a_vector_class_of_somebody_else(tmp_path, capfd):

@@ -19,11 +19,12 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Text, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import TrainConfig, train
-from fastppo.envs import vector
+from fastppo.envs import group_process, grouped
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs, num_processes
-from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.errors import EnvironmentFailed, UsageError
 from fastppo.system.cpus import available_cores
 from fastppo.train import console
@@ -188,7 +189,7 @@ def test_a_list_of_seeds_and_other_dtypes():
 
 def test_started_afresh_instead_of_forked(monkeypatch):
     """Where a fork is not to be had the processes import what they need."""
-    monkeypatch.setattr(vector, "START_METHOD", "spawn")
+    monkeypatch.setattr(grouped, "START_METHOD", "spawn")
     assert_equal(played(GroupedVectorEnv([Walk] * 3, 2), 10), played(SyncVectorEnv([Walk] * 3), 10))
 
 
@@ -342,7 +343,8 @@ def test_an_environment_that_fails_to_close():
 
 def test_closed_at_once(monkeypatch):
     """Processes that wait for a command end by themselves when they are told to close: none has to be killed."""
-    monkeypatch.setattr(vector, "CLOSE_SECONDS", SOON)
+    for side in (grouped, group_process):
+        monkeypatch.setattr(side, "CLOSE_SECONDS", SOON)
     monkeypatch.setattr(multiprocessing.Process, "kill", None)
     envs = GroupedVectorEnv([Walk] * 8, 3)
     envs.close()
@@ -355,7 +357,7 @@ def test_closed_at_once(monkeypatch):
 PARENT = """
 import multiprocessing, sys, time
 from environments import Walk
-from fastppo.envs.vector import GroupedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
 
 class Hangs(Walk):
     def reset(self, **kwargs):
@@ -397,7 +399,7 @@ def test_processes_end_with_their_parent(doing):
 USES_TORCH = """
 import numpy as np, torch
 from environments import Walk
-from fastppo.envs.vector import GroupedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
 
 class Model(Walk):
     def step(self, action):

@@ -21,7 +21,7 @@ from fastppo import TrainConfig, load_policy, train
 from fastppo.compile import compiled_program, native
 from fastppo.compile.compile_errors import CompileError
 from fastppo.compile.compiled_program import load_program
-from fastppo.envs.vector import GroupedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.run import files
 from fastppo.run.metrics_file import read_rows
 from fastppo.run.signals import StopSignals

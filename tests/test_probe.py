@@ -15,7 +15,7 @@ import pytest
 from environments import Walk
 
 from fastppo import train
-from fastppo.envs import vector
+from fastppo.envs import grouped
 from fastppo.envs.check import Tried, try_copy
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.factory import (
@@ -28,7 +28,7 @@ from fastppo.envs.factory import (
     start_alike,
     step_seconds,
 )
-from fastppo.envs.vector import GroupedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.errors import UsageError
 from fastppo.random_streams import Stream, seed_of
 from fastppo.training.setup import COPIED_GENERATOR
@@ -255,8 +255,8 @@ def test_a_trial_that_hangs():
 
 def test_a_fork_that_hangs_is_a_reason_for_one_process(monkeypatch):
     """A thread pool of the module's, which a copy has started: said in a line within seconds, not after --env-timeout."""
-    monkeypatch.setattr(vector, "TRIAL_HANG_SECONDS", 0.2)
-    monkeypatch.setattr(vector, "SLOWER", 1.0)
+    monkeypatch.setattr(grouped, "TRIAL_HANG_SECONDS", 0.2)
+    monkeypatch.setattr(grouped, "SLOWER", 1.0)
     with contextlib.closing(Deadline(600.0)) as deadline:
         choice = chosen("Pooled-v0", 4, num_threads=2, deadline=deadline)
     assert any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())

@@ -22,10 +22,11 @@ import torch
 from environments import Walk, WithProcess
 
 from fastppo import UsageError, train
-from fastppo.envs import check, factory, streams, vector
+from fastppo.envs import check_trial, factory, group_process, grouped, streams
 from fastppo.envs.check import try_copy
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.errors import ForkHangs
 from fastppo.system import cpus
 from support.processes import is_running
@@ -58,7 +59,7 @@ import sys, time
 sys.path[:0] = {path!r}
 import multiprocessing
 from environments import WithProcess
-from fastppo.envs.vector import GroupedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
 
 envs = GroupedVectorEnv([WithProcess] * 3, 3)
 envs.reset(seed=0)
@@ -107,7 +108,7 @@ def test_a_process_that_is_ended_takes_its_environments_processes_with_it(capfd)
 
     envs = GroupedVectorEnv([Walk, Hangs], 2)
     for worker in envs._workers:
-        worker.send(vector.RESET, ([None, None], None))
+        worker.send(group_process.RESET, ([None, None], None))
     envs.close()
     (pid,) = map(int, capfd.readouterr().out.split())
     until = time.monotonic() + 30
@@ -164,8 +165,8 @@ class SlowToMake(Walk):
 @pytest.fixture
 def impatient(monkeypatch):
     """Forked processes are given up after a moment in which they compute nothing."""
-    monkeypatch.setattr(vector, "HANG_SECONDS", 0.2)
-    monkeypatch.setattr(vector, "SLOWER", 1.0)
+    monkeypatch.setattr(grouped, "HANG_SECONDS", 0.2)
+    monkeypatch.setattr(grouped, "SLOWER", 1.0)
 
 
 @pytest.mark.usefixtures("impatient")
@@ -316,7 +317,7 @@ class Counted(Walk):
 def test_environments_are_made_and_reset_once(vectorization, num_seeds, made, resets, tmp_path, monkeypatch):
     """Eight for training and a copy to try out, reset once where that is slow; of "auto" once more, in a trial of processes."""
     use_two_cores(monkeypatch)
-    monkeypatch.setattr(check, "SECONDS", 0.01)  # a reset of a hundredth of a second is slow
+    monkeypatch.setattr(check_trial, "SECONDS", 0.01)  # a reset of a hundredth of a second is slow
     monkeypatch.setattr(factory, "BETTER", 1e9)  # the trial is won, however busy the machine is
     monkeypatch.setattr(Counted, "path", str(tmp_path / "count"))
     settings = {"num_envs": 8 // num_seeds, "num_seeds": num_seeds, "num_steps": 2, "num_iterations": 1, "num_minibatches": 1}

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.core.contracts import Normalization
-from fastppo.envs import check
+from fastppo.envs import check, check_trial
 from fastppo.policy import spaces
 from fastppo.policy.agent import Agent
 from fastppo.policy.codec import space_from_data, space_to_data
@@ -176,13 +176,13 @@ def test_bounds_of_the_largest_numbers(which, tmp_path, monkeypatch):
 
 def test_what_counts_as_no_bound():
     """The same in the check, which samples, and where actions are squashed; a large bound is one, and nothing overflows."""
-    assert check.NO_BOUND == spaces.NO_BOUND
+    assert check_trial.NO_BOUND == spaces.NO_BOUND
     for space in (Box(-1e30, 1e30, (1,), np.float32), Box(-60_000, 60_000, (1,), np.float16)):
-        assert check.sampled_space(space) == space
+        assert check_trial.sampled_space(space) == space
         spec = action_spec(space, True)
         ends = spec.to_env_array(torch.tensor([[-50.0], [0.0], [50.0]]))
         np.testing.assert_array_equal(ends.ravel(), np.array([space.low[0], 0.0, space.high[0]], space.dtype))
-    sampled = check.sampled_space(HUGE["half"])
+    sampled = check_trial.sampled_space(HUGE["half"])
     np.testing.assert_array_equal(sampled.low, [-np.inf, 0.0])
     np.testing.assert_array_equal(sampled.high, [1.0, np.inf])
 

@@ -11,9 +11,9 @@ from environments import OBSERVATIONS, Walk
 from gymnasium.spaces import Box, Dict, Tuple
 
 import fastppo
-from fastppo.envs import vector
-from fastppo.envs.check import _Watch, _WatchedEnv
-from fastppo.envs.vector import NumberedVectorEnv
+from fastppo.envs.check_calls import CallChecker, CheckedEnv
+from fastppo.envs.numbered import NumberedVectorEnv
+from fastppo.envs.shared_rows import allocated_space
 
 GENERIC_IN_THE_OLDEST = {"Env", "Wrapper", "VectorEnv", "Space"}
 HALF = Box(-1, 1, (3,), np.float16)
@@ -40,7 +40,8 @@ def test_no_class_takes_type_arguments_that_the_oldest_does_not():
 
 
 @pytest.mark.parametrize(
-    "wrapped", [lambda: NumberedVectorEnv([Walk]).envs[0], lambda: _WatchedEnv(Walk(), _Watch(Walk().observation_space, ()))]
+    "wrapped",
+    [lambda: NumberedVectorEnv([Walk]).envs[0], lambda: CheckedEnv(Walk(), CallChecker(Walk().observation_space, ()))],
 )
 def test_metadata_of_a_class_is_never_written_to(wrapped):
     """Before 1.4 SyncVectorEnv writes its autoreset mode into the metadata of its first environment."""
@@ -61,7 +62,7 @@ def leaves(space):
 @pytest.mark.parametrize("space", [HALF, Dict(a=Tuple([HALF])), *OBSERVATIONS.values()])
 def test_shared_memory_is_of_types_that_the_oldest_allocates(space):
     """Before 1.4 create_shared_memory knows the types of Python's arrays only, which float16 is none of. The size stays."""
-    allocated = vector._allocated(space)
+    allocated = allocated_space(space)
     for ours, theirs in zip(leaves(allocated), leaves(space), strict=True):
         assert ours.dtype.char in f"?{typecodes}"
         assert (ours.shape, ours.dtype.itemsize) == (theirs.shape, theirs.dtype.itemsize)

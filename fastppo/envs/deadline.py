@@ -3,7 +3,7 @@
 A timer of the operating system looks in when the limit could have been reached, and only then; what it costs a step is to note
 when it began and that it is over. It interrupts Python, and calls that wait in the operating system: a sleep, a lock, a socket,
 a pipe. A loop in C goes on until it returns, and where there is no such timer, or away from the main thread, nothing is
-interrupted: envs/vector.py watches its processes from outside. Knows nothing of environments, costs no torch.
+interrupted: envs/grouped.py watches its processes from outside. Knows nothing of environments, costs no torch.
 """
 
 import signal

@@ -29,9 +29,10 @@ from fastppo.envs.check import ONE_BY_ONE, Tried, try_copy
 from fastppo.envs.check_ends import leaves
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
+from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.registry import INSTALL, default_vectorization, find_spec, first_line, import_module_of, is_atari
 from fastppo.envs.streams import untouched_streams
-from fastppo.envs.vector import GroupedVectorEnv, NumberedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, brief, located, nearest
 from fastppo.random_streams import Stream, environment_seed, seed_of
 from fastppo.system.cpus import available_cores

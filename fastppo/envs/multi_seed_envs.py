@@ -20,7 +20,8 @@ from fastppo.envs.autoreset import is_tensor
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.device import DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.envpool import EnvPoolVectorEnv
-from fastppo.envs.vector import INFO_KEYS, GroupedVectorEnv, NumberedVectorEnv
+from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.numbered import INFO_KEYS, NumberedVectorEnv
 
 ResetSeeds = int | Sequence[int] | None  # one for each of S, or the first of them; None: random numbers go on where they are
 

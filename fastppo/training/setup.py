@@ -29,8 +29,8 @@ from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import make_training_envs
+from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.render import make_render_env
-from fastppo.envs.vector import GroupedVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network

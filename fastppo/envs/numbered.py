@@ -1,0 +1,93 @@
+"""Environments in one process, each with a number: `--vectorization sync`, and each group of `grouped` and `async`.
+
+An environment that fails is named by its number. Does not import torch.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import SyncVectorEnv
+
+from fastppo.envs.masks import masks_of, owner_of
+from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, located
+
+EnvFn = Callable[[], gym.Env[Any, Any]]
+
+# The infos that are read (envs/autoreset.py). Gathering others would take time, a seventh of a step for HalfCheetah's.
+INFO_KEYS = ("action_mask",)
+
+
+class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type arguments
+    """Gymnasium's SyncVectorEnv for environments first, first + 1, ...; it names the one that fails, and copies less.
+
+    Returned observations are reused in the next step, so copy what you keep. Of infos, only INFO_KEYS are returned.
+    """
+
+    def __init__(self, env_fns: Sequence[EnvFn], first: int = 0) -> None:
+        """Make the environments; `first` is the number of env_fns[0]. If making one raises, the others are closed."""
+        made: list[NumberedEnv] = []
+
+        def make(env_fn: EnvFn, number: int) -> NumberedEnv:
+            made.append(NumberedEnv.make(env_fn, number))
+            return made[-1]
+
+        try:
+            super().__init__([partial(make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False)
+        except BaseException:
+            for env in made:
+                with contextlib.suppress(*ENVIRONMENT_ERRORS):
+                    env.close()
+            raise
+
+    def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
+        return super()._add_info(vector_infos, read, env_num) if read else vector_infos
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Close the environments, once: gymnasium before 1.4 tries again, and prints what is raised, when this is collected."""
+        self.closed = True
+        super().close_extras(**kwargs)
+
+
+class NumberedEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment whose errors have its number, and whose info has the result of `action_masks()` (envs/masks.py)."""
+
+    def __init__(self, env: gym.Env[Any, Any], number: int) -> None:
+        super().__init__(env)
+        self.metadata = dict(env.metadata)  # before gymnasium 1.4 SyncVectorEnv writes to it, and it is its class's
+        self.number = number
+        self._masks = owner_of(env)  # None: it has none
+
+    @classmethod
+    def make(cls, env_fn: EnvFn, number: int) -> "NumberedEnv":
+        try:
+            return cls(env_fn(), number)
+        except NoAnswer as error:  # other errors pass: their type says which flag is wrong
+            raise EnvironmentFailed(f"environment {number}: {located(error)}") from error
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        try:
+            obs, info = self.env.reset(**kwargs)
+            return obs, info if self._masks is None else self._with_mask(info)
+        except ENVIRONMENT_ERRORS as error:
+            raise EnvironmentFailed(f"environment {self.number}: {located(error)}") from error
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            if self._masks is None:
+                return self.env.step(action)
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            # no action follows an episode's last observation, and its mask may allow nothing
+            info = info if terminated or truncated else self._with_mask(info)
+            return obs, reward, terminated, truncated, info
+        except ENVIRONMENT_ERRORS as error:
+            raise EnvironmentFailed(f"environment {self.number}: {located(error)}") from error
+
+    def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
+        if info.get("action_mask") is not None:
+            return info
+        mask = masks_of(self._masks)
+        return info if mask is None else {**info, "action_mask": mask}
