@@ -11,7 +11,7 @@ from fastppo import TrainConfig, UsageError, train
 from fastppo.core.adam import init_adam
 from fastppo.core.advantages import generalized_advantage
 from fastppo.core.contracts import Normalization, Schedule
-from fastppo.core.ppo import learn
+from fastppo.core.ppo import LearnConfig, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
@@ -145,18 +145,20 @@ def test_every_mode_gives_the_same_update(seed, advantage_estimator):
             schedule,
             OFF,
             policy=POLICY,
-            minibatch_size=rows,
-            gamma=0.9,
-            gae_lambda=0.8,
-            advantage_estimator=advantage_estimator,
-            norm_returns=advantage_estimator == "monte-carlo",
-            norm_adv=True,
-            clip_reward=False,
-            clip_vloss=True,
-            vf_coef=0.5,
-            max_grad_norm=0.5,
-            target_kl=None,
-            adam_eps=1e-5,
+            config=LearnConfig(
+                minibatch_size=rows,
+                gamma=0.9,
+                gae_lambda=0.8,
+                advantage_estimator=advantage_estimator,
+                norm_returns=advantage_estimator == "monte-carlo",
+                norm_adv=True,
+                clip_reward=False,
+                clip_vloss=True,
+                vf_coef=0.5,
+                max_grad_norm=0.5,
+                target_kl=None,
+                adam_eps=1e-5,
+            ),
         )
     for mode in ("disabled", "next step"):
         torch.testing.assert_close(learned[mode].params, learned["same step"].params, rtol=0, atol=2e-5)

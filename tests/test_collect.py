@@ -10,7 +10,7 @@ from fastppo.compile.inductor import compile_program
 from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
 from fastppo.core.acting import act
-from fastppo.core.contracts import CollectResult
+from fastppo.core.contracts import CollectResult, Execution
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
 from fastppo.rollout.collector import start_collector
@@ -183,7 +183,7 @@ def test_two_compiled_workers_equal_eager(cache_dir):
     A number that is not finite is seen whichever worker it comes to.
     """
     ours = setup(Spoilt(max_episode_steps=7), squash=True)
-    compiled = compile_program(ours.program(num_workers=2), ours.arguments(), cache_dir)
+    compiled = compile_program(ours.program(execution=Execution(num_workers=2)), ours.arguments(), cache_dir)
     for result, expected in over_rollouts(ours, compiled):
         assert_same(result, expected)
         assert (expected.truncated.any(0)).all()

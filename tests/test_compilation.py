@@ -24,6 +24,7 @@ from fastppo.compile.workers import WorkerPool
 from fastppo.core.contracts import Schedule
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.seed_axis import Seeds, of_seed, stack
+from support.learn_settings import with_settings
 from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, T, assert_same, job
 
 
@@ -88,7 +89,7 @@ def team(tmp_path_factory, needs_compiler):
     cache_dir.chmod(0o700)
     settings = {"advantage_estimator": "monte-carlo", "norm_returns": True, "clip_vloss": False, "normalized": True}
     learn_eagerly, arguments = job(NORMAL_POLICY, **settings)
-    shared_out = functools.partial(learn_eagerly, num_workers=2, microbatch_size=4)
+    shared_out = with_settings(learn_eagerly, num_workers=2, microbatch_size=4)
     return compile_program(shared_out, arguments, cache_dir), learn_eagerly, settings
 
 
@@ -156,7 +157,7 @@ def ranks_job(settings, rank, seed):
     own = {key: x.chunk(2, 1)[rank].contiguous() for key, x in rollout.items()}
     permutation = torch.empty(E, T * N // 2, dtype=torch.int64)
     draw_permutation(permutation, torch.Generator().manual_seed(seed), T, N, M, 2, rank, 2)
-    program = functools.partial(learn_eagerly, num_ranks=2, num_workers=2, minibatch_size=M // 2)
+    program = with_settings(learn_eagerly, num_ranks=2, num_workers=2, minibatch_size=M // 2)
     return program, (params, adam, own, permutation, *rest)
 
 
@@ -252,7 +253,7 @@ def test_another_setting_or_shape_is_another_program(library):
     """Settings that are baked in, threads and shapes are in the key; values of tensors are not."""
     _, learn_eagerly, arguments, cache_dir = library
     assert load_program(learn_eagerly, job(CATEGORICAL_POLICY, seed=5, learning_rate=1e-4)[1], cache_dir) is not None
-    assert load_program(functools.partial(learn_eagerly, gamma=0.98), arguments, cache_dir) is None
+    assert load_program(with_settings(learn_eagerly, gamma=0.98), arguments, cache_dir) is None
     wider = dataclasses.replace(CATEGORICAL_POLICY, activation="relu")
     assert load_program(functools.partial(learn_eagerly, policy=wider), arguments, cache_dir) is None
     longer = (*arguments[:3], arguments[3].repeat(2, 1), *arguments[4:])  # twice the epochs

@@ -29,7 +29,7 @@ from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.storage import allocate_rollout
 from fastppo.training.setup import info_mask_size
-from support.programs import SETTINGS
+from support.learn_settings import learn_settings
 from support.runs import tiny
 
 T, N = 150, 4
@@ -116,7 +116,7 @@ def test_the_first_minibatch_has_ratio_one(mode):
     schedule = Schedule(torch.tensor(1e-3), torch.tensor(0.2), torch.tensor(0.01))
     permutation = torch.arange(T * N).unsqueeze(0)
     arguments = (started.params, init_adam(started.params), rollout, permutation, schedule, OFF)
-    learned = learn(*arguments, policy=started.network, **{**SETTINGS, "minibatch_size": T * N})
+    learned = learn(*arguments, policy=started.network, **learn_settings(minibatch_size=T * N))
     metrics = dict(zip(MINIBATCH_METRICS, learned.minibatch_metrics[0].tolist(), strict=True))
     assert metrics["ratio_deviation"] < 1e-4
     assert metrics["applied"] == 1.0

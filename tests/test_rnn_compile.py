@@ -14,7 +14,8 @@ from fastppo.core.adam import init_adam
 from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.ppo import learn
 from fastppo.core.seed_axis import Seeds, of_seed, stack
-from support.programs import OFF, SETTINGS, assert_same, make_permutation
+from support.learn_settings import learn_settings, with_settings
+from support.programs import OFF, assert_same, make_permutation
 from support.recurrent import KINDS, USERS, Bench, make_params, make_policy, setting
 
 
@@ -33,7 +34,7 @@ def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_
     if settings.pop("final_obs", False):
         rollout |= {"final_" + key: x.flip(0) for key, x in rollout.items() if key.partition(".")[0] == "obs"}
     schedule = Schedule(torch.tensor(1e-3), torch.tensor(0.2), torch.tensor(0.01))
-    settings = SETTINGS | {"minibatch_size": 12 * per_minibatch} | settings
+    settings = learn_settings(**({"minibatch_size": 12 * per_minibatch} | settings))
     arguments = (params, init_adam(params), rollout, make_permutation(2, num_envs, seed), schedule, OFF)
     return functools.partial(learn, policy=policy, **settings), arguments
 
@@ -41,7 +42,7 @@ def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_
 def assert_compiled(job, cache_dir, **shared):
     """Compiled for one seed's arguments, equal to eager for those of three."""
     program, arguments = job(seed=0)
-    compiled = compile_program(functools.partial(program, **shared), arguments, cache_dir)
+    compiled = compile_program(with_settings(program, **shared), arguments, cache_dir)
     for seed in range(3):
         _, arguments = job(seed=seed)
         assert_same(compiled(*arguments), program(*arguments))
@@ -181,7 +182,7 @@ def assert_collected_alike(result, expected):
 def test_compiled_collect_equals_eager(kind, options, workers, cache_dir):
     """Every row, and what is carried on: the environments, what is remembered of them, and which begin an episode."""
     program, arguments = collect_job(kind, num_envs=6, **options)
-    compiled = compile_program(functools.partial(program, num_workers=workers), arguments, cache_dir)
+    compiled = compile_program(with_settings(program, num_workers=workers), arguments, cache_dir)
     ended = 0
     for _ in range(4):
         expected = program(*arguments)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastppo.core.acting import act_recurrent, collect
-from fastppo.core.contracts import obs_of
+from fastppo.core.contracts import Execution, obs_of
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.ppo import MINIBATCH_METRICS
 from support.programs import OFF, HostSyncs, assert_together, make_permutation, to_meta, update, updates_of
@@ -110,7 +110,8 @@ def test_workers_collect_their_own_part():
     arguments = (bench.params, OFF, running, noise, torch.rand(7, 4, 3))
     settings = {"policy": bench.policy.policy, "env_step": bench.collector.env_step}
     whole = collect(*arguments, **settings)
-    parts = [collect(*arguments, torch.tensor([number, 0]), num_workers=2, **settings) for number in range(2)]
+    both = Execution(num_workers=2)
+    parts = [collect(*arguments, torch.tensor([number, 0]), execution=both, **settings) for number in range(2)]
     assert len(whole.running) == len(running)
     for index, x in enumerate(whole.running):
         torch.testing.assert_close(torch.cat([part.running[index] for part in parts]), x)

@@ -13,7 +13,7 @@ from fastppo import TrainConfig, TrainingFault, load_policy, train
 from fastppo.core.acting import act
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.contracts import Schedule
-from fastppo.core.ppo import MINIBATCH_METRICS, learn
+from fastppo.core.ppo import MINIBATCH_METRICS, LearnConfig, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
 from fastppo.policy.make_network import make_network
@@ -207,18 +207,20 @@ def test_acting_and_learning_see_the_same_numbers(make, mode):
             schedule,
             normalization,
             policy=bench.network,
-            minibatch_size=12,
-            gamma=0.9,
-            gae_lambda=0.9,
-            advantage_estimator="gae",
-            norm_returns=False,
-            clip_reward=False,
-            norm_adv=True,
-            clip_vloss=False,
-            vf_coef=0.5,
-            max_grad_norm=0.5,
-            target_kl=None,
-            adam_eps=1e-5,
+            config=LearnConfig(
+                minibatch_size=12,
+                gamma=0.9,
+                gae_lambda=0.9,
+                advantage_estimator="gae",
+                norm_returns=False,
+                clip_reward=False,
+                norm_adv=True,
+                clip_vloss=False,
+                vf_coef=0.5,
+                max_grad_norm=0.5,
+                target_kl=None,
+                adam_eps=1e-5,
+            ),
         )
         deviation = learned.minibatch_metrics[:, ratio]
         assert deviation[0] < 1e-5, iteration
@@ -297,18 +299,20 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
             Schedule(torch.tensor(1e-2), torch.tensor(config.clip_coef), torch.tensor(config.ent_coef)),
             normalization,
             policy=policy.network,
-            minibatch_size=config.rows_per_minibatch,
-            gamma=config.gamma,
-            gae_lambda=config.gae_lambda,
-            advantage_estimator=config.advantage,
-            norm_returns=config.norm_returns,
-            norm_adv=config.norm_adv,
-            clip_reward=config.clip_reward,
-            clip_vloss=config.clip_vloss,
-            vf_coef=config.vf_coef,
-            max_grad_norm=config.max_grad_norm,
-            target_kl=config.target_kl,
-            adam_eps=config.adam_eps,
+            config=LearnConfig(
+                minibatch_size=config.rows_per_minibatch,
+                gamma=config.gamma,
+                gae_lambda=config.gae_lambda,
+                advantage_estimator=config.advantage,
+                norm_returns=config.norm_returns,
+                norm_adv=config.norm_adv,
+                clip_reward=config.clip_reward,
+                clip_vloss=config.clip_vloss,
+                vf_coef=config.vf_coef,
+                max_grad_norm=config.max_grad_norm,
+                target_kl=config.target_kl,
+                adam_eps=config.adam_eps,
+            ),
         )
         params, adam = learned.params, learned.adam
         moments = update_moments(moments, rollout["obs"][:-1].flatten(0, 1), rollout["valid"][:-1].flatten())

@@ -11,7 +11,7 @@ library, so another process loads it without importing Inductor, tracing or comp
     except CompileError as reason:                               # one line; eager goes on
         ...
 
-`learn` is functools.partial(ppo.learn, policy=..., minibatch_size=..., ...), or of acting.act_from_params with its
+`learn` is functools.partial(ppo.learn, policy=..., config=..., execution=...), or of acting.act_from_params with its
 policy, all settings by keyword; `example` is the tuple of its positional arguments: the library fits tensors of exactly those
 shapes, dtypes and strides.
 """

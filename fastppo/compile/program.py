@@ -7,6 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
+from fastppo.core.contracts import EAGER, Execution
 from fastppo.core.seed_axis import Seeds, of_seed
 
 Program = functools.partial[Any]  # of a function, all its settings by keyword
@@ -42,14 +43,20 @@ def of_one_call(example: Example, seeds: Seeds | None) -> Example:
     return pytree.tree_map_only(Tensor, lambda x: x[: seeds.per_call], example)
 
 
+def execution_of(program: Program) -> Execution:
+    """How it runs on the machine: the setting of that name, or the default."""
+    execution: Execution = program.keywords.get("execution", EAGER)
+    return execution
+
+
 def num_workers_of(program: Program) -> int:
     """Threads that share a call."""
-    return int(program.keywords.get("num_workers", 1))
+    return execution_of(program).num_workers
 
 
 def num_ranks_of(program: Program) -> int:
     """Processes that share a call."""
-    return int(program.keywords.get("num_ranks", 1))
+    return execution_of(program).num_ranks
 
 
 def is_shared(program: Program) -> bool:

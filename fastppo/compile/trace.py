@@ -5,6 +5,7 @@ to be written for the compiler.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fastppo.compile import native
 from fastppo.compile.decompositions import decompositions
-from fastppo.compile.program import Example, Program, is_shared, plain
+from fastppo.compile.program import Example, Program, execution_of, is_shared, plain
 from fastppo.compile.workers import WORKER_FIELDS
 from fastppo.core import acting, ppo
 from fastppo.core.gradient import functional_grad_and_aux
@@ -28,16 +29,15 @@ def trace(program: Program, example: Example, mapped: bool = False) -> tuple[tor
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    if program.func is acting.collect:
-        program = functools.partial(program, scan=_traced_scan)
-    if program.func is ppo.learn:
-        program = functools.partial(
-            program,
+    if program.func is acting.collect or program.func is ppo.learn:
+        execution = dataclasses.replace(
+            execution_of(program),
             scan=_traced_scan,
             grad_and_aux=functional_grad_and_aux,
             cells=native.CELLS,
             all_reduce=native.all_reduce,
         )
+        program = functools.partial(program, execution=execution)
     if is_shared(program):
         example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
     function = over_seeds(program) if mapped else program

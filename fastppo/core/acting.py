@@ -5,14 +5,23 @@ Pure functions: they draw no random numbers and never ask the host for a value. 
 Letters: T num_steps, N num_envs, P number of parameters.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fastppo.core.contracts import CollectResult, EnvStep, Normalization, Obs, Policy, RecurrentPolicy, Weights, normalize_obs
-from fastppo.core.scan import scan
+from fastppo.core.contracts import (
+    EAGER,
+    CollectResult,
+    EnvStep,
+    Execution,
+    Normalization,
+    Obs,
+    Policy,
+    RecurrentPolicy,
+    Weights,
+    normalize_obs,
+)
 from fastppo.core.sharding import share
 
 
@@ -80,8 +89,7 @@ def collect(
     *,
     policy: Policy,
     env_step: EnvStep,
-    num_workers: int = 1,
-    scan: Callable[..., Any] = scan,
+    execution: Execution = EAGER,
 ) -> CollectResult:
     """T steps of N environments that are functions on tensors, under one policy: nothing leaves the device.
 
@@ -91,7 +99,7 @@ def collect(
             (N,) bool, and whatever else `env_step` wants; behind that, of a policy with memory, `rnn_state` (N, S) and
             `episode_start` (N,) as `act_recurrent` takes them.
         noise: (T, N, ...) as the policy's distribution wants it. random: (T, N, K), for the environments.
-        worker, num_workers: as in `learn`; each call steps its own part of the environments and returns that part alone.
+        worker: as in `learn`. Each of several workers steps its own part of the environments and returns that part.
     """
 
     def step(running: tuple[Tensor, ...], draws: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -112,8 +120,8 @@ def collect(
             running = (*running, rnn_state, done)  # this step has reset those that were done
         return running, (obs, action, *result, ~done)
 
-    running = tuple(share(x, 0, worker, num_workers) for x in running)
-    draws = (share(noise, 1, worker, num_workers), share(random, 1, worker, num_workers))
-    running, (obs, action, reward, terminated, truncated, valid) = scan(step, running, draws)
+    running = tuple(share(x, 0, worker, execution.num_workers) for x in running)
+    draws = (share(noise, 1, worker, execution.num_workers), share(random, 1, worker, execution.num_workers))
+    running, (obs, action, reward, terminated, truncated, valid) = execution.scan(step, running, draws)
     finite = obs.isfinite().all() & running[0].isfinite().all() & reward.isfinite().all()
     return CollectResult(running, obs, action, reward, terminated, truncated, valid, finite)

@@ -5,7 +5,8 @@ Knows nothing of how these are made.
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, P number of parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -13,10 +14,43 @@ import torch
 from torch import Tensor
 
 from fastppo.core.adam import AdamState
-from fastppo.core.recurrence import Cells
+from fastppo.core.gradient import grad_and_aux
+from fastppo.core.recurrence import STEPS, Cells
+from fastppo.core.scan import scan
 
 Weights = Mapping[str, Tensor]
 Obs = Tensor | Mapping[str, Tensor]  # one tensor, or the leaves of a structured observation by their key in the rollout
+
+
+# (x, worker, over_ranks) -> the sum of x over the workers of this process or, with over_ranks, over all workers of all ranks.
+# Every caller gets the same bits.
+AllReduce = Callable[[Tensor, Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a program runs on the machine. Results are the same but for rounding.
+
+    Attributes:
+        microbatch_size: the most rows that go through the networks at once; None: all. A policy with memory takes at least one
+            step of all environments, and in a minibatch one environment. The gradients of a minibatch's parts are summed. Parts
+            that fit a core's cache make large compiled minibatches faster (benchmarks/LOG.md).
+        num_workers: threads that call the program at once, each for its own part of the environments and minibatches.
+        num_ranks: processes that share an update, each with its own environments and its own rows of each minibatch.
+        all_reduce: their exchange; None where there is one worker and one rank.
+        scan, grad_and_aux, cells: loops, gradient and recurrent cells; the compiler has its own.
+    """
+
+    microbatch_size: int | None = None
+    num_workers: int = 1
+    num_ranks: int = 1
+    all_reduce: AllReduce | None = None
+    scan: Callable[..., Any] = scan
+    grad_and_aux: Callable[..., Any] = grad_and_aux
+    cells: Cells = STEPS
+
+
+EAGER = Execution()
 
 
 class Policy(Protocol):

@@ -7,6 +7,7 @@ Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -15,8 +16,17 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
-from fastppo.core.contracts import LearnResult, Normalization, Policy, RecurrentPolicy, Schedule, normalize_obs, obs_of
-from fastppo.core.gradient import grad_and_aux
+from fastppo.core.contracts import (
+    EAGER,
+    Execution,
+    LearnResult,
+    Normalization,
+    Policy,
+    RecurrentPolicy,
+    Schedule,
+    normalize_obs,
+    obs_of,
+)
 from fastppo.core.losses import (
     approximate_kl,
     clipped_policy_loss,
@@ -26,9 +36,7 @@ from fastppo.core.losses import (
     squared_value_loss,
     standardize,
 )
-from fastppo.core.recurrence import STEPS, Cells
-from fastppo.core.scan import scan
-from fastppo.core.sharding import AllReduce, share
+from fastppo.core.sharding import share
 
 MINIBATCH_METRICS = (
     "policy_loss",
@@ -44,6 +52,24 @@ MINIBATCH_METRICS = (
 SUMMARY = (*MINIBATCH_METRICS, "explained_variance", "updates", "finite")
 
 
+@dataclass(frozen=True)
+class LearnConfig:
+    """The settings of PPO that stay the same throughout a run; `Schedule` has those that are annealed."""
+
+    minibatch_size: int  # M, rows; of several ranks, of each
+    gamma: float
+    gae_lambda: float
+    advantage_estimator: Literal["gae", "monte-carlo"]
+    norm_returns: bool
+    norm_adv: bool
+    clip_reward: bool
+    clip_vloss: bool
+    vf_coef: float
+    max_grad_norm: float
+    target_kl: float | None
+    adam_eps: float
+
+
 def learn(
     params: Tensor,
     adam: AdamState,
@@ -54,25 +80,8 @@ def learn(
     worker: Tensor | None = None,
     *,
     policy: Policy,
-    minibatch_size: int,
-    gamma: float,
-    gae_lambda: float,
-    advantage_estimator: Literal["gae", "monte-carlo"],
-    norm_returns: bool,
-    norm_adv: bool,
-    clip_reward: bool,
-    clip_vloss: bool,
-    vf_coef: float,
-    max_grad_norm: float,
-    target_kl: float | None,
-    adam_eps: float,
-    microbatch_size: int | None = None,
-    num_workers: int = 1,
-    num_ranks: int = 1,
-    all_reduce: AllReduce | None = None,
-    scan: Callable[..., Any] = scan,
-    grad_and_aux: Callable[..., Any] = grad_and_aux,
-    cells: Cells = STEPS,
+    config: LearnConfig,
+    execution: Execution = EAGER,
 ) -> LearnResult:
     """One iteration's whole update (Schulman et al., 2017, algorithm 1): values, advantages, then E epochs of minibatches.
 
@@ -108,29 +117,30 @@ def learn(
     Raises:
         ValueError: there is no `worker` where there are several.
     """
-    if worker is None and num_workers * num_ranks > 1:
+    if worker is None and execution.num_workers * execution.num_ranks > 1:
         raise ValueError(
-            f"num_workers={num_workers} and num_ranks={num_ranks} need `worker`, which part of the rows is this call's"
+            f"num_workers={execution.num_workers} and num_ranks={execution.num_ranks} need `worker`, "
+            "which part of the rows is this call's"
         )
     num_steps = rollout["action"].shape[0] - 1
     remembers, recurrent = policy.rnn_state_size > 0, cast(RecurrentPolicy, policy)
     rows_per_unit = num_steps if remembers else 1  # of what stays together in a minibatch
 
     def mine(x: Tensor, dim: int) -> Tensor:
-        return share(x, dim, worker, num_workers)
+        return share(x, dim, worker, execution.num_workers)
 
     def reduced(x: Tensor, over_ranks: bool) -> Tensor:
         """The sum of the x of all workers, of this process or of all."""
-        assert all_reduce is not None
+        assert execution.all_reduce is not None
         assert worker is not None
-        return all_reduce(x, worker, over_ranks)
+        return execution.all_reduce(x, worker, over_ranks)
 
     def total(*sums: Tensor) -> tuple[Tensor, ...]:
         """The sums over all ranks of what each worker of a rank has in full: one exchange."""
-        if num_ranks == 1:
+        if execution.num_ranks == 1:
             return sums
         flat = torch.cat([x.reshape(-1) for x in sums])
-        if worker is not None and num_workers > 1:
+        if worker is not None and execution.num_workers > 1:
             flat = torch.where(worker[0] == 0, flat, 0.0)  # once a rank
         parts = reduced(flat, over_ranks=True).split([x.numel() for x in sums])
         return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
@@ -140,13 +150,13 @@ def learn(
         return x.transpose(dim, dim + 1) if remembers else x.flatten(dim, dim + 1)
 
     def judged(value_from_state: Callable[..., tuple[Tensor, Tensor]], carry: Tensor, *rows: Tensor) -> Tensor:
-        """`out`, (C, T+1, N), of `carry, out = judge(carry, *rows)`, in passes of microbatch_size rows.
+        """`out`, (C, T+1, N), of `carry, out = judge(carry, *rows)`, in passes of execution.microbatch_size rows.
 
         Each worker goes through its own environments, and carry is of those. A memory is carried from step to step; without
         one the rows are independent, and a pass may begin and end within a step.
         """
         rows = tuple(mine(x, 1) for x in rows)  # (T+1, n, ...), n = N / workers
-        own_envs, items_per_pass = rows[0].shape[1], microbatch_size or rows[0].shape[0] * rows[0].shape[1]
+        own_envs, items_per_pass = rows[0].shape[1], execution.microbatch_size or rows[0].shape[0] * rows[0].shape[1]
         if remembers:
             items_per_pass //= own_envs
         else:
@@ -159,13 +169,15 @@ def learn(
             carry, out = value_from_state(carry, *part)
             return carry, (out,)
 
-        _, (out,) = scan(judge_part, carry, parts)
+        _, (out,) = execution.scan(judge_part, carry, parts)
         out = out.movedim(1, 0).flatten(1, 2)[:, :number]  # without what fills up the last pass
         if not remembers:
             out = out.unflatten(1, (-1, own_envs))  # (C, T+1, n)
-        if worker is None or num_workers == 1:
+        if worker is None or execution.num_workers == 1:
             return out
-        everyone = out.new_zeros(*out.shape[:2], num_workers, out.shape[2]).index_copy(2, worker[:1], out.unsqueeze(2))
+        everyone = out.new_zeros(*out.shape[:2], execution.num_workers, out.shape[2]).index_copy(
+            2, worker[:1], out.unsqueeze(2)
+        )
         return reduced(everyone, over_ranks=False).flatten(2)
 
     obs, obs_spec = tree_flatten(normalize_obs(obs_of(rollout), normalization))  # leaves of (T+1, N, ...)
@@ -194,7 +206,7 @@ def learn(
 
         def judge_in_order(rnn_state: Tensor, action: Tensor, episode_start: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor]:
             obs, final_obs = unflatten(leaves)
-            dist, value, rnn_state = recurrent.unroll(weights, obs, episode_start, rnn_state, cells)
+            dist, value, rnn_state = recurrent.unroll(weights, obs, episode_start, rnn_state, execution.cells)
             final_value = () if final_obs is None else (recurrent.value_from_state(weights, final_obs, rnn_state),)
             return rnn_state[-1], torch.stack((policy.log_prob(dist, action), value, *final_value))
 
@@ -206,35 +218,37 @@ def learn(
         if final_value:
             next_value = torch.where(terminated | truncated, final_value[0][:num_steps], next_value)
         reward = rollout["reward"][:num_steps]
-        if clip_reward:
+        if config.clip_reward:
             reward = reward.sign()
         if normalization.reward_scale is not None:
             reward = (reward * normalization.reward_scale).clamp(-10.0, 10.0)
 
         return_mean, return_std = normalization.return_mean, normalization.return_std
-        if advantage_estimator == "gae":
-            advantage, value_target = generalized_advantage(reward, value, next_value, terminated, truncated, gamma, gae_lambda)
+        if config.advantage_estimator == "gae":
+            advantage, value_target = generalized_advantage(
+                reward, value, next_value, terminated, truncated, config.gamma, config.gae_lambda
+            )
         else:
             # the critic may speak in standardised returns: its bootstrap is translated back into rewards
             bootstrap = next_value * return_std + return_mean
-            value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, gamma)
-            if norm_returns:
+            value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, config.gamma)
+            if config.norm_returns:
                 return_mean, return_std = mean_and_std(value_target, weight, total=total)
                 value_target = (value_target - return_mean) / (return_std + 1e-8)
             advantage = value_target - value
         variance_explained = explained_variance(value, value_target, weight, total)
 
         # the scalars of all minibatches are gathered at once, so that each minibatch reads contiguous rows
-        index = permutation.reshape(-1, minibatch_size // rows_per_unit)  # (L, m), L = E * B / M minibatches
+        index = permutation.reshape(-1, config.minibatch_size // rows_per_unit)  # (L, m), L = E * B / M minibatches
         scalars = units(torch.stack((log_prob, advantage, value_target, value, weight)), 1)[:, index]  # (5, L, m[, T])
         old_log_prob, advantage, value_target, old_value, weight = scalars.unbind()  # (L, m[, T]) each
         (transitions,) = total(weight.flatten(1).sum(-1))  # (L,)
-        if norm_adv:
+        if config.norm_adv:
             advantage = standardize(advantage.flatten(1), weight.flatten(1), total=total).view_as(advantage)
         scalars = torch.stack((old_log_prob, advantage, value_target, old_value, weight), 1)  # (L, 5, m[, T])
         # each minibatch is learned from in equal parts; units of weight 0, which change no sum, fill up the last one
-        own_units = minibatch_size // rows_per_unit // num_workers
-        num_parts, part_size = split_evenly(own_units, (microbatch_size or minibatch_size) // rows_per_unit)
+        own_units = config.minibatch_size // rows_per_unit // execution.num_workers
+        num_parts, part_size = split_evenly(own_units, (execution.microbatch_size or config.minibatch_size) // rows_per_unit)
         missing = num_parts * part_size - own_units
         index = _padded(mine(index, 1), 1, missing, repeat=True).contiguous()
         minibatches = (index, _padded(mine(scalars, 2), 2, missing, repeat=False).contiguous(), transitions)
@@ -250,7 +264,7 @@ def learn(
             return policy.log_prob(dist, action), value, policy.entropy(dist)
         in_order = tree_unflatten([leaf.transpose(0, 1) for leaf in obs], obs_spec)  # (T, m, ...)
         episode_start = rollout["episode_start"][:num_steps].index_select(1, index)
-        dist, value, _ = recurrent.unroll(weights, in_order, episode_start, rollout["rnn_state"][index], cells)
+        dist, value, _ = recurrent.unroll(weights, in_order, episode_start, rollout["rnn_state"][index], execution.cells)
         return policy.log_prob(dist, action.transpose(0, 1)).mT, value.mT, policy.entropy(dist).mT
 
     def part_loss(params: Tensor, index: Tensor, scalars: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,12 +277,12 @@ def learn(
         log_ratio = torch.where(weight > 0, log_ratio, 0.0)
         ratio = log_ratio.exp()
         policy_loss = clipped_policy_loss(ratio, advantage, row_share, schedule.clip_coef)
-        if clip_vloss:
+        if config.clip_vloss:
             value_loss = clipped_value_loss(value, old_value, value_target, row_share, schedule.clip_coef)
         else:
             value_loss = squared_value_loss(value, value_target, row_share)
         entropy = (entropy * row_share).sum()
-        loss = policy_loss + vf_coef * value_loss - schedule.ent_coef * entropy
+        loss = policy_loss + config.vf_coef * value_loss - schedule.ent_coef * entropy
 
         deviation = (ratio.detach() - 1.0).abs()
         clipfrac = ((deviation > schedule.clip_coef) * row_share).sum()
@@ -282,20 +296,22 @@ def learn(
         Both are longer by the units that fill up the last part.
         """
         if num_parts == 1:
-            grad, metrics = grad_and_aux(part_loss, params, index, scalars, rows)
+            grad, metrics = execution.grad_and_aux(part_loss, params, index, scalars, rows)
         else:
 
             def add_part(total: Tensor, part: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor]]:
-                grad, metrics = grad_and_aux(part_loss, params, *part, rows)
+                grad, metrics = execution.grad_and_aux(part_loss, params, *part, rows)
                 return total + grad, (metrics,)
 
             parts = (index.unflatten(0, (num_parts, -1)), scalars.unflatten(1, (num_parts, -1)).movedim(1, 0).contiguous())
-            grad, (metrics,) = scan(add_part, torch.zeros_like(params), parts)  # metrics (parts, 6): all sums but the last
+            grad, (metrics,) = execution.scan(
+                add_part, torch.zeros_like(params), parts
+            )  # metrics (parts, 6): all sums but the last
             metrics = torch.cat((metrics[:, :-1].sum(0), metrics[:, -1:].amax(0)))
-        if worker is not None and num_workers * num_ranks > 1:
+        if worker is not None and execution.num_workers * execution.num_ranks > 1:
             # one exchange of all: a maximum travels through a sum in a place of its worker's own
-            places = torch.arange(num_workers * num_ranks, device=params.device)
-            place = worker[0] if num_ranks == 1 else worker[1] * num_workers + worker[0]
+            places = torch.arange(execution.num_workers * execution.num_ranks, device=params.device)
+            place = worker[0] if execution.num_ranks == 1 else worker[1] * execution.num_workers + worker[0]
             deviation = torch.where(places == place, metrics[-1], 0.0)
             everyone = reduced(torch.cat((grad, metrics[:-1], deviation)), over_ranks=True)
             grad, sums, deviation = everyone.split((len(params), len(metrics) - 1, len(places)))
@@ -309,18 +325,18 @@ def learn(
         index, scalars, transitions = minibatch
         grad, metrics = minibatch_gradient(params, index, scalars, transitions.clamp(min=1.0))
         policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation = metrics.unbind()
-        if target_kl is not None:
-            running = running & (approx_kl <= target_kl)
+        if config.target_kl is not None:
+            running = running & (approx_kl <= config.target_kl)
         applied = running & (transitions > 0)  # a minibatch without one transition has no gradient to follow
-        clipped_grad, grad_norm = clip_by_global_norm(grad, max_grad_norm)
-        new_params, new_adam = adam_step(params, clipped_grad, adam, schedule.learning_rate, eps=adam_eps)
+        clipped_grad, grad_norm = clip_by_global_norm(grad, config.max_grad_norm)
+        new_params, new_adam = adam_step(params, clipped_grad, adam, schedule.learning_rate, eps=config.adam_eps)
         params = torch.where(applied, new_params, params)
         adam = AdamState(*(torch.where(applied, new, old) for new, old in zip(new_adam, adam, strict=True)))
         y = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm, deviation, applied.to(params.dtype))
         return (params, adam, running), (torch.stack(y),)
 
     running = torch.ones((), dtype=torch.bool, device=params.device)
-    (params, adam, _), (minibatch_metrics,) = scan(step, (params, adam, running), minibatches)
+    (params, adam, _), (minibatch_metrics,) = execution.scan(step, (params, adam, running), minibatches)
     with torch.no_grad():
         summary = _summary(minibatch_metrics, variance_explained, params)
     return LearnResult(params, adam, minibatch_metrics, variance_explained, return_mean, return_std, summary)

@@ -1,11 +1,6 @@
 """What several threads, or processes, share of one update. Knows nothing of what is computed."""
 
-from collections.abc import Callable
-
 from torch import Tensor
-
-# (x, worker, over_ranks) -> the sum of x over the workers of this process or, with over_ranks, of all: the same bits for each
-AllReduce = Callable[[Tensor, Tensor, bool], Tensor]
 
 
 def share(x: Tensor, dim: int, worker: Tensor | None, num_workers: int) -> Tensor:

@@ -21,7 +21,7 @@ from fastppo.bounds import flag
 from fastppo.compile.selector import ProgramSpec
 from fastppo.config import TrainConfig
 from fastppo.core import acting, ppo
-from fastppo.core.contracts import obs_of
+from fastppo.core.contracts import Execution, obs_of
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.seed_axis import SeedAxis, Seeds, one_by_one, over_seeds
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
@@ -377,13 +377,16 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     params, _, rollout, *_, normalization = example
     on_cpu = params.device.type == "cpu"
     workers, ranks = task.workers if on_cpu else 1, task.ranks  # a graph on a GPU has no threads to share its rows out to
-    learn = partial(ppo.learn, policy=network, **learn_settings(config))
-    if obs.has_images:  # what a CNN leaves behind for its gradient is 100 kB a row
-        learn = partial(learn, microbatch_size=ROWS_PER_PASS)
-    fast_learn = partial(learn, microbatch_size=ROWS_PER_PASS) if on_cpu else learn
-    if ranks.size > 1:
-        learn = partial(learn, **ranks.learn_settings())
-        fast_learn = partial(fast_learn, num_ranks=ranks.size) if on_cpu else learn
+    update = partial(ppo.learn, policy=network, config=learn_config(config))
+    # what a CNN leaves behind for its gradient is 100 kB a row
+    eagerly = Execution(microbatch_size=ROWS_PER_PASS if obs.has_images else None)
+    shared = ranks.learn_settings()
+    eagerly = replace(eagerly, **{name: value for name, value in shared.items() if name != "worker"})
+    learn = partial(update, worker=shared.get("worker"), execution=eagerly)
+    compiled = Execution(
+        microbatch_size=ROWS_PER_PASS, num_ranks=ranks.size, num_workers=workers if config.num_seeds == 1 else 1
+    )
+    fast_learn = partial(update, execution=compiled) if on_cpu else learn
     first_obs: Any = obs_of(rollout)
     number = config.num_seeds
     # The mode of an eager `act`, entered in each step: the environments between two steps must see none of ours. Inference mode
@@ -396,11 +399,12 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
         act = partial(acting.act_recurrent_from_params, policy=network)
         remembered = (rollout["rnn_state"], rollout["episode_start"][0] if number == 1 else rollout["episode_start"][:, 0])
     if number == 1:
-        fast_learn = partial(fast_learn, num_workers=workers)
         jobs = {"learn": ProgramSpec(learn, fast_learn, example)}
         if isinstance(made, TorchVectorEnv):
             collect = partial(acting.collect, policy=network, env_step=env_step_of(made, action))
-            fast_collect = partial(collect, num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
+            fast_collect = partial(
+                collect, execution=Execution(num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
+            )
             running = (*pack(made.running), *(x.contiguous() for x in remembered))
             collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
             return {**jobs, "collect": ProgramSpec(collect, fast_collect if on_cpu else collect, collect_example)}
@@ -414,7 +418,7 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     # GPU it is the eager program that is captured.
     mapped = not isinstance(network, ModulePolicy) and not obs.has_images
     over = over_seeds if mapped else partial(one_by_one, number=number)
-    eager_learn = partial(learn, grad_and_aux=functional_grad_and_aux) if mapped else learn
+    eager_learn = partial(learn, execution=replace(eagerly, grad_and_aux=functional_grad_and_aux)) if mapped else learn
     if not on_cpu:
         fast_learn = eager_learn
     at_once = 1 if on_cpu or not mapped else number
@@ -430,22 +434,11 @@ def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, 
     return {**jobs, "act": ProgramSpec(under(mode, partial(over(act), params)), act, act_example, together)}
 
 
-def learn_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings of ppo.learn."""
-    return {
-        "minibatch_size": config.rows_per_minibatch,
-        "gamma": config.gamma,
-        "gae_lambda": config.gae_lambda,
-        "advantage_estimator": config.advantage,
-        "norm_returns": config.norm_returns,
-        "norm_adv": config.norm_adv,
-        "clip_reward": config.clip_reward,
-        "clip_vloss": config.clip_vloss,
-        "vf_coef": config.vf_coef,
-        "max_grad_norm": config.max_grad_norm,
-        "target_kl": config.target_kl,
-        "adam_eps": config.adam_eps,
-    }
+def learn_config(config: TrainConfig) -> ppo.LearnConfig:
+    """The settings of `learn`: those of TrainConfig of the same names, and two that it derives."""
+    derived: dict[str, Any] = {"minibatch_size": config.rows_per_minibatch, "advantage_estimator": config.advantage}
+    same = {field.name: getattr(config, field.name) for field in fields(ppo.LearnConfig) if field.name not in derived}
+    return ppo.LearnConfig(**derived, **same)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -14,24 +14,11 @@ from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
+from support.learn_settings import learn_settings
 from support.runs import tiny
 
 T, N, E, M = 16, 4, 2, 16
 APPLIED = MINIBATCH_METRICS.index("applied")
-SETTINGS = {
-    "gamma": 0.99,
-    "gae_lambda": 0.95,
-    "advantage_estimator": "gae",
-    "norm_returns": False,
-    "norm_adv": True,
-    "clip_reward": False,
-    "clip_vloss": True,
-    "vf_coef": 0.5,
-    "max_grad_norm": 0.5,
-    "target_kl": None,
-    "adam_eps": 1e-5,
-    "minibatch_size": M,
-}
 
 
 def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
@@ -61,7 +48,7 @@ def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
     reward_scale = torch.tensor(0.5) if normalized else None
     normalization = Normalization(obs_mean, obs_scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
     arguments = (params, init_adam(params), rollout, permutation, schedule, normalization)
-    return functools.partial(learn, policy=policy, **(SETTINGS | settings)), arguments
+    return functools.partial(learn, policy=policy, **learn_settings(**({"minibatch_size": M} | settings))), arguments
 
 
 def assert_same(result, expected):
@@ -134,9 +121,9 @@ def update(
 ):
     """`learn` with settings that exercise every term, unless told otherwise; one minibatch an epoch."""
     schedule = Schedule(*(torch.tensor(x, dtype=params.dtype, device=params.device) for x in (lr, clip_coef, ent_coef)))
-    settings = SETTINGS | {"minibatch_size": permutation.shape[-1], "gamma": 127 / 128, "gae_lambda": 61 / 64} | options
+    settings = {"minibatch_size": permutation.shape[-1], "gamma": 127 / 128, "gae_lambda": 61 / 64} | options
     adam = init_adam(params) if adam is None else adam
-    return learn(params, adam, rollout, permutation, schedule, normalization, policy=policy, **settings)
+    return learn(params, adam, rollout, permutation, schedule, normalization, policy=policy, **learn_settings(**settings))
 
 
 def column(learned, name):

@@ -20,12 +20,9 @@ from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.normalization import init_moments, update_moments
 from fastppo.ranks import Ranks, start_ranks
+from support.learn_settings import learn_settings
 
 T, N, M, E, STRATA = 8, 8, 32, 3, 4
-SETTINGS = {
-    "gamma": 0.99, "gae_lambda": 0.95, "advantage_estimator": "gae", "norm_returns": False, "norm_adv": True,
-    "clip_reward": False, "clip_vloss": True, "vf_coef": 0.5, "max_grad_norm": 0.5, "target_kl": None, "adam_eps": 1e-5,
-}  # fmt: skip
 CASES = {
     "gae": (CATEGORICAL, {"target_kl": 0.005}),
     "monte-carlo": (DIAGONAL_NORMAL, {"advantage_estimator": "monte-carlo", "norm_returns": True, "clip_vloss": False}),
@@ -57,7 +54,7 @@ def job(name):
     }
     if name == "final_obs":
         rollout["final_obs"] = torch.randn(*shape, 3, generator=generator)
-    return policy, SETTINGS | settings, policy.init(generator), rollout
+    return policy, settings, policy.init(generator), rollout
 
 
 def update(name, ranks=ALONE):
@@ -69,7 +66,7 @@ def update(name, ranks=ALONE):
     schedule = Schedule(torch.tensor(0.02), torch.tensor(0.2), torch.tensor(0.01))
     normalization = Normalization(None, None, None, torch.tensor(0.2), torch.tensor(1.5))
     settings = {"minibatch_size": M // ranks.size, **given, **ranks.learn_settings()}
-    program = functools.partial(learn, policy=policy, **settings)
+    program = functools.partial(learn, policy=policy, **learn_settings(**settings))
     return program(params, init_adam(params), rollout, permutation, schedule, normalization)
 
 
