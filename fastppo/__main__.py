@@ -28,7 +28,7 @@ def console(args: Sequence[str] | None = None) -> int:
 
 def _no_verb(args: Sequence[str]) -> None:
     if args[0] not in ("-h", "--help"):
-        raise UsageError(f"{args[0]!r} is no verb of fastppo{nearest(args[0], VERBS)} (all verbs: fastppo --help)")
+        raise UsageError(f"{args[0]!r} is not a verb of fastppo{nearest(args[0], VERBS)} (all verbs: fastppo --help)")
     width = max(map(len, VERBS))
     print("usage: fastppo VERB ..., and fastppo VERB --help for its flags\n")
     print("\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()))

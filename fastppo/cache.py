@@ -19,16 +19,16 @@ HEAD = ("program", "MiB", "age", "last used", "torch")
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """List the compiled programs that are kept between runs, or remove them. Runs that have loaded one keep it."""
+    """List or remove the compiled programs that are kept between runs. A run that has loaded one can still use it."""
 
     action: Annotated[Literal["list", "clear"], tyro.conf.Positional]
-    """list: a line for each program. clear: remove them."""
+    """list: show a line for each program. clear: remove them."""
     older_than: float | None = None
-    """For clear: only programs that were not used for so many days."""
+    """For clear: only programs that were not used for this many days."""
 
 
 def table(entries: Sequence[library_cache.Entry], now: float) -> list[str]:
-    """HEAD, and a line for each entry. now: seconds since 1970."""
+    """HEAD and a line for each entry. now: seconds since 1970."""
     rows = [HEAD]
     for entry in entries:
         age = "?" if entry.built is None else _days(now - entry.built)

@@ -1,4 +1,4 @@
-"""What somebody may do during training: look on, stop it. Costs the loop nothing where there are none.
+"""Callbacks: user code that watches training and may stop it. Without callbacks they cost no time.
 
 class Milestone(Callback):
     def on_iteration(self, run: View) -> bool | None:
@@ -20,38 +20,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """A run between two iterations, to read."""
+    """A run between two iterations, read-only."""
 
     config: TrainConfig
     run_dir: Path
-    iteration: int  # done so far
+    iteration: int  # completed so far
     global_step: int  # transitions so far
-    progress: float  # share of the run that is done, in [0, 1]
+    progress: float  # completed share of the run, in [0, 1]
     metrics: Mapping[str, int | float]  # the iteration's row of metrics.csv
     policy: "Callable[[], Agent]"
-    """The policy as it stands, parameters and statistics copied: 0.3 ms for 10,000 parameters."""
+    """Returns a copy of the current policy: parameters and statistics, 0.3 ms for 10,000 parameters."""
 
 
 class Callback:
-    """Override what is wanted. An exception ends the run like a fault: a checkpoint of the iteration is kept."""
+    """Override the methods you need. An exception ends the run like a fault, with a checkpoint of the iteration."""
 
     def on_iteration(self, run: View) -> bool | None:
-        """After every iteration. True ends training, with all that follows it: checkpoint, evaluation, summary.
+        """After every iteration. Return True to end training normally, with checkpoint, evaluation and summary.
 
-        1 and true scalars of NumPy or torch are True too. Any other answer lets training go on.
+        1 and true scalars of NumPy or torch count as True. With any other value training continues.
         """
 
     def on_checkpoint(self, run: View) -> None:
-        """After a checkpoint was written, run_dir/checkpoints/last.pt."""
+        """After a checkpoint was written to run_dir/checkpoints/last.pt."""
 
     def on_end(self, run: View) -> None:
         """After the last iteration's checkpoint, before evaluation; not after a fault."""
 
 
 def is_yes(answer: Any) -> bool:
-    """Whether a callback's answer is True: a bool, a number, or a scalar of NumPy or torch, that equals 1.
+    """Whether a callback returned True: a bool, a number or a scalar of NumPy or torch that equals 1.
 
-    Raises an exception for an array or a tensor of several values, as `bool` does.
+    Raises an exception for an array or tensor of several values, as `bool` does.
     """
     if hasattr(answer, "item"):
         answer = answer.item()

@@ -1,4 +1,4 @@
-"""The command line that all verbs share: flags to settings, exceptions to exit codes. Costs no torch."""
+"""The command line of all verbs: flags become settings, exceptions become exit codes. Costs no torch."""
 
 import ast
 import contextlib
@@ -29,23 +29,23 @@ from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable
 
 T = TypeVar("T")
-SPEAK_SECONDS = 2.0  # for the process that says why they all end: torchrun ends them once one of them has left
+SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
 MAX_LETTERS = 250  # of a value that is quoted in an error
-OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a terminal that is gone
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a closed terminal
 
 
 def run(verb: Callable[[Sequence[str]], object], args: Sequence[str], needs_output: bool = True) -> int:
     """Call `verb(args)`; returns the exit code.
 
-    0; 2 for wrong use, 3 for a fault, 130 when interrupted, 141 when stdout is a pipe that nobody reads any more.
-    needs_output: whether it is a fault that the end of what was printed cannot be written, to a full disk for instance.
+    0; 2 for wrong use, 3 for a fault, 130 when interrupted, 141 when stdout is a pipe whose reader has closed it.
+    needs_output: whether it is a fault if the last output cannot be written, for example to a full disk.
     """
     try:
         try:
             open_standard_streams()
             print_any_letter()
             leave_deleted_directory()
-            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home directory it gives advice on its fonts
+            logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home directory it warns of its font cache
             verb(args)
         finally:  # --help leaves with SystemExit
             _flush_stdout(needs_output)
@@ -69,7 +69,7 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str], needs_outp
 
 
 def _flush_stdout(needs_output: bool) -> None:
-    """Write what is still in the buffer. Raises OSError where that fails and matters."""
+    """Write the rest of the buffer. Raises OSError if that fails; other errors than a broken pipe only if `needs_output`."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -82,19 +82,19 @@ def _flush_stdout(needs_output: bool) -> None:
 
 
 def _ended(message: str, code: int, speaks: bool | None = None) -> int:
-    """speaks: whether to say it; default: of several processes of a machine that all would, the first one does."""
+    """Print the message and return the code. speaks: whether to print; default: only the first process of a machine does."""
     if speaks is None:
         speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     if not speaks:
         time.sleep(SPEAK_SECONDS)
         return code
-    with contextlib.suppress(OSError):  # the same disk may be behind stderr
+    with contextlib.suppress(OSError):  # stderr may be on the same full disk
         print(printable(message), file=sys.stderr, flush=True)
     return code
 
 
 def parse_train(args: Sequence[str]) -> TrainConfig:
-    """Flags of `fastppo.train` -> settings: the preset (or the resumed run's settings) first, then the other flags."""
+    """Settings from the flags of `fastppo.train`, which override the preset's or the resumed run's."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
     args = [_with_current_name(arg) for arg in args]
     resume = _value_of("--resume", args) or _restarted(args)
@@ -110,7 +110,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     except OSError as error:  # a name that is too long, or a loop of links
         raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
     if not found:
-        why = "there is no checkpoint in it to go on from" if run_dir.exists() else "there is no such directory"
+        why = "there is no checkpoint in it to resume from" if run_dir.exists() else "there is no such directory"
         raise UsageError(f"--resume {resume}: {why}")
     _refuse_ways_out(run_dir)
     try:
@@ -124,16 +124,16 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
 
 
 def _with_current_name(arg: str) -> str:
-    """A flag by its old name -> by its current one; any other argument as it is."""
+    """The argument, with a flag's old name replaced by its current one."""
     name, equals, text = arg.partition("=")
     old = next((old for old in OLD_NAMES if name.replace("_", "-") == flag(old)), None)
     return arg if old is None else flag(OLD_NAMES[old]) + equals + text
 
 
 def _restarted(args: Sequence[str]) -> str | None:
-    """The run to go on with: torchrun --max-restarts starts the same command again after a failure.
+    """The run to resume when torchrun --max-restarts runs the same command again after a failure, else None.
 
-    Not only where it counts a restart: a machine that has joined again counts its own, from 0.
+    torchrun's own count of restarts is not enough: a machine that has rejoined counts from 0.
     """
     run_dir = _value_of("--run-dir", args)
     if run_dir is None or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
@@ -142,17 +142,15 @@ def _restarted(args: Sequence[str]) -> str | None:
 
 
 def _refuse_ways_out(run_dir: Path) -> None:
-    """Raise UsageError for a link in the directory that leads out of it: what is written would end up there."""
+    """Raise UsageError for a link in the directory that leads out of it: the run would write there."""
     for place, directories, files in os.walk(run_dir):
         for path in (Path(place) / name for name in directories + files):
             if path.is_symlink() and not is_inside(path, run_dir):
-                raise UsageError(
-                    f"--resume {run_dir}: {path} is a link that leads out of it; put what it leads to in its place"
-                )
+                raise UsageError(f"--resume {run_dir}: {path} is a link that leads out of it; replace the link by its target")
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:
-    """The settings of --preset, its own environment among them; raises UsageError where there is no such preset."""
+    """The settings of --preset, with its own environment. Raises UsageError if there is no such preset."""
     name = _value_of("--preset", args) or "auto"
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
@@ -160,7 +158,7 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
 
 
 def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:
-    """With --rnn minibatches are of whole environments: a preset has at most as many as there are, unless a flag says."""
+    """`start` with at most as many minibatches as environments if --rnn needs that and no flag sets their number."""
     given = _value_of("--rnn", args)
     if given in (None, "None") or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
         return start
@@ -174,7 +172,7 @@ def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfi
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
-    """tyro's parser; what it reports about a wrong flag is folded into one or two lines and raised as UsageError."""
+    """tyro's parser. Its report of a wrong flag becomes one or two lines and is raised as UsageError."""
     console = io.StringIO()
     try:
         with contextlib.redirect_stderr(console):
@@ -188,7 +186,7 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
 
 
 def help_texts(kind: type) -> dict[str, str]:
-    """Setting of a dataclass -> the string under it in its source, which --help shows too."""
+    """The help text of each setting of a dataclass: the string under it in the source."""
     (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
     return {
         setting.target.id: str(text.value.value)
@@ -199,17 +197,17 @@ def help_texts(kind: type) -> dict[str, str]:
 
 
 def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:
-    """`default` without the settings that a given flag replaces. Raises UsageError when both ways of saying it are given."""
+    """`default` without the settings that a given flag replaces. Raises UsageError if both of a pair are given."""
     for given, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
         if _value_of(flag(given), args) and _value_of(flag(other), args):
-            raise UsageError(f"{flag(given)} and {flag(other)} say the same thing twice: give one of them")
+            raise UsageError(f"{flag(given)} and {flag(other)} set the same thing: give only one of them")
         if _value_of(flag(given), args):
             default = replace(default, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
     return default
 
 
 def _value_of(name: str, args: Sequence[str]) -> str | None:
-    """The value of one flag, read ahead of the parser because it decides the parser's defaults."""
+    """The value of one flag, read before parsing because it decides the parser's defaults."""
     value = None
     for position, arg in enumerate(args):
         given, equals, text = arg.partition("=")
@@ -219,7 +217,7 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
 
 
 def _fold(box: str) -> str:
-    """tyro's framed report -> its first paragraph and, if it has one, its nearest flag."""
+    """The first paragraph of tyro's framed report, and the nearest flag if it names one."""
     paragraphs: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is the frame's title
         text = line.strip("│╰╯ ")
@@ -229,7 +227,10 @@ def _fold(box: str) -> str:
             paragraphs[-1].append(text)
     texts = [" ".join(lines) for lines in paragraphs if lines]
     message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", texts[0] if texts else box.strip())  # tyro breaks long words
-    message = re.sub(r"options:[ ,]*$", "options: ''", message)  # arguments without a letter in them
+    message = re.sub(
+        r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\))?)$", r"missing argument: \1\2", message
+    )
+    message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
     for text in texts[1:]:

@@ -60,7 +60,7 @@ def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             kwargs[key] = text
         except RecursionError:
-            raise UsageError(f"--env-kwargs {key}: its value is nested too deep") from None
+            raise UsageError(f"--env-kwargs {key}: its value is nested too deeply") from None
     return kwargs
 
 
@@ -258,7 +258,7 @@ class TrainConfig:
 
     @property
     def rows_per_unit(self) -> int:
-        """Rows that stay together in a minibatch: one, or with a memory the T of an environment."""
+        """Rows that stay together in a minibatch: 1, or with a recurrent network the T of an environment."""
         return 1 if self.rnn is None else self.num_steps
 
     @property
@@ -290,7 +290,7 @@ class TrainConfig:
 
     @property
     def iterations_per_checkpoint(self) -> int | None:
-        """None: checkpoints are written by the clock."""
+        """None: checkpoints are written every checkpoint_seconds."""
         return self.checkpoint_iterations or (EXACT_CHECKPOINT_ITERATIONS if self.exact_resume else None)
 
     def to_json(self) -> str:
@@ -299,9 +299,9 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, path: Path) -> "TrainConfig":
-        """Read config.json as data; a setting that it lacks, as an older version's does, has its default.
+        """Read config.json as data. A setting that is missing, as in an older version's file, gets its default.
 
-        Raises UsageError when it is missing, damaged or from another version of fastppo.
+        Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
         unknown = next((name for name in data if name not in _TYPES), None)
@@ -317,7 +317,7 @@ class TrainConfig:
 
 
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
-    """`config` with its directories as seen from `place`; raises UsageError as `absolute`."""
+    """`config` with its directories made absolute, relative to `place`. Raises UsageError as `absolute`."""
     run_dir, resume = (
         path and str(absolute(path, name, place)) for path, name in ((config.run_dir, "--run-dir"), (config.resume, "--resume"))
     )
@@ -325,16 +325,16 @@ def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
 
 
 def default_runs(config: TrainConfig, place: Path | None) -> Path:
-    """Where the run directories lie that nobody has named: runs in `place`; raises UsageError as `absolute`."""
+    """The parent of run directories without a name: `runs` in `place`. Raises UsageError as `absolute`."""
     return Path() if config.run_dir or config.resume else absolute("runs", "--run-dir", place)
 
 
 def read_run_config(run_dir: Path) -> TrainConfig:
-    """The settings of one agent's run; raises UsageError as `from_json`, and for a directory of many seeds' runs."""
+    """The settings of one agent's run. Raises UsageError as `from_json`, and for a directory of many seeds' runs."""
     config = TrainConfig.from_json(run_dir / "config.json")
     if config.num_seeds > 1:
         raise UsageError(
-            f"{run_dir} holds the runs of {config.num_seeds} seeds: name one of them, {run_dir / f'seed-{config.seed}'} for one"
+            f"{run_dir} holds the runs of {config.num_seeds} seeds: name one of them, such as {run_dir / f'seed-{config.seed}'}"
         )
     return config
 
@@ -369,11 +369,11 @@ def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
-    """Raise UsageError naming the first setting that cannot change when a run goes on."""
+    """Raise UsageError naming the first setting that cannot change when a run is resumed."""
     for spec in fields(TrainConfig):
         old, new = getattr(before, spec.name), getattr(after, spec.name)
         resumable = spec.name in RESUMABLE and not (spec.name == "checkpoint_iterations" and before.exact_resume)
         if old != new and not resumable:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):
-        raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run goes on in {after.resume}")
+        raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run continues in {after.resume}")

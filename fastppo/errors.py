@@ -1,4 +1,4 @@
-"""The two ways a run can end badly, and how environments do. Knows nothing of what went wrong: the message says that."""
+"""Exceptions: wrong use, faults of a run, faults of environments. Costs no torch."""
 
 import contextlib
 import difflib
@@ -10,49 +10,49 @@ from collections.abc import Iterable, Iterator
 
 
 class UsageError(Exception):
-    """The caller asked for something that cannot be: one or two lines that name the flag and the nearest right value.
+    """The caller asked for something impossible. One or two lines name the flag and the nearest legal value.
 
-    The command line prints the message and exits with 2; nothing has been written.
+    The command line prints the message and exits with 2. Nothing has been written.
     """
 
 
 class TrainingFault(Exception):
-    """Training cannot go on: an environment failed or a number is not finite. What was reached is in the last checkpoint.
+    """Training cannot continue: an environment failed or a number is not finite. The last checkpoint holds the state.
 
     The command line prints the message and exits with 3.
     """
 
 
 class RankLost(TrainingFault):
-    """Another process that trains the same agent is gone: what was reached since the last checkpoint is lost with it."""
+    """Another process that trains the same agent has ended. Progress since the last checkpoint is lost."""
 
     def __init__(self, message: str, is_told: bool = False) -> None:
-        """is_told: another process of this machine says it."""
+        """is_told: another process of this machine prints the message."""
         super().__init__(message)
         self.is_told = is_told
 
 
 class EnvironmentFailed(Exception):
-    """An environment raised, or its process died: "environment 3: ValueError: ...". A note has the traceback from elsewhere."""
+    """An environment raised, or its process died: "environment 3: ValueError: ...". A note has another process's traceback."""
 
 
 class ForkHangs(EnvironmentFailed):
-    """A process of environments that was forked waits for something that only its parent has; names the alternative."""
+    """A forked environment process hangs, waiting for something that only its parent has. The message names the alternative."""
 
 
 class NoAnswer(BaseException):
-    """Environments took longer than --env-timeout; says for how long.
+    """Environments took longer than --env-timeout, which the message says.
 
-    No Exception, so that an environment that catches those, to try again, does not catch this one.
+    Not an Exception, so that an environment that catches exceptions and tries again does not catch it.
     """
 
 
-# What running an environment's code may raise, and another's fault it is not: one that calls sys.exit() among them.
+# What an environment's code may raise. SystemExit: it may call sys.exit().
 ENVIRONMENT_ERRORS = (Exception, SystemExit, NoAnswer)
 
 
 def environment_fault(error: BaseException, when: str) -> TrainingFault:
-    """What ENVIRONMENT_ERRORS are told as. A vector environment of others does not say which of them it was."""
+    """The fault to raise for one of ENVIRONMENT_ERRORS. A third-party vector environment does not say which one failed."""
     who = "an environment" if isinstance(error, EnvironmentFailed) else "the environments"
     return TrainingFault(f"{who} failed {when}: {located(error)}")
 
@@ -73,9 +73,9 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """'ValueError: the first line of its message', cut at 200 letters, for an error of somebody else's code in one of ours.
+    """'ValueError: the first line of its message', cut at 200 letters, to quote another error in one of ours.
 
-    Of an environment's failure that is named already, the message.
+    For EnvironmentFailed and NoAnswer the whole message.
     """
     if isinstance(error, EnvironmentFailed | NoAnswer):
         return str(error)
@@ -84,10 +84,9 @@ def brief(error: BaseException) -> str:
 
 
 def located(error: BaseException) -> str:
-    """`brief`, and the place in the user's code or a package: 'ValueError: the first line of its message (file.py:12)'.
+    """`brief` with a place: 'ValueError: the first line of its message (file.py:12)'.
 
-    The place is the innermost line outside Python, numpy, torch and fastppo, one that the user can look up. Of an error without
-    a message it is quoted.
+    The place is the innermost line outside Python, numpy, torch and fastppo. If the error has no message, the line is quoted.
     """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     if isinstance(error, EnvironmentFailed) or not frames:
@@ -100,7 +99,7 @@ def located(error: BaseException) -> str:
 
 
 def shown_place(filename: str, line: int | None) -> str:
-    """'gymnasium/core.py:344': the file as it is found on sys.path, where that is shorter than its whole path."""
+    """'gymnasium/core.py:344': the file relative to a folder of sys.path, if it is in one."""
     folders = [os.path.join(folder, "") for folder in sys.path if os.path.isabs(folder)]
     longest = max((folder for folder in folders if filename.startswith(folder)), key=len, default="")
     return f"{filename[len(longest) :]}:{line}"

@@ -27,11 +27,11 @@ from fastppo.system.json_files import read_json
 
 @dataclass(frozen=True)
 class Preset:
-    """Named settings of learning; what `settings` lacks is TrainConfig's default."""
+    """Named settings of learning; settings that are not given have TrainConfig's defaults."""
 
     name: str
     env_id: str
-    """Trained on where --preset is given without --env-id; a preset named as its environment is that environment's own."""
+    """Trained on if --preset is given without --env-id. A preset named like its environment is that environment's own."""
     source: str
     settings: Mapping[str, Any]
 
@@ -281,9 +281,9 @@ FAMILIES: Mapping[str, str] = {  # packages that hold the environments' classes
 
 
 def choose_preset(env_id: str) -> Preset:
-    """The environment's own preset, whatever its version; else its family's; else `default`, also for an id that nobody knows.
+    """The environment's own preset, whatever its version, else its family's, else `default`, even for an unknown id.
 
-    Makes no environment; imports the module of a module:Id.
+    Makes no environment. Imports the module of module:EnvId.
     """
     name = env_id.rpartition(":")[2]
     environment = _without_version(name)
@@ -309,13 +309,13 @@ NOT_IN_FILES = ("preset", "env_id", "run_dir", "resume")  # of TrainConfig: whic
 def load_preset(path: str | Path) -> TrainConfig:
     """The settings of a preset file, its environment among them; change them with `dataclasses.replace`.
 
-    Raises UsageError for a file that is missing, damaged, or holds what is no setting or no legal value of one.
+    Raises UsageError for a file that is missing or damaged, or holds an unknown setting or an illegal value.
     """
     return read_preset(str(path)).config()
 
 
 def read_preset(path: str) -> Preset:
-    """A preset file, checked as config.json is; its path is the preset's name. Raises UsageError as `load_preset`."""
+    """The preset in a file, checked like config.json. Its name is the path. Raises UsageError as `load_preset`."""
     form = '{"settings": {"gamma": 0.98}}'
     data = read_json(Path(path), f"a preset, {form} for example", "--preset takes a name or a .json file")
     _known(path, data, FILE_KEYS, "key of a preset file")
@@ -335,14 +335,14 @@ def read_preset(path: str) -> Preset:
 
 
 def _known(path: str, data: Mapping[str, Any], names: Iterable[str], what: str) -> None:
-    """Raise UsageError for the first name in `data` that is none of `names`."""
+    """Raise UsageError for the first name in `data` that is not in `names`."""
     unknown = next((name for name in data if name not in names), None)
     if unknown is not None:
-        raise UsageError(f"{path}: {reprlib.repr(unknown)} is no {what}{nearest(unknown[:100], names)}")
+        raise UsageError(f"{path}: {reprlib.repr(unknown)} is not a {what}{nearest(unknown[:100], names)}")
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of a name, or in a file, which has a .json or a / in its name. Raises UsageError where there is none."""
+    """The preset with that name, or in that file if it ends in .json or has a /. Raises UsageError if there is none."""
     if name.endswith(".json") or "/" in name:
         return read_preset(name)
     if name not in PRESETS:
@@ -352,15 +352,15 @@ def find_preset(name: str) -> Preset:
 
 
 def describe(config: TrainConfig) -> str | None:
-    """One line for people: the preset, its source, and those of its settings that are not TrainConfig's defaults.
+    """One line for people: the preset, its source, and its settings that differ from TrainConfig's defaults.
 
-    None where no preset was chosen, or its file is gone.
+    None if no preset was chosen, or its file no longer exists.
     """
     if config.preset == "none":
         return None
     try:
         preset, plain = find_preset(config.preset), TrainConfig()
-    except (UsageError, ValueError):  # no path at all
+    except (UsageError, ValueError):  # ValueError: not a path
         return None
     values = {key: getattr(config, key) for key in preset.settings}
     shown = ", ".join(_show(key, value) for key, value in values.items() if value != getattr(plain, key))
@@ -373,10 +373,10 @@ def _without_version(name: str) -> str:
 
 
 def _package_of(env_id: str) -> str:
-    """Dotted name of the module that holds the environment's class; '' where it cannot be told."""
+    """Dotted name of the module that holds the environment's class; '' if unknown."""
     try:
         entry_point = find_spec(env_id).entry_point
-    except UsageError:  # said where the environment is made
+    except UsageError:  # reported when the environment is made
         return ""
     if isinstance(entry_point, str):
         return entry_point.partition(":")[0]

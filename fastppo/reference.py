@@ -1,7 +1,7 @@
-"""REFERENCE.md: every flag of every verb, every metric, every key of summary.json, from the texts in the code.
+"""Makes REFERENCE.md: every flag of every verb, every metric, every key of summary.json.
 
-`python -m fastppo.reference > REFERENCE.md` writes it anew. The texts of flags stand where the flags do; those of what a run
-logs are here, since one line of code often makes several of them.
+`python -m fastppo.reference > REFERENCE.md` writes it. The texts of flags are in the settings classes, those of metrics in
+run/metrics.py, those of summary.json here.
 """
 
 import html
@@ -20,38 +20,38 @@ from fastppo.cli import help_texts
 from fastppo.config import TrainConfig, legal
 from fastppo.run.metrics import METRICS
 
-# the keys of summary.json, in their order; null where there is no finite number
+# the keys of summary.json, in their order; a number that is not finite is null
 SUMMARY = {
     "env_id": "The environment.",
     "seed": "The seed.",
     "global_step": "Transitions, as in metrics.csv.",
     "iterations": "Iterations.",
-    "seconds": "Time of training, those before a --resume included.",
+    "seconds": "Time of training, including the time before a --resume.",
     "sps": "Transitions per second of this process, from its first iteration to its last.",
-    "start_seconds": "From process start to the first iteration: imports, the environments, the programs.",
+    "start_seconds": "From process start to the first iteration: imports, environments, programs.",
     "first_update_seconds": "From process start to the end of the first iteration.",
-    "compile_seconds": "Loading or building compiled programs; those built in the background took this long beside training.",
+    "compile_seconds": "Time to load or build compiled programs, including those built in the background during training.",
     "tier": "The programs at the end: eager, compiled or cuda-graph.",
     "backend": "What stepped the environments.",
-    "device": "Where parameters and rollout were.",
-    "peak_memory_mib": "Most resident memory of the process, in MiB.",
-    "reproducibility": "What the run promises about its bits, in sentences.",
+    "device": "The device of parameters and rollout.",
+    "peak_memory_mib": "Peak resident memory of the process, in MiB.",
+    "reproducibility": "What the run guarantees about equal bits, in sentences.",
     "made_with": "Hardware and thread numbers that the bits depend on.",
     "versions": "Versions of Python and of packages that the bits depend on.",
-    "best_return_mean": "Mean return of the training episodes that chose best.pt, less a standard error; null of too few.",
-    "eval_return_mean": "Mean return of the evaluation of best.pt, likeliest actions; null without one.",
-    "eval_return_std": "Standard deviation of its episodes' returns.",
-    "eval_episodes": "Its episodes.",
-    "stopped_by": "Why training ended before its time: a signal, --stop-at-return, a callback; null where it did not.",
+    "best_return_mean": "Mean return of the training episodes that chose best.pt, minus a standard error; null with too few.",
+    "eval_return_mean": "Mean return of best.pt in the evaluation, with the most likely actions; null without an evaluation.",
+    "eval_return_std": "Standard deviation of the evaluation episodes' returns.",
+    "eval_episodes": "Number of evaluation episodes.",
+    "stopped_by": "Why training ended early: a signal, --stop-at-return or a callback; null if it did not.",
 }
 
-# and those that the summary.json of many seeds has in addition
+# the additional keys in the summary.json of many seeds
 SEEDS_SUMMARY = {
-    "num_seeds": "Seeds, from `seed` on.",
-    "failed_seeds": "Those that could not go on; the numbers are of the others.",
-    "eval_return_iqm": "Interquartile mean of the seeds' evaluations; eval_return_std is the standard deviation over them.",
-    "eval_return_interval": "Its 95 % bootstrap interval, lower and upper end.",
-    "seeds": "Of each: its seed, steps and evaluation.",
+    "num_seeds": "Number of seeds, from `seed` on.",
+    "failed_seeds": "Seeds whose training failed; the numbers are of the others.",
+    "eval_return_iqm": "Interquartile mean of the seeds' evaluations; eval_return_std is their standard deviation.",
+    "eval_return_interval": "95 % bootstrap interval of eval_return_iqm: lower and upper end.",
+    "seeds": "For each seed: seed, steps and evaluation.",
 }
 
 
@@ -63,22 +63,22 @@ def reference() -> str:
 def _lines() -> Iterator[str]:
     yield "# Reference"
     yield ""
-    yield "Made from the code: `python -m fastppo.reference > REFERENCE.md`. How to use all this is in [README](README.md)."
+    yield "Made from the code: `python -m fastppo.reference > REFERENCE.md`. For an introduction see [README](README.md)."
     for verb, what in VERBS.items():
         kind = TrainConfig if verb == "train" else _settings_of(verb)
         yield from ("", f"## fastppo {verb}", "", f"{what[0].upper()}{what[1:]}. `python -m fastppo.{verb}` is the same.")
         if verb == "train":
-            yield "Defaults are those of `TrainConfig()`; the command line starts from `--preset auto`, and says which that is."
+            yield "Defaults are those of `TrainConfig()`. The command line starts from `--preset auto` and prints its choice."
         else:
             yield from ("", _text(inspect.getdoc(kind) or ""))
         yield from ("", *_table(("flag", "values", "default", "what it does"), _flags(kind)))
     yield from ("", "## metrics.csv", "")
-    yield "A row every `--log-interval` iterations. TensorBoard and trackers have the same, under CleanRL's tags."
+    yield "A row every `--log-interval` iterations. TensorBoard and trackers get the same values, under CleanRL's tags."
     yield from ("", *_table(("column", "tag", "what it is"), _metrics()))
     yield from ("", "## summary.json", "", "Written when training has ended, and again after the evaluation.", "")
     yield from _table(("key", "what it is"), ((f"`{key}`", _text(text)) for key, text in SUMMARY.items()))
     yield from ("", "## summary.json of many seeds", "")
-    yield "Of `--num-seeds`: sums of steps, means over the seeds, and in addition:"
+    yield "With `--num-seeds`: steps are summed, returns are means over the seeds. Additional keys:"
     yield ""
     yield from _table(("key", "what it is"), ((f"`{key}`", _text(text)) for key, text in SEEDS_SUMMARY.items()))
     yield ""
@@ -107,7 +107,7 @@ def _flags(kind: type) -> Iterator[tuple[str, ...]]:
 
 
 def _default(spec: Any) -> str:
-    """As one would write it on the command line; nothing for what is not set."""
+    """The default as on the command line; empty if there is none."""
     value = spec.default
     if value is None or value is MISSING:
         return ""
@@ -125,7 +125,7 @@ def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[s
 
 
 def _text(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Text escaped for Markdown."""
     return html.escape(text, quote=False).replace("|", "\\|").replace("*", "\\*")
 
 

@@ -19,8 +19,8 @@ def _main(args: Sequence[str]) -> None:
     runs = default_runs(config, place)
     task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
     if config.backend == "envpool" or is_atari(config.env_id):
-        # OpenMP's threads would keep a core busy for a millisecond after each operation, and these environments have threads of
-        # their own that want it: Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
+        # After each operation OpenMP's threads keep a core busy for a millisecond, which these environments' own threads need:
+        # Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     from fastppo.training.loop import train_in  # imports torch: --help and wrong flags do not wait for it
 
@@ -29,11 +29,11 @@ def _main(args: Sequence[str]) -> None:
 
 def console(args: Sequence[str] | None = None) -> int:
     """Entry point: the exit code."""
-    return run(_main, sys.argv[1:] if args is None else args, needs_output=False)  # all that counts is in the run directory
+    return run(_main, sys.argv[1:] if args is None else args, needs_output=False)  # the results are in the run directory
 
 
 class _CallableModule(ModuleType):
-    """`from fastppo import train` gives this module once it has been imported, the function before: both can be called."""
+    """`from fastppo import train` gives the function, or this module once it is imported; so the module can be called too."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         from fastppo.training.loop import train

@@ -226,7 +226,10 @@ def test_a_disk_that_is_full_for_a_while(disk, tmp_path, monkeypatch, capsys):
     train(tiny(tmp_path / "run"))
     told = capsys.readouterr().out
     assert told.count("No space left on device") == 2
-    assert "metrics.csv cannot be written (No space left on device): its rows wait until it can; training goes on" in told
+    assert (
+        "metrics.csv cannot be written (No space left on device): its rows are kept in memory until it can; training continues"
+        in told
+    )
     assert "no checkpoint of iteration 2: No space left on device; that of iteration 1 stays, and training goes on" in told
     assert "metrics.csv can be written again: no row is missing" in told
     assert "checkpoints can be written again" in told
@@ -410,7 +413,7 @@ def test_a_logger_that_fails(tmp_path, monkeypatch, capsys):
             patched.setattr(broken, fail)
             train(tiny(tmp_path / name))
         captured = capsys.readouterr()
-        assert captured.out.count("TensorBoard gets nothing from here on (OSError: [Errno 5] Input/output error)") == 1
+        assert captured.out.count("TensorBoard failed and gets no more rows (OSError: [Errno 5] Input/output error)") == 1
         assert captured.err == ""
         assert len(read_rows(tmp_path / name / "metrics.csv")) == 4
     assert threading.excepthook is hook

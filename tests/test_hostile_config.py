@@ -22,9 +22,9 @@ def text(content):
     ("damage", "words"),
     [
         (Path.unlink, ["cannot be read"]),
-        (fifo, ["no regular file"]),
-        (linked("/dev/zero"), ["no regular file"]),
-        (directory, ["no regular file"]),
+        (fifo, ["not a regular file"]),
+        (linked("/dev/zero"), ["not a regular file"]),
+        (directory, ["not a regular file"]),
         (lambda path: os.truncate(path, 10**10), ["larger"]),
         (text(""), ["damaged"]),
         (text("{"), ["damaged"]),

@@ -322,19 +322,19 @@ def test_a_preset_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{"settings": {"gama": 0.9}}', "'gama' is no setting of a preset; nearest: gamma"),
+        ('{"settings": {"gama": 0.9}}', "'gama' is not a setting of a preset; nearest: gamma"),
         ('{"settings": {"gamma": "0.9"}}', "--gamma must be between 0 and 1, got '0.9'"),
         ('{"settings": {"gamma": 2}}', "--gamma must be between 0 and 1, got 2"),
         ('{"settings": {"num_envs": 8.0}}', "--num-envs must be a whole number of at least 1, got 8.0"),
         ('{"settings": {"norm_obs": 1}}', "--norm-obs must be true or false, got 1"),
         ('{"settings": {"num_minibatches": 3}}', "--num-minibatches 3 does not divide"),
-        ('{"settings": {"run_dir": "/"}}', "'run_dir' is no setting of a preset"),
-        ('{"settings": {"resume": "/"}}', "'resume' is no setting of a preset"),
-        ('{"settings": {"env_id": "X-v0"}}', "'env_id' is no setting of a preset"),
-        ('{"settings": {"gamma": 0.9, "gamma": 0.8}}', "a name stands in it twice"),
+        ('{"settings": {"run_dir": "/"}}', "'run_dir' is not a setting of a preset"),
+        ('{"settings": {"resume": "/"}}', "'resume' is not a setting of a preset"),
+        ('{"settings": {"env_id": "X-v0"}}', "'env_id' is not a setting of a preset"),
+        ('{"settings": {"gamma": 0.9, "gamma": 0.8}}', "a name appears twice"),
         ('{"settings": [1]}', "settings must be names with values"),
-        ('{"gamma": 0.9}', "'gamma' is no key of a preset file"),
-        ('{"setting": {}}', "'setting' is no key of a preset file; nearest: settings"),
+        ('{"gamma": 0.9}', "'gamma' is not a key of a preset file"),
+        ('{"setting": {}}', "'setting' is not a key of a preset file; nearest: settings"),
         ("{}", "settings must be names with values"),
         ('{"settings": {}, "source": "two\\nlines"}', "source must be a line of text"),
         ('{"settings": {}, "source": 1}', "source must be a line of text"),
@@ -363,7 +363,7 @@ def test_a_preset_file_that_is_not_there(tmp_path, capsys):
         assert console(["--preset", name]) == 2
         error = capsys.readouterr().err
         assert name in error
-        assert "cannot be read" in error or "is no regular file" in error
+        assert "cannot be read" in error or "is not a regular file" in error
 
 
 def test_a_run_from_a_file_goes_on_without_it(tmp_path, capsys):

@@ -185,7 +185,7 @@ def test_the_checkpoint_before_a_damaged_one(damage, goes_on_from, tmp_path, cap
     capsys.readouterr()
     damage(checkpoints / "last.pt")
     assert console(["--resume", config.run_dir]) == 0
-    assert f"going on from {checkpoints / goes_on_from} instead" in capsys.readouterr().out
+    assert f"resuming from {checkpoints / goes_on_from} instead" in capsys.readouterr().out
     assert differing(whole, result_of(tmp_path / "run")) == []
 
 

@@ -73,9 +73,8 @@ def test_a_tracker_that_fails(doing, fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Fake, "fails", doing)
     result = train(tiny(tmp_path / "run", track="wandb", num_iterations=3))
     captured = capsys.readouterr()
-    told = (
-        f"the tracker gets nothing from here on (ConnectionError: nobody answers while {doing}); metrics.csv and training go on"
-    )
+    reason = f"(ConnectionError: nobody answers while {doing})"
+    told = f"the tracker failed and gets no more rows {reason}; metrics.csv and training continue"
     assert captured.out.count(told) == 1
     assert captured.err == ""
     assert len(read_rows(result.run_dir / "metrics.csv")) == 3

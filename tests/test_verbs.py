@@ -32,7 +32,7 @@ def test_no_verb(args, near, capsys):
     """Exit code 2, and the nearest one."""
     assert console(args) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {args[0]!r} is no verb of fastppo")
+    assert error.startswith(f"error: {args[0]!r} is not a verb of fastppo")
     assert near in error
 
 

@@ -1,1 +1,1 @@
-"""Everything a run keeps and shows: directory, checkpoints, logs, episode statistics, display. Knows nothing of PPO."""
+"""What a run keeps and shows: directory, checkpoints, logs, episode statistics, display. Knows nothing of PPO."""

@@ -1,6 +1,6 @@
-"""A checkpoint file read as data: nothing in it is executed, and nothing made of it that is larger than the file.
+"""Reads a checkpoint file as data. Nothing in the file is executed, and no more memory is used than the file is large.
 
-Knows the form of what fastppo keeps, plain data and dense tensors, not its meaning.
+Knows that checkpoints consist of plain data and dense tensors. Knows nothing of their meaning.
 """
 
 import os
@@ -19,23 +19,23 @@ from fastppo.errors import UsageError, brief
 from fastppo.run.files import utf8_name
 
 FORMAT = 2  # of the checkpoints that this version writes and reads
-MAX_PICKLE_BYTES = 2**20  # of a checkpoint's structure; a tensor takes 150 of them, its numbers lie elsewhere
+MAX_PICKLE_BYTES = 2**20  # of the pickle, without the tensors' numbers; each tensor adds 150 bytes
 MAX_DEPTH = 32
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as data: nothing in it is executed, and it takes no more memory than the file is large.
+    """Read a checkpoint as data. Nothing in it is executed, and no more memory is used than the file is large.
 
     Returns:
         Dicts, lists, strings, numbers, None and dense tensors on the CPU, as `RunDirectory.save` took them.
 
     Raises:
-        UsageError: missing, damaged, no checkpoint, of another format, or more than data.
+        UsageError: the file is missing, damaged, not a checkpoint, of another format, or holds more than data.
     """
     if not path.exists():
         raise UsageError(f"{path} does not exist: is this a run directory of fastppo, and has it reached a checkpoint?")
     if not path.is_file():
-        raise UsageError(f"{path} is no regular file")
+        raise UsageError(f"{path} is not a regular file")
     try:
         _check_pickle(_structure(path))
         with utf8_name(path) as name:
@@ -45,28 +45,26 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except _Refused as error:
         raise UsageError(f"{path} is refused, nothing in it was executed: {error}") from None
     except pickle.UnpicklingError:
-        raise UsageError(f"{path} is refused, nothing in it was executed: it is more than data") from None
+        raise UsageError(f"{path} is refused, nothing in it was executed: it holds more than data") from None
     except Exception as error:  # zipfile and torch raise whatever a wrong byte leads them to
-        raise UsageError(f"{path} is damaged or no checkpoint of fastppo ({brief(error)})") from None
+        raise UsageError(f"{path} is damaged or not a checkpoint of fastppo ({brief(error)})") from None
     if not isinstance(state, dict) or "format" not in state:
-        raise UsageError(f"{path} is no checkpoint of fastppo")
+        raise UsageError(f"{path} is not a checkpoint of fastppo")
     if type(state["format"]) is not int or state["format"] != FORMAT:
         wrote = reprlib.repr(state["format"])
-        raise UsageError(
-            f"{path} is of format {wrote}, this fastppo reads format {FORMAT}: another version of fastppo wrote it"
-        )
+        raise UsageError(f"{path} has format {wrote}, this fastppo reads format {FORMAT}: another version of fastppo wrote it")
     return state
 
 
 class _Refused(Exception):
-    """A whole file, but one that `save_checkpoint` does not write."""
+    """The file is undamaged, but fastppo would not have written it."""
 
 
 def _structure(path: Path) -> bytes:
-    """The pickle of a file that torch.save wrote and that has not changed since; raises _Refused, or what zipfile raises.
+    """The pickle in a file of torch.save, after comparing its checksums. Raises _Refused, or what zipfile raises.
 
-    torch checks no checksum when it reads. Here that takes 3 ms for a checkpoint of 7 MB, where torch.load takes 4 (9 without
-    mmap) and all of `load_checkpoint` 23, most of them for the copies.
+    torch does not check them when it reads. For a checkpoint of 7 MB this takes 3 ms, torch.load 4 (9 without mmap) and all of
+    `load_checkpoint` 23, mostly for the copies.
     """
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -77,7 +75,7 @@ def _structure(path: Path) -> bytes:
         names = [entry.filename for entry in entries]
         pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1 or len(set(names)) != len(names):
-            raise _Refused("it is no archive of torch.save")
+            raise _Refused("it is not an archive of torch.save")
         if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
             raise _Refused("its structure is larger than that of any checkpoint")
         wrong = archive.testzip()
@@ -86,7 +84,7 @@ def _structure(path: Path) -> bytes:
         return archive.read(pickles[0])
 
 
-# what torch.save writes for plain data and dense tensors: neither BUILD nor NEWOBJ, which make objects
+# The instructions that torch.save writes for plain data and dense tensors. BUILD and NEWOBJ, which make objects, are not here.
 _OPCODES = re.compile(
     "PROTO|MARK|STOP|NONE|NEW(TRUE|FALSE)|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|EMPTY_(DICT|LIST|TUPLE)|TUPLE[123]?|APPENDS?|"
     "SETITEMS?|(LONG_)?BIN(PUT|GET)|GLOBAL|BINPERSID|REDUCE"
@@ -98,14 +96,14 @@ _GLOBALS = re.compile(
 
 
 def _check_pickle(data: bytes) -> None:
-    """Raise _Refused for what is more than plain data and dense tensors.
+    """Raise _Refused for anything but plain data and dense tensors.
 
-    `weights_only` refuses code by itself. This says by name what was refused, and refuses what weights_only takes besides:
-    tensors that are sparse, or on no device, and calls that make much out of little.
+    `weights_only` already refuses code. This check names what it refuses. It also refuses what weights_only accepts: sparse
+    tensors, tensors without a device, and calls that allocate much memory from a small file.
     """
-    hooks = "collections OrderedDict"  # an empty one beside each tensor; made of something it could be made many times
-    places: set[Any] = set()  # where the pickle remembers `hooks`
-    fresh = False  # `hooks` was the last thing pushed
+    hooks = "collections OrderedDict"  # torch.save writes an empty one for each tensor; a filled one could use much memory
+    places: set[Any] = set()  # memo entries that hold `hooks`
+    fresh = False  # whether `hooks` is on top of the stack
     for opcode, argument, _ in pickletools.genops(data):
         if not _OPCODES.fullmatch(opcode.name):
             raise _Refused(f"its pickle holds the instruction {opcode.name}")
@@ -116,19 +114,19 @@ def _check_pickle(data: bytes) -> None:
             places.add(argument)
             continue
         if fresh and opcode.name != "EMPTY_TUPLE":
-            raise _Refused("it makes a dict in another way than torch.save")
+            raise _Refused("it makes a dict as torch.save does not")
         fresh = (opcode.name == "GLOBAL" and argument == hooks) or (opcode.name.endswith("BINGET") and argument in places)
 
 
 class _Copier:
-    """Copies of plain data, nothing twice: what refers to itself, or to one thing a million times, is refused."""
+    """Copies plain data. Refuses a container that occurs twice: it could refer to itself, or repeat a million times."""
 
     def __init__(self, max_bytes: int) -> None:
         self.bytes_left = max_bytes  # for tensors
         self.seen: set[int] = set()
 
     def copy(self, value: Any, depth: int = 0) -> Any:
-        """value and all that is in it, the tensors in memory of their own; raises _Refused for what is not plain."""
+        """A deep copy of `value`. Raises _Refused for anything but plain data."""
         kind = type(value)
         if value is None or kind in (bool, float) or (kind is int and abs(value) < 2**63):
             return value
@@ -142,7 +140,7 @@ class _Copier:
         if kind is list:
             return [self.copy(part, depth + 1) for part in value]
         if not all(type(key) in (str, int) for key in value):
-            raise _Refused("it holds a dict whose keys are no names")
+            raise _Refused("it holds a dict with a key that is not a name")
         return {self.copy(key): self.copy(part, depth + 1) for key, part in value.items()}
 
     def _tensor(self, tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The run directory: where everything a run writes lies, and how it is written. Knows nothing of what is in the files.
+"""The run directory: the paths of its files, and how they are written. Knows nothing of what is in the files.
 
 config.json   metrics.csv   events.out.tfevents.*   curves.png   summary.json
 checkpoints/iteration-N.pt, the last few   checkpoints/last.pt, the newest of them   checkpoints/best.pt
-fault.txt and fault.pt, after one: what happened, and the rollout in which it did   videos/, where some were asked for
+fault.txt and fault.pt after a fault: what happened, and the rollout in which it happened   videos/, with --record-every
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from fastppo.system.paths import absolute, current_directory
 
 
 class RunDirectory:
-    """Paths of one run. Files appear whole or not at all: each is written under a temporary name, then renamed."""
+    """Paths of one run. Each file is written under a temporary name and then renamed, so that it is never half written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,11 +55,11 @@ class RunDirectory:
         """Make the directory of a new run, <place>/<env>__<seed>__<time> unless named, and lock it.
 
         Args:
-            fill: writes what the run can be resumed from, one file at least. The directory appears with that in it, or not at
-                all; one that is there already, and empty, is seen being filled.
+            fill: writes what the run can be resumed from, at least one file. A new directory appears only after that. A
+                directory that exists, and is empty, is filled in place.
 
         Raises:
-            UsageError: it holds anything already, is another run's, or cannot be written.
+            UsageError: it is not empty, another run uses it, or it cannot be written.
         """
         if path is not None:
             return cls._make(absolute(path, "--run-dir", current_directory()), fill)
@@ -73,7 +73,7 @@ class RunDirectory:
 
     @classmethod
     def _make(cls, path: Path, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
-        taken = UsageError(f"--run-dir {path} exists and is not empty; choose another, or --resume {path} to go on with it")
+        taken = UsageError(f"--run-dir {path} exists and is not empty; choose another, or --resume {path} to continue it")
         made: RunDirectory | None = None
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -92,7 +92,7 @@ class RunDirectory:
                 with contextlib.suppress(OSError):
                     for entry in list(made.path.iterdir()) if made.path == path else [made.path]:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody was faster
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run has just made it
                 raise FileExistsError(path) if made is not None and made.path != path else taken from None
             raise UsageError(f"--run-dir {path} cannot be written: {error.strerror}; choose another") from None
         lock, made._lock = made._lock, None
@@ -102,45 +102,45 @@ class RunDirectory:
 
     @property
     def is_written(self) -> bool:
-        """Whether this process is the one that writes to it."""
+        """Whether this process writes to it."""
         return True
 
     def lock(self) -> None:
-        """Keep other runs out as long as this process lives, or until `unlock`. Raises UsageError where one keeps us out."""
+        """Lock the directory until `unlock` or the end of this process. Raises UsageError if another run has locked it."""
         self._lock = lock_directory(
             self.path,
             f"--run-dir {self.path}: another run is writing to it; stop that one first, or choose another directory",
         )
 
     def unlock(self) -> None:
-        """Let other runs in."""
+        """Release the lock."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def write_text(self, path: Path, text: str) -> None:
         """Replace `path` by `text` in one step."""
-        replace_file(path, text.encode(errors="backslashreplace"))  # a traceback may quote what is no text
+        replace_file(path, text.encode(errors="backslashreplace"))  # a traceback may quote bytes that are not text
 
     def write_json(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Replace `path` by `data` as JSON; numbers that are not finite become null, which JSON has."""
+        """Replace `path` by `data` as JSON; numbers that are not finite become null."""
         clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in data.items()}
         self.write_text(path, json.dumps(clean, indent=2) + "\n")
 
     def save(self, path: Path, data: Mapping[str, Any]) -> None:
         """Replace `path` by tensors and plain data, as `load_checkpoint` reads it.
 
-        Raises OSError where the disk is full, for instance; what was there before then still is.
+        Raises OSError, for example when the disk is full; the old file is then still there.
         """
-        buffer = BytesIO()  # torch.save to a file tells of a full disk in words of its own
+        buffer = BytesIO()  # torch.save to a file raises another error than OSError when the disk is full
         torch.save(dict(data), buffer)
         path.parent.mkdir(exist_ok=True)
         replace_file(path, buffer.getbuffer())
 
     def keep(self, iteration: int, checkpoint: Mapping[str, Any], number: int) -> None:
-        """Write a checkpoint, which is also last.pt from then on, and drop all but `number` of those up to it.
+        """Write a checkpoint, also as last.pt, and remove older ones, so that `number` of them are left.
 
-        Those of later iterations are dropped too: they are of a future that the run did not take. Raises OSError as `save`.
+        Checkpoints of later iterations, from before a resume, are removed too. Raises OSError as `save`.
         """
         path = self.checkpoints / f"iteration-{iteration}.pt"
         self.save(path, checkpoint)
@@ -157,7 +157,7 @@ class RunDirectory:
             kept[dropped].unlink(missing_ok=True)
 
     def kept(self) -> dict[int, Path]:
-        """What `keep` has left, by iteration, the latest first."""
+        """The checkpoints that `keep` has written, by iteration, the latest first."""
         found = {}
         for path in self.checkpoints.glob("iteration-*.pt"):
             if match := re.fullmatch(r"iteration-(\d+)\.pt", path.name):
@@ -165,10 +165,10 @@ class RunDirectory:
         return dict(sorted(found.items(), reverse=True))
 
     def newest(self, kept_only: bool) -> tuple[Path, dict[str, Any], str | None]:
-        """The newest checkpoint that can be read, and a line on those that cannot.
+        """The newest checkpoint that can be read, its path, and a line about those that cannot be read.
 
         Args:
-            kept_only: of those that `keep` wrote; last.pt may be another, of a run's end.
+            kept_only: ignore last.pt, which may be the checkpoint of a run's end instead of one that `keep` wrote.
 
         Raises:
             UsageError: none can be read.
@@ -176,25 +176,25 @@ class RunDirectory:
         failed: UsageError | None = None
         for path in (*(() if kept_only else (self.last,)), *self.kept().values()):
             try:
-                return path, load_checkpoint(path), None if failed is None else f"{failed}; going on from {path} instead"
+                return path, load_checkpoint(path), None if failed is None else f"{failed}; resuming from {path} instead"
             except UsageError as error:
                 failed = failed or error
-        raise failed or UsageError(f"{self.path} holds no checkpoint to go on from: is this a run directory of fastppo?")
+        raise failed or UsageError(f"{self.path} holds no checkpoint to resume from: is this a run directory of fastppo?")
 
 
 class OthersDirectory(RunDirectory):
-    """A run's directory that another process writes: here nothing is."""
+    """The run directory in a process that writes nothing, because another process does."""
 
     @property
     def is_written(self) -> bool:
-        """See RunDirectory."""
+        """False: another process writes."""
         return False
 
     def write_text(self, path: Path, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def save(self, path: Path, data: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def keep(self, iteration: int, checkpoint: Mapping[str, Any], number: int) -> None:
-        """Nothing."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""What a person sees while training: a live panel on a terminal, log lines elsewhere. Knows nothing of what it shows."""
+"""Progress of training for people: a live panel on a terminal, log lines elsewhere."""
 
 import codecs
 import contextlib
@@ -22,8 +22,8 @@ from fastppo.system.text import duration
 
 Line = list[str | tuple[str, str]]  # text, or text and style
 SPARKS = "▁▂▃▄▅▆▇█"
-DRAWN = SPARKS + "━─│╭╮╰╯·"  # all that the panel consists of beside ASCII
-BARS = 33  # of the curve, each a share of the run
+DRAWN = SPARKS + "━─│╭╮╰╯·"  # the panel's letters that are not ASCII
+BARS = 33  # of the curve, each for an equal part of the run
 COLUMNS, LINES = 80, 8  # of the panel
 _PLACES = {metric.cell: metric for metric in METRICS.values() if metric.cell}
 CELLS = [[_PLACES[line, column] for column in range(3)] for line in range(4)]  # of the panel's lower half
@@ -33,24 +33,24 @@ class Display(Protocol):
     """Where a run's progress goes."""
 
     reader_gone: bool
-    """Nobody sees it any more: the pipe that it went to was closed."""
+    """Whether the pipe that the output goes to was closed."""
 
     def note(self, line: str) -> None:
-        """A line that stays: what was chosen and why, a new best model, where the results are."""
+        """Print a line that stays on the screen."""
         ...
 
     def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
-        """One iteration's metrics; progress in [0, 1]; engine: what runs the environments and the programs."""
+        """Show one iteration's metrics. progress: in [0, 1]. engine: what runs the environments and the programs."""
         ...
 
     def close(self) -> None:
-        """The last state stays on the screen. Notes may follow; a second call does nothing."""
+        """Leave the last state on the screen. Notes may follow; a second call does nothing."""
         ...
 
 
 def make_display(plain: bool, title: str) -> Display:
-    """A live panel where the output is a terminal that can show it, unless `plain`; log lines in a notebook, pipe or file."""
-    is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # what a notebook puts there may have no such method
+    """A live panel if the output is a terminal that can show it, unless `plain`; else log lines."""
+    is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # a notebook's stdout may have no such method
     if plain or not is_terminal or Console().is_dumb_terminal:
         return PlainDisplay()
     try:
@@ -61,18 +61,18 @@ def make_display(plain: bool, title: str) -> Display:
 
 
 class NoDisplay:
-    """Shows nothing: another process does."""
+    """Shows nothing, because another process does."""
 
     reader_gone = False
 
     def note(self, line: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class PlainDisplay:
@@ -112,15 +112,15 @@ class PlainDisplay:
         except BrokenPipeError:
             self.reader_gone = True
             silence_stdout()
-        except OSError:  # a full disk behind it: the line waits in Python's buffer for the next one
+        except OSError:  # a full disk: the line stays in Python's buffer until the next one
             return
 
 
 class LiveDisplay:
-    """A panel of 80 columns at most, redrawn at most five times a second; what changes in it keeps its place."""
+    """A panel of at most 80 columns, redrawn at most five times a second. Values have fixed places."""
 
     def __init__(self, title: str) -> None:
-        self.reader_gone = False  # a terminal that goes sends SIGHUP
+        self.reader_gone = False  # a terminal that is closed sends SIGHUP instead
         self._title = title
         self._console = Console()
         self._live = Live(console=self._console, auto_refresh=False, transient=False)
@@ -154,7 +154,7 @@ class LiveDisplay:
 
     @contextlib.contextmanager
     def _outliving_the_terminal(self) -> Iterator[None]:
-        """For what writes to the terminal: once it is gone nothing is shown any more, and training goes on (under nohup)."""
+        """For writing to the terminal: if it was closed, nothing is shown any more, and training continues (under nohup)."""
         try:
             yield
         except OSError:
@@ -169,7 +169,7 @@ class LiveDisplay:
             self._drawn = (panel.width or 0, LINES)
 
     def _erase_wrapped(self) -> None:
-        """A terminal made narrower has wrapped the panel: erase the lines that rich does not know of."""
+        """Erase the lines that a terminal added by wrapping the panel when it was made narrower; rich does not know of them."""
         columns, lines = self._drawn
         extra = lines * (math.ceil(columns / self._console.width) - 1)
         if extra > 0 and self._live.is_started:
@@ -216,11 +216,11 @@ ASCII = {"·": "-", "±": "+-", "…": "...", "→": "->", "█": "#", "━": "=
 
 
 def _replace(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Error handler for codecs: ASCII for a letter that an encoding does not have, and bytes of a file's name as they are."""
+    """Error handler for codecs: ASCII for letters that the encoding lacks; undecodable bytes of file names are kept."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     letter = error.object[error.start]
-    escaped = "\udc80" <= letter <= "\udcff"  # how Python keeps a byte that it could not decode
+    escaped = "\udc80" <= letter <= "\udcff"  # Python's form of a byte that it could not decode
     return bytes([ord(letter) - 0xDC00]) if escaped else ASCII.get(letter, "?"), error.start + 1
 
 
@@ -228,14 +228,14 @@ codecs.register_error("fastppo", _replace)
 
 
 def print_any_letter() -> None:
-    """From here on this process's own stdout and stderr replace letters that they cannot encode, and raise no error."""
+    """Let this process's own stdout and stderr replace letters that they cannot encode instead of raising an error."""
     for stream, own in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)):
         if stream is own and isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="fastppo")
 
 
 def encodable(text: str, stream: Any) -> str:
-    """The text in letters that the stream can encode."""
+    """The text with letters that the stream cannot encode replaced."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         text.encode(encoding, getattr(stream, "errors", None) or "strict")
@@ -245,16 +245,16 @@ def encodable(text: str, stream: Any) -> str:
 
 
 def silence_stdout() -> None:
-    """After a BrokenPipeError: what is still in stdout's buffer, and all that comes, goes nowhere instead of failing again."""
+    """After a BrokenPipeError: send stdout's buffer and all later output to the null device, so that nothing fails again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as `width` bars at most, scaled between their least and greatest.
+    """The values as at most `width` bars, scaled between their minimum and maximum.
 
-    A nan is as high as the value before it, and where there is none or no other follows, it is a space, or nothing.
+    A nan repeats the value before it. Leading nans are spaces, trailing ones are left out.
     """
     known = [value for value in values if math.isfinite(value)]
     if not known or width < 1:
@@ -273,7 +273,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def share(value: float) -> str:
-    """A bar of 10 columns and per cent, 15 columns together."""
+    """A bar of 10 columns and a percentage, 15 columns together."""
     return f"{'█' * round(value * 10):10} {value:4.0%}"
 
 
@@ -288,10 +288,10 @@ def shown(name: str, row: Row) -> str:
 
 
 def number(value: float) -> str:
-    """Four significant digits; '-' for what is not there yet."""
+    """Four significant digits; '-' for a value that is not finite."""
     return "-" if not math.isfinite(value) else f"{value:.4g}"
 
 
 def figure(value: float) -> str:
-    """The same for the panel, as wide for 475 as for 475.1: '475.0', '12,346', '-1.234e-05'."""
+    """The same for the panel, with trailing zeros so that the width is steady: '475.0', '12,346', '-1.234e-05'."""
     return number(value) if not 1e-4 <= abs(value) < 1e7 else f"{value:#.4g}" if abs(value) < 999.95 else f"{value:,.0f}"

@@ -1,4 +1,4 @@
-"""Returns and lengths of finished episodes, read off whole rollouts. Knows nothing of how they were collected."""
+"""Returns and lengths of finished episodes, computed from whole rollouts. Knows nothing of how these were collected."""
 
 import math
 from collections import deque
@@ -19,7 +19,7 @@ class Finished(NamedTuple):
 
 
 class EpisodeStatistics:
-    """True (undiscounted, unnormalised) episode returns; carries unfinished episodes from rollout to rollout."""
+    """Undiscounted, unnormalised episode returns. Unfinished episodes are carried over to the next rollout."""
 
     def __init__(self, num_envs: int) -> None:
         self.returns: deque[float] = deque(maxlen=WINDOW)
@@ -31,24 +31,24 @@ class EpisodeStatistics:
 
     @property
     def running_length(self) -> NDArray[np.int64]:
-        """(N,) steps of each environment's episode under way."""
+        """(N,) steps of each environment's unfinished episode."""
         return self._running_length
 
     def update(self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]) -> int:
-        """Account for one rollout: (T, N) each, rows that are not valid count for nothing. Returns episodes finished.
+        """Count the episodes of one rollout, (T, N) each; rows that are not valid are ignored. Returns the number finished.
 
-        No Python per step or environment: each environment's steps are cut into segments at its ends, and these are summed.
+        There is no Python loop over steps or environments: episode ends cut the steps into segments, and these are summed.
         """
         num_steps = len(done)
-        ended = np.ascontiguousarray((done & valid).T).ravel()  # by environment, then by step, as all that follows
+        ended = np.ascontiguousarray((done & valid).T).ravel()  # by environment, then by step, like all arrays below
         starts = np.zeros(len(ended), bool)
         starts[1:] = ended[:-1]
         starts[::num_steps] = True
         first = np.flatnonzero(starts)
         last = np.append(first[1:], len(starts)) - 1
         finished = ended[last]
-        opening = np.flatnonzero(first % num_steps == 0)  # of each environment, the segment that goes on from the last rollout
-        closing = np.append(opening[1:], len(first)) - 1  # and the one that the next rollout may go on with
+        opening = np.flatnonzero(first % num_steps == 0)  # each environment's first segment, which continues the last rollout's
+        closing = np.append(opening[1:], len(first)) - 1  # and its last one, which the next rollout may continue
         by_time = np.argsort(last[finished] % num_steps, kind="stable")
         ended_with: list[NDArray[Any]] = []
         for rows, running in ((np.where(valid, reward, 0.0), self._running_return), (valid, self._running_length)):
@@ -73,11 +73,11 @@ class EpisodeStatistics:
         return sum(self.lengths) / len(self.lengths) if self.lengths else math.nan
 
     def forget_running(self) -> None:
-        """Episodes under way end here without counting: the environments start new ones."""
+        """Drop unfinished episodes: the environments start new ones."""
         self._running_return[:], self._running_length[:] = 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain data: finished episodes, and what those under way have so far."""
+        """As plain data: finished episodes, and return and length so far of unfinished ones."""
         return {
             "returns": list(self.returns),
             "lengths": list(self.lengths),
@@ -87,7 +87,7 @@ class EpisodeStatistics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result. Raises ValueError, TypeError or KeyError for something else."""
+        """Restore a `state_dict`. Raises ValueError, TypeError or KeyError if it is not one."""
         returns, lengths = map(float, state["returns"]), map(int, state["lengths"])
         self.returns, self.lengths = deque(returns, maxlen=WINDOW), deque(lengths, maxlen=WINDOW)
         self.episodes = int(state["episodes"])

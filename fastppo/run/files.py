@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and directories that one process writes to. Knows nothing of what is in them."""
+"""Files replaced in one step, and directories locked by one process. Knows nothing of what is in them."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ from fastppo.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows, where two writers to one directory are not noticed
+except ImportError:  # Windows: two writers to one directory are not detected
     fcntl = None  # type: ignore[assignment]
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write `path`: a kill, a crash or a full disk at any moment leaves it as it was before, or as it is to be.
+    """Write `path`. After a kill, a crash or a full disk it has its old content or the new one, never a part.
 
-    A link in its place, or in that of the temporary file, is replaced, not followed. Raises OSError.
+    If `path` or the temporary file is a link, the link is replaced, not followed. Raises OSError.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -34,16 +34,16 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def file_name(text: str) -> str:
-    """`text`, an environment's id for one, as a name that every file system takes."""
+    """`text`, for example an environment id, as a name that is legal on every file system."""
     return re.sub(r"[^\w.-]+", "-", text)
 
 
 @contextlib.contextmanager
 def utf8_name(path: Path) -> Iterator[str]:
-    """A name of a file or directory that is there for libraries that encode names as UTF-8, as torch does.
+    """A name of an existing file or directory for libraries that encode names as UTF-8, as torch does.
 
-    It is another than its own where Python could not decode that: bytes that are no UTF-8, or any letter in the locale C.
-    Raises OSError.
+    It is an alias in /dev/fd if Python could not decode the real name: bytes that are not UTF-8, or any non-ASCII letter in the
+    locale C. Raises OSError.
     """
     try:
         str(path).encode()
@@ -58,14 +58,14 @@ def utf8_name(path: Path) -> Iterator[str]:
 
 
 def is_inside(path: Path, directory: Path) -> bool:
-    """Whether it lies in the directory, and is no link that leads out of it."""
+    """Whether the path, with links followed, lies in the directory."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
 
 
 def lock_directory(path: Path, taken: str) -> int | None:
-    """Keep others out as long as this process lives, or until the descriptor that is returned is closed.
+    """Lock a directory until the returned descriptor is closed, or this process ends.
 
-    None where files cannot be locked. Raises UsageError, saying `taken`, where somebody else keeps us out.
+    Returns None if the system has no such locks. Raises UsageError with the message `taken` if another process has locked it.
     """
     if fcntl is None:
         return None

@@ -1,6 +1,6 @@
 """Metrics to metrics.csv, TensorBoard and an experiment tracker. Knows nothing of what the metrics mean.
 
-None of them stops a run: what fails is told once, and training goes on.
+None of them stops a run: the first failure is reported in one line, and training continues.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from fastppo.run.metrics import METRICS, Row
 from fastppo.run.metrics_file import MetricsFile
 from fastppo.run.tracking import Tracker
 
-EVENT_SECONDS = 0.1  # between two events: one costs 350 us, most of them in a thread that holds Python's lock
+EVENT_SECONDS = 0.1  # between two events: each costs 350 us, mostly in a thread that holds Python's global lock
 TRACK_SECONDS = 1.0  # between two rows for a tracker, which may send each over a network
 
 
 class Loggers:
-    """Rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, one a second to a tracker.
+    """Writes rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, one a second to a tracker.
 
     The columns are those of the first row.
     """
@@ -40,15 +40,15 @@ class Loggers:
         """Open them.
 
         Args:
-            note: where a line goes that says what has failed.
-            resume_at: the iteration the run goes on from; later rows, which will be made again, are dropped.
-            tracker: opens one, where the user wants one.
+            note: takes a line that says what has failed.
+            resume_at: the iteration that the run resumes from; later rows are dropped.
+            tracker: opens the tracker that the user has chosen.
         """
         self._note = note
         self._metrics = MetricsFile(metrics_path, resume_at)
         self._metrics_fail = False
         self._closed = False
-        purge = None  # the step from which on events of before are dropped
+        purge = None  # TensorBoard drops its old events from this step on
         if resume_at is not None:
             last = self._metrics.last_kept
             purge = 1 if last is None else int(last["global_step"]) + 1
@@ -67,7 +67,7 @@ class Loggers:
                 self._note("metrics.csv can be written again: no row is missing")
             self._metrics_fail = False
         except OSError as error:
-            self._metrics_failed(error, "its rows wait until it can")
+            self._metrics_failed(error, "its rows are kept in memory until it can")
         for other in self._others:
             other.log(row)
 
@@ -90,37 +90,37 @@ class Loggers:
 
     def _metrics_failed(self, error: OSError, consequence: str) -> None:
         if not self._metrics_fail:
-            self._note(f"metrics.csv cannot be written ({error.strerror}): {consequence}; training goes on")
+            self._note(f"metrics.csv cannot be written ({error.strerror}): {consequence}; training continues")
         self._metrics_fail = True
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread hands its exception over to the next call, which tells of it: no traceback beside that."""
+        """Ignore exceptions of TensorBoard's thread: the next call raises them again, and they are reported then."""
         if type(failure.thread).__module__.partition(".")[0] != "tensorboard":
             self._hook(failure)
 
 
 class NoLoggers:
-    """Called as `Loggers` are, in a process that writes nothing."""
+    """Takes the place of `Loggers` in a process that writes nothing."""
 
     def log(self, row: Row) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log_config(self, config_json: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 class TensorBoard:
-    """TensorBoard's writer, called as a `Tracker` is."""
+    """TensorBoard's writer with the methods of a `Tracker`."""
 
     def __init__(self, directory: Path, purge_step: int | None) -> None:
         self._name = contextlib.ExitStack()
         self.writer = SummaryWriter(self._name.enter_context(utf8_name(directory)), purge_step=purge_step, flush_secs=10)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """One event for all figures: add_scalar for each of 21 takes 1340 us, this takes 137."""
+        """Write one event with all figures: this takes 137 us, add_scalar for each of 21 takes 1340."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         events: Any = self.writer.file_writer
         events.add_summary(Summary(value=values), step)
@@ -132,7 +132,7 @@ class TensorBoard:
 
 
 class _Guarded:
-    """A logger of somebody else's: it gets a row now and then, and the first time that it fails is the last."""
+    """A logger of another library. It gets at most one row every so many seconds, and none after its first failure."""
 
     def __init__(self, name: str, opening: Callable[[], Any], seconds: float, note: Callable[[str], None]) -> None:
         self._name, self._seconds, self._note = name, seconds, note
@@ -141,7 +141,7 @@ class _Guarded:
         self._pending: Row | None = None
         try:
             self._logger = opening()
-        except Exception as error:  # whatever somebody's library may raise
+        except Exception as error:  # the library may raise anything
             self._give_up(error)
 
     def do(self, job: Callable[[Any], object]) -> None:
@@ -153,13 +153,13 @@ class _Guarded:
             self._give_up(error)
 
     def log(self, row: Row) -> None:
-        """The row, or none while the last one is too fresh."""
+        """Write the row, unless the last one was written too recently."""
         self._pending = row
         if time.monotonic() - self._last >= self._seconds:
             self._write()
 
     def close(self) -> None:
-        """The last row, whenever the one before was."""
+        """Write the last row and close the logger."""
         self._write()
         self.do(lambda logger: logger.close())
 
@@ -172,4 +172,4 @@ class _Guarded:
 
     def _give_up(self, error: Exception) -> None:
         self._logger = None
-        self._note(f"{self._name} gets nothing from here on ({brief(error)}); metrics.csv and training go on")
+        self._note(f"{self._name} failed and gets no more rows ({brief(error)}); metrics.csv and training continue")

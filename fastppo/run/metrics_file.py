@@ -1,4 +1,4 @@
-"""metrics.csv: written so that a full disk costs no row and a kill no more than one, read so that half a row does no harm.
+"""metrics.csv: a full disk loses no row while the run lives, a kill loses at most one, and a half-written row is ignored.
 
 Knows nothing of what the metrics mean.
 """
@@ -15,24 +15,24 @@ from fastppo.run.files import replace_file
 
 
 class MetricsFile:
-    """Rows of metrics in a CSV file, on disk as soon as they are written. The columns are those of the first row."""
+    """Rows of metrics in a CSV file, unbuffered. The columns are those of the first row."""
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
-        """resume_at: the iteration the run goes on from; later rows, which will be made again, are dropped."""
+        """resume_at: the iteration that the run resumes from; later rows are dropped."""
         self._path = path
         self._kept = [] if resume_at is None else [row for row in read_rows(path) if int(row["iteration"]) <= resume_at]
         self._columns: list[str] | None = None
-        self._replaced = False  # the file of before stays until there is one that holds as much
+        self._replaced = False  # the old file stays until the new one holds as much
         self._file: io.FileIO | None = None
         self._unwritten = b""
 
     @property
     def last_kept(self) -> Mapping[str, str] | None:
-        """The row that the run goes on after."""
+        """The last row before the iteration that the run resumes from."""
         return self._kept[-1] if self._kept else None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row. Raises OSError where the disk has no room: the row waits, and is written before the next one."""
+        """Append one row. Raises OSError if the disk is full; the row is then written before the next one."""
         if self._columns is None:
             self._columns = list(row)
             head = io.StringIO()
@@ -42,7 +42,7 @@ class MetricsFile:
         self._flush()
 
     def close(self) -> None:
-        """Write what has waited; raises OSError where there is still no room."""
+        """Write the remaining rows and close the file. Raises OSError if the disk is still full."""
         try:
             self._flush()
         finally:
@@ -53,7 +53,7 @@ class MetricsFile:
         if not self._unwritten:
             return
         if not self._replaced:
-            replace_file(self._path, self._unwritten)  # opened after that: Windows renames no open file
+            replace_file(self._path, self._unwritten)  # opened after that: Windows cannot rename an open file
             self._unwritten, self._replaced = b"", True
         if self._file is None:
             self._file = self._path.open("ab", buffering=0)
@@ -67,7 +67,7 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows that are whole, oldest first: an iteration, a step, a value in every column. [] where there is no such file."""
+    """The complete rows, oldest first: with an iteration, a step, and a value in every column. [] if there is no such file."""
     rows = []
     with contextlib.suppress(OSError, csv.Error), path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):

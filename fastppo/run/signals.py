@@ -9,9 +9,9 @@ from fastppo.system.platforms import signal_name
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP (unless nohup has it ignored) ask the loop to stop after this iteration.
+    """SIGINT, SIGTERM and SIGHUP ask the loop to stop after this iteration. A second signal stops at once.
 
-    A second one stops at once.
+    SIGHUP is left alone if it is ignored, as under nohup.
     """
 
     def __init__(self) -> None:
@@ -28,15 +28,15 @@ class StopSignals:
         self.received = number
 
     def restore(self) -> None:
-        """Put the handlers from before back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     @property
     def name(self) -> str | None:
-        """Of the signal received."""
+        """Name of the signal received, None before one."""
         return None if self.received is None else signal_name(self.received)
 
     def exception(self) -> BaseException:
-        """What ends the process with 128 + the signal's number."""
+        """An exception that ends the process with 128 + the signal's number."""
         return KeyboardInterrupt() if self.received == signal.SIGINT else SystemExit(128 + (self.received or 0))

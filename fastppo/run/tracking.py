@@ -1,7 +1,7 @@
 """Experiment trackers through torchrl's loggers: `--track wandb`, `mlflow`, `trackio`. Knows nothing of what the metrics mean.
 
-Where they send things is told by their own environment variables: WANDB_MODE=offline, MLFLOW_TRACKING_URI, TRACKIO_DIR.
-Without one MLflow writes to mlflow.db in the run directory; W&B keeps its files there.
+Each is configured by its own environment variables: WANDB_MODE=offline, MLFLOW_TRACKING_URI, TRACKIO_DIR.
+By default MLflow writes to mlflow.db in the run directory. W&B keeps its files there.
 """
 
 import importlib.util
@@ -16,16 +16,16 @@ TRACKERS = ("wandb", "mlflow", "trackio")
 
 
 def check_installed(tracker: str) -> None:
-    """Raises UsageError where the tracker's package is not installed."""
+    """Raises UsageError if the tracker's package is not installed."""
     if importlib.util.find_spec(tracker) is None:
         raise UsageError(f"--track {tracker} needs a package that is not installed: pip install 'fastppo[{tracker}]'")
 
 
 class Tracker:
-    """One run in one tracker. Any call may raise whatever the tracker does."""
+    """One run in one tracker. Any call may raise whatever the tracker raises."""
 
     def __init__(self, tracker: str, project: str, run_dir: Path, config: Mapping[str, Any]) -> None:
-        """Open it and hand over the settings; tracker: one of TRACKERS."""
+        """Open the tracker and send the settings. tracker: one of TRACKERS."""
         self._tracker = tracker
         settings = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
         if tracker == "wandb":
@@ -39,7 +39,7 @@ class Tracker:
             uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{(run_dir / 'mlflow.db').absolute()}")
             self._logger = MLFlowLogger(exp_name=project, tracking_uri=uri)
             mlflow.set_tag("mlflow.runName", run_dir.name)
-            mlflow.log_params(settings)  # torchrl's own way to it needs omegaconf
+            mlflow.log_params(settings)  # torchrl's log_hparams needs omegaconf
             return
         else:
             from torchrl.record.loggers.trackio import TrackioLogger
@@ -48,11 +48,11 @@ class Tracker:
         self._logger.log_hparams(settings)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Figures by tag, as of that many transitions."""
+        """Log values by tag, after `step` transitions."""
         self._logger.log_metrics(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Send what is left and end the tracker's run."""
+        """Send the remaining data and end the tracker's run."""
         if self._tracker == "wandb":
             self._logger.experiment.finish()
         elif self._tracker == "mlflow":

@@ -1,1 +1,1 @@
-"""The machine and the process: processors, folders, signals of the platform, torch's global settings."""
+"""The machine and the process: processors, paths, files, signals, torch's global settings."""

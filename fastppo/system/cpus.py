@@ -1,4 +1,4 @@
-"""How many cores this process may use, and who is tied to one. Reads what Linux tells of quotas; costs no torch."""
+"""How many cores this process may use, and whether threads are pinned to cores. Reads Linux's CPU quotas; costs no torch."""
 
 import math
 import os
@@ -7,9 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path("/")  # where /proc and the control groups are
-
-
+ROOT = Path("/")  # of /proc and of the mounted control groups
 _forked = False
 
 
@@ -25,18 +23,17 @@ if hasattr(os, "register_at_fork"):
 def is_forked() -> bool:
     """Whether this process was forked from one that had imported fastppo.
 
-    OpenMP's threads do not survive a fork: where the parent had used some, the first operation that is shared out among several
-    waits for them forever.
+    OpenMP's threads do not survive a fork. If the parent had used them, the first parallel operation here waits forever.
     """
     return _forked
 
 
 def available_cores() -> int:
-    """Cores for this process: for its threads together, or for its worker processes together. At least 1.
+    """Cores for all threads of this process, or for all its worker processes. At least 1.
 
-    The least of the cores that it is bound to (taskset, a batch system), of those that its control groups let it use (docker
-    run --cpus, Kubernetes, systemd), and of OMP_NUM_THREADS. A part of a core is none: 1.5 count as 1. Processes that torchrun
-    has started on this machine have equal parts; the OMP_NUM_THREADS=1 that it gives them is nobody's wish.
+    The minimum of its CPU affinity (taskset, a batch system), the quota of its control groups (docker run --cpus, Kubernetes,
+    systemd), rounded down, and OMP_NUM_THREADS. Processes that torchrun has started on this machine share the cores equally;
+    OMP_NUM_THREADS=1 is ignored there, because torchrun sets it by itself.
     """
     ranks = _whole_number("LOCAL_WORLD_SIZE") or 1
     share = max(machine_cores() // ranks, 1)
@@ -45,23 +42,23 @@ def available_cores() -> int:
 
 
 def machine_cores() -> int:
-    """The same for all processes of this machine that are under the same limits, whatever OMP_NUM_THREADS says."""
+    """As `available_cores`, for all processes under the same limits together and without OMP_NUM_THREADS."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(math.floor(min(bound, cpu_quota(ROOT))), 1)
 
 
 def cpu_quota(root: Path) -> float:
-    """CPU seconds a second that the control groups of this process, and those above them, allow; inf where none limits it.
+    """CPU seconds per second that this process's control groups and their parents allow; inf without a limit.
 
-    root: the directory that /proc and the mounted hierarchies are looked for in.
+    root: the directory that contains /proc and the mounted hierarchies.
     """
     return min((_quota_of(directory) for directory in _groups(root)), default=math.inf)
 
 
 def _groups(root: Path) -> Iterator[Path]:
-    """The directories of the process's groups for CPU time, version 1 and 2, each up to where its hierarchy is mounted.
+    """The directories of the process's CPU control groups, version 1 and 2, and their parents up to the mount point.
 
-    In a container the mounted part may begin at the container's own group, or leave it out: then only what can be seen counts.
+    In a container the mount may start at the container's own group, or not contain it. Only visible directories count.
     """
     named = dict(_own_groups(_lines(root / "proc/self/cgroup")))
     for line in _lines(root / "proc/self/mountinfo"):
@@ -82,7 +79,7 @@ def _groups(root: Path) -> Iterator[Path]:
 
 
 def _own_groups(lines: list[str]) -> Iterator[tuple[str, str]]:
-    """(controller, group) of /proc/self/cgroup; the controller of version 2 is ""."""
+    """(controller, group) pairs of /proc/self/cgroup; the controller is "" for version 2."""
     for line in lines:
         controllers, _, group = line.partition(":")[2].partition(":")
         for controller in controllers.split(","):
@@ -90,14 +87,14 @@ def _own_groups(lines: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _quota_of(directory: Path) -> float:
-    """That of one group; inf where it has none, or none that can be read."""
+    """The quota of one group; inf if it has none, or it cannot be read."""
     both = " ".join(_lines(directory / "cpu.max")[:1]).split()  # version 2: "150000 100000", or "max 100000"
     both = both or [" ".join(_lines(directory / f"cpu.cfs_{name}_us")[:1]) for name in ("quota", "period")]
     try:
         quota, period = map(float, both)
     except ValueError:
         return math.inf
-    return quota / period if quota > 0 and period > 0 else math.inf  # version 1 says -1 for none
+    return quota / period if quota > 0 and period > 0 else math.inf  # version 1 has -1 for no limit
 
 
 def _lines(path: Path) -> list[str]:
@@ -108,23 +105,23 @@ def _lines(path: Path) -> list[str]:
 
 
 def _unescaped(text: str) -> str:
-    """A path of mountinfo, where a space is \\040."""
+    """A path of mountinfo, in which a space is \\040."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
 
 
 def _whole_number(name: str) -> int | None:
-    """That variable of the environment, its first number where it is a list; None where it is none, or less than 1."""
+    """The first number in an environment variable, which may be a list; None if it is missing or less than 1."""
     text = os.environ.get(name, "").split(",")[0].strip()
     return int(text) if text.isascii() and text.isdigit() and int(text) > 0 else None
 
 
 def engine_threads(num_envs: int) -> dict[str, int]:
-    """Arguments for the threads of EnvPool or ALE, which by themselves start one for each core of the machine.
+    """Thread arguments for EnvPool or ALE, which by default start a thread for each core of the machine.
 
-    Where this process may use all cores they are tied to them. Left to itself Linux now and then runs two of them on one core
-    while another is idle: EnvPool's HalfCheetah on two cores 15,000 steps/s, tied 18,100; beside one busy process 11,900 and
-    12,400, beside two no difference (benchmarks/LOG.md). With fewer threads than cores several runs would all be tied to the
-    same ones. Where it may use only some cores there are only so many threads, tied to none.
+    If this process may use all cores, the threads are pinned to them. Otherwise Linux sometimes runs two of them on one core
+    while another is idle: EnvPool's HalfCheetah on two cores 15,000 steps/s, pinned 18,100; beside one busy process 11,900 and
+    12,400, beside two no difference (benchmarks/LOG.md). With fewer threads than cores they are not pinned, because several
+    runs would be pinned to the same cores. If this process may use only some cores, it gets that many threads, not pinned.
     """
     cores, on_machine = available_cores(), os.cpu_count() or 1
     if cores < on_machine:

@@ -1,4 +1,4 @@
-"""Text and JSON files that anybody may have written, read as data. Costs no torch."""
+"""Reads text and JSON files as data, whoever wrote them. Costs no torch."""
 
 import json
 import reprlib
@@ -11,9 +11,9 @@ MAX_JSON_BYTES = 2**20  # config.json has two thousand
 
 
 def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
-    """An object of JSON from a file that may be anybody's: read as data, MAX_JSON_BYTES at most, no name twice.
+    """The JSON object in a file of at most MAX_JSON_BYTES, in which no name appears twice.
 
-    Raises UsageError, which says with `hint` what to do about a file that cannot be opened, and that it does not hold `what`.
+    Raises UsageError. Its message ends with `hint` if the file cannot be opened, and says if it does not hold `what`.
     """
     text = read_text(path, hint)
     try:
@@ -29,13 +29,13 @@ def read_text(path: Path, hint: str) -> str:
     """The text of a regular file of at most MAX_JSON_BYTES; raises UsageError as `read_json`."""
     try:
         if path.exists() and not path.is_file():
-            raise UsageError(f"{path} is no regular file")
+            raise UsageError(f"{path} is not a regular file")
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror}): {hint}") from None
     if len(text) > MAX_JSON_BYTES:
-        raise UsageError(f"{path} is larger than any {path.name} of fastppo: {MAX_JSON_BYTES} bytes are read at most")
+        raise UsageError(f"{path} is larger than any {path.name} of fastppo: at most {MAX_JSON_BYTES} bytes are read")
     try:
         return text.decode("utf-8-sig")
     except ValueError as error:
@@ -43,8 +43,8 @@ def read_text(path: Path, hint: str) -> str:
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of two values under one name each reader would take another."""
+    """A JSON object as a dict. Raises ValueError if a name appears twice, since readers differ in which value they take."""
     data = dict(pairs)
     if len(data) < len(pairs):
-        raise ValueError("a name stands in it twice")
+        raise ValueError("a name appears twice")
     return data

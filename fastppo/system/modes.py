@@ -1,7 +1,7 @@
-"""torch's global settings around our own computations. Knows nothing of what is computed.
+"""torch's global settings around fastppo's own computations. Knows nothing of what is computed.
 
-An environment, a callback or the caller of `train` may have set another default dtype or device, autocast or a mode without
-gradients. Their code keeps these settings; ours runs under `plain`, and says dtype and device of the tensors that it makes.
+An environment, a callback or the caller of `train` may have set another default dtype or device, autocast or inference mode.
+Their code keeps these settings. fastppo's code runs under `plain`, and gives dtype and device for each tensor that it makes.
 """
 
 import contextlib
@@ -14,17 +14,17 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
-_NOTHING = contextlib.nullcontext()  # can be entered again and again
+_NOTHING = contextlib.nullcontext()  # can be entered repeatedly
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class Settings(NamedTuple):
-    """What torch goes by where a call does not say it."""
+    """torch's defaults for calls that do not say otherwise."""
 
     dtype: torch.dtype
     device: torch.device | None
-    autocast: tuple[torch.dtype | None, ...]  # by AUTOCAST_DEVICES: None where it is off
+    autocast: tuple[torch.dtype | None, ...]  # one for each of AUTOCAST_DEVICES; None: off
 
 
 CPU = torch.device("cpu")
@@ -33,16 +33,16 @@ _outside: ContextVar[Settings | None] = ContextVar("outside", default=None)
 
 
 def settings() -> Settings:
-    """Those of now."""
+    """The current settings."""
     autocast = (torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in AUTOCAST_DEVICES)
     return Settings(torch.get_default_dtype(), _default_device(), tuple(autocast))
 
 
 def _default_device() -> torch.device | None:
-    """None: one that is not there, of which torch does not say which it is."""
+    """The default device; None if it does not exist, in which case torch does not name it."""
     try:
         return torch.empty(0).device  # 1 us where torch.get_default_device takes 4
-    except Exception:  # whatever its driver raises
+    except Exception:  # a driver may raise anything
         return None
 
 
@@ -57,18 +57,18 @@ def is_plain() -> bool:
 
 
 def plain() -> AbstractContextManager[None]:
-    """float32, the CPU, no autocast and no inference mode: what our programs are written for."""
+    """float32, the CPU, no autocast and no inference mode: what fastppo's programs are written for."""
     return _NOTHING if is_plain() else _plain()
 
 
 def theirs() -> AbstractContextManager[None]:
-    """Within `plain`, for a call of somebody else's function: the settings from before it."""
+    """Within `plain`, for calls of user code: the settings from before `plain`."""
     outside = _outside.get()
     return _NOTHING if outside is None else _set(outside)
 
 
 def ours(function: Callable[P, R]) -> Callable[P, R]:
-    """`function` under `plain` and without gradients: ordinary tensors leave it, whatever the caller's settings are."""
+    """`function` under `plain` and without gradients, so that it returns ordinary tensors under any settings."""
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -79,12 +79,12 @@ def ours(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which is called many times under the settings of now: nothing around it where they are plain."""
+    """`function` under `plain`; unwrapped, and so without overhead, if the current settings are plain already."""
     return function if is_plain() else under(plain, function)
 
 
 def under(mode: Callable[[], AbstractContextManager[Any]], function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with each call under a mode of its own."""
+    """`function` with each call in a fresh `mode()`."""
 
     def call(*args: Any) -> Any:
         with mode():

@@ -1,15 +1,15 @@
-"""The user's paths, as seen from the working directory in which a command was started."""
+"""The user's paths, relative to the working directory in which a command was started."""
 
 import os
 from pathlib import Path
 
 from fastppo.errors import UsageError
 
-_deleted = False  # the working directory, before `leave_deleted_directory`
+_deleted = False  # whether `leave_deleted_directory` has left the working directory
 
 
 def current_directory() -> Path | None:
-    """The working directory, to be remembered before the code of an environment changes it; None where it has been deleted."""
+    """The working directory; None if it has been deleted. Read it early: an environment's code may change it."""
     try:
         return None if _deleted else Path.cwd()
     except FileNotFoundError:
@@ -17,10 +17,9 @@ def current_directory() -> Path | None:
 
 
 def absolute(path: str | Path, name: str, place: Path | None) -> Path:
-    """`path` as seen from `place`, a result of `current_directory`.
+    """`path` relative to `place`, a result of `current_directory`.
 
-    Letters that the locale's encoding does not have, for example in the locale C, become the bytes of UTF-8, as they are on a
-    command line.
+    Letters that the locale's encoding lacks, for example in the locale C, become UTF-8 bytes, as on a command line.
 
     Args:
         name: the flag that `path` was given with.
@@ -40,9 +39,9 @@ def absolute(path: str | Path, name: str, place: Path | None) -> Path:
 
 
 def leave_deleted_directory() -> None:
-    """Go to the root directory where the working directory has been deleted: without one MKL ends the process.
+    """Change to the root directory if the working directory has been deleted: without one MKL ends the process.
 
-    `current_directory` is None from then on.
+    `current_directory` then returns None.
     """
     global _deleted
     try:

@@ -1,6 +1,6 @@
-"""What differs between Linux, macOS and Windows, in one place. Knows nothing of training, costs no torch.
+"""The differences between Linux, macOS and Windows. Knows nothing of training, costs no torch.
 
-fastppo is developed and run on Linux. What the other systems lack is taken away in tests/test_platforms.py.
+fastppo is developed and run on Linux. tests/test_platforms.py removes what the other systems lack.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-SIGPIPE: int = getattr(signal, "SIGPIPE", 13)  # 13 everywhere where there is one
-# gymnasium's choice too: a forked process shares the imports of this one, which take seconds, and knows every environment that
-# was registered here. On macOS system libraries do not survive a fork, and Windows has none: Python's own default is taken.
+SIGPIPE: int = getattr(signal, "SIGPIPE", 13)  # 13 on every system that has it
+# fork, as in gymnasium: a forked process has this one's imports, which take seconds, and its registered environments.
+# macOS's libraries do not survive a fork and Windows has none: there it is Python's default.
 START_METHOD = "fork" if sys.platform == "linux" and hasattr(os, "fork") else None
 _PIPES_ARE_FILES = hasattr(select, "poll")  # not on Windows
 
@@ -32,15 +32,15 @@ _PIPES_ARE_FILES = hasattr(select, "poll")  # not on Windows
 
 
 def peak_memory_mib() -> float:
-    """The most memory that this process has had, in MiB; nan where the system does not tell."""
+    """Peak resident memory of this process in MiB; nan if the system does not report it."""
     if resource is None:
         return math.nan
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes there, KiB elsewhere
+    return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes on macOS, KiB elsewhere
 
 
 def process_age() -> float:
-    """Seconds since this process was started, imports included; nan where the system does not tell."""
+    """Seconds since this process was started, imports included; nan if the system does not report it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -49,20 +49,20 @@ def process_age() -> float:
 
 
 def lower_priority() -> None:
-    """Let other processes go first, where the system has a way to say so."""
+    """Lower this process's scheduling priority, if the system supports it."""
     if hasattr(os, "nice"):
         os.nice(5)
 
 
 def own_group() -> dict[str, Any]:
-    """Arguments of subprocess.Popen for a process that Ctrl-C does not reach; `end_group` ends it and its children."""
+    """Arguments of subprocess.Popen for a process that does not get Ctrl-C; `end_group` ends it and its children."""
     if sys.platform == "win32":
         return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     return {"start_new_session": True}
 
 
 def end_group(process: "subprocess.Popen[Any]") -> None:
-    """Ask a process started with `own_group` to end, and its children where the system can; it may be gone already."""
+    """Send SIGTERM to a process started with `own_group`, and to its children if the system can. It may have ended already."""
     with contextlib.suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGTERM)
@@ -71,15 +71,15 @@ def end_group(process: "subprocess.Popen[Any]") -> None:
 
 
 def lead_group() -> None:
-    """Make this process the leader of a group of its own, which `kill_group` ends, where the system has groups."""
+    """Make this process the leader of a new process group, for `kill_group`, if the system has groups."""
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
 
 
 def kill_group(number: int) -> None:
-    """Kill what is left of the group that process `number` leads, 0 for the group of this process, where there are groups."""
+    """Kill the process group that process `number` leads, 0 for this process's group, if the system has groups."""
     if hasattr(os, "killpg"):
-        with contextlib.suppress(OSError):  # nobody is left, as a rule
+        with contextlib.suppress(OSError):  # usually all have ended already
             os.killpg(number, signal.SIGKILL)
 
 
@@ -87,7 +87,7 @@ def kill_group(number: int) -> None:
 
 
 def signal_name(number: int) -> str:
-    """'SIGINT'; for a signal that this system does not have, 'signal 13'."""
+    """'SIGINT', or 'signal 13' for a signal that this system does not have."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -96,7 +96,7 @@ def signal_name(number: int) -> str:
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits. A process that is started meanwhile does not get it before `leave_signals_to_parent`."""
+    """Delay Ctrl-C. A process started meanwhile does not get it before `leave_signals_to_parent`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -108,11 +108,11 @@ def interrupts_held() -> Iterator[None]:
 
 
 def leave_signals_to_parent() -> None:
-    """For a process that works for another one: what a terminal sends to all of its processes, the parent answers.
+    """For a worker process: ignore the signals that a terminal sends to all processes; its parent handles them.
 
-    SIGTERM ends it, whatever handler it was forked with.
+    SIGTERM ends the process, whatever handler it was forked with.
     """
-    # a function and not SIG_IGN, which programs that an environment starts would inherit
+    # a function instead of SIG_IGN, which programs started by an environment would inherit
     for name in ("SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), lambda number, frame: None)
@@ -125,9 +125,9 @@ def leave_signals_to_parent() -> None:
 
 
 def poller(connection: Connection) -> Callable[[float | None], object]:
-    """A function of milliseconds, None for ever: waits until there is something to read, and says whether there is.
+    """A function that waits so many milliseconds (None: without limit) for something to read, and returns whether there is.
 
-    Connection.poll would make a selector for each call.
+    Connection.poll would create a selector on each call.
     """
     if not _PIPES_ARE_FILES:
         return lambda patience: connection.poll(None if patience is None else patience / 1e3)
@@ -137,7 +137,7 @@ def poller(connection: Connection) -> Callable[[float | None], object]:
 
 
 def send_byte(connection: Connection, byte: bytes) -> None:
-    """Write one byte; half of what Connection.send costs. Raises BrokenPipeError where nobody reads any more."""
+    """Write one byte, in half the time of Connection.send. Raises BrokenPipeError if the reader has closed the pipe."""
     if _PIPES_ARE_FILES:
         os.write(connection.fileno(), byte)
     else:
@@ -145,7 +145,7 @@ def send_byte(connection: Connection, byte: bytes) -> None:
 
 
 def receive_byte(connection: Connection) -> bytes:
-    """Wait for what `send_byte` wrote; b"" where nobody writes any more."""
+    """Wait for a byte of `send_byte`; b"" if the writer has closed the pipe."""
     if _PIPES_ARE_FILES:
         return os.read(connection.fileno(), 1)
     try:
@@ -158,24 +158,24 @@ def receive_byte(connection: Connection) -> bytes:
 
 
 def is_private(status: os.stat_result) -> bool:
-    """Whether a file is this user's and closed to all others; where the system has no such modes, True."""
+    """Whether only this user may access the file; True if the system has no such modes."""
     if not hasattr(os, "geteuid"):
         return True
     return status.st_uid == os.geteuid() and not status.st_mode & 0o077
 
 
 def user_number() -> int:
-    """The user's number, 0 where the system has none."""
+    """The user's id, 0 if the system has none."""
     return os.getuid() if hasattr(os, "getuid") else 0
 
 
 def open_standard_streams() -> None:
-    """Open the null device where stdin, stdout or stderr is closed.
+    """Open the null device for each of stdin, stdout and stderr that is closed.
 
-    The next file that is opened would take the place, and get what libraries and other programs print.
+    Otherwise the next opened file would get its number, and receive what libraries and other programs print.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free: this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # a new descriptor gets the lowest free number: this one

@@ -4,7 +4,7 @@ import math
 
 
 def printable(message: str) -> str:
-    """The message without what a terminal would obey: it may quote a file from somebody else."""
+    """The message with control characters escaped: it may quote a file that somebody else wrote."""
     return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in message)
 
 
