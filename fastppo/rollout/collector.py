@@ -1,4 +1,4 @@
-"""What fills a rollout, and which kind of it fits the environments."""
+"""The contract of a collector, which fills a rollout from environments, and the choice of one."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -16,19 +16,19 @@ from fastppo.rollout.storage import Outcomes, Phases, RnnState, by_step
 
 
 class Collector(Protocol):
-    """Fills a rollout from environments, again and again. With a memory `act` is given, and returns, what it remembers too."""
+    """Fills a rollout from environments, again and again. For a recurrent policy `act` takes and returns its state too."""
 
     def reset(self, seed: ResetSeed) -> None:
-        """Start all environments; their first observation waits in row T, from where `collect` takes it. None: not reseeded."""
+        """Reset all environments. Their first observations wait in row T, where `collect` finds them. None: not seeded."""
 
     def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
-        """Fill rows 0 .. T-1 and the bootstrap row T.
+        """Fill rows 0 .. T-1 and the observation of row T.
 
         Args:
-            act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device; with a memory
-                as core.acting.act_recurrent; see DeviceCollector for its own.
+            act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device. For a
+                recurrent policy as core.acting.act_recurrent. A DeviceCollector takes another one.
             noise: (T, N, ...).
-            cut: end the episodes under way after row T-1, as a time limit would: the caller resets before the next rollout.
+            cut: truncate the episodes that go on after row T-1, as a time limit would. The caller must reset afterwards.
 
         Raises:
             TrainingFault: an environment raised, gave no answer, or returned a number that is not finite.
@@ -36,19 +36,19 @@ class Collector(Protocol):
         ...
 
     def outcomes(self) -> Outcomes:
-        """Of the last rollout; views where the rollout is on the CPU."""
+        """Rewards and ends of the last rollout; views where the rollout is on the CPU."""
         ...
 
-    def kept(self) -> dict[str, Tensor]:
-        """The rollout as far as it has come, on the CPU: for the report of a fault."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """The rollout as far as it has come, on the CPU, for the report of a fault."""
         ...
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
-        """Each seed's environments as they stand between two rollouts: tensors in lists and dicts. None: they cannot tell."""
+        """The state of each seed's environments between two rollouts: tensors in lists and dicts. None: not available."""
         ...
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take up `state_dicts`' result, of the same environments: form and number of its tensors are the caller's to check."""
+        """Continue from `state_dicts`' result, of the same environments. The caller checks shapes and number of tensors."""
         ...
 
 
@@ -60,9 +60,9 @@ def start_collector(
     seed: ResetSeed,
     rnn_state: RnnState | None = None,
 ) -> Collector:
-    """Reset the environments: functions on tensors get a DeviceCollector, others that return a tensor a TensorCollector.
+    """Reset the environments and choose a collector by what they are: functions on tensors, or what `step` returns.
 
-    Raises TrainingFault where an environment fails to reset, or takes longer than the deadline of `envs`.
+    Raises TrainingFault if an environment fails to reset, or takes longer than the deadline of `envs`.
     """
     rollout = by_step(rollout)
     with resetting():

@@ -17,7 +17,7 @@ from fastppo.envs.multi_seed_envs import SeededTorchVectorEnv
 from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
 from fastppo.policy.spaces import ActionSpec
 from fastppo.rollout.env_step import env_step_of, pack, states_of
-from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_tensors, cut_episodes, on_cpu, outcomes_of
+from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
 
 
 class DeviceCollector:
@@ -39,7 +39,7 @@ class DeviceCollector:
         self._start_episodes()
 
     def reset(self, seed: ResetSeed) -> None:
-        """See Collector."""
+        """Reset all environments; None: without seeding them."""
         with resetting():
             self.envs.reset(seed=seed)  # type: ignore[arg-type]  # a list is for environments of many seeds
         self._start_episodes()
@@ -48,20 +48,21 @@ class DeviceCollector:
         if self.rnn_state is not None:
             self.tensors["episode_start"][-1] = True
 
-    def _remembered(self) -> tuple[Tensor, ...]:
-        """What `act` gets behind the environments: the memory, and where it is of an episode that is over."""
+    def _policy_state(self) -> tuple[Tensor, ...]:
+        """For a recurrent policy: its state, and where the next observation is an episode's first."""
         if self.rnn_state is None:
             return ()
         episode_start = self.tensors["episode_start"][-1]
         return self.rnn_state.now, episode_start.clone()
 
     def collect(self, act: Callable[..., CollectResult], noise: Tensor, cut: bool = False) -> Phases:
-        """See Collector; `act` is (running, noise (T, N, ...), random (T, N, K)) -> Collected, `running` being `pack`'s result,
+        """Fill the rollout by one call of `act`. See Collector for the other arguments and errors.
 
-        with a memory what `core.acting.collect` says. Its time is told as `env`.
+        act: (running, noise (T, N, ...), random (T, N, K)) -> CollectResult. running is `pack`'s result; for a recurrent policy
+            see core.acting.collect. All of the time counts as `env`.
         """
         started = time.perf_counter()
-        before = self._remembered()
+        before = self._policy_state()
         try:
             collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
         except ENVIRONMENT_ERRORS as error:
@@ -83,23 +84,23 @@ class DeviceCollector:
             torch.logical_not(tensors["valid"][:-1], out=tensors["episode_start"][1:])  # the row before has reset it
         self.cut = cut_episodes(tensors) if cut else None
         if not collected.finite.all():  # sync: once per rollout
-            check_tensors(tensors)
+            check_finite(tensors)
         return Phases(env=time.perf_counter() - started)
 
     def outcomes(self) -> Outcomes:
-        """See Collector."""
+        """Rewards and ends of the last rollout; on the CPU views of it."""
         return outcomes_of(self.tensors, self.cut)
 
-    def kept(self) -> dict[str, Tensor]:
-        """See Collector."""
+    def snapshot(self) -> dict[str, Tensor]:
+        """The last complete rollout, on the CPU."""
         return on_cpu(self.tensors)
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
-        """See Collector."""
-        return states_of(self.envs, self._remembered())
+        """The state of each seed's environments and, for a recurrent policy, its state of them."""
+        return states_of(self.envs, self._policy_state())
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """See Collector."""
+        """Continue from `state_dicts`' result."""
         each = [[x.to(self.envs.device, copy=True) for x in state["running"]] for state in states]
         running = stack(each) if self.seeded else each[0]
         if self.rnn_state is not None:

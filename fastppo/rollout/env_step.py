@@ -21,23 +21,23 @@ from fastppo.system.modes import theirs
 
 @dataclass(frozen=True)
 class EnvStep:
-    """One step of environments that are functions on tensors, as core.acting.collect takes it. A program's setting."""
+    """A `core.contracts.EnvStep` of these environments and actions; a setting of the program `collect`."""
 
     env: DeviceEnv
     action: ActionSpec
-    state_spec: TreeSpec  # how the tensors of the environment's own state hang together
+    state_spec: TreeSpec  # structure of the environment's own state
 
     def __call__(
         self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """See core.contracts.EnvStep."""
+        """`running, (reward, terminated, truncated)` after one step, or a reset where an episode has ended."""
         action = self.action.to_env(action)
         with theirs():
             after, result = autoreset_step(self.env, self.unpack(running), action, random)
         return pack(after), (result.reward, result.terminated, result.truncated)
 
     def sources(self) -> list[Path] | None:
-        """The files that say what it computes; None for an environment from elsewhere, whose code may lie in any."""
+        """The files whose text defines this step. None for an environment from outside fastppo: its code may be anywhere."""
         folder = Path(autoreset_step.__code__.co_filename).parent
         with contextlib.suppress(OSError, TypeError):  # a class of a notebook has no file
             if Path(inspect.getfile(type(self.env))).parent == folder:
@@ -51,21 +51,21 @@ class EnvStep:
 
 
 def env_step_of(envs: TorchVectorEnv, action: ActionSpec) -> EnvStep:
-    """`envs` as a function. Reset them before: what their state looks like is part of it."""
+    """The step of `envs` as a function. They must have been reset: the structure of their state is part of it."""
     return EnvStep(envs.env, action.to(envs.device), tree_structure(envs.running.state))
 
 
 def pack(running: Running) -> tuple[Tensor, ...]:
-    """As programs carry it: observation, done, elapsed, then the tensors of the environment's own state."""
+    """Running environments as a flat tuple: observation, done, elapsed, then the tensors of the environment's own state."""
     return (running.obs, running.done, running.elapsed, *tree_leaves(running.state))
 
 
-def states_of(envs: TorchVectorEnv, remembered: tuple[Tensor, ...] = ()) -> list[dict[str, Any]]:
-    """The environments of each seed as they stand, see Collector.state_dicts, and behind that what is remembered of them.
+def states_of(envs: TorchVectorEnv, policy_state: tuple[Tensor, ...] = ()) -> list[dict[str, Any]]:
+    """The state of each seed's environments and generators, for Collector.state_dicts; `policy_state` is appended.
 
-    On the CPU nothing is copied: a step makes new tensors. A captured graph writes to the same ones.
+    On the CPU nothing is copied, since a step makes new tensors. On a GPU a captured graph writes to the same ones.
     """
-    running = [x.clone() if x.is_cuda else x for x in (*pack(envs.running), *remembered)]
+    running = [x.clone() if x.is_cuda else x for x in (*pack(envs.running), *policy_state)]
     if not isinstance(envs, SeededTorchVectorEnv):
         return [{"running": running, "generator": envs.generator.get_state()}]
     return [

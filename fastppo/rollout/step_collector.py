@@ -1,8 +1,11 @@
-"""Fill a rollout step by step, from environments that return arrays or tensors."""
+"""Fill a rollout one vector step at a time: choose actions, step the environments, write a row.
+
+One loop and one writer of rows for environments of arrays and of tensors. Views of the rollout are made once: indexing a
+TensorDict costs 15 us in each step.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,272 +16,206 @@ from torch import Tensor
 
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
 from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
-from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
-from fastppo.rollout.storage import (
-    Outcomes,
-    Phases,
-    RnnState,
-    check_finite,
-    check_tensors,
-    comes_from_envs,
-    cut_episodes,
-    on_cpu,
-    outcomes_of,
-)
+from fastppo.policy.spaces import ActionSpec, ObsSpec
+from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
 
 
-class HostCollector:
-    """Steps numpy environments into a rollout. Owns the host side of it and the last observation."""
+class StepCollector:
+    """The loop over the steps of a rollout. Subclasses say where rows are written and how actions reach the environments."""
 
     def __init__(
         self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, rnn_state: RnnState | None = None
     ) -> None:
-        self.envs = envs
-        self.rnn_state = rnn_state
-        self.rollout = rollout
-        self.action = action
-        self.on_host = rollout.device is None or rollout.device.type == "cpu"
-        # on the CPU the rollout itself is written; for a GPU a pinned twin is, so that its copies overlap with stepping
-        self.host = rollout if self.on_host else rollout.to("cpu").pin_memory()
-        self.arrays = {key: self.host[key].numpy() for key in self.host.keys()}  # noqa: SIM118 (a TensorDict iterates over rows)
+        """rollout: see `by_step`."""
+        self.envs, self.action, self.rnn_state = envs, action, rnn_state
         self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
-        # views made once: indexing a TensorDict per step costs 15 us
-        keys = [leaf.key for leaf in obs] + ([] if rnn_state is None else ["episode_start"])
-        self.rows = {key: rollout[key].unbind(0) for key in keys}
-        self.host_rows = {key: self.host[key].unbind(0) for key in keys}
-        self.act_rows = _rows_to_act_on(self.rows, obs)
-        self.actions = rollout["action"][:-1]
-        self.seeded = rollout.ndim > 2
-        self.shaped = partial(_by_seed, rollout.shape[1]) if self.seeded else _as_it_is
+        self.seeds = rollout.shape[1:2] if rollout.ndim > 2 else None
+        self.tensors: dict[str, Tensor] = dict(rollout.items())
+        self.seen = [leaf.key for leaf in obs] + ([] if rnn_state is None else ["episode_start"])  # what `act` gets
+        self.seen_rows = {key: self.tensors[key].unbind(0) for key in self.seen}
+        rows = zip(*self.seen_rows.values(), strict=True)
+        self.act_rows = [obs.join(dict(zip(self.seen, row, strict=True))) for row in rows]
+        self.storage = self._written()
+        self.rows = {key: tuple(written) for key, written in self.storage.items()}
         self.game_over: NDArray[Any] | None = None  # (T, N), where the environments tell
-        self.cut: NDArray[Any] | None = None
+        self.cut: Any = None  # (N,) bool, see Outcomes
 
-    def reset(self, seed: ResetSeed) -> None:
-        """See Collector."""
-        with resetting():
-            self.begin(*self.envs.reset_and_mask(seed))
-
-    def begin(self, obs: Any, action_mask: NDArray[Any] | None = None) -> None:
-        """Put first observations (N, ...) where `collect` takes them from."""
-        self._write(-1, obs, action_mask)
-        self.arrays["valid"][-1] = True
-        if self.rnn_state is not None:
-            self.arrays["episode_start"][-1] = True
-
-    def _write(self, row: int, obs: Any, action_mask: NDArray[Any] | None) -> None:
-        for leaf in self.obs:
-            if leaf is not self.info_mask:
-                self.arrays[leaf.key][row] = self.shaped(_as_stored(leaf, leaf.find(obs)))
-            else:
-                self.arrays[leaf.key][row] = True if action_mask is None else self.shaped(action_mask)
-
-    def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
-        """See Collector."""
-        arrays, phases = self.arrays, Phases()
-        reward, terminated, truncated, valid = (arrays[key] for key in ("reward", "terminated", "truncated", "valid"))
-        for key in self.host_rows:
-            arrays[key][0] = arrays[key][-1]
-        valid[0] = valid[-1]
-        rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
-        actions = []  # stacked at the end: a write per step costs 5 us, in whose place the environment gets a copy of its own
-        for t, step_noise in enumerate(noise.unbind(0)):
-            started = time.perf_counter()
-            if not self.on_host:
-                for key, rows in self.host_rows.items():
-                    self.rows[key][t].copy_(rows[t], non_blocking=True)
-            if rnn_state is None:
-                chosen = act(self.act_rows[t], step_noise)  # (N, ...)
-            else:
-                chosen, rnn_state = act(self.act_rows[t], step_noise, rnn_state, self.rows["episode_start"][t])
-            actions.append(chosen)
-            if not self.on_host:
-                chosen = chosen.cpu()  # a sync, once per step: the environments need it
-            env_action = self.action.to_env_array(chosen.flatten(0, 1) if self.seeded else chosen)
-            acted = time.perf_counter()
-            try:
-                step = self.envs.step(env_action)
-                self._write(t + 1, step.obs, step.action_mask)
-                reward[t], terminated[t], truncated[t] = map(self.shaped, (step.reward, step.terminated, step.truncated))
-                if step.final_obs is not None:
-                    for leaf in self.observed:
-                        arrays[f"final_{leaf.key}"][t] = self.shaped(leaf.find(step.final_obs))
-            except ENVIRONMENT_ERRORS as error:
-                raise environment_fault(error, f"in step {t} of the rollout") from error
-            if rnn_state is not None:
-                ended = np.logical_or(terminated[t], truncated[t])
-                if self.envs.keeps_final_obs:
-                    arrays["episode_start"][t + 1] = ended
-                else:  # the step after the end resets, and the row after that is a first one
-                    np.logical_not(valid[t], out=arrays["episode_start"][t + 1])
-                    np.logical_not(ended, out=valid[t + 1])
-            if step.game_over is not None:
-                if self.game_over is None:
-                    self.game_over = np.zeros_like(terminated[:-1])
-                self.game_over[t] = self.shaped(step.game_over)
-            stepped = time.perf_counter()
-            phases.act += acted - started
-            phases.env += stepped - acted
-        if self.rnn_state is not None and rnn_state is not None:
-            self.rnn_state.now = rnn_state
-        torch.stack(actions, out=self.actions)
-        if not self.on_host:
-            self.host["action"][:-1].copy_(self.actions)
-        if self.envs.keeps_final_obs:
-            valid[1:] = True
-        else:
-            valid[1:] = ~(terminated[:-1] | truncated[:-1])
-        self.cut = cut_episodes(arrays) if cut else None
-        check_finite(self.arrays)
-        if not self.on_host:
-            self.rollout.update_(self.host)
-        return phases
-
-    def outcomes(self) -> Outcomes:
-        """See Collector."""
-        return outcomes_of(self.arrays, self.cut, self.game_over)
-
-    def kept(self) -> dict[str, Tensor]:
-        """See Collector."""
-        return dict(self.host.items())
-
-    def state_dicts(self) -> list[dict[str, Any]] | None:
-        """See Collector: gymnasium's environments cannot tell."""
-        return None
-
-    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """See Collector."""
+    def _written(self) -> Mapping[str, Any]:
+        """The arrays or tensors (T+1, N, ...) by key that rows are written to."""
         raise NotImplementedError
 
+    def _act_obs(self, t: int) -> Any:
+        """The observation of row t, on the device of the policy."""
+        return self.act_rows[t]
 
-class TensorCollector:
-    """Steps environments of tensors into a rollout, without a detour through numpy and without waiting for the device.
+    def _env_action(self, t: int, action: Tensor) -> Any:
+        """Keep the actions (N, ...) of row t, and return them as the environments take them."""
+        raise NotImplementedError
 
-    Environments and rollout may be on different devices: a plain copy then waits for both (one that does not would read what is
-    not there yet, or what the next step overwrites). On a GPU the phases say how long the work took to hand in.
-    """
-
-    def __init__(
-        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, rnn_state: RnnState | None = None
-    ) -> None:
-        self.envs = envs
-        self.rnn_state = rnn_state
-        self.tensors: dict[str, Tensor] = dict(rollout.items())
-        self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
-        self.action = action.to(self.tensors["reward"].device)
-        self.env_device = self.tensors["reward"].device  # until the first observation tells
-        self.rows = {key: rows.unbind(0) for key, rows in self.tensors.items()}  # views made once
-        self.act_rows = _rows_to_act_on(self.rows, obs)
-        self.seeded = rollout.ndim > 2
-        self.shaped = partial(_by_seed, rollout.shape[1]) if self.seeded else _as_it_is
-        self.cut: Tensor | None = None
+    def _finish(self) -> None:
+        """Complete the rollout after its last step."""
 
     def reset(self, seed: ResetSeed) -> None:
-        """See Collector."""
+        """Reset all environments; None: without seeding them."""
         with resetting():
             self.begin(*self.envs.reset_and_mask(seed))
 
     def begin(self, obs: Any, action_mask: Any = None) -> None:
-        """Put first observations (N, ...) where `collect` takes them from; actions will go to the device they came from."""
-        self.env_device = self.observed[0].find(obs).device
-        with torch.no_grad():
-            self._write(-1, obs, action_mask)
-        self.rows["valid"][-1].fill_(True)
+        """Put the first observations (N, ...) of all environments into row T, from where `collect` takes them."""
+        self._write_obs(-1, obs, action_mask)
+        self.storage["valid"][-1] = True
         if self.rnn_state is not None:
-            self.rows["episode_start"][-1].fill_(True)
+            self.storage["episode_start"][-1] = True
 
-    @torch.inference_mode()  # what the environments return may record gradients of theirs
-    def _write_step(self, t: int, step: Step) -> None:
-        self._write(t + 1, step.obs, step.action_mask)
-        for key in ("reward", "terminated", "truncated"):
-            self.rows[key][t].copy_(self.shaped(getattr(step, key)))
-        if step.final_obs is not None:
-            for leaf in self.observed:
-                self.rows[f"final_{leaf.key}"][t].copy_(self.shaped(leaf.find(step.final_obs)))
-
-    def _write(self, row: int, obs: Any, action_mask: Any) -> None:
-        for leaf in self.obs:
-            if leaf is not self.info_mask:
-                self.rows[leaf.key][row].copy_(self.shaped(_as_stored(leaf, leaf.find(obs))))
-            elif action_mask is None:
-                self.rows[leaf.key][row].fill_(True)
-            else:
-                self.rows[leaf.key][row].copy_(self.shaped(torch.as_tensor(action_mask, device=self.env_device)))
-
-    def collect(self, act: Callable[..., Tensor], noise: Tensor, cut: bool = False) -> Phases:
-        """See Collector."""
-        rows, phases = self.rows, Phases()
+    def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
+        """Fill the rollout by T calls of `act` and of the environments' `step`. See Collector for arguments and errors."""
+        phases = Phases()
+        for key in (*self.seen, "valid"):
+            self.storage[key][0] = self.storage[key][-1]
         rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
-        for key in (*(leaf.key for leaf in self.obs), "valid", *(() if rnn_state is None else ("episode_start",))):
-            rows[key][0].copy_(rows[key][-1])
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
+            obs = self._act_obs(t)
             if rnn_state is None:
-                chosen = act(self.act_rows[t], step_noise)  # (N, ...)
+                action = act(obs, step_noise)  # (N, ...)
             else:
-                chosen, rnn_state = act(self.act_rows[t], step_noise, rnn_state, rows["episode_start"][t])
-            rows["action"][t].copy_(chosen)
-            chosen = chosen.clone()  # an eager act runs under inference mode, whose tensors must not reach the environments
-            env_action = self.action.to_env(chosen.flatten(0, 1) if self.seeded else chosen).to(self.env_device)
+                action, rnn_state = act(obs, step_noise, rnn_state, self.seen_rows["episode_start"][t])
+            env_action = self._env_action(t, action)
             acted = time.perf_counter()
             try:
-                step = self.envs.step(env_action)
-                self._write_step(t, step)
+                self._write_step(t, self.envs.step(env_action))
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
-            if rnn_state is not None:  # as HostCollector
-                ended = rows["terminated"][t] | rows["truncated"][t]
-                if self.envs.keeps_final_obs:
-                    rows["episode_start"][t + 1].copy_(ended)
-                else:
-                    torch.logical_not(rows["valid"][t], out=rows["episode_start"][t + 1])
-                    torch.logical_not(ended, out=rows["valid"][t + 1])
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
         if self.rnn_state is not None and rnn_state is not None:
             self.rnn_state.now = rnn_state
-        terminated, truncated, valid = (self.tensors[key] for key in ("terminated", "truncated", "valid"))
-        if self.envs.keeps_final_obs:
-            valid[1:].fill_(True)
-        else:
-            torch.logical_not(terminated[:-1] | truncated[:-1], out=valid[1:])
-        self.cut = cut_episodes(self.tensors) if cut else None
-        finite = [tensor.isfinite().all() for key, tensor in self.tensors.items() if comes_from_envs(key, tensor.dtype)]
-        if not torch.stack(finite).all():  # sync: once per rollout
-            check_tensors(self.tensors)
+        ended = self.storage["terminated"][:-1] | self.storage["truncated"][:-1]
+        self.storage["valid"][1:] = True if self.envs.keeps_final_obs else ~ended
+        self.cut = cut_episodes(self.storage) if cut else None
+        self._finish()
+        check_finite(self.storage)
         return phases
 
-    def outcomes(self) -> Outcomes:
-        """See Collector."""
-        return outcomes_of(self.tensors, self.cut)
+    def _write_step(self, t: int, step: Step) -> None:
+        """Write what step t returned: the observation into row t + 1, the rest into row t."""
+        self._write_obs(t + 1, step.obs, step.action_mask)
+        self._write("reward", t, step.reward)
+        self._write("terminated", t, step.terminated)
+        self._write("truncated", t, step.truncated)
+        if step.final_obs is not None:
+            for leaf in self.observed:
+                self._write(f"final_{leaf.key}", t, leaf.find(step.final_obs))
+        if step.game_over is not None:
+            if self.game_over is None:
+                self.game_over = np.zeros(self.storage["terminated"][:-1].shape, bool)
+            self.game_over[t] = self._by_seed(step.game_over)
+        if self.rnn_state is not None:
+            ended = self.rows["terminated"][t] | self.rows["truncated"][t]
+            if self.envs.keeps_final_obs:
+                self.rows["episode_start"][t + 1][...] = ended
+            else:  # the step after the end resets, and the row after that is an episode's first
+                self.rows["episode_start"][t + 1][...] = ~self.rows["valid"][t]
+                self.rows["valid"][t + 1][...] = ~ended
 
-    def kept(self) -> dict[str, Tensor]:
-        """See Collector."""
-        return on_cpu(self.tensors)
+    def _write_obs(self, row: int, obs: Any, action_mask: Any) -> None:
+        for leaf in self.obs:
+            if leaf is self.info_mask and action_mask is None:
+                self.rows[leaf.key][row][...] = True
+            elif leaf is self.info_mask:
+                self._write(leaf.key, row, action_mask)
+            elif leaf.kind == "mask":  # of any type and shape; stored as (N, A) bool
+                mask = leaf.find(obs)
+                self._write(leaf.key, row, (mask != 0).reshape(len(mask), -1))
+            else:
+                self._write(leaf.key, row, leaf.find(obs))
+
+    def _write(self, key: str, row: int, batch: Any) -> None:
+        """Write what environments returned, (N, ...), of several seeds (S * N, ...)."""
+        self.rows[key][row][...] = self._by_seed(batch)
+
+    def _by_seed(self, batch: Any) -> Any:
+        """(S * N, ...) -> (S, N, ...), where there are several seeds."""
+        return batch if self.seeds is None else batch.reshape(*self.seeds, -1, *batch.shape[1:])
+
+    def outcomes(self) -> Outcomes:
+        """Rewards and ends of the last rollout; on the CPU views of it."""
+        return outcomes_of(self.storage, self.cut, self.game_over)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """The rollout as far as it has come, on the CPU."""
+        return on_cpu(self.storage)
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
-        """See Collector: nobody asks them."""
+        """None: these environments cannot be restored from their state."""
         return None
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """See Collector."""
+        """Not supported, since `state_dicts` returns None."""
         raise NotImplementedError
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+class HostCollector(StepCollector):
+    """Steps environments of numpy arrays.
+
+    On the CPU rows are written through arrays that share the rollout's memory. For a rollout on a GPU they are written to a
+    pinned copy on the host, so that uploads overlap with stepping.
+    """
+
+    def _written(self) -> Mapping[str, Any]:
+        self.on_host = self.tensors["reward"].device.type == "cpu"
+        self.host = self.tensors if self.on_host else {key: x.cpu().pin_memory() for key, x in self.tensors.items()}
+        self.host_rows = {key: self.host[key].unbind(0) for key in self.seen}
+        self.actions: list[Tensor] = list(self.tensors["action"][:-1])
+        return {key: x.numpy() for key, x in self.host.items()}
+
+    def _act_obs(self, t: int) -> Any:
+        if not self.on_host:
+            for key, rows in self.host_rows.items():
+                self.seen_rows[key][t].copy_(rows[t], non_blocking=True)
+        return self.act_rows[t]
+
+    def _env_action(self, t: int, action: Tensor) -> Any:
+        self.actions[t] = action  # stacked at the end: a write per step costs 5 us
+        if not self.on_host:
+            action = action.cpu()  # a sync, once per step: the environments need it
+        return self.action.to_env_array(action if self.seeds is None else action.flatten(0, 1))
+
+    def _finish(self) -> None:
+        torch.stack(self.actions, out=self.tensors["action"][:-1])
+        if not self.on_host:
+            for key, x in self.tensors.items():
+                if key == "action":
+                    self.host[key].copy_(x)
+                else:
+                    x.copy_(self.host[key])
 
 
-def _by_seed(num_seeds: int, batch: Any) -> Any:
-    """What environments returned, (S * N, ...), as (S, N, ...)."""
-    return batch.reshape(num_seeds, -1, *batch.shape[1:])
+class TensorCollector(StepCollector):
+    """Steps environments of tensors, without numpy in between and without waiting for the device.
 
+    Environments and rollout may be on different devices: a plain copy then waits for both. One that does not wait would read
+    what is not there yet, or what the next step overwrites. On a GPU the phases say how long it took to queue the work.
+    """
 
-def _rows_to_act_on(rows: Mapping[str, tuple[Tensor, ...]], obs: ObsSpec) -> list[Any]:
-    """What `act` gets in each step: views of the rollout's rows, joined as the networks take them."""
-    return [obs.join(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)]
+    def _written(self) -> Mapping[str, Any]:
+        self.env_device = self.tensors["reward"].device  # until the first observation tells
+        self.action = self.action.to(self.env_device)
+        return self.tensors
 
+    @torch.inference_mode()
+    def begin(self, obs: Any, action_mask: Any = None) -> None:
+        """As StepCollector.begin. Actions will go to the device that these observations came from."""
+        self.env_device = self.observed[0].find(obs).device
+        super().begin(obs, action_mask)
 
-def _as_stored(leaf: ObsLeaf, batch: Any) -> Any:
-    """A leaf as the rollout holds it: a mask, whatever its type and shape, as (N, A) that is not 0."""
-    return (batch != 0).reshape(len(batch), -1) if leaf.kind == "mask" else batch
+    def _env_action(self, t: int, action: Tensor) -> Any:
+        self.rows["action"][t].copy_(action)
+        action = action.clone()  # an eager `act` runs under inference mode, whose tensors must not reach the environments
+        return self.action.to_env(action if self.seeds is None else action.flatten(0, 1)).to(self.env_device)
+
+    _write_step = torch.inference_mode()(StepCollector._write_step)  # what environments return may record gradients
+
+    def _write_obs(self, row: int, obs: Any, action_mask: Any) -> None:
+        super()._write_obs(row, obs, None if action_mask is None else torch.as_tensor(action_mask))

@@ -1,4 +1,4 @@
-"""The rollout's tensors, and what is read from them after it: outcomes, faulty numbers. Knows nothing of policies or losses.
+"""The tensors of a rollout, and what is read from them: outcomes, numbers that are not finite. Knows nothing of losses.
 
 The rollout is one TensorDict of batch [T+1, N], allocated once and written in place. Row t < T is step t of every environment.
 Row T holds the observation after the last step, for the bootstrap, and becomes row 0 of the next rollout. The rollout of S
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastppo.errors import TrainingFault
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 
-STEP_KEYS = ("reward", "terminated", "truncated", "valid")  # what a step brings, by its key in the rollout
+STEP_KEYS = ("reward", "terminated", "truncated", "valid")  # what a step returns besides the observation
 
 
 def allocate_rollout(
@@ -31,13 +31,16 @@ def allocate_rollout(
     num_seeds: int | None = None,
     remembers: bool = False,
 ) -> TensorDict:
-    """The one list of keys, shapes and dtypes of a rollout; locked, all zeros.
+    """The one list of keys, shapes and dtypes of a rollout; locked, all zeros. All are (T+1, N, ...):
 
-    obs (T+1, N, *obs_shape) float32, or the space's own integer type; of a Dict or Tuple its leaves, `obs.name` each;
-    action_mask (T+1, N, A) bool, where there is one; action (T+1, N, *action_shape) as sampled, int64 or float32; reward
-    (T+1, N) float32, raw; terminated, truncated (T+1, N) bool; valid (T+1, N) bool: false where the step only reset the
-    environment; final_obs as obs, only for environments that reset within the step; episode_start (T+1, N) bool, only for
-    a policy with memory: the observation is an episode's first one.
+    obs (*obs_shape) float32, or the space's own integer type; for a Dict or Tuple its leaves, `obs.name` each.
+    action_mask (A,) bool, if the environments have masks.
+    action (*action_shape) int64 or float32, as sampled.
+    reward () float32, raw.
+    terminated, truncated () bool.
+    valid () bool: false where the step only reset the environment.
+    final_obs as obs, only for environments that reset within the step.
+    episode_start () bool, only with `remembers` (a recurrent policy): the observation is an episode's first.
     """
 
     batch = ((num_seeds,) if num_seeds is not None else ()) + (num_steps + 1, num_envs)
@@ -61,7 +64,7 @@ def allocate_rollout(
 
 
 def by_step(rollout: TensorDict) -> TensorDict:
-    """A rollout as collectors see it: that of many seeds with the steps first, as views."""
+    """The rollout as collectors write it, steps first: views [T+1, S, N] of a rollout [S, T+1, N], others as they are."""
     if rollout.ndim == 2:
         return rollout
     steps_first = {key: x.transpose(0, 1) for key, x in rollout.items()}
@@ -70,15 +73,15 @@ def by_step(rollout: TensorDict) -> TensorDict:
 
 
 class RnnState:
-    """What a policy remembers of each environment, (N, S); of S' seeds (S', N, S)."""
+    """The recurrent state of each environment, (N, S); of S' seeds (S', N, S)."""
 
     def __init__(self, start: Tensor) -> None:
-        """start: written in each rollout with what is remembered before row 0; `learn` goes through the rows from there."""
+        """start: the state before row 0, written in each rollout. `learn` unrolls the policy from it."""
         self.start = start
-        self.now = start.clone()  # between two rollouts: after row T-1
+        self.now = start.clone()  # after row T-1, between two rollouts
 
     def begin(self) -> Tensor:
-        """Before row 0."""
+        """The state before row 0 of the next rollout."""
         self.start.copy_(self.now)
         return self.start
 
@@ -92,57 +95,50 @@ class Phases:
 
 
 class Outcomes(NamedTuple):
-    """What the T steps of a rollout brought, for the account: numpy arrays (T, N) on the host."""
+    """Rewards and ends of the T steps of a rollout, for episode statistics: numpy arrays (T, N) on the host."""
 
     reward: NDArray[Any]
     terminated: NDArray[Any]
     truncated: NDArray[Any]
     valid: NDArray[Any]
-    episode_end: NDArray[Any]  # bool: of a whole game, where an episode is one life of it
-    cut: NDArray[Any]  # (N,) bool: in row T-1 the caller's cut ended the episode, see Collector.collect
+    episode_end: NDArray[Any]  # bool: of a whole game, where each life of it is an episode for the policy
+    cut: NDArray[Any]  # (N,) bool: the collector's `cut` ended the episode in row T-1
 
 
-def outcomes_of(rows: Mapping[str, Any], cut: Any, game_over: NDArray[Any] | None = None) -> Outcomes:
-    """rows: arrays or tensors by key of the rollout; cut: `_cut`'s result, or None; game_over: (T, N), where an episode is one
+# Of the functions below `rows` are arrays or tensors (T+1, N, ...) by key of the rollout.
 
-    life of a game.
-    """
-    parts = (rows[key][:-1] for key in STEP_KEYS)
-    reward, terminated, truncated, valid = (x.cpu().numpy() if isinstance(x, Tensor) else x for x in parts)  # sync: once
+
+def outcomes_of(rows: Mapping[str, Any], cut: Any = None, game_over: NDArray[Any] | None = None) -> Outcomes:
+    """What a rollout brought. cut: `cut_episodes`' result; game_over: (T, N), where each life of a game is an episode."""
+    reward, terminated, truncated, valid = (_to_array(rows[key][:-1]) for key in STEP_KEYS)  # sync: once
     over = terminated if game_over is None else terminated & game_over
-    cut_rows = np.zeros_like(valid[-1]) if cut is None else np.asarray(cut.cpu() if isinstance(cut, Tensor) else cut)
+    cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
     return Outcomes(reward, terminated, truncated, valid, over | truncated, cut_rows)
 
 
 def cut_episodes(rows: Mapping[str, Any]) -> Any:
-    """Truncate the episodes under way after row T-1, and say which those are, (N,) bool.
-
-    rows: arrays or tensors by key of the rollout, (T+1, N, ...).
-    """
+    """Truncate the episodes that go on after row T-1, and return which those are, (N,) bool."""
     under_way = rows["valid"][-2] & ~rows["terminated"][-2] & ~rows["truncated"][-2]
     rows["truncated"][-2] |= under_way
     return under_way
 
 
-def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor.cpu() for key, tensor in tensors.items()}
+def on_cpu(rows: Mapping[str, Any]) -> dict[str, Tensor]:
+    """As tensors on the CPU; those that are there already are not copied."""
+    return {key: torch.as_tensor(x).cpu() for key, x in rows.items()}
 
 
-def comes_from_envs(key: str, dtype: Any) -> bool:
-    """Whether an environment may have put a number there that is none."""
-    is_float = dtype.is_floating_point if isinstance(dtype, torch.dtype) else np.issubdtype(dtype, np.floating)
-    return is_float and key != "action"
-
-
-def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Raise TrainingFault naming key, environment and step of the first number that is not finite.
-
-    arrays: by key of the rollout, (T+1, N, ...).
-    """
-    for key, array in arrays.items():
-        if not comes_from_envs(key, array.dtype) or np.isfinite(array).all():
+def check_finite(rows: Mapping[str, Any]) -> None:
+    """Raise TrainingFault naming key, environment and step of the first number from an environment that is not finite."""
+    floats = {key: x for key, x in rows.items() if key != "action" and "float" in str(x.dtype)}
+    if isinstance(rows["reward"], Tensor):
+        if torch.stack([x.isfinite().all() for x in floats.values()]).all():  # sync: once per rollout
+            return
+        rows, floats = ({key: x.cpu().numpy() for key, x in part.items()} for part in (rows, floats))
+    for key, array in floats.items():
+        if np.isfinite(array).all():
             continue
-        step, *where = np.argwhere(~np.isfinite(array))[0][: arrays["reward"].ndim]
+        step, *where = np.argwhere(~np.isfinite(array))[0][: rows["reward"].ndim]
         made_by = step - 1 if key.startswith("obs") else step  # obs[t] came out of step t-1
         who = f"environment {where[-1]}" + (f" of seed {where[0] + 1} of {array.shape[1]}" if len(where) > 1 else "")
         value = np.ravel(array[(step, *where)])
@@ -151,9 +147,9 @@ def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
         what = f"{key} of {who} is {how} ({value})"
         if made_by < 0:
             raise TrainingFault(f"{what} after a reset; the update was not made")
-        action = arrays["action"][(made_by, *where)]
+        action = rows["action"][(made_by, *where)]
         raise TrainingFault(f"{what} after step {made_by} of the rollout, action {action}; the update was not made")
 
 
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    check_finite({key: tensor.cpu().numpy() for key, tensor in tensors.items()})
+def _to_array(x: Any) -> NDArray[Any]:
+    return np.asarray(x.cpu() if isinstance(x, Tensor) else x)

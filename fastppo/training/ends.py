@@ -62,7 +62,7 @@ def isolating_fault(job: Job, index: int) -> Iterator[None]:
 
 def _report(fault: TrainingFault, job: Job) -> TrainingFault:
     """Keep what all runs have reached. Returns the fault with words for the user."""
-    saved = {} if job.collector is None else job.collector.kept()  # (T+1, N), or (T+1, S, N): as far as it came
+    saved = {} if job.collector is None else job.collector.snapshot()  # (T+1, N), or (T+1, S, N): as far as it came
     reported = fault
     for run, rollout in zip(job.runs, job.task.axis.unstack(saved, 1), strict=True):
         if run.over:
