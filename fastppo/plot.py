@@ -2,15 +2,15 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, legend_text, render
-from fastppo.analysis.run_groups import Group, find_runs, group_runs, read_run
+from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, render
+from fastppo.analysis.run_groups import Group, read_groups
 from fastppo.cli import parse, run
 from fastppo.errors import UsageError, nearest
 from fastppo.run.files import file_name, replace_file
@@ -20,12 +20,12 @@ from fastppo.system.text import printable
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw learning curves: an environment a row, a colour a setting, seeds together. PNG and SVG, losses on a second page."""
+    """Draw learning curves as PNG and SVG: a row for each environment, a colour for each setting. Losses: a second page."""
 
     run_dirs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Directories of runs, or directories that hold some."""
     output: str | None = None
-    """What the files are called: OUTPUT.png, OUTPUT.svg, OUTPUT-losses.png, OUTPUT-losses.svg; default curves-<env>."""
+    """Name of the files: OUTPUT.png, OUTPUT.svg, OUTPUT-losses.png, OUTPUT-losses.svg. Default: curves-<env>."""
     metric: str = RETURN
     """Column of metrics.csv on the first page."""
 
@@ -34,40 +34,8 @@ class PlotConfig:
             raise UsageError("which runs? fastppo plot RUN_DIR ..., or a directory that holds some: fastppo plot runs")
 
 
-def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Group]:
-    """The runs in and below `paths`, grouped; what is left out is noted in a line. Raises UsageError where no run is left."""
-    runs, unread = [], []
-    for path in find_runs(paths):
-        try:
-            one = read_run(path)
-        except UsageError as error:
-            unread.append(str(error))
-            continue
-        if one.columns:
-            runs.append(one)
-        else:
-            unread.append(f"{path / 'metrics.csv'} has no row that can be read")
-    if not runs:
-        raise UsageError(unread[0])
-    groups, repeated = group_runs(runs)
-    for reason in unread:
-        note(f"left out: {reason}")
-    for one in repeated:
-        note(f"left out: {one.path} repeats another run's settings and seed, and is no second sample")
-    return groups
-
-
-def summary_line(group: Group, metric: str) -> str:
-    """Runs, steps and the metric at the last step that all of them have."""
-    head = f"{group.env_id}{', ' if group.label else ''}{group.label}: {legend_text(replace(group, label=''))}"
-    curve = group.curve("global_step", metric)
-    if curve is None:
-        return f"{head}, no step at which all have {metric}"
-    interval = "" if curve.low is None or curve.high is None else f" (95 % {curve.low[-1]:.5g} to {curve.high[-1]:.5g})"
-    return f"{head}, {curve.x[-1]:,.0f} steps, {metric} {curve.center[-1]:.5g}{interval}"
-
-
 def _default_output(groups: Sequence[Group], metric: str) -> str:
+    """Name of the files from the metric and the environments."""
     environments = list(dict.fromkeys(group.env_id for group in groups))
     what = "-".join(environments) if len(environments) <= 3 else f"{len(environments)}-environments"
     return file_name(f"{'curves' if metric == RETURN else metric}-{what}")[:150]
@@ -83,7 +51,7 @@ def _main(args: Sequence[str]) -> None:
     output = re.sub(r"\.(png|svg)$", "", settings.output or _default_output(groups, settings.metric))
     if not absolute(output, "--output", current_directory()).parent.is_dir():
         raise UsageError(f"--output {settings.output}: there is no directory {Path(output).parent}")
-    for line in (*notes, *(summary_line(group, settings.metric) for group in groups)):
+    for line in (*notes, *(group.summary(settings.metric) for group in groups)):
         print(printable(line), flush=True)
     pages = {
         output: draw_page(groups, [("global_step", settings.metric), ("seconds", settings.metric)], columns=2),

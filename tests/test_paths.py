@@ -80,7 +80,7 @@ def test_a_sweep(wanders_at_import, elsewhere, monkeypatch):
     def process(command, output, place):
         raise Started(output, place)
 
-    monkeypatch.setattr("fastppo.sweep.Process", process)
+    monkeypatch.setattr("fastppo.analysis.sweep_trial.TrainingProcess", process)
     wanders_at_import()
     with pytest.raises(Started) as started:
         sweep(["--env-id", "wandering_module:Wandering-v0", "--steps", "64", "--trials", "1"])

@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fastppo.analysis.report_page import MAX_VIDEO_BYTES, report_page
 from fastppo.cli import help_texts
 from fastppo.config import TrainConfig
-from fastppo.report import MAX_VIDEO_BYTES, console, report
+from fastppo.report import console
 from support.runs import write_run
 
 HOSTILE = "<script>alert(1)</script>\"onload='x'&amp;{{ 7 * 7 }}\x1b[31m"
@@ -25,6 +26,7 @@ SUMMARY = {
     "made_with": {"device": "cpu"},
     "versions": {"torch": "2.13.0+cpu"},
 }
+TEXTS = help_texts(TrainConfig)
 VOID = {"meta", "img"}
 
 
@@ -107,8 +109,8 @@ def test_a_finished_run(run, capsys):
 
 def test_every_setting_has_its_help():
     """Those that --help shows."""
-    assert set(help_texts(TrainConfig)) == set(vars(TrainConfig()))
-    assert help_texts(TrainConfig)["learning_rate"] == "Adam's step size."
+    assert set(TEXTS) == set(vars(TrainConfig()))
+    assert TEXTS["learning_rate"] == "Adam's step size."
 
 
 def test_phases_by_the_clock(tmp_path):
@@ -118,7 +120,7 @@ def test_phases_by_the_clock(tmp_path):
     rest = "1000,0,-0.01,2,0.5,0.01,0.1,0.9,1,0.001"
     lines = [f"1,100,1,{rest},0.5,0.25,0.25", f"2,200,4,{rest},0.1,0.25,0.45", f"3,300,9,{rest},7,<b>,nan"]
     (path / "metrics.csv").write_text("\n".join([head, *lines, ""]))
-    words = " ".join(Page(report(path)).text.split())
+    words = " ".join(Page(report_page(path, TEXTS)).text.split())
     assert "environments 20.0 % actions 25.0 % learning 40.0 % the rest 15.0 %" in words
 
 
@@ -138,15 +140,15 @@ def test_how_a_run_ended(tmp_path, rows_written, summary, fault, status):
     path = write_run(tmp_path / "run", [2.0] * rows_written, summary)
     if fault:
         (path / "fault.txt").write_text(fault)
-    text = Page(report(path)).text
+    text = Page(report_page(path, TEXTS)).text
     assert f"· {status} ·" in text
     assert (fault or "") in text
 
 
 def test_a_run_that_has_nothing_yet(tmp_path):
     """No row, or no finished episode: a page all the same."""
-    assert "CartPole-v1" in Page(report(write_run(tmp_path / "a", []))).text
-    page = Page(report(write_run(tmp_path / "b", [float("nan")] * 2, columns={"seconds": "x", "env_share": "y"})))
+    assert "CartPole-v1" in Page(report_page(write_run(tmp_path / "a", []), TEXTS)).text
+    page = Page(report_page(write_run(tmp_path / "b", [float("nan")] * 2, columns={"seconds": "x", "env_share": "y"}), TEXTS))
     assert len(page.tags("svg")) == 2
     assert "Where the time went" not in page.text
 
@@ -172,7 +174,7 @@ def hostile_run(path):
 
 def test_a_strangers_run_is_data(tmp_path):
     """Nothing in it becomes an element, an attribute or a part of the template."""
-    html = report(hostile_run(tmp_path / "<b>run"))
+    html = report_page(hostile_run(tmp_path / "<b>run"), TEXTS)
     page = Page(html)
     assert is_self_contained(page)
     assert html.count(ESCAPED) >= 6
@@ -190,7 +192,7 @@ def test_videos(run):
     with (run / "videos" / "long.mp4").open("wb") as file:
         file.truncate(MAX_VIDEO_BYTES + 1)
     (run / "videos" / "notes.txt").write_text("no film")
-    page = Page(report(run))
+    page = Page(report_page(run, TEXTS))
     assert is_self_contained(page)
     kind, data = page.tags("video")[0]["src"].split(",")
     assert (kind, base64.b64decode(data)) == ("data:video/mp4;base64", b"\0\0\0\x18ftypmp42 film")

@@ -13,10 +13,11 @@ import time
 import pytest
 
 from fastppo import TrainConfig, UsageError, load_preset, preset_for
-from fastppo import sweep as sweep_module
+from fastppo.analysis import sweep_search, sweep_trial
 from fastppo.analysis.search_space import NOT_SEARCHED, OF_THE_SWEEP, SEARCHED, built_in_space, read_space, to_settings
+from fastppo.analysis.sweep_trial import at_parts, read_curve, score
 from fastppo.presets import PRESETS
-from fastppo.sweep import at_parts, console, read_curve, score
+from fastppo.sweep import console
 from fastppo.system.cpus import available_cores
 from fastppo.train import console as train_console
 
@@ -224,8 +225,8 @@ def stub(tmp_path, monkeypatch):
     script = tmp_path / "stub" / "train.py"
     script.parent.mkdir()
     script.write_text(STUB)
-    monkeypatch.setattr(sweep_module, "TRAIN", (sys.executable, str(script)))
-    monkeypatch.setattr(sweep_module, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(sweep_trial, "TRAIN", (sys.executable, str(script)))
+    monkeypatch.setattr(sweep_search, "POLL_SECONDS", 0.02)
 
     def plan(**how):
         (script.parent / "plan.json").write_text(json.dumps({name.removeprefix("trial_"): what for name, what in how.items()}))

@@ -37,15 +37,15 @@ LABELS = {
 }
 PANELS = tuple(LABELS)[:9]  # of curves.png
 LOSSES = tuple(LABELS)[2:11]  # of the second page
-# Okabe and Ito's colours, told apart by the colour-blind: https://jfly.uni-koeln.de/color; without yellow, pale on white
+# Okabe and Ito's colours for colour-blind readers, https://jfly.uni-koeln.de/color, without yellow, which is pale on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
 FORMATS = ("png", "svg")
-EPISODIC = (RETURN, "episodic_length_mean")  # without a value until an episode has ended
+EPISODIC = (RETURN, "episodic_length_mean")  # no value until an episode has ended
 
 
 def inked(colour: str) -> dict[Any, str]:
-    """matplotlib's parameters that give all that is no curve this colour."""
+    """matplotlib's parameters that give this colour to all but the curves."""
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     return dict.fromkeys(parts, colour)
 
@@ -54,7 +54,7 @@ BLACK = inked("#000000")
 
 
 def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
-    """Draw every panel of one run against the steps taken, as a PNG."""
+    """Draw the PANELS of one run against environment steps, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.45 s to import: only once training is over
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
@@ -65,17 +65,17 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     figure.suptitle(title, y=0.985)
     # 0.4 s of CPU time where layout="constrained" took 0.95: margins are fixed, so that nothing is drawn twice to be measured,
-    # the step numbers stand once a column, and no label needs mathtext (10^2)
+    # step numbers are drawn once a column, and no label needs mathtext (10^2)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.065, top=0.925, hspace=0.2, wspace=0.2)
     for axes, key in zip(figure.subplots(3, 3, sharex=True).flat, PANELS, strict=True):
         axes.plot(steps, [float(row[key]) for row in rows], linewidth=1.5)
-        axes.set_title(LABELS[key], fontsize=10, y=1.0)  # with a height given, nothing is measured
+        axes.set_title(LABELS[key], fontsize=10, y=1.0)  # with a fixed height nothing is measured
         axes.grid(alpha=0.3)
         axes.ticklabel_format(style="sci", scilimits=(-4, 6))
         if key == "value_loss":
             axes.set_yscale("log")  # it falls by orders of magnitude
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter())  # numbers where there is no decade to be seen
+            axes.yaxis.set_minor_formatter(LogFormatter())  # numbers even if no power of ten is in range
     for axes in figure.axes[-3:]:
         axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
         axes.set_xlabel("environment steps")
@@ -87,12 +87,12 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
 def draw_page(
     groups: Sequence[Group], panels: Sequence[tuple[str, str]], columns: int, style: Mapping[Any, str] = BLACK
 ) -> "Figure":
-    """A figure with a block of panels for each environment, its name above and its settings below.
+    """A figure with a block of panels for each environment, with its name above and a legend below.
 
     Args:
-        groups: at least one; an environment without a name has none above it.
-        panels: columns of metrics.csv, (x, y), in reading order; `columns` of them stand side by side.
-        style: matplotlib's parameters that differ.
+        groups: at least one. An empty env_id gives no name.
+        panels: (x, y) columns of metrics.csv, in reading order, `columns` of them side by side.
+        style: matplotlib's parameters.
     """
     import matplotlib  # here, so that --help and wrong flags do not wait for it
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def draw_page(
 
 
 def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
-    """Label -> colour and dashes: a setting looks the same in every environment."""
+    """Colour and dashes by label: a setting looks the same in every environment."""
     labels = dict.fromkeys(group.label for group in groups)
     count = len(PALETTE)
     return {label: (PALETTE[i % count], DASHES[i // count % len(DASHES)]) for i, label in enumerate(labels)}
@@ -173,36 +173,32 @@ def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple
 
 
 def _legend_columns(groups: Sequence[Group]) -> int:
-    """How many of the longest entry stand side by side."""
-    longest = max(len(legend_text(group)) for group in groups)
+    """How many entries as long as the longest fit side by side."""
+    longest = max(len(group.legend) for group in groups)
     return max(1, min(len(groups), 130 // (longest + 8)))
 
 
-def legend_text(group: Group) -> str:
-    return f"{group.label} ({group.statistic})" if group.label else group.statistic
-
-
 def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], columns: int) -> None:
-    """Below the panels, never over a curve."""
+    """Add the legend below the panels, where it covers no curve."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=colour, linestyle=dashes, linewidth=2.2)
         for colour, dashes in (looks[group.label] for group in groups)
     ]
-    texts = [legend_text(group) for group in groups]
+    texts = [group.legend for group in groups]
     legend = block.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
-def render(figure: "Figure", form: str, style: Mapping[Any, str] = BLACK) -> bytes:
-    """The figure as png or svg; the same runs give the same bytes."""
+def render(figure: "Figure", format: str, style: Mapping[Any, str] = BLACK) -> bytes:
+    """The figure as a png or svg file. The same runs give the same bytes."""
     import matplotlib
 
     buffer = BytesIO()
     with matplotlib.rc_context({**style, "svg.hashsalt": "fastppo"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name in letters that the font lacks
-        figure.savefig(buffer, format=form, dpi=150, metadata={"Date": None} if form == "svg" else None)
-    figure.set_layout_engine("none")  # where things stand is kept for the next form: measuring is half of the time
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name with letters that the font lacks
+        figure.savefig(buffer, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
+    figure.set_layout_engine("none")  # keep the layout for the next format: measuring is half of the time
     return buffer.getvalue()

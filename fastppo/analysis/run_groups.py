@@ -1,12 +1,12 @@
-"""Runs on disk, and which of them say the same thing: those that differ in their seed alone are one group.
+"""Runs on disk, in groups: runs that differ only in their seed are one group.
 
-Reads config.json and metrics.csv, as data, and knows nothing of pictures.
+Reads config.json and metrics.csv as data. Knows nothing of pictures.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,30 +20,30 @@ from fastppo.errors import UsageError
 from fastppo.run.metrics_file import read_rows
 from fastppo.system.text import printable
 
-# The seed, how a run is shown, kept and computed, and the name of what its settings were taken from: not what is learned.
+# settings that do not change what is learned: the seed, the preset's name, and how a run is shown, stored and computed
 _NO_SETTING = (RESUMABLE - {"total_timesteps", "num_iterations", "checkpoint_iterations"}) | {"seed", "preset", "env_id"}
 SETTINGS = ("env_id", *(spec.name for spec in fields(TrainConfig) if spec.name not in _NO_SETTING))
-LARGEST = 1e100  # a number beyond it is damage, and no axis has room for it
-POINTS = 200  # of a group's curve
-CURVE_RESAMPLES = 2_000  # of the bootstrap, at each of them: 0.1 s a curve of five seeds
-MIN_FOR_IQM = 4  # of fewer seeds nothing is cut off: it is their mean
-MIN_FOR_INTERVAL = 3
-LABEL_LETTERS = 40  # of a value
+LARGEST = 1e100  # a larger number is damage, and matplotlib cannot draw it
+POINTS = 200  # of the curve of a group
+CURVE_RESAMPLES = 2_000  # of the bootstrap at each point: 0.1 s for a curve of five seeds
+MIN_FOR_IQM = 4  # seeds; the interquartile mean of fewer is their mean
+MIN_FOR_INTERVAL = 3  # seeds
+LABEL_LETTERS = 40  # of a value in a label
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's settings and its columns of metrics.csv, float64 (rows,), NaN where a value is no number."""
+    """One run's settings and its columns of metrics.csv, float64 (rows,), NaN for a value that is not a number."""
 
     path: Path
     config: TrainConfig
     columns: Mapping[str, NDArray[np.float64]]
 
     def series(self, x: str, y: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Column y against column x, which rises: rows where either is no number, or x does not rise, are left out."""
+        """Columns x and y, without the rows where either is not a number or x does not rise."""
         none = np.full(0, np.nan)
         xs, ys = self.columns.get(x, none), self.columns.get(y, none)
-        if len(xs) != len(ys):  # a column that is not there
+        if len(xs) != len(ys):  # one column is missing
             return none, none
         kept = np.isfinite(xs) & np.isfinite(ys)
         xs, ys = xs[kept], ys[kept]
@@ -53,30 +53,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Curve:
-    """What the runs of a group have in common, on a grid of P points where each of them has data."""
+    """A statistic over the runs of a group, on a grid of P points where each of them has data."""
 
     x: NDArray[np.float64]  # (P,)
     center: NDArray[np.float64]  # (P,): the interquartile mean, or the mean
-    low: NDArray[np.float64] | None  # (P,): None of too few seeds
+    low: NDArray[np.float64] | None  # (P,): None for too few seeds
     high: NDArray[np.float64] | None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one environment and one setting, a seed each."""
+    """Runs of one environment with the same settings and different seeds."""
 
     env_id: str
-    label: str  # the settings in which it differs from the environment's other groups; "" where it is the only one
+    label: str  # settings that differ between the environment's groups; "" for the only group
     runs: tuple[Run, ...]
 
     @property
     def statistic(self) -> str:
-        """What the center of `curve` is: "IQM of 5 seeds"."""
+        """What the center of `curve` is, for people: "IQM of 5 seeds"."""
         seeds = len(self.runs)
         return "1 seed" if seeds == 1 else f"{'IQM' if seeds >= MIN_FOR_IQM else 'mean'} of {seeds} seeds"
 
     def curve(self, x: str, y: str) -> Curve | None:
-        """Column y against column x over the seeds; None where there is no part in which all have data."""
+        """Column y against column x over the seeds; None if there is no range of x where all runs have data."""
         series = [run.series(x, y) for run in self.runs]
         if not all(len(xs) for xs, _ in series):
             return None
@@ -88,9 +88,23 @@ class Group:
         low, high = bootstrap_interval(values, CURVE_RESAMPLES) if len(self.runs) >= MIN_FOR_INTERVAL else (None, None)
         return Curve(grid, interquartile_mean(values), low, high)
 
+    @property
+    def legend(self) -> str:
+        """ "gamma=0.9 (IQM of 5 seeds)"."""
+        return f"{self.label} ({self.statistic})" if self.label else self.statistic
+
+    def summary(self, metric: str) -> str:
+        """A line for people: runs, steps, and the metric at the last step that all runs have."""
+        head = f"{self.env_id}{', ' if self.label else ''}{self.label}: {self.statistic}"
+        curve = self.curve("global_step", metric)
+        if curve is None:
+            return f"{head}, no step at which all have {metric}"
+        interval = "" if curve.low is None or curve.high is None else f" (95 % {curve.low[-1]:.5g} to {curve.high[-1]:.5g})"
+        return f"{head}, {curve.x[-1]:,.0f} steps, {metric} {curve.center[-1]:.5g}{interval}"
+
 
 def find_runs(paths: Iterable[str]) -> list[Path]:
-    """Run directories among `paths` and below them, each once. Raises UsageError for a path that holds none."""
+    """Run directories among and below `paths`, each once. Raises UsageError for a path that holds none."""
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
@@ -100,7 +114,7 @@ def find_runs(paths: Iterable[str]) -> list[Path]:
             directories.sort()
             if "config.json" in files:
                 seeds = [name for name in directories if re.fullmatch(r"seed-\d+", name)]
-                directories[:] = seeds  # what a run keeps is no run, but for those of many seeds
+                directories[:] = seeds  # nothing else inside a run is a run
                 if not seeds:
                     runs.append(Path(place))
         if not runs:
@@ -111,7 +125,7 @@ def find_runs(paths: Iterable[str]) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """Raises UsageError for settings that cannot be read; metrics that cannot are no rows."""
+    """Read a run. Raises UsageError if its settings cannot be read; metrics that cannot be read are left out."""
     config = read_run_config(path)
     metrics = path / "metrics.csv"
     rows = read_rows(metrics) if metrics.is_file() else []
@@ -128,9 +142,9 @@ def _number(text: str | None) -> float:
 
 
 def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
-    """Groups, those of an environment together and in the order of their settings, and the runs that are left out.
+    """Groups, by environment and in the order of their settings, and the runs that are left out.
 
-    Of runs with the same settings and the same seed, which are no second sample, the one with the most rows is kept.
+    Runs with the same settings and the same seed are one sample: the run with the most rows is used.
     """
     seeds: dict[tuple[str, ...], dict[int, Run]] = {}  # settings as texts, the environment first -> seed -> run
     left_out = []
@@ -152,16 +166,42 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
     return groups, left_out
 
 
+def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Group]:
+    """The runs in and below `paths`, grouped. Raises UsageError if no run is left.
+
+    note: takes a line on each run that is left out.
+    """
+    runs, unread = [], []
+    for path in find_runs(paths):
+        try:
+            one = read_run(path)
+        except UsageError as error:
+            unread.append(str(error))
+            continue
+        if one.columns:
+            runs.append(one)
+        else:
+            unread.append(f"{path / 'metrics.csv'} has no row that can be read")
+    if not runs:
+        raise UsageError(unread[0])
+    groups, repeated = group_runs(runs)
+    for reason in unread:
+        note(f"left out: {reason}")
+    for one in repeated:
+        note(f"left out: {one.path} repeats another run's settings and seed, and is no second sample")
+    return groups
+
+
 def _texts(config: TrainConfig) -> tuple[str, ...]:
-    """What is learned from, in the order of SETTINGS."""
+    """The values of SETTINGS, as texts."""
     shown = {name: setting_text(getattr(config, name)) for name in SETTINGS}
-    if not config.exact_resume:  # checkpoints are then no part of what is learned
+    if not config.exact_resume:  # checkpoints then do not change what is learned
         shown["checkpoint_iterations"] = ""
     return tuple(shown.values())
 
 
 def setting_text(value: Any) -> str:
-    """A setting as a label or a table has it; equal values have equal texts, 1 and 1.0 too."""
+    """A setting as a text for a label or a table. Equal values have equal texts, 1 and 1.0 too."""
     if value is None:
         return "none"
     if isinstance(value, float):
@@ -172,7 +212,7 @@ def setting_text(value: Any) -> str:
 
 
 def _order(text: str) -> tuple[float, str]:
-    """Numbers by size, then words."""
+    """Key to sort settings: numbers by size, then words."""
     try:
         return float(text), text
     except ValueError:

@@ -1,0 +1,137 @@
+"""Whether an exported file acts as its policy does: random observations, the policy's answers, and how far the file's are off.
+
+Knows nothing of file formats.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Tuple
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from fastppo.analysis.export_formats import NEXT_MEMORY, Arrays
+
+if TYPE_CHECKING:
+    from fastppo.policy.agent import Agent
+    from fastppo.policy.deployment import DeployedPolicy
+
+ROWS = 256  # observations that a file is tried on
+STEPS = 8  # of a policy with memory: the observations are sequences of this length
+LARGEST_BOUND = 1e3  # a larger bound of an observation counts as none: no environment returns 1e38
+
+
+class TrialStep(NamedTuple):
+    """One batch of inputs and the policy's answers."""
+
+    inputs: Arrays
+    episode_start: NDArray[np.bool_]  # (N,), rows whose memory is zero
+    outputs: Arrays
+
+    def first_rows(self, rows: int) -> "TrialStep":
+        """The same step with fewer rows."""
+        inputs, outputs = ({name: x[:rows] for name, x in named.items()} for named in (self.inputs, self.outputs))
+        return TrialStep(inputs, self.episode_start[:rows], outputs)
+
+
+def make_trial(agent: "Agent", rnn_state_size: int) -> list[TrialStep]:
+    """ROWS random observations, with masks, and the policy's answers; with memory in STEPS steps, else in one."""
+    rng = np.random.default_rng(0)
+    agent = copy.copy(agent)  # the caller's agent keeps its memory
+    agent.reset()
+    info_mask = agent.obs.info_mask
+    steps = STEPS if rnn_state_size else 1
+    rows = ROWS // steps
+    memory = np.zeros((rows, rnn_state_size), np.float32)
+    trial = []
+    mask: Any = None
+    for number in range(steps):
+        obs = _sample(agent.obs_space, rng, rows)
+        if info_mask is not None:
+            mask = rng.integers(2, size=(rows, *info_mask.shape), dtype=np.int8)  # the type of gymnasium's masks
+        inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in agent.obs}
+        episode_start = (np.arange(rows) + number) % 4 == 0  # each row in one step of four
+        agent.reset(episode_start)
+        outputs = {"action": agent.act(obs, action_mask=mask)}
+        if agent.rnn_state is not None:
+            inputs["memory"] = np.where(episode_start[:, None], np.float32(0), memory)
+            memory = agent.rnn_state[:, :rnn_state_size].cpu().numpy()  # the actor's part
+            outputs[NEXT_MEMORY] = memory
+        trial.append(TrialStep(inputs, episode_start, outputs))
+    return trial
+
+
+def _sample(space: "gym.Space[Any]", rng: np.random.Generator, rows: int) -> Any:
+    """A batch of samples with the structure and types of the space."""
+    if isinstance(space, Dict):
+        return {name: _sample(part, rng, rows) for name, part in space.spaces.items()}
+    if isinstance(space, Tuple):
+        return tuple(_sample(part, rng, rows) for part in space.spaces)
+    if isinstance(space, Box) and np.issubdtype(space.dtype, np.floating):
+        low = np.where(space.low < -LARGEST_BOUND, -np.inf, space.low)
+        high = np.where(space.high > LARGEST_BOUND, np.inf, space.high)
+        space = Box(low, high, dtype=space.dtype.type)
+    batch = batch_space(space, rows)
+    batch.seed(int(rng.integers(2**31)))
+    return batch.sample()
+
+
+def differences(policy: "DeployedPolicy", trial: list[TrialStep], run: Callable[[Arrays], Arrays]) -> tuple[float, float]:
+    """How far the file's actions and its memories are from the policy's, on all rows at once and on one; see `_distance`.
+
+    run: the file, from inputs to outputs. Its exceptions are passed on.
+    """
+    answered = [*_answers(run, trial), *_answers(run, [step.first_rows(1) for step in trial])]
+    of_actions = max(_action_distance(policy, step, got["action"]) for step, got in answered)
+    memories = [(step.outputs[NEXT_MEMORY], got[NEXT_MEMORY]) for step, got in answered if NEXT_MEMORY in got]
+    return of_actions, max((_distance(expected, got) for expected, got in memories), default=0.0)
+
+
+def _answers(run: Callable[[Arrays], Arrays], trial: list[TrialStep]) -> Iterator[tuple[TrialStep, Arrays]]:
+    """Each step with the file's outputs. The file gets the memory that it returned itself."""
+    got: Arrays = {}
+    for step in trial:
+        inputs = dict(step.inputs)
+        if NEXT_MEMORY in got:
+            inputs["memory"] = np.where(step.episode_start[:, None], np.float32(0), got[NEXT_MEMORY])
+        got = run(inputs)
+        yield step, got
+
+
+def _action_distance(policy: "DeployedPolicy", step: TrialStep, got: NDArray[Any]) -> float:
+    """How far the file's actions are from the policy's: 0 if they are equal, infinite if they are outside the action space.
+
+    For continuous actions, their `_distance`. For discrete ones, the largest difference of log-probabilities: if rounding alone
+    decides between two actions, either may be taken.
+    """
+    import torch
+
+    expected, action = step.outputs["action"], policy.action
+    if got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf")
+    if np.array_equal(got, expected):
+        return 0.0
+    if not all(action.space.contains(np.asarray(one)) for one in got):
+        return float("inf")
+    if expected.dtype.kind == "f":
+        return _distance(expected, got)
+    with torch.no_grad():
+        dist, _ = policy.step({name: torch.from_numpy(x) for name, x in step.inputs.items()})
+        best, other = (
+            action.distribution.log_prob(
+                dist, torch.from_numpy(one - getattr(action.space, "start", 0)).reshape(len(got), *action.shape)
+            )
+            for one in (expected, got)
+        )
+    return float((best - other).abs().max())
+
+
+def _distance(expected: NDArray[Any], got: NDArray[Any]) -> float:
+    """The largest difference, divided by the largest number if that is above 1; infinite for another shape or type."""
+    if got.shape != expected.shape or got.dtype != expected.dtype or not np.isfinite(got).all():
+        return float("inf")
+    wide = expected.astype(np.float64)
+    return float(np.abs(got - wide).max() / max(1.0, np.abs(wide).max()))

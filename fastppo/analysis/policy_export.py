@@ -1,0 +1,94 @@
+"""A policy as one file that needs neither fastppo nor its environment.
+
+Knows nothing of training or of command lines. A new file is run before it gets its name, and must act as `Agent.act` does.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastppo.analysis.export_formats import check_output, file_content, file_runner, silent_exporters
+from fastppo.analysis.export_trial import ROWS, STEPS, differences, make_trial
+from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.system.paths import absolute, current_directory
+
+if TYPE_CHECKING:
+    from fastppo.policy.agent import Agent
+
+TOLERANCE = 1e-4  # other kernels round differently
+
+
+class Exported(NamedTuple):
+    """A file that `export_policy` has written and tried."""
+
+    path: Path
+    inputs: dict[str, str]  # name -> "float32 (batch, 4)"
+    outputs: dict[str, str]
+    difference: float  # between the file's actions and the policy's, 0: equal
+
+    def __str__(self) -> str:
+        """One line for people."""
+        taken, returned = (", ".join(f"{name} {what}" for name, what in x.items()) for x in (self.inputs, self.outputs))
+        same = "the same actions" if self.difference == 0 else f"largest difference {self.difference:.1e}"
+        order = f", {STEPS} steps of {ROWS // STEPS}" if "memory" in self.inputs else ""
+        size = self.path.stat().st_size / 1e3
+        return f"{self.path} ({size:,.0f} kB): {taken} -> {returned}; {same} on {ROWS} observations{order}"
+
+
+def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exported:
+    """Write the policy's likeliest action as a function of the observation to one file, and compare it with `agent.act`.
+
+    With memory it is a function of `memory` too, float32 (batch, S), and returns actions and `next_memory`. Start with zeros.
+    At each step give back the last `next_memory`, with zeros in the rows whose observation is the first one of an episode
+    (gymnasium's vector environments return that observation one step after the end of the episode before).
+
+    Args:
+        agent: from `load_policy` or `train`; with a network of your own, on the CPU. Its memory does not change.
+        path: the file, .onnx or .pt2. It appears, or replaces another file, whole or not at all.
+        format: "onnx", or "torch" for torch.export. The file takes a dict of arrays or tensors (batch, ...), by name.
+
+    Raises:
+        UsageError: the directory does not exist, a package is missing, or the network cannot be traced.
+        TrainingFault: the new file does not run, or does not act as the policy does; it is not kept.
+    """
+    path = absolute(path, "--output", current_directory())
+    check_output(path, format)
+    from fastppo.policy.deployment import DeployedPolicy  # here, so that --help and wrong flags do not wait for torch
+
+    policy = DeployedPolicy(agent)
+    trial = make_trial(agent, policy.rnn_state_size)
+    example = trial[0].first_rows(2)
+    temporary = path.with_suffix(".tmp" + path.suffix)
+    try:
+        with silent_exporters():
+            content = file_content(policy, example.inputs, list(example.outputs), format)
+            try:
+                temporary.write_bytes(content)
+            except OSError as error:
+                raise UsageError(f"--output {path} cannot be written: {brief(error)}") from None
+            try:
+                of_actions, of_memories = differences(policy, trial, file_runner(temporary, format))
+            except Exception as error:
+                raise TrainingFault(f"the exported policy does not run, {path} was not written: {brief(error)}") from error
+        dtype = trial[0].outputs["action"].dtype
+        tolerance = TOLERANCE if dtype.kind != "f" else max(TOLERANCE, 2.0 * float(np.finfo(dtype).eps))
+        for does, difference, most in (("act", of_actions, tolerance), ("remember", of_memories, TOLERANCE)):
+            if difference > most:
+                raise TrainingFault(
+                    f"the exported policy does not {does} as the run's does, {path} was not written: "
+                    f"largest difference {difference:.1e} on {ROWS} observations"
+                )
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    inputs, outputs = ({name: _describe(x) for name, x in named.items()} for named in (example.inputs, example.outputs))
+    return Exported(path, inputs, outputs, of_actions)
+
+
+def _describe(x: NDArray[Any]) -> str:
+    """Type and shape of an input or output: "float32 (batch, 4)"."""
+    return f"{x.dtype} ({', '.join(['batch', *map(str, x.shape[1:])])})"
