@@ -313,7 +313,8 @@ def sweep_process(script, directory, *args):
     code = textwrap.dedent(f"""
         import sys
         from fastppo import sweep
-        sweep.TRAIN, sweep.POLL_SECONDS = (sys.executable, {str(script)!r}), 0.02
+        from fastppo.analysis import sweep_search, sweep_trial
+        sweep_trial.TRAIN, sweep_search.POLL_SECONDS = (sys.executable, {str(script)!r}), 0.02
         sys.exit(sweep.console({["--seeds", "1", "--steps", "1000", "--study-dir", str(directory), *args]!r}))
     """)
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -448,7 +449,8 @@ def test_a_sweep_costs_no_torch(tmp_path, stub):
     code = textwrap.dedent(f"""
         import sys
         from fastppo import sweep
-        sweep.TRAIN = (sys.executable, {str(script)!r})
+        from fastppo.analysis import sweep_trial
+        sweep_trial.TRAIN = (sys.executable, {str(script)!r})
         assert sweep.console(["--gama"]) == 2 and not {{"torch", "optuna"}} & set(sys.modules)
         assert sweep.console(["--trials", "1", "--steps", "1000", "--study-dir", {str(tmp_path / "study")!r}]) == 0
         assert "torch" not in sys.modules
