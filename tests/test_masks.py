@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.analysis.evaluation import play_episodes
-from fastppo.analysis.video import play
+from fastppo.analysis.rendered_episodes import play
 from fastppo.core.acting import act
 from fastppo.core.adam import init_adam
 from fastppo.core.contracts import Normalization, Schedule

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastppo import Callback, UsageError, load_policy, train
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
-from fastppo.analysis.video import play
+from fastppo.analysis.rendered_episodes import play
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import EnvConfig
 from fastppo.envs.render import make_render_env

@@ -140,7 +140,8 @@ def test_recorded_episodes(tmp_path, seeded):
     settings = {"env_id": "CartPole-v1", "vectorization": "sync", "check_env": False, "eval_episodes": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "fastppo.analysis.video.record", lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1]
+            "fastppo.analysis.rendered_episodes.record",
+            lambda agent, envs, path, seed, *_: (envs.reset_and_mask(seed), (0.0, 0))[1],
         )
         train(tiny(tmp_path / "run", seed=5, record_every=2, **settings))
     (video, times), *others = Counter(seeded.numpy).most_common()

@@ -1,18 +1,74 @@
-"""Episodes of a run's policy in a window or in video files."""
+"""Episodes of a policy in a window or in video files, after training and during it.
+
+Knows nothing of video formats (video.py) or of how an environment is rendered (envs/render.py).
+"""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastppo.analysis.evaluation import EvaluationPlan, EvaluationResult, most_steps, time_limit
-from fastppo.analysis.video import check_display, play, record, window
+from fastppo.analysis.video import Show, check_display, choose_suffix, video_file, window
+from fastppo.callbacks import Callback, View
 from fastppo.config import TrainConfig
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.render import frames_per_second, make_render_env
+from fastppo.envs.render import frames_per_second, make_render_env, render_frame
+from fastppo.envs.streams import untouched_streams
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, environment_fault, located
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
+
+RECORD_STEPS = 1000  # of an episode that is recorded during training
+
+
+def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, deterministic: bool, limit: int) -> tuple[float, int]:
+    """Play one episode and show a frame for its first state and after every step. A game with lives is played to its end.
+
+    Args:
+        envs: one environment that can be rendered.
+        seed: for its reset; None: its generator continues.
+        limit: largest number of steps.
+
+    Returns:
+        The episode's return and its number of steps, one less than the number of frames.
+
+    Raises:
+        TrainingFault: the environment failed.
+    """
+    total, counts = 0.0, True
+    for steps in range(limit + 1):
+        try:
+            if steps == 0:
+                agent.reset()
+                obs, mask = envs.reset_and_mask(seed)
+            else:
+                step = envs.step(agent.act(obs, deterministic, mask))
+                obs, mask = step.obs, step.action_mask
+            frame = render_frame(envs)
+        except UsageError:
+            raise
+        except ENVIRONMENT_ERRORS as error:
+            raise environment_fault(error, "while it was rendered") from error
+        show(frame)
+        if steps > 0:
+            total += float(step.reward[0]) if counts else 0.0
+            done = bool(step.terminated[0] or step.truncated[0]) and counts
+            if done and (step.game_over is None or step.game_over[0]):
+                break
+            if done if envs.keeps_final_obs else not counts:
+                agent.reset()  # the next observation is the first of another life
+            counts = envs.keeps_final_obs or not done  # the step after the end of a life only resets
+    return total, steps
+
+
+def record(
+    agent: Agent, envs: AutoresetEnvs, path: Path, seed: int | None, deterministic: bool, limit: int
+) -> tuple[float, int]:
+    """`play` one episode into a video at `path`. Raises as `play` and `video_file` do."""
+    with video_file(path, frames_per_second(envs)) as show:
+        return play(agent, envs, show, seed, deterministic, limit)
 
 
 @contextlib.contextmanager
@@ -64,3 +120,35 @@ def record_episodes(agent: Agent, config: TrainConfig, name: Path, suffix: str, 
 def _most_steps(config: TrainConfig, plan: EvaluationPlan) -> int:
     """Largest number of steps of one episode: one more than it may have to end by itself."""
     return most_steps(plan.trained_steps, 1, time_limit(config)) + 1
+
+
+class Recorder(Callback):
+    """--record-every K: after every K-th iteration record an episode as a video in the run directory.
+
+    Training does not notice: the environment is separate, starts each video from a seed of its own, and the policy takes the
+    likeliest actions, so no generator of the run moves. A failure is a line and training goes on.
+    """
+
+    def __init__(self, envs: AutoresetEnvs, every: int, note: Callable[[str], None]) -> None:
+        """envs: one environment that can be rendered. note: takes a line on each video."""
+        self.envs = envs
+        self.every = every
+        self.note = note
+        self.suffix, remark = choose_suffix("auto")
+        if remark is not None:
+            note(remark)
+
+    def on_iteration(self, run: View) -> None:
+        if run.iteration % self.every:
+            return
+        path = run.run_dir / "videos" / f"step-{run.global_step}{self.suffix}"
+        try:
+            seed = environment_seed(run.config.seed, Stream.RECORDED_ENVIRONMENT)
+            with untouched_streams():
+                total, steps = record(run.policy(), self.envs, path, seed, True, RECORD_STEPS)
+        except UsageError as error:
+            self.note(f"no video of this iteration: {error}")
+        except ENVIRONMENT_ERRORS as error:
+            self.note(f"no video of this iteration: {located(error)}")
+        else:
+            self.note(f"{path}: return {total:.4g} in {steps} steps")

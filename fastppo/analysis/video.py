@@ -1,8 +1,8 @@
-"""Episodes to look at: played one by one, shown in a window or kept as a file.
+"""Video files and windows: where the frames of an episode go.
 
 mp4 through imageio-ffmpeg, a frame at a time: gymnasium's recorder (1.4, moviepy 1.0.3) keeps every frame in memory and, taking
-them by time, showed 168 of 501 synthetic frames in a neighbour's place and wrote 301 of 300. GIF through Pillow where there is
-no ffmpeg. Knows nothing of how an environment is made or drawn (envs/render.py).
+them by time, showed 168 of 501 synthetic frames in a neighbour's place and wrote 301 of 300. GIF through Pillow without ffmpeg.
+Knows nothing of policies, episodes, or of how an environment is rendered.
 """
 
 import contextlib
@@ -12,70 +12,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastppo.callbacks import Callback, View
-from fastppo.envs.autoreset import AutoresetEnvs
-from fastppo.envs.streams import untouched_streams
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, brief, environment_fault, located
-from fastppo.random_streams import Stream, environment_seed
+from fastppo.envs.render import has_display
+from fastppo.errors import UsageError, brief
 
 if TYPE_CHECKING:
     from fastppo.envs.render import Frame
-    from fastppo.policy.agent import Agent
 
-Show = Callable[["Frame"], None]  # what is done with a frame (H, W, 3) uint8
-RECORD_STEPS = 1000  # of an episode that is recorded during training
-GIF_FASTEST = 50.0  # frames a second: viewers slow down what claims more
-
-
-def play(
-    agent: "Agent", envs: AutoresetEnvs, show: Show, seed: int | None, deterministic: bool, limit: int
-) -> tuple[float, int]:
-    """Play one episode, the whole game where it has lives, and show its first state and that after every step.
-
-    Args:
-        envs: one environment that can be drawn.
-        seed: for its reset; None: its random numbers go on.
-        limit: most steps.
-
-    Returns:
-        Its return and how many steps it took; one frame fewer than were shown.
-
-    Raises:
-        TrainingFault: the environment failed.
-    """
-    from fastppo.envs.render import render_frame
-
-    total, counts = 0.0, True
-    for steps in range(limit + 1):
-        try:
-            if steps == 0:
-                agent.reset()
-                obs, mask = envs.reset_and_mask(seed)
-            else:
-                step = envs.step(agent.act(obs, deterministic, mask))
-                obs, mask = step.obs, step.action_mask
-            frame = render_frame(envs)
-        except UsageError:
-            raise
-        except ENVIRONMENT_ERRORS as error:
-            raise environment_fault(error, "while it was drawn") from error
-        show(frame)
-        if steps > 0:
-            total += float(step.reward[0]) if counts else 0.0
-            done = bool(step.terminated[0] or step.truncated[0]) and counts
-            if done and (step.game_over is None or step.game_over[0]):
-                break
-            if done if envs.keeps_final_obs else not counts:
-                agent.reset()  # what comes next is another life's first observation
-            counts = envs.keeps_final_obs or not done  # the step after a life's end only resets
-    return total, steps
+Show = Callable[["Frame"], None]  # takes a frame (H, W, 3) uint8
+GIF_FASTEST = 50.0  # frames a second: viewers play faster GIFs slowly
 
 
 def choose_suffix(wanted: str) -> tuple[str, str | None]:
-    """The suffix for "mp4", "gif" or "auto", and a line where the lack of ffmpeg made it .gif.
+    """The suffix for "mp4", "gif" or "auto", and a line for people if it is .gif because ffmpeg is missing.
 
     Raises:
-        UsageError: mp4 without ffmpeg.
+        UsageError: "mp4" is asked for and ffmpeg is missing.
     """
     if wanted == "gif":
         return ".gif", None
@@ -92,7 +43,7 @@ def choose_suffix(wanted: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def video_file(path: Path, fps: float) -> Iterator[Show]:
-    """A video, mp4 or gif by its suffix, of the frames shown; it appears whole at the end or not at all.
+    """A function that takes the frames of a video, mp4 or gif by its suffix. The file appears whole at the end or not at all.
 
     Raises:
         UsageError: it cannot be written.
@@ -119,7 +70,7 @@ def _mp4(path: Path, fps: float) -> Iterator[Show]:
     def show(frame: "Frame") -> None:
         nonlocal frames, writer
         height, width, _ = frame.shape
-        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # as the format has it
+        even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")  # the format needs even sizes
         if writer is None:
             size = (even.shape[1], even.shape[0])
             writer = imageio_ffmpeg.write_frames(str(path), size, fps=fps, macro_block_size=2, ffmpeg_log_level="quiet")
@@ -133,7 +84,9 @@ def _mp4(path: Path, fps: float) -> Iterator[Show]:
         if writer is not None:
             writer.close()
     try:
-        written, _ = imageio_ffmpeg.count_frames_and_secs(str(path))  # on a full disk ffmpeg ends, and imageio does not say so
+        written, _ = imageio_ffmpeg.count_frames_and_secs(
+            str(path)
+        )  # imageio does not say that ffmpeg ended, on a full disk for example
     except RuntimeError:
         written = 0
     if written != frames:
@@ -151,9 +104,7 @@ def _gif(path: Path, fps: float) -> Iterator[Show]:
 
 
 def check_display() -> None:
-    """Raise UsageError where there is nothing to open a `window` on."""
-    from fastppo.envs.render import has_display
-
+    """Raise UsageError if no `window` can be opened."""
     no_window = "--render human can open no window ({}); --video needs none"
     if not has_display():
         raise UsageError(no_window.format("there is no display"))
@@ -169,7 +120,10 @@ def check_display() -> None:
 
 @contextlib.contextmanager
 def window(title: str, fps: float) -> Iterator[Show]:
-    """A window that shows each frame for as long as it lasts, after `check_display`; closing it interrupts."""
+    """A function that shows frames in a window, `fps` a second. Closing the window raises KeyboardInterrupt.
+
+    Call `check_display` first.
+    """
     import pygame
 
     clock, screen = pygame.time.Clock(), None
@@ -189,45 +143,3 @@ def window(title: str, fps: float) -> Iterator[Show]:
         yield show
     finally:
         pygame.display.quit()
-
-
-def record(
-    agent: "Agent", envs: AutoresetEnvs, path: Path, seed: int | None, deterministic: bool, limit: int
-) -> tuple[float, int]:
-    """`play` one episode into a video at `path`; raises as `play` and `video_file`."""
-    from fastppo.envs.render import frames_per_second
-
-    with video_file(path, frames_per_second(envs)) as show:
-        return play(agent, envs, show, seed, deterministic, limit)
-
-
-class Recorder(Callback):
-    """--record-every K: after every K-th iteration the policy plays one episode, which becomes a video in the run directory.
-
-    The environment is another than those trained on, starts each video from the same seed, which is nobody else's, and the
-    policy takes its likeliest actions: no generator of the run is touched. What fails costs a line.
-    """
-
-    def __init__(self, envs: AutoresetEnvs, every: int, note: Callable[[str], None]) -> None:
-        """envs: one that can be drawn; note: gets a line on each video."""
-        self.envs = envs
-        self.every = every
-        self.note = note
-        self.suffix, remark = choose_suffix("auto")
-        if remark is not None:
-            note(remark)
-
-    def on_iteration(self, run: View) -> None:
-        if run.iteration % self.every:
-            return
-        path = run.run_dir / "videos" / f"step-{run.global_step}{self.suffix}"
-        try:
-            seed = environment_seed(run.config.seed, Stream.RECORDED_ENVIRONMENT)
-            with untouched_streams():
-                total, steps = record(run.policy(), self.envs, path, seed, True, RECORD_STEPS)
-        except UsageError as error:
-            self.note(f"no video of this iteration: {error}")
-        except ENVIRONMENT_ERRORS as error:
-            self.note(f"no video of this iteration: {located(error)}")
-        else:
-            self.note(f"{path}: return {total:.4g} in {steps} steps")

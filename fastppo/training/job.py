@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from fastppo.analysis.video import Recorder
+from fastppo.analysis.rendered_episodes import Recorder
 from fastppo.callbacks import Callback
 from fastppo.compile.selector import ProgramSelector
 from fastppo.core.adam import AdamState
