@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
@@ -15,9 +15,6 @@ from fastppo.cli import parse, run
 from fastppo.config import read_run_config
 from fastppo.errors import UsageError
 from fastppo.system.paths import absolute, current_directory
-
-if TYPE_CHECKING:
-    pass
 
 VideoFormat = Annotated[
     str | None,
@@ -40,19 +37,19 @@ class EvaluateConfig:
     episodes: int = 20
     """Episodes to play."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which policy: the one whose training episodes returned most, or the one at the end."""
+    """Which policy: best.pt, the one with the highest return in training, or last.pt, the one at the end."""
     deterministic: bool = True
     """Take the likeliest action; otherwise sample."""
     seed: int = 0
     """Seed of the environments and of sampling."""
     render: Literal["human"] | None = None
-    """human: play the episodes one after another in a window, at their natural speed."""
+    """human: play the episodes in a window, one after another, at their natural speed."""
     video: VideoFormat = None
-    """Keep videos in the run directory, of further episodes; mp4 where there is ffmpeg, else gif."""
+    """Record further episodes as videos in the run directory. Without a value: mp4 if ffmpeg is installed, else gif."""
     video_episodes: int = 1
-    """Episodes that --video keeps."""
+    """Episodes that --video records."""
     max_steps: int | None = None
-    """Most steps of all episodes together. Default: as many as were trained, but 1,000 to 100,000 an episode."""
+    """Largest number of steps of all episodes together. Default: as many as were trained, but 1,000 to 100,000 an episode."""
 
     def __post_init__(self) -> None:
         if self.video not in (None, "auto", "mp4", "gif"):

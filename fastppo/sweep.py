@@ -28,27 +28,27 @@ from fastppo.system.paths import absolute, current_directory
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Search for settings that learn an environment best, among ranges; flags of fastppo.train that stay fixed follow after --.
+    """Search ranges for the settings that learn an environment best. Flags of fastppo.train after -- apply to all trials.
 
-    The same command again goes on where it was. The best settings so far are in best.json, for --preset.
+    The same command again continues the sweep. The best settings so far are in best.json, for --preset.
     """
 
     env_id: str = TrainConfig.env_id
-    """Gymnasium id; what is not searched is as the environment's preset has it."""
+    """Gymnasium id. Settings that are not searched are those of the environment's preset."""
     trials: int = 50
-    """Trials altogether, those of before included."""
+    """Trials altogether, those of earlier sweeps in the same directory included."""
     timeout: float | None = None
-    """Seconds after which no trial is started any more."""
+    """Seconds after which no further trial starts."""
     seeds: int = 2
-    """Seeds that each trial trains, 1 to this many; the value of a trial is their mean."""
+    """Each trial trains with the seeds 1 to this number. The value of a trial is their mean."""
     steps: int | None = None
-    """Total timesteps of each seed; default: those of the preset."""
+    """Total timesteps of each seed. Default: those of the preset."""
     space: str | None = None
-    """What is searched, a .json or .toml file: see fastppo/analysis/search_space.py. Default: a space after the RL Zoo's."""
+    """The search space, a .json or .toml file: see fastppo/analysis/search_space.py. Default: ranges after the RL Zoo's."""
     study_dir: str | None = None
-    """Directory of the study and its runs; default sweeps/<env>."""
+    """Directory of the study and its runs. Default: sweeps/<env>."""
     jobs: int = 1
-    """Trials at once; each gets its share of the CPU threads."""
+    """Trials at once. Each gets an equal share of the CPU threads."""
 
     def __post_init__(self) -> None:
         for name in ("trials", "seeds", "steps", "jobs"):

@@ -14,7 +14,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.analysis.evaluation import play_episodes
-from fastppo.analysis.rendered_episodes import play
 from fastppo.analysis.search_space import to_settings
 from fastppo.cli import parse_train
 from fastppo.envs.autoreset import AutoresetEnvs
