@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import load_policy, train
 from fastppo.analysis.evaluation import play_episodes
-from fastppo.analysis.video import play
+from fastppo.analysis.rendered_episodes import play
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
