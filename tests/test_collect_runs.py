@@ -50,7 +50,7 @@ def test_a_run_resumed_and_evaluated(env_id, tmp_path, capsys):
     assert summary["global_step"] == int(rows_of(runs[0])[-1]["global_step"])
 
     assert console(["--resume", str(runs[0]), "--num-iterations", "5"]) == 0
-    assert "the environments go on where they were" in capsys.readouterr().out
+    assert "the environments continue where they were" in capsys.readouterr().out
     rows = rows_of(runs[0])
     assert [row["iteration"] for row in rows] == ["1", "2", "3", "4", "5"]
     assert rows[:3] == rows_of(runs[1])

@@ -71,12 +71,12 @@ def test_more_steps_than_planned(tmp_path, capsys):
     train(short)
     capsys.readouterr()
     assert console(["--resume", short.run_dir, "--num-iterations", "7"]) == 0
-    assert "another length" not in capsys.readouterr().out
+    assert "new length" not in capsys.readouterr().out
     assert differing(result_of(tmp_path / "long"), result_of(tmp_path / "short")) == []
 
     train(replace(short, run_dir=str(tmp_path / "annealed"), anneal_lr=True, anneal_clip=True))
     assert console(["--resume", str(tmp_path / "annealed"), "--num-iterations", "7"]) == 0
-    assert "another length: learning rate and clip range" in capsys.readouterr().out
+    assert "the run has a new length: learning rate and clip range" in capsys.readouterr().out
 
 
 def test_a_restart_is_a_truncation(tmp_path):
@@ -146,7 +146,7 @@ def test_a_setting_that_matters_is_named(tmp_path, capsys):
     capsys.readouterr()
     train(replace(config, resume=config.run_dir))
     told = capsys.readouterr().out
-    assert re.search(r"not as before, so last bits may differ: compiled threads 3 -> 1, torch 2\.11\.0 -> 2\.", told)
+    assert re.search(r"different from before, so last bits may differ: compiled threads 3 -> 1, torch 2\.11\.0 -> 2\.", told)
 
 
 def test_a_checkpoint_of_another_device_goes_on(tmp_path, capsys):

@@ -106,7 +106,7 @@ def test_other_numbers_of_processes_go_on(trained, tmp_path):
     for size, iterations in ((1, "4"), (4, "6")):
         started = Started(tmp_path, size, ["--resume", str(run_dir), "--num-iterations", iterations])
         assert started.wait() == [0] * size, started.said("err")
-        assert "the environments go on where they were" in started.said("out")[0]
+        assert "the environments continue where they were" in started.said("out")[0]
     assert_same_run(run_dir, trained("device", 1)[0])
 
 
@@ -140,7 +140,7 @@ def test_a_rank_that_is_killed(size, lost, tmp_path):
     assert kept >= 2
     again = Started(tmp_path, 1, ["--resume", str(run_dir), "--num-iterations", str(kept + 1)])
     assert again.wait() == [0], again.said("err")
-    assert f"going on from iteration {kept}," in again.said("out")[0]
+    assert f"resuming from iteration {kept}," in again.said("out")[0]
     assert rows_of(run_dir)[-1]["iteration"] == kept + 1
 
 
@@ -165,7 +165,7 @@ def test_torchrun_restarts_and_goes_on(tmp_path):
             torchrun.kill()
     assert torchrun.returncode == 0, err
     assert err.count("another rank has gone") == 1
-    assert "going on from iteration" in out
+    assert "resuming from iteration" in out
     assert [row["iteration"] for row in rows_of(run_dir)] == list(range(1, 61))
 
 

@@ -92,9 +92,9 @@ def reopen(config: TrainConfig, state: TrainState, task: Task, cleanup: contextl
     changed = differences(checkpoint["made_with"], fresh["made_with"])
     notes = [
         damage,
-        f"going on from iteration {state.iteration}, step {state.global_step}; {environments}",
+        f"resuming from iteration {state.iteration}, step {state.global_step}; {environments}",
         *lost,
-        f"not as before, so last bits may differ: {changed}" if changed else None,
+        f"different from before, so last bits may differ: {changed}" if changed else None,
         _annealing_note(before, config),
     ]
     return directory, [note for note in notes if note is not None]
@@ -105,23 +105,23 @@ def _not_writable(directory: RunDirectory, error: OSError) -> UsageError:
 
 
 def _continue_environments(state: TrainState, restarts: bool) -> str:
-    """How the environments go on, for people; episodes under way that cannot go on are dropped from the state."""
+    """How the environments continue, for people. Unfinished episodes that cannot continue are dropped from the state."""
     if restarts:
-        return "the environments restart as they did there: what comes is what came, or would have come, after it"
+        return "the environments restart as they did there, so the run continues as if it had not been interrupted"
     if state.environments is not None:
-        return "the environments go on where they were"
+        return "the environments continue where they were"
     state.forget_running()
     state.return_carry.zero_()
     return "the environments start new episodes"
 
 
 def _annealing_note(before: TrainConfig, config: TrainConfig) -> str | None:
-    """A line where another length of the run changes what is annealed."""
+    """A line for people if the run has a new length and something is annealed over it."""
     annealed = [name for name, on in (("learning rate", config.anneal_lr), ("clip range", config.anneal_clip)) if on]
     same = (config.total_timesteps, config.num_iterations) == (before.total_timesteps, before.num_iterations)
     if same or not annealed:
         return None
-    return f"another length: {' and '.join(annealed)} annealed to it from here on, not from the start"
+    return f"the run has a new length: {' and '.join(annealed)} annealed to it from this iteration on"
 
 
 def load_state(
