@@ -8,7 +8,7 @@ from environments import ACTIONS, VECTOR
 
 from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
-from fastppo.core.ppo import split_evenly
+from fastppo.core.microbatches import split_evenly
 from support.programs import (
     CATEGORICAL_POLICY,
     CONTINUOUS,

@@ -22,7 +22,7 @@ from fastppo.core.contracts import (
     Weights,
     normalize_obs,
 )
-from fastppo.core.sharding import share
+from fastppo.core.sharding import Shard
 
 
 def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Obs, noise: Tensor) -> Tensor:
@@ -120,8 +120,9 @@ def collect(
             running = (*running, rnn_state, done)  # this step has reset those that were done
         return running, (obs, action, *result, ~done)
 
-    running = tuple(share(x, 0, worker, execution.num_workers) for x in running)
-    draws = (share(noise, 1, worker, execution.num_workers), share(random, 1, worker, execution.num_workers))
+    shard = Shard.of(worker, execution)
+    running = tuple(shard.mine(x, 0) for x in running)
+    draws = (shard.mine(noise, 1), shard.mine(random, 1))
     running, (obs, action, reward, terminated, truncated, valid) = execution.scan(step, running, draws)
     finite = obs.isfinite().all() & running[0].isfinite().all() & reward.isfinite().all()
     return CollectResult(running, obs, action, reward, terminated, truncated, valid, finite)

@@ -27,6 +27,11 @@ def masked_mean(x: Tensor, weight: Tensor) -> Tensor:
     return (x * weight).sum() / weight.sum().clamp(min=1.0)
 
 
+def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
+    """Sum of weight * x, ()."""
+    return (x * weight).sum()
+
+
 def standardize(x: Tensor, weight: Tensor, eps: float = 1e-8, total: Total = alone) -> Tensor:
     """(x - mean) / (std + eps) with the sample standard deviation (n - 1), over rows of weight 1 of the last axis. (..., M)."""
     mean, std = mean_and_std(x, weight, -1, total)
