@@ -11,17 +11,20 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torch.distributions import Categorical, kl_divergence
 from torchrl.objectives import ClipPPOLoss
 
+from fastppo.core.contracts import Schedule
 from fastppo.core.losses import (
     approximate_kl,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
-    masked_mean,
     mean_and_std,
     means_and_stds,
     squared_value_loss,
     standardize,
+    weighted_sum,
 )
+from fastppo.core.ppo import Rows, ppo_loss
+from support.learn_settings import learn_settings
 
 CLIP = torch.tensor(0.2)
 
@@ -29,6 +32,11 @@ CLIP = torch.tensor(0.2)
 def one(number):
     """One row, (1,) float64."""
     return torch.tensor([number], dtype=torch.float64)
+
+
+def shares(rows, dtype=torch.float32):
+    """The weights of a mean over so many rows, (rows,)."""
+    return torch.full((rows,), 1 / rows, dtype=dtype)
 
 
 # --- by hand ---
@@ -75,7 +83,7 @@ def test_clipped_value_loss_by_hand(value, old_value, target, loss, gradient):
 
 def test_squared_value_loss_by_hand():
     """The plain mean of squares, without a factor of one half: ((1-3)^2 + (5-4)^2) / 2 = 2.5."""
-    assert squared_value_loss(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.0]), torch.ones(2)).item() == 2.5
+    assert squared_value_loss(torch.tensor([1.0, 5.0]), torch.tensor([3.0, 4.0]), shares(2)).item() == 2.5
 
 
 def test_approximate_kl_by_hand():
@@ -84,8 +92,8 @@ def test_approximate_kl_by_hand():
     weight = torch.ones(1)
     assert approximate_kl(torch.tensor([log_two]), weight).item() == pytest.approx(0.3068528, abs=1e-6)
     assert approximate_kl(torch.tensor([-log_two]), weight).item() == pytest.approx(0.1931472, abs=1e-6)
-    assert approximate_kl(torch.tensor([log_two, -log_two]), torch.ones(2)).item() == pytest.approx(0.25, abs=1e-6)
-    assert approximate_kl(torch.zeros(5), torch.ones(5)).item() == 0.0
+    assert approximate_kl(torch.tensor([log_two, -log_two]), shares(2)).item() == pytest.approx(0.25, abs=1e-6)
+    assert approximate_kl(torch.zeros(5), shares(5)).item() == 0.0
 
 
 def test_approximate_kl_is_unbiased():
@@ -93,14 +101,14 @@ def test_approximate_kl_is_unbiased():
     acting = Categorical(probs=torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64))
     new = Categorical(logits=torch.tensor([0.3, -0.2, 0.4], dtype=torch.float64))
     action = torch.tensor([0, 1, 2, 2])
-    estimate = approximate_kl(new.log_prob(action) - acting.log_prob(action), torch.ones(4, dtype=torch.float64))
+    estimate = approximate_kl(new.log_prob(action) - acting.log_prob(action), shares(4, torch.float64))
     torch.testing.assert_close(estimate, kl_divergence(acting, new), rtol=1e-10, atol=0)
 
 
 def test_approximate_kl_is_accurate_for_small_changes():
     """A KL of 5e-13 (log-ratio 1e-6, half its square) is measured, not lost in rounding, and is never negative."""
     log_ratio = torch.tensor([1e-6, -1e-6], dtype=torch.float64)
-    assert approximate_kl(log_ratio, torch.ones(2, dtype=torch.float64)).item() == pytest.approx(5e-13, rel=1e-3)
+    assert approximate_kl(log_ratio, shares(2, torch.float64)).item() == pytest.approx(5e-13, rel=1e-3)
     spread = torch.linspace(-1.0, 1.0, 401)
     assert all(approximate_kl(x.reshape(1), torch.ones(1)) >= 0 for x in spread)
 
@@ -143,11 +151,52 @@ def test_statistics_of_rows_in_several_places_are_those_of_all():
         assert asked == [3, 2]  # two exchanges, whatever the number of variables
 
 
-def test_masked_mean_by_hand():
-    """The mean over rows of weight 1, not over all: (1 + 5) / 2 = 3; 0, not nan, when there is none."""
+def test_weighted_sum_by_hand():
+    """Weights 1/2, 0, 1/2 give the mean of the first and the third: (1 + 5) / 2 = 3. No row at all gives 0, not nan.
+
+    Parts of a batch of four rows, each with weights of 1/4, add up to its mean: (1 + 2 + 5 + 8) / 4 = 4.
+    """
     x = torch.tensor([1.0, 100.0, 5.0])
-    assert masked_mean(x, torch.tensor([1.0, 0.0, 1.0])).item() == 3.0
-    assert masked_mean(x, torch.zeros(3)).item() == 0.0
+    assert weighted_sum(x, torch.tensor([0.5, 0.0, 0.5])).item() == 3.0
+    assert weighted_sum(x, torch.zeros(3)).item() == 0.0
+    batch, quarter = torch.tensor([1.0, 2.0, 5.0, 8.0]), shares(4)
+    parts = [weighted_sum(batch[part], quarter[part]).item() for part in (slice(0, 1), slice(1, 4))]
+    assert parts == [0.25, 3.75]
+
+
+@pytest.mark.parametrize(
+    ("clip_vloss", "value_loss", "loss", "value_gradient"),
+    [(False, 4.0, 1.24, [-1.0, 0.0, 1.0]), (True, 5.92, 2.2, [0.0, 0.0, 1.0])],
+)
+def test_ppo_loss_by_hand(clip_vloss, value_loss, loss, value_gradient):
+    """The shipped loss of two transitions, and a resetting step between them full of absurd numbers; the clip is 0.2.
+
+    Policy: r = 1.5 and A = 2 give -min(3, 1.2 * 2) = -2.4, r = 1 and A = -1 give 1: (-2.4 + 1) / 2 = -0.7.
+    Value: (1 - 3)^2 = 4 and (4 - 2)^2 = 4, mean 4. Clipped around 0 the first is (0.2 - 3)^2 = 7.84: (7.84 + 4) / 2 = 5.92.
+    Entropy: (0.5 + 0.7) / 2 = 0.6. Loss: -0.7 + 0.5 * 4 - 0.1 * 0.6 = 1.24, or -0.7 + 0.5 * 5.92 - 0.06 = 2.2.
+    KL: ((0.5 - ln 1.5) + 0) / 2 = 0.0472674. One of two ratios lies outside the clip, and 0.5 from 1.
+    """
+    log_prob = torch.tensor([math.log(1.5), 50.0, -1.0], requires_grad=True)
+    value = torch.tensor([1.0, 9e3, 4.0], requires_grad=True)
+    entropy = torch.tensor([0.5, 77.0, 0.7], requires_grad=True)
+    rows = Rows(
+        old_log_prob=torch.tensor([0.0, -50.0, -1.0]),
+        advantage=torch.tensor([2.0, 1e3, -1.0]),
+        value_target=torch.tensor([3.0, 0.0, 2.0]),
+        old_value=torch.tensor([0.0, 0.0, 4.0]),
+        weight=torch.tensor([0.5, 0.0, 0.5]),
+    )
+    config = learn_settings(minibatch_size=3, vf_coef=0.5, clip_vloss=clip_vloss)["config"]
+    schedule = Schedule(learning_rate=torch.tensor(1.0), clip_coef=CLIP, ent_coef=torch.tensor(0.1))
+    total, (means, deviation) = ppo_loss(log_prob, value, entropy, rows, schedule, config)
+    assert total.item() == pytest.approx(loss, abs=1e-6)
+    assert means.tolist() == pytest.approx([-0.7, value_loss, 0.6, 0.0472674, 0.5], abs=1e-6)
+    assert deviation.item() == pytest.approx(0.5, abs=1e-6)
+    gradients = [x.tolist() for x in torch.autograd.grad(total, (log_prob, value, entropy))]
+    # the first row's ratio is clipped: no gradient; the third's is -A r / 2; the value's is vf_coef (V - V_target)
+    assert gradients[0] == pytest.approx([0.0, 0.0, 0.5], abs=1e-6)
+    assert gradients[1] == pytest.approx(value_gradient, abs=1e-6)
+    assert gradients[2] == pytest.approx([-0.05, 0.0, -0.05], abs=1e-6)
 
 
 # --- against others ---
@@ -233,15 +282,16 @@ def test_whole_loss_and_its_gradient_equal_torchrl(clip_vloss, norm_adv):
         expected["loss_objective"] + expected["loss_critic"] + expected["loss_entropy"], parameters
     )
 
-    weight = torch.ones(rows, dtype=torch.float64)
+    weight = shares(rows, torch.float64)
     dist, value = Categorical(logits=actor(obs)), critic(obs).squeeze(-1)
     log_ratio = dist.log_prob(action) - old_log_prob
-    policy_loss = clipped_policy_loss(log_ratio.exp(), standardize(advantage, weight) if norm_adv else advantage, weight, CLIP)
+    advantage = standardize(advantage, torch.ones_like(weight)) if norm_adv else advantage
+    policy_loss = clipped_policy_loss(log_ratio.exp(), advantage, weight, CLIP)
     if clip_vloss:
         value_loss = clipped_value_loss(value, old_value, value_target, weight, CLIP)
     else:
         value_loss = squared_value_loss(value, value_target, weight)
-    entropy = masked_mean(dist.entropy(), weight)
+    entropy = weighted_sum(dist.entropy(), weight)
     grad = torch.autograd.grad(policy_loss + vf_coef * value_loss - ent_coef * entropy, parameters)
 
     assert 0.1 < expected["clip_fraction"] < 0.9  # the case is a telling one
@@ -256,18 +306,19 @@ def test_whole_loss_and_its_gradient_equal_torchrl(clip_vloss, norm_adv):
 # --- masked rows ---
 
 
-def loss_terms(rows, weight):
-    """Every masked statistic of seven columns of rows, by name."""
+def loss_terms(rows, valid):
+    """Every loss term and statistic of seven columns of rows, by name; valid: 1 or 0."""
+    weight = valid / valid.sum()
     ratio, advantage, value, old_value, target, log_ratio, x = rows
     return {
         "policy": clipped_policy_loss(ratio, advantage, weight, CLIP),
         "value": squared_value_loss(value, target, weight),
         "clipped value": clipped_value_loss(value, old_value, target, weight, CLIP),
         "kl": approximate_kl(log_ratio, weight),
-        "explained": explained_variance(value, target, weight),
-        "mean": masked_mean(x, weight),
-        "std": mean_and_std(x, weight)[1],
-        "standardized": standardize(x, weight)[weight > 0],
+        "explained": explained_variance(value, target, valid),
+        "mean": weighted_sum(x, weight),
+        "std": mean_and_std(x, valid)[1],
+        "standardized": standardize(x, valid)[valid > 0],
     }
 
 
