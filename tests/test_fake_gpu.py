@@ -16,7 +16,8 @@ from fastppo.errors import UsageError
 from fastppo.rollout.collector import start_collector
 from fastppo.system.devices import resolved
 from fastppo.training.job import allocate_buffers
-from fastppo.training.setup import make_jobs, prepare
+from fastppo.training.programs import build_programs
+from fastppo.training.setup import prepare
 from support.device_envs import ON_TENSORS
 from support.fake_gpu import fake_gpus
 from support.processes import PretendedRanks
@@ -99,7 +100,7 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     expected = torch.device("cuda", 1 if ranks else 0)
     with prepared(settings, policy) as (task, _):
         buffers = allocate_buffers(task)
-        jobs = make_jobs(task, buffers.learn_arguments(), buffers.noise)
+        jobs = build_programs(task, buffers.learn_arguments(), buffers.noise)
         chosen = selector.ProgramSelector("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
         for name, job in jobs.items():
@@ -127,7 +128,7 @@ def test_rollouts_are_filled_on_the_gpu(case, monkeypatch):
     with prepared(COLLECTED[case], None) as (task, _), torch.no_grad():
         buffers = allocate_buffers(task)
         example, noise = buffers.learn_arguments(), buffers.noise
-        chosen = selector.ProgramSelector("off", make_jobs(task, example, noise), 1, print, task.ranks)
+        chosen = selector.ProgramSelector("off", build_programs(task, example, noise), 1, print, task.ranks)
         collector = start_collector(
             task.envs, buffers.rollout, task.obs, task.action, task.environment_seeds(), buffers.rnn_state
         )

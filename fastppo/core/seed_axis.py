@@ -79,6 +79,10 @@ class SeedAxis:
         """Each seed's part of a tree of tensors or arrays: views."""
         return [tree] if self.size == 1 else [of_seed(tree, seed, dim) for seed in range(self.size)]
 
+    def calls(self, per_call: int, num_threads: int) -> Seeds | None:
+        """How a compiled program takes the seeds; None for a single one."""
+        return Seeds(self.size, per_call, num_threads) if self.shape else None
+
     def map(self, program: Callable[..., Any], at_once: bool) -> Callable[..., Any]:
         """`program` of one seed as one of all seeds: with vmap `at_once`, else one seed after another."""
         if self.size == 1:

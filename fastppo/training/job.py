@@ -25,9 +25,10 @@ from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
 from fastppo.system.modes import plain
 from fastppo.training.multi_seed import make_seed_directories, reopen_seeds
+from fastppo.training.programs import build_programs
 from fastppo.training.reproducibility import guarantees
 from fastppo.training.resume import make_directory, reopen
-from fastppo.training.setup import Task, make_jobs
+from fastppo.training.setup import Task
 from fastppo.training.thread_trial import Watch
 from fastppo.training.training_run import TrainingRun
 from fastppo.training.update import FrozenInputs, frozen_inputs
@@ -152,7 +153,7 @@ def start_job(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: c
     """
     runs, top, display = open_runs(task, place, callbacks, cleanup)
     buffers = allocate_buffers(task)
-    jobs = make_jobs(task, buffers.learn_arguments(), buffers.noise)
+    jobs = build_programs(task, buffers.learn_arguments(), buffers.noise)
     with plain():
         selector = ProgramSelector(task.config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, task.ranks)
     thread_watch = None

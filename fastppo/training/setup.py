@@ -7,23 +7,17 @@ import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastppo import random_streams
 from fastppo.bounds import flag
-from fastppo.compile.selector import ProgramSpec
 from fastppo.config import TrainConfig
-from fastppo.core import acting, ppo
-from fastppo.core.contracts import Execution, obs_of
-from fastppo.core.gradient import functional_grad_and_aux
-from fastppo.core.seed_axis import SeedAxis, Seeds, one_by_one, over_seeds
+from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
@@ -36,15 +30,14 @@ from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
-from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
-from fastppo.rollout.env_step import env_step_of, pack, states_of
+from fastppo.rollout.env_step import states_of
 from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
-from fastppo.system.modes import plain, under
+from fastppo.system.modes import plain
 from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
 from fastppo.training.thread_trial import choose, minibatch_of
@@ -53,7 +46,6 @@ from fastppo.training.thread_trial import choose, minibatch_of
 # of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
 ROWS_PER_PASS = 1024
 MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
-MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
 COPIED_GENERATOR = (
     "check: if its module has a random generator, each process has a copy of it, and environments of two processes may be "
     "alike: use --vectorization sync, or draw from self.np_random"
@@ -365,80 +357,6 @@ def alike(one: Network, other: Network) -> bool:
     if not isinstance(one, ModulePolicy) or not isinstance(other, ModulePolicy):
         return True
     return all(torch.equal(tensor, other.fixed[name]) for name, tensor in one.fixed.items())
-
-
-def make_jobs(task: Task, example: tuple[Any, ...], noise: Tensor) -> dict[str, ProgramSpec]:
-    """The programs of a run, eager and for the compiler; with several seeds, all of them over seeds.
-
-    Args:
-        example: arguments of `learn`. noise: of a whole rollout, as the collector takes it.
-    """
-    config, network, obs, action, made = task.local, task.network, task.obs, task.action, task.made
-    params, _, rollout, *_, normalization = example
-    on_cpu = params.device.type == "cpu"
-    workers, ranks = task.workers if on_cpu else 1, task.ranks  # a graph on a GPU has no threads to share its rows out to
-    update = partial(ppo.learn, policy=network, config=learn_config(config))
-    # what a CNN leaves behind for its gradient is 100 kB a row
-    eagerly = Execution(microbatch_size=ROWS_PER_PASS if obs.has_images else None)
-    shared = ranks.learn_settings()
-    eagerly = replace(eagerly, **{name: value for name, value in shared.items() if name != "worker"})
-    learn = partial(update, worker=shared.get("worker"), execution=eagerly)
-    compiled = Execution(
-        microbatch_size=ROWS_PER_PASS, num_ranks=ranks.size, num_workers=workers if config.num_seeds == 1 else 1
-    )
-    fast_learn = partial(update, execution=compiled) if on_cpu else learn
-    first_obs: Any = obs_of(rollout)
-    number = config.num_seeds
-    # The mode of an eager `act`, entered in each step: the environments between two steps must see none of ours. Inference mode
-    # makes tensors that a module of somebody's own may keep and cannot learn from. Acting for eight environments takes 20 us
-    # under it and 22 without gradients.
-    mode = torch.no_grad if isinstance(network, ModulePolicy) else torch.inference_mode
-    act: partial[Any] = partial(acting.act_from_params, policy=network)
-    remembered: tuple[Tensor, ...] = ()  # what acting takes beside the observation
-    if isinstance(network, RecurrentActorCritic):
-        act = partial(acting.act_recurrent_from_params, policy=network)
-        remembered = (rollout["rnn_state"], rollout["episode_start"][0] if number == 1 else rollout["episode_start"][:, 0])
-    if number == 1:
-        jobs = {"learn": ProgramSpec(learn, fast_learn, example)}
-        if isinstance(made, TorchVectorEnv):
-            collect = partial(acting.collect, policy=network, env_step=env_step_of(made, action))
-            fast_collect = partial(
-                collect, execution=Execution(num_workers=workers if config.num_envs >= MIN_WORKER_ENVS * workers else 1)
-            )
-            running = (*pack(made.running), *(x.contiguous() for x in remembered))
-            collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
-            return {**jobs, "collect": ProgramSpec(collect, fast_collect if on_cpu else collect, collect_example)}
-        act_now: Any = acting.act_recurrent if remembered else acting.act
-        eager = partial(act_now, network, network.weights(params))
-        act_example = (params, normalization, tree_map(lambda x: x[0], first_obs), noise[0], *remembered)
-        return {**jobs, "act": ProgramSpec(under(mode, eager), act, act_example)}
-
-    # Small operations of all seeds as one: an eager update of ten takes 21 ms a seed instead of 36. A compiled one gains none
-    # by it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. Steps on the device do gain. On a
-    # GPU it is the eager program that is captured.
-    mapped = not isinstance(network, ModulePolicy) and not obs.has_images
-    over = over_seeds if mapped else partial(one_by_one, number=number)
-    eager_learn = partial(learn, execution=replace(eagerly, grad_and_aux=functional_grad_and_aux)) if mapped else learn
-    if not on_cpu:
-        fast_learn = eager_learn
-    at_once = 1 if on_cpu or not mapped else number
-    jobs = {"learn": ProgramSpec(over(eager_learn), fast_learn, example, Seeds(number, at_once, workers))}
-    if isinstance(made, TorchVectorEnv):
-        collect = partial(acting.collect, policy=network, env_step=env_step_of(made, action))
-        each = Seeds(number, -(-number // workers) if mapped else 1, workers)
-        running = (*pack(made.running), *(x.contiguous() for x in remembered))
-        collect_example = (params, normalization, running, noise, made.draw(config.num_steps))
-        return {**jobs, "collect": ProgramSpec(over(collect), collect, collect_example, each)}
-    act_example = (params, normalization, tree_map(lambda x: x[:, 0], first_obs), noise[0], *remembered)
-    together = Seeds(number, number if mapped else 1, 1)
-    return {**jobs, "act": ProgramSpec(under(mode, partial(over(act), params)), act, act_example, together)}
-
-
-def learn_config(config: TrainConfig) -> ppo.LearnConfig:
-    """The settings of `learn`: those of TrainConfig of the same names, and two that it derives."""
-    derived: dict[str, Any] = {"minibatch_size": config.rows_per_minibatch, "advantage_estimator": config.advantage}
-    same = {field.name: getattr(config, field.name) for field in fields(ppo.LearnConfig) if field.name not in derived}
-    return ppo.LearnConfig(**derived, **same)
 
 
 def choose_device(wanted: str) -> torch.device:
