@@ -1,12 +1,12 @@
-"""Atari as the literature plays it: what the pixels go through, whose lives end episodes, and ALE's own vector environment.
+"""Atari as in the literature: preprocessing, episodes of one life, and ALE's own vector environment.
 
-Rewards are never clipped here: scores stay true, and clipping is the learner's. A lost life is told as a termination, and the
-game goes on, as in OpenAI baselines' EpisodicLifeEnv with FireResetEnv: the step after it presses FIRE, or nothing where the
-game has no FIRE, whatever its action says. Neither ALE nor EnvPool has this: with `episodic_life`, ALE 0.12 resets the whole
-game at each lost life, so that nothing after the first is ever played, and EnvPool 1.2 plays up to 30 no-ops whose rewards it
-drops. Both run whole games here and `EpisodicLife` does the rest, the same for both.
+Rewards are not clipped here, so scores are those of the game; the learner clips. A lost life is a termination, and the game
+goes on, as in OpenAI baselines' EpisodicLifeEnv with FireResetEnv: the next step ignores its action and presses FIRE, or
+nothing where the game has no FIRE. Neither ALE nor EnvPool has this: with `episodic_life`, ALE 0.12 resets the whole game at
+each lost life, so that nothing after the first life is ever played, and EnvPool 1.2 plays up to 30 no-ops and drops their
+rewards. Here both run whole games, and `EpisodicLife` ends episodes for both.
 
-Knows nothing of networks or learning, and costs no torch.
+Knows nothing of networks or learning. Does not import torch.
 """
 
 from collections.abc import Mapping
@@ -58,13 +58,13 @@ class AtariSettings:
 
 
 def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
-    """N games in ALE's own vector environment, a thread each as far as there are cores.
+    """N games in ALE's own vector environment, with a thread for each game up to the number of cores.
 
-    Observations are (N, frame_stack, H, W) uint8, in colour (N, 3 * frame_stack, H, W); with episodic_life they are an
-    `EpisodicLife`. Every returned array is a new one.
+    Observations are (N, frame_stack, H, W) uint8, in colour (N, 3 * frame_stack, H, W). Every returned array is new. With
+    episodic_life the result is an `EpisodicLife`.
 
     Args:
-        env_id: an id for which `is_atari`; its own frame skip, sticky actions and action space give way to `settings`.
+        env_id: an id for which `is_atari`; `settings` override its own frame skip, sticky actions and action space.
         env_kwargs: further arguments of ale_py.vector_env.AtariVectorEnv.
 
     Raises:
@@ -96,13 +96,14 @@ def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings
     except Exception as error:
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     actions = [action.name for action in ale.ale.get_action_set()]
-    return tell_lives(ale if settings.grayscale else _channels_first(ale), settings, has_fire=actions[FIRE] == "FIRE")
+    return with_lives(ale if settings.grayscale else _channels_first(ale), settings, has_fire=actions[FIRE] == "FIRE")
 
 
 def make_rgb_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
-    """One game of `make_ale`'s, through gymnasium's wrappers, whose `render` returns the console's screen, (210, 160, 3).
+    """One game through gymnasium's wrappers, whose `render` returns the console's screen, (210, 160, 3).
 
-    ALE's vector environment draws nothing. Observations are its own, give or take 1 of 255 where OpenCV rounds otherwise.
+    ALE's vector environment does not render. Observations equal those of `make_ale` but for 1 of 255, which OpenCV may round
+    otherwise.
 
     Args:
         env_kwargs: max_num_frames_per_episode, or nothing.
@@ -139,7 +140,7 @@ def make_rgb_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSett
     stacked = FrameStackObservation(screens, settings.frame_stack, padding_type="zero")
     stacked.metadata = {**stacked.metadata, "render_fps": 60 / settings.frame_skip}
     envs: VectorEnv = SyncVectorEnv([lambda: stacked])
-    return tell_lives(envs if settings.grayscale else _channels_first(envs), settings, has_fire)
+    return with_lives(envs if settings.grayscale else _channels_first(envs), settings, has_fire)
 
 
 class _Start(gym.Wrapper[Any, Any, Any, Any]):
@@ -161,7 +162,7 @@ class _Start(gym.Wrapper[Any, Any, Any, Any]):
 
 
 def refuse_own(env_id: str, env_kwargs: Mapping[str, Any], own: tuple[str, ...]) -> None:
-    """Raise UsageError for an argument that is fastppo's to give."""
+    """Raise UsageError for an argument that fastppo sets itself."""
     for name in own:
         if name in env_kwargs:
             raise UsageError(
@@ -169,8 +170,8 @@ def refuse_own(env_id: str, env_kwargs: Mapping[str, Any], own: tuple[str, ...])
             )
 
 
-def tell_lives(envs: VectorEnv, settings: AtariSettings, has_fire: bool) -> VectorEnv:
-    """`envs` as it is, or with episodic_life in an `EpisodicLife`; has_fire: whether its action 1 is FIRE."""
+def with_lives(envs: VectorEnv, settings: AtariSettings, has_fire: bool) -> VectorEnv:
+    """`envs`, inside an `EpisodicLife` if settings say so; has_fire: whether action 1 is FIRE."""
     return EpisodicLife(envs, FIRE if settings.fire_reset and has_fire else NOOP) if settings.episodic_life else envs
 
 
@@ -190,15 +191,15 @@ def _join_channels(obs: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np
 
 
 class EpisodicLife(VectorWrapper):
-    """A lost life is told as a termination, and the game goes on.
+    """Makes a lost life a termination, and the game goes on.
 
-    Around a NEXT_STEP environment of whole games whose info has "lives", (N,). `game_over`, (N,) bool, says after every step
-    which of the ends just told are those of a game, so that its score is complete; the others are lives. It is an attribute and
-    no key of the info, where an environment of somebody else's may have one of that name with another meaning.
+    Wraps a NEXT_STEP environment of whole games whose info has "lives", (N,). After every step the attribute `game_over`, (N,)
+    bool, says which ends are ends of a game, with a complete score; the others are lost lives. It is not a key of the info,
+    where a user's environment may have a key of that name with another meaning.
 
-    The row after a lost life is a resetting row like any other: its action is not the agent's but `resume_action`, it is no
-    end, and its reward is 0. What the game pays there is told one row later, so that rewards always add up to the score. A game
-    that ends there has its end told one row later too, as a termination.
+    The row after a lost life is a resetting row: its action is `resume_action` instead of the agent's, it is not an end, and
+    its reward is 0. The reward of the game in that row is added to the next row's, so that rewards add up to the score. If the
+    game ends in that row, the next row is a termination.
     """
 
     def __init__(self, envs: VectorEnv, resume_action: int) -> None:
@@ -211,12 +212,12 @@ class EpisodicLife(VectorWrapper):
         self.game_over = none
         self._lives = lives  # (N,) after the last step
         self._ended = none  # (N,) the game ended in the last step: this one starts another
-        self._resuming = none  # (N,) an end was told after the last step, and the game goes on
-        self._late = none  # (N,) the game ended in a resetting row, and nobody has been told
-        self._held = np.zeros(self.num_envs)  # (N,) paid in a resetting row, not yet told
+        self._resuming = none  # (N,) the last step was an end, and the game goes on
+        self._late = none  # (N,) the game ended in a resetting row, and its end is not yet reported
+        self._held = np.zeros(self.num_envs)  # (N,) reward of a resetting row, not yet reported
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """New games, all of them; as the environment's own."""
+        """Start new games in all environments; seed and options as the environment takes them."""
         obs, info = self.env.reset(seed=seed, options=options)
         self._start(info["lives"])
         return obs, info

@@ -1,21 +1,21 @@
-"""The autoreset rule: what follows an episode's end, told in one way for every kind of vector environment.
+"""The autoreset rule: one form of step for vector environments of every autoreset mode.
 
-A vector environment goes on after an episode's end in one of three ways (gymnasium's AutoresetMode):
+A vector environment continues after an episode's end in one of three ways (gymnasium's AutoresetMode):
 
 - NEXT_STEP (gymnasium's default, EnvPool, ALE): step t returns the final observation; step t+1 ignores its action and
   returns the first observation of the next episode. Row t+1 is no transition, and its observation is the final one, so the
   value of row t+1 is the bootstrap of row t.
 - SAME_STEP: step t itself returns the first observation of the next episode and puts the final one into its info.
-- DISABLED: the caller resets. It is done at once here, which makes it SAME_STEP.
+- DISABLED: the caller resets. `AutoresetEnvs` resets at once, which makes it SAME_STEP.
 
 So a step is (obs, reward, terminated, truncated, final_obs): final_obs is None under NEXT_STEP, else it holds the final
-observation in the rows of environments that ended. An environment of tensors is told in tensors: none becomes an array, and
-under NEXT_STEP, or SAME_STEP with a dense final_obs, nothing waits for the device. An observation may be a dict or tuple of
-batches. Of the info only `action_mask` is read, the actions that are legal next; environments may have `action_masks()` instead
-(envs/masks.py). Knows nothing of rollouts or policies, and costs no torch where the environment brings none.
+observation in the rows of environments that ended. Tensors of an environment stay tensors, and under NEXT_STEP, or SAME_STEP
+with a dense final_obs, nothing waits for the device. An observation may be a dict or tuple of batches. Of the info only
+`action_mask` is read, the actions that are legal next; environments may have `action_masks()` instead (envs/masks.py). Knows
+nothing of rollouts or policies. Does not import torch unless the environment does.
 
-Masks are given always or never: in the info of every reset and every step, except the last step of an episode. If a missing
-mask allowed everything, a forgotten one would be trained on without a word.
+An environment gives masks always or never: in the info of every reset and every step, except the last step of an episode. A
+missing mask is an error, since training would otherwise ignore a forgotten one silently.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ Batch = Any  # a numpy array or a torch tensor, as the environment has it
 Structure = Any  # a batch, or a dict or tuple of such
 ResetSeed = int | Sequence[int] | None  # several: one for each of the seeds of envs/multi_seed_envs.py
 
-# what the info of a step has where an episode ended in it and the environment is reset already; two of them are of gymnasium 0
+# keys of a step's info where an episode ended in it and the environment has been reset; two of them are from gymnasium 0
 FINAL_KEYS = frozenset({"final_obs", "final_observation", "final_info"})
 UNDECLARED = (
     "the vector environment resets within the step (its info has {}) but does not say so: set "
@@ -46,7 +46,7 @@ HALF_MASKED = "{}: an environment with masks has to give one in the info of ever
 
 
 class Step(NamedTuple):
-    """What one vector step returned; leading axis N. All arrays, or all tensors."""
+    """The result of one vector step; leading axis N. All arrays, or all tensors."""
 
     obs: Structure
     reward: Batch
@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 class AutoresetEnvs:
-    """A gymnasium vector environment that is stepped by one rule, whatever its autoreset mode."""
+    """A gymnasium vector environment with the same form of step in every autoreset mode."""
 
     def __init__(self, envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> None:
         """`deadline` is for each step and reset. Closes `envs` and raises UsageError where they do not say how they reset."""
@@ -103,8 +103,8 @@ class AutoresetEnvs:
     def step(self, action: Batch) -> Step:
         """Step all environments; see the module's docstring for what `final_obs` is.
 
-        Raises EnvironmentFailed for a missing mask, for one that comes though the first reset gave none, and for environments
-        that reset within the step without declaring it.
+        Raises EnvironmentFailed for a missing mask, for a mask after a first reset without one, and for environments that reset
+        within the step without declaring it.
         """
         with self.deadline:
             obs, reward, terminated, truncated, info = self.envs.step(action)
@@ -143,7 +143,7 @@ class AutoresetEnvs:
             mask, told = (given != 0).reshape(self.num_envs, -1), None
         else:
             unneeded = np.asarray(unneeded.cpu() if is_tensor(unneeded) else unneeded)
-            mask, told = self._masks_told(info, unneeded)
+            mask, told = self._masks_given(info, unneeded)
             if not told.any() and self._mask_size is None:  # `action_masks()` returns None, always
                 return None
         if not self._is_new and self._mask_size is None:
@@ -156,8 +156,8 @@ class AutoresetEnvs:
         self._mask_size = mask.shape[1]
         return mask
 
-    def _masks_told(self, info: Mapping[str, Any], unneeded: Batch) -> tuple[Batch | None, Batch]:
-        """(N, A) bool, None where nobody says anything; and who does, (N,) bool."""
+    def _masks_given(self, info: Mapping[str, Any], unneeded: Batch) -> tuple[Batch | None, Batch]:
+        """Masks (N, A) bool, None if no environment gave one; and which environments gave one, (N,) bool."""
         given: Any = info.get("action_mask")
         told = np.zeros(self.num_envs, bool)
         if given is not None:
@@ -175,7 +175,7 @@ class AutoresetEnvs:
         return given.reshape(self.num_envs, -1) != 0, told
 
     def close(self) -> None:
-        """Release the environments' processes and windows. One that fails to close, as after a fault, is nothing to report."""
+        """Release the environments' processes and windows. Errors while closing are dropped: a fault may have caused them."""
         if not self.closed:
             self.closed = True
             with contextlib.suppress(*ENVIRONMENT_ERRORS), self.deadline:
@@ -183,23 +183,23 @@ class AutoresetEnvs:
 
 
 def is_tensor(value: object) -> bool:
-    """Whether `value` is a torch tensor; torch is imported for nothing but one."""
+    """Whether `value` is a torch tensor; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def np_or_torch(batch: Batch) -> ModuleType:
-    """The library whose functions `batch` is for."""
+    """numpy for an array, torch for a tensor."""
     return sys.modules["torch"] if is_tensor(batch) else np
 
 
 def _flat(mask: Any) -> np.ndarray[Any, Any]:
-    """The arrays of a tuple, or tuple of tuples, as one."""
+    """The arrays of a nested tuple, flat and joined."""
     return np.concatenate([_flat(part) for part in mask]) if isinstance(mask, tuple | list) else np.ravel(mask)
 
 
 def _lives_of(envs: VectorEnv) -> EpisodicLife | None:
-    """The wrapper that says which ends are those of a whole game, where an episode is one life of it."""
+    """The wrapper that says which ends are ends of a game, if an episode is one life; else None."""
     while isinstance(envs, VectorWrapper):
         if isinstance(envs, EpisodicLife):
             return envs
@@ -208,10 +208,10 @@ def _lives_of(envs: VectorEnv) -> EpisodicLife | None:
 
 
 def _final_obs(obs: Structure, done: Batch, info: Mapping[str, Any]) -> Structure:
-    """What each environment's step led to, under SAME_STEP."""
+    """The observation that each environment's step led to, under SAME_STEP."""
     final: Any = info.get("final_obs", info.get("final_observation"))  # the latter is gymnasium 0's name
     if is_tensor(final) or isinstance(final, Mapping) or (isinstance(final, tuple) and isinstance(obs, tuple)):
-        return _where(done, final, obs)  # of all environments, so that nobody has to ask which have ended
+        return _where(done, final, obs)  # of all environments, so nothing waits for the device
     rows = done.nonzero()
     indices = (rows if is_tensor(rows) else rows[0]).flatten().tolist()  # sync: objects lie on the host
     final_obs = _copy(obs) if indices else obs

@@ -1,8 +1,7 @@
-"""gymnasium's own CartPoleVectorEnv with random numbers of each environment's own, as separate environments have them.
+"""Gymnasium's CartPoleVectorEnv with a random generator for each environment, as separate environments have.
 
-By itself it draws the first states of all its environments from one generator, in the order in which their episodes end: an
-environment then starts from other states when others stand beside it, those of another process or seed for instance. Costs no
-torch.
+Gymnasium's class draws the first states of all environments from one generator, in the order in which their episodes end, so
+the starts of an environment depend on the other environments in the batch. Does not import torch.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import VectorWrapper
 from numpy.typing import NDArray
 
-BLOCK = 16  # episodes that numbers are drawn ahead for: a call for each start would take as long as the step of all
+BLOCK = 16  # episodes to draw numbers for at once: a call for each start would take as long as the step of all
 
 
 class SeededCartPole(VectorWrapper):
@@ -26,12 +25,12 @@ class SeededCartPole(VectorWrapper):
         self.generators: list[np.random.Generator] = []
         self._ahead = np.empty((envs.num_envs, BLOCK, 4))  # in [0, 1)
         self._used = np.empty(envs.num_envs, np.int64)  # of each environment's block
-        envs.np_random = self  # type: ignore[assignment]  # all that it asks of it is `uniform`
+        envs.np_random = self  # type: ignore[assignment]  # it uses only `uniform`
 
     def reset(
         self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """seed: one for each environment, or s for s, s + 1, ...; None: they go on, from the system's entropy at first."""
+        """seed: one for each environment, or s for s, s + 1, ...; None: they continue, at first from the system's entropy."""
         if seed is not None or not self.generators:
             each = range(seed, seed + self.num_envs) if isinstance(seed, int) else seed
             seeds: Sequence[int | None] = [None] * self.num_envs if each is None else each
@@ -40,7 +39,7 @@ class SeededCartPole(VectorWrapper):
         return self.cartpole.reset(options=options)
 
     def uniform(self, low: float, high: float, size: tuple[int, int]) -> NDArray[np.float64]:
-        """What the environment draws, (4, K) for the K environments that start an episode."""
+        """The random numbers (4, K) of the K environments that start an episode."""
         number = size[1]
         if number == 0:  # in most steps
             return np.empty(size)

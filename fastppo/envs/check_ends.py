@@ -1,8 +1,8 @@
-"""Does a vector environment do at an episode's end what it says? A part of envs/check.py, which steps it.
+"""Check that a vector environment does at an episode's end what its autoreset mode says. A part of envs/check.py.
 
-Two things are looked for. Under SAME_STEP, a final observation that the reset has overwritten. Where the metadata has no
-autoreset_mode, so that NEXT_STEP is taken: a step after an end whose action counts, which under NEXT_STEP it does not. Knows
-nothing of policies or learning, and costs no torch where the environment brings none.
+It looks for two faults. Under SAME_STEP: a final observation that the reset has overwritten. Where the metadata has no
+autoreset_mode, so that NEXT_STEP is assumed: an action that counts in the step after an end, where NEXT_STEP ignores it. Knows
+nothing of policies or learning. Does not import torch unless the environment does.
 """
 
 import time
@@ -33,7 +33,7 @@ NOT_DECLARED = (
 
 
 class FinalObs:
-    """Looks at the final observations of a SAME_STEP environment, step by step."""
+    """Checks the final observations of a SAME_STEP environment, step by step."""
 
     def __init__(self, space: gym.Space[Any]) -> None:
         """space: of one observation."""
@@ -44,11 +44,11 @@ class FinalObs:
         self._last: list[NDArray[Any]] = []
 
     def look(self, obs: Any, info: dict[str, Any], ended: NDArray[np.bool_]) -> str | None:
-        """A line where a final observation is certainly overwritten.
+        """Return a line if a final observation is certainly overwritten.
 
         Args:
             obs, info: as the step returned them.
-            ended: (N,), whose episode ended in it.
+            ended: (N,), whose episode ended in the step.
         """
         if any(_differ(leaf, copy) for leaf, copy in self._kept):
             return OVERWRITTEN
@@ -68,14 +68,14 @@ class FinalObs:
         return None
 
     def suspicion(self) -> str | None:
-        """A line where final observations always equal the next first ones, for which there may be another reason."""
+        """Return a line if all final observations equal the next first ones, which may have another reason."""
         if self._moves and self._equal == self._ends >= 2:
             return f"final_obs equals the next episode's first observation in all {self._ends} ends: is it overwritten?"
         return None
 
 
 class NextAction:
-    """Plays a vector environment again, to see whether the action after an end counts."""
+    """Repeats an episode of a vector environment, to see whether the action after an end counts."""
 
     def __init__(self, envs: AutoresetEnvs) -> None:
         self.envs = envs
@@ -90,7 +90,7 @@ class NextAction:
         return self._after is not None
 
     def look(self, action: Any, step: Step, done: NDArray[np.bool_]) -> None:
-        """A step with `action`; done: (N,) whose episode ended in the step before."""
+        """Record a step with `action`; done: (N,) whose episode ended in the step before."""
         if self._after is None:
             self._actions.append(action)
             if done.any():
@@ -98,7 +98,7 @@ class NextAction:
                 self._after = self._result(step)
 
     def counts(self, seed: int, seconds: float) -> bool:
-        """Whether it does. False too where nothing ended, where a seed repeats nothing, or where it takes over `seconds`."""
+        """Whether the action counts. False also if nothing ended, if a seed does not repeat, or if it takes over `seconds`."""
         if self._after is None:
             return False
         *before, last = self._actions
@@ -120,7 +120,7 @@ class NextAction:
         return [array[self._env] for array in (*arrays_of(step.obs, self.space), *told)]
 
     def _another(self, action: Any) -> Any:
-        """Other actions, of which the one that is meant differs where that can be had."""
+        """The same actions with another one for the environment that ended, if its space has another."""
         space = batch_space(self.envs.envs.single_action_space, self.envs.num_envs)
         space.seed(1)
         changed = np.array(action)
@@ -132,7 +132,7 @@ class NextAction:
 
 
 def action_like(action: Any, like: Any) -> Any:
-    """Sampled actions as an environment takes them whose observations are like that."""
+    """Sampled actions as a tensor on the device of `like` if `like` is a tensor."""
     if is_tensor(like):
         import torch
 
@@ -141,7 +141,7 @@ def action_like(action: Any, like: Any) -> Any:
 
 
 def numbers(value: Any) -> NDArray[Any] | None:
-    """As an array on the host; None where it is not made of numbers."""
+    """`value` as an array on the host; None if it is not made of numbers."""
     if is_tensor(value):
         value = value.detach().cpu()
         return np.asarray((value.float() if value.dtype.itemsize == 2 and value.is_floating_point() else value).numpy())
@@ -153,7 +153,7 @@ def numbers(value: Any) -> NDArray[Any] | None:
 
 
 def leaves(obs: Any, space: gym.Space[Any]) -> Iterator[Any]:
-    """Arrays or tensors of an observation that is in the form of its space."""
+    """The arrays or tensors in an observation that has the form of its space."""
     if isinstance(space, Dict):
         for key, part in space.spaces.items():
             yield from leaves(obs[key], part)
@@ -165,12 +165,12 @@ def leaves(obs: Any, space: gym.Space[Any]) -> Iterator[Any]:
 
 
 def arrays_of(obs: Any, space: gym.Space[Any]) -> list[NDArray[Any]]:
-    """Copies: an environment may write its next observation where this one lies."""
+    """Copies of an observation's arrays, since an environment may overwrite them with the next observation."""
     return [np.array(numbers(leaf)) for leaf in leaves(obs, space)]
 
 
 def _row(final: Any, index: int, space: gym.Space[Any]) -> list[Any]:
-    """Leaves of one environment's final observation, from one for each environment or from batches."""
+    """Leaves of one environment's final observation; `final` is a list of observations or a structure of batches."""
     if isinstance(final, list) or (isinstance(final, np.ndarray) and final.dtype == object):
         return list(leaves(final[index], space))
     return [batch[index] for batch in leaves(final, space)]

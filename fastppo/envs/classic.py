@@ -84,7 +84,7 @@ class CartPole:
         return new, torch.stack(new, -1), reward, terminated, torch.zeros_like(terminated)
 
     def render_frame(self, state: CartPoleState) -> NDArray[np.uint8]:
-        return _draw("CartPole-v1", state=np.array(state, np.float64))
+        return _render("CartPole-v1", state=np.array(state, np.float64))
 
 
 class AcrobotState(NamedTuple):
@@ -138,7 +138,7 @@ class Acrobot:
         return new, obs, terminated.to(height.dtype) - 1.0, terminated, torch.zeros_like(terminated)
 
     def render_frame(self, state: AcrobotState) -> NDArray[np.uint8]:
-        return _draw("Acrobot-v1", state=np.array(state, np.float64))
+        return _render("Acrobot-v1", state=np.array(state, np.float64))
 
     @staticmethod
     def _observe(state: AcrobotState) -> tuple[Tensor, Tensor]:
@@ -225,7 +225,7 @@ class MountainCar:
         return new, torch.stack(new, -1), reward, terminated, torch.zeros_like(terminated)
 
     def render_frame(self, state: MountainCarState) -> NDArray[np.uint8]:
-        return _draw("MountainCar-v0", state=np.array(state, np.float64))
+        return _render("MountainCar-v0", state=np.array(state, np.float64))
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ class MountainCarContinuous:
         return new, torch.stack(new, -1), reward, terminated, torch.zeros_like(terminated)
 
     def render_frame(self, state: MountainCarState) -> NDArray[np.uint8]:
-        return _draw("MountainCarContinuous-v0", state=np.array(state, np.float64))
+        return _render("MountainCarContinuous-v0", state=np.array(state, np.float64))
 
 
 class PendulumState(NamedTuple):
@@ -265,7 +265,7 @@ class PendulumState(NamedTuple):
 
     theta: Tensor  # rad from upright, not wrapped
     theta_dot: Tensor  # rad/s
-    torque: Tensor  # Nm of the last step, for the picture only
+    torque: Tensor  # Nm of the last step, for rendering only
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class Pendulum:
 
     def render_frame(self, state: PendulumState) -> NDArray[np.uint8]:
         theta, theta_dot, torque = (float(value) for value in state)
-        return _draw("Pendulum-v1", state=np.array([theta, theta_dot]), last_u=torque)
+        return _render("Pendulum-v1", state=np.array([theta, theta_dot]), last_u=torque)
 
     @staticmethod
     def _observe(theta: Tensor, theta_dot: Tensor) -> Tensor:
@@ -326,18 +326,18 @@ CLASSIC: dict[str, Callable[..., DeviceEnv]] = {
 
 
 @cache
-def _painter(env_id: str) -> gym.Env[Any, Any]:
-    """Gymnasium's own environment, kept for drawing."""
+def _renderer(env_id: str) -> gym.Env[Any, Any]:
+    """Gymnasium's own environment, for rendering."""
     return gym.make(env_id, render_mode="rgb_array").unwrapped
 
 
-def _draw(env_id: str, **attributes: Any) -> NDArray[np.uint8]:
-    """Gymnasium's picture (H, W, 3) of `env_id` with these attributes set; raises UsageError without pygame."""
-    painter = _painter(env_id)
+def _render(env_id: str, **attributes: Any) -> NDArray[np.uint8]:
+    """Gymnasium's image (H, W, 3) of `env_id` with these attributes set; raises UsageError without pygame."""
+    renderer = _renderer(env_id)
     for name, value in attributes.items():
-        setattr(painter, name, value)
+        setattr(renderer, name, value)
     try:
-        frame: Any = painter.render()
+        frame: Any = renderer.render()
     except gym.error.DependencyNotInstalled:
-        raise UsageError(f'drawing {env_id} needs pygame: pip install "gymnasium[classic-control]"') from None
+        raise UsageError(f'rendering {env_id} needs pygame: pip install "gymnasium[classic-control]"') from None
     return np.asarray(frame, np.uint8)

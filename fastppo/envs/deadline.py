@@ -1,9 +1,9 @@
-"""A limit on how long somebody else's code may take: a step of the environments that hangs becomes an error.
+"""A time limit for code of the user's: a step of the environments that hangs becomes an error.
 
-A timer of the operating system looks in when the limit could have been reached, and only then; what it costs a step is to note
-when it began and that it is over. It interrupts Python, and calls that wait in the operating system: a sleep, a lock, a socket,
-a pipe. A loop in C goes on until it returns, and where there is no such timer, or away from the main thread, nothing is
-interrupted: envs/grouped.py watches its processes from outside. Knows nothing of environments, costs no torch.
+A timer of the operating system fires when the limit may have been reached, so a step only has to note when it begins and ends.
+The timer interrupts Python, and calls that wait in the operating system: a sleep, a lock, a socket, a pipe. It does not
+interrupt a loop in C. Without such a timer, or in another thread than the main one, nothing is interrupted; envs/grouped.py
+has its own limit for processes. Knows nothing of environments. Does not import torch.
 """
 
 import signal
@@ -14,20 +14,20 @@ from typing import Any
 
 from fastppo.errors import NoAnswer
 
-LONGEST = 3600.0  # seconds between looks: the timer takes no number without bounds
+LONGEST = 3600.0  # seconds between two checks, since the timer takes no unbounded number
 
 
 class Deadline:
-    """`with deadline:` raises NoAnswer in code that takes longer than `seconds`; close it to put the timer back."""
+    """`with deadline:` raises NoAnswer in code that takes longer than `seconds`; closing it restores the timer."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        """0: no limit. Takes SIGALRM until it is closed; one that is made meanwhile has to be closed before."""
+        """0: no limit. Uses SIGALRM until it is closed; a deadline made meanwhile must be closed first."""
         self.seconds = seconds
-        self._since: float | None = None  # of time.monotonic, while somebody else's code runs
-        self._before: tuple[Any, float, float, float] | None = None  # handler, its timer's two numbers, and when
+        self._since: float | None = None  # time.monotonic() when the code in the `with` began; None: outside of it
+        self._before: tuple[Any, float, float, float] | None = None  # the handler before, its timer's two numbers, and when
         in_main = threading.current_thread() is threading.main_thread()
         if seconds > 0 and in_main and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is not None:
-            handler = signal.signal(signal.SIGALRM, self._look)
+            handler = signal.signal(signal.SIGALRM, self._check)
             self._before = handler, *signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST)), time.monotonic()
 
     def __enter__(self) -> None:
@@ -37,30 +37,30 @@ class Deadline:
         self._since = None
 
     def lift(self) -> None:
-        """No limit on the rest of what is in the `with`: it has its own, or must not be interrupted."""
+        """End the limit before the end of the `with`, for code with its own limit or that must not be interrupted."""
         self._since = None
 
     @property
     def message(self) -> str:
-        """What it says of code that took longer."""
+        """The error message for code that took longer."""
         return f"no answer for {self.seconds:g} s (--env-timeout)"
 
-    def _look(self, number: int, frame: FrameType | None) -> None:
+    def _check(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         left = self.seconds - (0.0 if self._since is None else now - self._since)
         late = left <= 0
-        if late:  # and again after as long: cleaning up may hang too, or somebody have caught everything
+        if late:  # fire again after as long: cleaning up may hang too, or the user's code may have caught the error
             self._since, left = now, self.seconds
         signal.setitimer(signal.ITIMER_REAL, min(max(left, 1e-3), LONGEST))
-        if late and not (frame is not None and frame.f_code is Deadline.__exit__.__code__):  # which is the end of it
+        if late and not (frame is not None and frame.f_code is Deadline.__exit__.__code__):  # the code has just finished
             raise NoAnswer(self.message)
 
     def close(self) -> None:
-        """Put back the handler and timer from before; an alarm that was due meanwhile comes now."""
+        """Restore the handler and timer from before; an alarm that was due meanwhile fires now."""
         if self._before is None:
             return
         (handler, delay, interval, taken), self._before = self._before, None
-        if signal.getsignal(signal.SIGALRM) == self._look:  # else somebody has taken it over
+        if signal.getsignal(signal.SIGALRM) == self._check:  # else other code has replaced the handler
             signal.setitimer(signal.ITIMER_REAL, 0.0)
             signal.signal(signal.SIGALRM, handler)
             if delay:

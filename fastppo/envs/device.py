@@ -61,12 +61,12 @@ class DeviceEnv(Protocol):
 
     @property
     def max_episode_steps(self) -> int | None:
-        """A time limit, told as truncation by `autoreset_step`; None: none."""
+        """A time limit, at which `autoreset_step` truncates; None: no limit."""
         ...
 
     @property
     def num_random(self) -> int:
-        """K, how many uniform numbers in [0, 1) each environment is given per reset or step."""
+        """K, the number of uniform numbers in [0, 1) that each environment gets per reset or step."""
         ...
 
     def reset(self, random: Tensor) -> tuple[State, Tensor]:
@@ -82,19 +82,19 @@ class DeviceEnv(Protocol):
             random: (N, K) float32.
 
         Returns:
-            state, obs (N, *obs_shape), reward (N,) float32, terminated (N,) bool, truncated (N,) bool: cut for a reason of the
-            environment's own, the time limit apart.
+            state, obs (N, *obs_shape), reward (N,) float32, terminated (N,) bool, truncated (N,) bool: truncated by the
+            environment itself, not by the time limit.
         """
         ...
 
 
 @runtime_checkable
 class Draws(Protocol):
-    """What a `DeviceEnv` has in addition if it can be drawn."""
+    """What a `DeviceEnv` has in addition if it can be rendered."""
 
     @property
     def render_fps(self) -> int:
-        """Frames a second at which a video of it plays at its natural speed."""
+        """Frames a second of a video."""
         ...
 
     def render_frame(self, state: State) -> NDArray[np.uint8]:
@@ -112,7 +112,7 @@ class Running(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one step returned; leading axis N."""
+    """The result of one step; leading axis N."""
 
     obs: Tensor  # (N, *obs_shape)
     reward: Tensor  # (N,) float32
@@ -121,10 +121,9 @@ class StepResult(NamedTuple):
 
 
 def start(env: DeviceEnv, random: Tensor) -> Running:
-    """The first moment of N episodes; random (N, K) float32.
+    """The start of N episodes; random (N, K) float32.
 
-    Like those of `autoreset_step`, its tensors are contiguous and share no memory: compiled programs and captured graphs rely
-    on both.
+    Its tensors are contiguous and share no memory, as those of `autoreset_step`: compiled programs and CUDA graphs need both.
     """
     state, obs = tree_map(partial(torch.clone, memory_format=torch.contiguous_format), _detached(env.reset(random)))
     elapsed = torch.zeros(random.shape[:1], dtype=torch.int32, device=random.device)
@@ -156,7 +155,7 @@ def autoreset_step(env: DeviceEnv, running: Running, action: Tensor, random: Ten
 
 
 def _detached(tree: Any) -> Any:
-    """Without what the environment has recorded for gradients of its own: a network of its own may be in it."""
+    """Detach all tensors, since an environment may contain a network and record gradients."""
     return tree_map(lambda x: x.detach() if isinstance(x, Tensor) and x.requires_grad else x, tree)
 
 
@@ -171,11 +170,11 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
     Attributes:
         env: the `DeviceEnv`.
         device: where its tensors live.
-        running: the environments as they stand. A program that steps them itself reads it and puts its last one back; reading
+        running: the environments between two steps. A program that steps them itself reads it and sets it afterwards; reading
             it before the first reset raises gymnasium.error.ResetNeeded.
         generator: the torch.Generator of all its random numbers, on its device.
-        share: (k, K), where these are the k-th of K equal parts of environments that draw from one generator: all draw for all
-            of them, and take what is theirs.
+        share: (k, K): these are the k-th of K equal parts of environments with one generator. Each part draws the numbers of
+            all parts and uses its own.
     """
 
     def __init__(
@@ -188,7 +187,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
             render_mode: None or "rgb_array", the latter for environments with a `render_frame` (see `Draws`).
 
         Raises:
-            ValueError: num_envs, render_mode, max_episode_steps or something the environment returned is not as it should be.
+            ValueError: num_envs, render_mode, max_episode_steps or a result of the environment is not as required.
         """
         name, limit = type(env).__name__, env.max_episode_steps
         if isinstance(num_envs, bool) or not isinstance(num_envs, int) or num_envs < 1:
@@ -206,7 +205,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": modes}
         if isinstance(env, Draws):
             self.metadata["render_fps"] = env.render_fps
-        self.single_observation_space = copy.deepcopy(env.observation_space)  # a space has a generator of its own: not shared
+        self.single_observation_space = copy.deepcopy(env.observation_space)  # a copy, since a space has a generator
         self.single_action_space = copy.deepcopy(env.action_space)
         _check_contract(env, num_envs, self.device)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -237,7 +236,7 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         """Start all environments anew.
 
         Args:
-            seed: of all random numbers from here on; None: they go on where they are, from the system's entropy at first.
+            seed: of all random numbers from here on; None: they continue, at first from the system's entropy.
 
         Returns:
             obs (N, *obs_shape), {}.

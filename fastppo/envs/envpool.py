@@ -1,6 +1,6 @@
-"""EnvPool's environments, stepped by its threads in C++, as a gymnasium vector environment. Costs no torch.
+"""EnvPool's environments, stepped by its threads in C++, as a gymnasium vector environment.
 
-Knows nothing of learning; of Atari only which settings of ours are which of EnvPool's.
+Knows nothing of learning. Does not import torch.
 """
 
 import importlib.util
@@ -14,35 +14,35 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, tell_lives
+from fastppo.envs.atari import MAX_FRAMES, NO_FIRE, AtariSettings, refuse_own, with_lives
 from fastppo.envs.registry import first_line
 from fastppo.errors import UsageError, brief, nearest
 from fastppo.system.cpus import engine_threads
 
 SEEDS = 2**31  # EnvPool's are below it
-STATE = ("obs", "reward", "done", "trunc", "elapsed_step")  # of what a step brings, the parts that are no infos
-PLAYERS = "players.env_id"  # of each player the environment it is in: one, here
+STATE = ("obs", "reward", "done", "trunc", "elapsed_step")  # the parts of a step's result that are not infos
+PLAYERS = "players.env_id"  # the environment of each player
 
 
 class EnvPoolVectorEnv(VectorEnv):
     """N environments of one EnvPool task: NEXT_STEP autoreset, arrays in and out.
 
-    EnvPool is seeded when a pool is made and at no other time, so a reset with a seed makes a new pool. Every returned array is
-    a new one. An episode that reaches its time limit is told as truncated and not terminated, even if it would have terminated
-    in that very step: EnvPool does not tell the two apart.
+    EnvPool is seeded only when a pool is made, so a reset with a seed makes a new pool. Every returned array is new. An episode
+    that reaches its time limit is truncated and not terminated, even if it also terminates in that step: EnvPool does not
+    distinguish the two.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP, "render_modes": []}  # noqa: RUF012 (gymnasium's own convention)
 
     def __init__(self, task: str, num_envs: int, **kwargs: Any) -> None:
-        """Starts no thread yet: the first reset does.
+        """Read the task's spaces. The first reset starts the threads.
 
         Args:
             task: one of envpool.list_all_envs().
             kwargs: what envpool.make takes.
 
         Raises:
-            TypeError: arguments that are not the task's.
+            TypeError: arguments that the task does not take.
         """
         import envpool
 
@@ -65,9 +65,9 @@ class EnvPoolVectorEnv(VectorEnv):
         """Start all environments anew.
 
         Args:
-            seed: of all random numbers from here on, or one for each environment; None: they go on where they are, from the
-                system's entropy at first.
-            options: none.
+            seed: of all random numbers from here on, or one for each environment; None: they continue, at first from the
+                system's entropy.
+            options: not used.
 
         Returns:
             obs (N, *obs_shape), info.
@@ -80,7 +80,7 @@ class EnvPoolVectorEnv(VectorEnv):
             self._pool = self._make_pool(seed=seed % SEEDS if isinstance(seed, int) else [one % SEEDS for one in seed])
             self._raw = RawPool.of(self._pool, num_envs=self.num_envs)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the same again: the pool makes its spaces at the first look
+            warnings.simplefilter("ignore")  # the same warning: the pool makes its spaces when they are first used
             obs, info = self._pool.reset()
         return obs, info
 
@@ -105,15 +105,15 @@ class EnvPoolVectorEnv(VectorEnv):
 
 
 class RawPool:
-    """A pool stepped by its two functions in C++, without EnvPool's Python around them.
+    """A pool stepped through its two functions in C++, without EnvPool's Python code around them.
 
-    That packs and unpacks trees in each step and looks every setting up for it: 65 of the 370 us of a step of eight
-    HalfCheetahs on two cores (benchmarks/LOG.md).
+    That code packs and unpacks trees in each step and looks up every setting: 65 of the 370 us of a step of eight HalfCheetahs
+    on two cores (benchmarks/LOG.md).
     """
 
     @classmethod
     def of(cls, pool: Any, num_envs: int) -> "RawPool | None":
-        """None where observation, action or info is a tree, or this EnvPool is not made as this expects."""
+        """None if observation, action or info is a tree, or this version of EnvPool has another structure."""
         keys = list(getattr(pool, "_state_keys", ()))
         action_keys = list(getattr(getattr(pool, "_spec", None), "_action_keys", ()))
         infos = {key.removeprefix("info:"): place for place, key in enumerate(keys) if key.startswith("info:")}
@@ -124,7 +124,7 @@ class RawPool:
         return cls(pool, num_envs, [keys.index(key) for key in STATE], infos)
 
     def __init__(self, pool: Any, num_envs: int, places: list[int], infos: dict[str, int]) -> None:
-        """See `of`. places: of STATE in what is received; infos: place by name, PLAYERS among them."""
+        """places: of STATE in the list that the pool returns; infos: place by name, with PLAYERS."""
         self._send, self._recv = pool._send, pool._recv
         self._ids = np.arange(num_envs, dtype=np.int32)
         action = pool.spec.action_array_spec["action"]
@@ -133,7 +133,7 @@ class RawPool:
         self._infos = [(name, place) for name, place in infos.items() if name != PLAYERS]
 
     def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """As the pool's own. Raises ValueError for actions of another shape: what is sent is not looked at again."""
+        """As the pool's own step. Raises ValueError for actions of another shape, which the pool would not check."""
         if actions.shape != self._shape:
             raise ValueError(f"actions of shape {actions.shape} instead of {self._shape}")
         self._send([self._ids, self._ids, np.ascontiguousarray(actions, dtype=self._dtype)])
@@ -145,14 +145,14 @@ class RawPool:
 
 
 def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
-    """N environments of EnvPool's task with this id; Atari with `settings`, as `make_ale` has it.
+    """N environments of EnvPool's task with this id; Atari with `settings`, as in `make_ale`.
 
     Args:
         env_id: EnvPool's name of a task, or ALE's of a game: ALE/Breakout-v5 and BreakoutNoFrameskip-v4 are Breakout-v5.
         env_kwargs: further arguments of envpool.make.
 
     Raises:
-        UsageError: as `task_of`, or an argument that is not the task's or that a flag sets; names it.
+        UsageError: as `task_of`, or an argument that the task does not take or that a flag sets; names it.
     """
     task = task_of(env_id)
     refuse_own(env_id, env_kwargs, ("num_envs", "batch_size", "seed", "env_seed", "env_type"))
@@ -175,12 +175,12 @@ def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], sett
             f"--env-id {env_id}: EnvPool's {task} is a game of {envs.config.max_num_players} players; one is wanted"
         )
     if is_atari:
-        return tell_lives(envs, settings, has_fire=settings.full_action_space or envs.config.task not in NO_FIRE)
+        return with_lives(envs, settings, has_fire=settings.full_action_space or envs.config.task not in NO_FIRE)
     return envs
 
 
 def task_of(env_id: str) -> str:
-    """EnvPool's name for an id of gymnasium's, a module before it left out.
+    """EnvPool's name for an id of gymnasium's, without the module before it.
 
     Raises:
         UsageError: EnvPool is not installed, or has no such task; names the nearest that it has.

@@ -1,8 +1,8 @@
-"""Legal actions that an environment tells by `action_masks()`, as sb3-contrib's users write it, and not in its info.
+"""Action masks from a method `action_masks()`, as in sb3-contrib, instead of from the info.
 
-A method, property or attribute of the environment or of a wrapper (the outermost one counts): (A,), all choices of its action
-in a row. A vector environment may have its own: (N, A). An environment whose observation has an `action_mask` is not asked.
-Costs no torch.
+`action_masks` is a method, property or attribute of the environment or of a wrapper (the outermost one counts): (A,), all
+choices of its action in a row. A vector environment may have its own: (N, A). It is not used for an environment whose
+observation has an `action_mask`. Does not import torch.
 """
 
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from gymnasium.vector import AsyncVectorEnv, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
 NAME = "action_masks"
-# (N,) environments of which no mask is needed -> (N, A), or a mask each and None where there is none
+# (N,) environments that need no mask -> (N, A), or a list of a mask or None for each environment
 MaskSource = Callable[[NDArray[np.bool_]], Any]
 
 
 def has_mask(space: gym.Space[Any]) -> bool:
-    """Whether an observation of this space says what is legal."""
+    """Whether an observation of this space contains the mask."""
     return isinstance(space, Dict) and "action_mask" in space.spaces
 
 
 def owner_of(env: Any) -> Any | None:
-    """The environment or wrapper that has `action_masks`; None: there is none, or the observation says what is legal."""
+    """The environment or wrapper that has `action_masks`; None: there is none, or the observation contains the mask."""
     if has_mask(getattr(env, "observation_space", None) or gym.Space()):
         return None
     while env is not None and not _has(env):
@@ -34,13 +34,13 @@ def owner_of(env: Any) -> Any | None:
 
 
 def masks_of(owner: Any) -> Any:
-    """What `owner_of`'s result says is legal now."""
+    """The present mask of the environment or wrapper that `owner_of` returned."""
     found = getattr(owner, NAME)
     return found() if callable(found) else found
 
 
 def source_of(envs: VectorEnv) -> MaskSource | None:
-    """How a vector environment is asked for its masks after a reset or step; None: it has none. To be called after a reset."""
+    """A function that returns a vector environment's masks after a reset or step; None: it has none. Call it after a reset."""
     if has_mask(envs.single_observation_space):
         return None
     while isinstance(envs, VectorWrapper) and not _has(envs):
@@ -70,5 +70,5 @@ def source_of(envs: VectorEnv) -> MaskSource | None:
 
 
 def _has(env: Any) -> bool:
-    """Without asking a property for its value, which it may not have before a reset."""
+    """Whether it has `action_masks`. Does not evaluate a property, which may have no value before a reset."""
     return hasattr(type(env), NAME) or NAME in getattr(env, "__dict__", {})

@@ -1,8 +1,8 @@
 """The three global random generators of a process: Python's `random`, `numpy.random` and torch's, where it is loaded.
 
-An environment should draw from its own `np_random`, but many draw from these. In the user's process they are left as the user
-has them: whatever is tried before training puts them back, and they are never seeded. A process that runs environments by
-itself has streams of its own, which follow from the seed of its first environment. Costs no torch.
+An environment should draw from its own `np_random`, but many draw from these. In the user's process they are never seeded, and
+the checks before training restore them. Another process that runs environments has streams of its own, seeded from the seed of
+its first environment. Does not import torch.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from fastppo.random_streams import Stream
 
 
 def seed_streams(entropy: int | Sequence[int]) -> None:
-    """Seed the three generators of this process, each independently of the others and of whatever else `entropy` seeds."""
+    """Seed the three generators of this process, independently of each other and of other generators seeded with `entropy`."""
     for_random, for_numpy, for_torch = np.random.SeedSequence(entropy, spawn_key=(Stream.WORKER,)).spawn(3)
     random.seed(int.from_bytes(for_random.generate_state(8).tobytes(), "little"))
     np.random.seed(for_numpy.generate_state(8))
@@ -27,7 +27,7 @@ def seed_streams(entropy: int | Sequence[int]) -> None:
 
 
 def states_of_streams() -> dict[str, Any]:
-    """Where the generators stand, by their name."""
+    """The states of the generators by name."""
     states: dict[str, Any] = {"random": random.getstate(), "np.random": np.random.get_state()}
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -36,7 +36,7 @@ def states_of_streams() -> dict[str, Any]:
 
 
 def draw_from_streams() -> None:
-    """A number from each, so that they stand elsewhere."""
+    """Draw a number from each generator, so that their states change."""
     random.random()
     np.random.random_sample()
     torch = sys.modules.get("torch")
@@ -45,7 +45,7 @@ def draw_from_streams() -> None:
 
 
 def set_streams(states: dict[str, Any]) -> None:
-    """Put the generators where `states_of_streams` found them."""
+    """Restore the states that `states_of_streams` returned."""
     random.setstate(states["random"])
     np.random.set_state(states["np.random"])
     if "torch" in states:
@@ -53,7 +53,7 @@ def set_streams(states: dict[str, Any]) -> None:
 
 
 def moved_streams(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of those that were drawn from in between."""
+    """The names of the generators that were drawn from between two calls of `states_of_streams`."""
     moved = []
     for name, state in before.items():
         if name == "torch":
@@ -69,7 +69,7 @@ def moved_streams(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 @contextlib.contextmanager
 def untouched_streams() -> Iterator[None]:
-    """What is drawn within leaves no trace: the generators are then where they were before."""
+    """Restore the states of the generators at the end."""
     before = states_of_streams()
     try:
         yield
