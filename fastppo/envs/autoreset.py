@@ -140,39 +140,41 @@ class AutoresetEnvs:
         if given is None and self._mask_source is None and self._mask_size is None:
             return None
         if is_tensor(given):
-            mask, told = (given != 0).reshape(self.num_envs, -1), None
+            mask, gives = (given != 0).reshape(self.num_envs, -1), None
         else:
             unneeded = np.asarray(unneeded.cpu() if is_tensor(unneeded) else unneeded)
-            mask, told = self._masks_given(info, unneeded)
-            if not told.any() and self._mask_size is None:  # `action_masks()` returns None, always
+            mask, gives = self._masks_given(info, unneeded)
+            if not gives.any() and self._mask_size is None:  # `action_masks()` returns None, always
                 return None
         if not self._is_new and self._mask_size is None:
             raise EnvironmentFailed(HALF_MASKED.format(f"an action_mask after a {when}, and none after the first reset"))
-        if told is not None and not told.all():
-            missing = ~(told | unneeded)
+        if gives is not None and not gives.all():
+            missing = ~(gives | unneeded)
             if missing.any():
                 raise EnvironmentFailed(HALF_MASKED.format(f"no action_mask of environment {missing.argmax()} after a {when}"))
-            mask = np.ones((self.num_envs, self._mask_size or 0), bool) if mask is None else np.where(told[:, None], mask, True)
+            mask = (
+                np.ones((self.num_envs, self._mask_size or 0), bool) if mask is None else np.where(gives[:, None], mask, True)
+            )
         self._mask_size = mask.shape[1]
         return mask
 
     def _masks_given(self, info: Mapping[str, Any], unneeded: Batch) -> tuple[Batch | None, Batch]:
         """Masks (N, A) bool, None if no environment gave one; and which environments gave one, (N,) bool."""
         given: Any = info.get("action_mask")
-        told = np.zeros(self.num_envs, bool)
+        gives = np.zeros(self.num_envs, bool)
         if given is not None:
-            told = np.asarray(info.get("_action_mask", ~told))
-        if self._mask_source is not None and not (told | unneeded).all():
+            gives = np.asarray(info.get("_action_mask", ~gives))
+        if self._mask_source is not None and not (gives | unneeded).all():
             given = self._mask_source(unneeded)
             given = given.cpu().numpy() if is_tensor(given) else given
-            told = told & False if given is None else np.array([mask is not None for mask in given])
-        if not told.any():
-            return None, told
+            gives = gives & False if given is None else np.array([mask is not None for mask in given])
+        if not gives.any():
+            return None, gives
         if not isinstance(given, np.ndarray) or given.dtype == object:  # lists, or tuples of an array for each component
-            rows = [_flat(mask) if tells else None for mask, tells in zip(given, told, strict=True)]
+            rows = [_flat(mask) if one else None for mask, one in zip(given, gives, strict=True)]
             like = next(row for row in rows if row is not None)
             given = np.stack([np.ones_like(like) if row is None else row for row in rows])
-        return given.reshape(self.num_envs, -1) != 0, told
+        return given.reshape(self.num_envs, -1) != 0, gives
 
     def close(self) -> None:
         """Release the environments' processes and windows. Errors while closing are dropped: a fault may have caused them."""

@@ -116,8 +116,8 @@ class NextAction:
         return self._result(step)
 
     def _result(self, step: Step) -> list[NDArray[Any]]:
-        told = [np.array(numbers(x)) for x in (step.reward, step.terminated, step.truncated)]
-        return [array[self._env] for array in (*arrays_of(step.obs, self.space), *told)]
+        rest = [np.array(numbers(x)) for x in (step.reward, step.terminated, step.truncated)]
+        return [array[self._env] for array in (*arrays_of(step.obs, self.space), *rest)]
 
     def _another(self, action: Any) -> Any:
         """The same actions with another one for the environment that ended, if its space has another."""

@@ -1,6 +1,6 @@
-"""A batched TorchRL environment as a gymnasium vector environment of tensors; nothing on the way is turned into an array.
+"""A batched TorchRL environment as a gymnasium vector environment of tensors; no tensor becomes an array.
 
-Steps go through the environment's own `step_and_maybe_reset`, so it is reset as TorchRL resets it: in the step that ends the
+Steps call `step_and_maybe_reset` of the environment, so it is reset as TorchRL resets it: in the step that ends the
 episode, where it is done. That is gymnasium's SAME_STEP with a dense `final_obs`. Importing this module imports torchrl, so
 nothing else of ours does. Knows nothing of policies or rollouts.
 
