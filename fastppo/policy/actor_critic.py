@@ -47,7 +47,7 @@ class ActorCritic(Composed):
 
 
 def masked(dist: Any, obs: Obs, mlp: MLPActorCritic) -> Any:
-    """`dist` with the logits of illegal actions masked, where the observation tells which those are."""
+    """`dist` with the logits of illegal actions masked, if the observation has an action mask."""
     if isinstance(obs, Tensor) or ACTION_MASK not in obs:
         return dist
     return mask_logits(dist, obs[ACTION_MASK], choices(mlp.distribution, mlp.action_size))

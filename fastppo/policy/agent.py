@@ -1,4 +1,4 @@
-"""A trained policy as a user holds it: observations in, actions out, normalisation and bounds included."""
+"""A trained policy for users: observations in, actions out, with normalisation and action bounds."""
 
 import math
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from fastppo.system.modes import ours
 
 
 class Agent:
-    """Acts and judges with frozen parameters and statistics. Made by `fastppo.load_policy` or `fastppo.train`."""
+    """Actions and values from frozen parameters and statistics. Made by `fastppo.load_policy` or `fastppo.train`."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Agent:
         params: Tensor,
         normalization: Normalization,
     ) -> None:
-        """params: flat (P,), copied: training may go on."""
+        """params: flat (P,), copied."""
         self.obs_space = obs_space
         self.obs = obs
         self.action = action.to(params.device)
@@ -38,14 +38,14 @@ class Agent:
         self.weights = network.weights(self.params)
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
-        self.generator.seed()  # of the system's entropy: by itself every Generator draws the same
-        self.rnn_state: Tensor | None = None  # (R, S) of R environments; None: nothing is remembered
+        self.generator.seed()  # from the system's entropy: a new Generator always has the same seed
+        self.rnn_state: Tensor | None = None  # (R, S) of R environments; None: before the first step
 
     @ours
     def reset(self, done_mask: Any = None) -> None:
-        """Forget, where the policy has a memory: all, or of each environment whose next observation is an episode's first one.
+        """Reset the recurrent state, if the policy has one: of all environments, or of those whose episode has ended.
 
-        done_mask: (N,) bool, or one for a single observation; None: all, whose number may then be another.
+        done_mask: (N,) bool, or one for a single observation; None: all, and their number may change.
         """
         if self.rnn_state is None:
             return
@@ -66,15 +66,15 @@ class Agent:
 
     @ours
     def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
-        """Actions as the environment takes them, for one observation or a batch of them.
+        """Actions in the format of the environment, for one observation or a batch.
 
-        A policy with memory (--rnn) remembers what it is shown: call it once a step, always with the same environments in the
-        same order, and `reset` where an episode has ended.
+        A recurrent policy (--rnn) keeps a state for each environment: call it once a step, with the same environments in the
+        same order, and `reset` those whose episode has ended.
 
         Args:
-            obs: as the environment gives it, with or without a leading batch axis: array, tensor, or dict or tuple of these.
+            obs: as the environment returns it, with or without a batch axis: array, tensor, or dict or tuple of these.
             deterministic: the likeliest action; otherwise one sampled from the policy.
-            action_mask: which actions are legal, as the environment tells it in its info or by `action_masks()`; None: all. A
+            action_mask: which actions are legal, as in the environment's info or its `action_masks()`; None: all. A
                 tuple of arrays is taken for one observation. Applied even where the policy was trained without masks.
 
         Returns:
@@ -101,10 +101,10 @@ class Agent:
 
     @ours
     def value(self, obs: Any) -> Any:
-        """Expected discounted return in units of the environment's own reward, of its sign with --clip-reward.
+        """Expected discounted return in units of the environment's reward, with --clip-reward of the reward's sign.
 
-        () for one observation, (N,) for a batch. A policy with memory judges obs after what `act` has been shown, without
-        remembering it: ask before `act`.
+        () for one observation, (N,) for a batch. For a recurrent policy the state of the last `act` is
+        used and not changed: call this before `act`.
         """
         batch, kind = self._batch(obs, None)
         seen = normalize_obs(batch, self.normalization)
@@ -118,11 +118,11 @@ class Agent:
         return kind.unbatch(value)
 
     def seed(self, seed: int) -> None:
-        """Seed the sampling of `act(deterministic=False)`; without it, it is another in each policy."""
+        """Seed the sampling of `act(deterministic=False)`. Unseeded, each policy samples differently."""
         self.generator.manual_seed(seed)
 
     def _batch(self, obs: Any, action_mask: Any) -> tuple[Obs, "_Kind"]:
-        """Observations with a leading axis, as the networks take them, and how they were given."""
+        """Observations with a batch axis, as the networks take them, and the form in which they came."""
         leaves: dict[str, Tensor] = {}
         lead: tuple[int, ...] | None = None  # () or (N,)
         kind = _Kind(True, None, 1)
@@ -141,12 +141,12 @@ class Agent:
         for leaf in self.obs:
             if leaf.kind == "mask":
                 leaves[leaf.key] = self._mask(_found(leaf, obs) if leaf.path else action_mask, kind.rows)
-        if kind.rows == 0:  # networks, one of somebody's own too, need not know of empty batches: a row that is not returned
+        if kind.rows == 0:  # networks need not handle empty batches: one row, which is not returned
             leaves = {key: x.new_zeros(1, *x.shape[1:]) for key, x in leaves.items()}
         return self.obs.join(leaves), kind
 
     def _mask(self, given: Any, rows: int) -> Tensor:
-        """(N, A) bool of a mask as somebody gave it; None: all actions are legal."""
+        """(N, A) bool from a mask of the caller; None: all actions are legal."""
         size = self.action.size
         if self.action.distribution is DIAGONAL_NORMAL:
             raise ValueError("action_mask for a policy of continuous actions: leave it out")
@@ -161,7 +161,7 @@ class Agent:
 
 
 def to_tensor(given: Any, device: torch.device) -> Tensor:
-    """A tensor of an array as numpy has them, of whatever strides and byte order, or of numbers or arrays in lists."""
+    """A tensor from a tensor, an array of any strides and byte order, or nested lists."""
     if isinstance(given, Tensor):
         return given.to(device)
     array = np.asarray(given)
@@ -175,7 +175,7 @@ def _rows_of(batch: Obs) -> int:
 
 
 def _found(leaf: ObsLeaf, obs: Any) -> Any:
-    """The leaf's part of an observation as somebody gave it."""
+    """The leaf's part of an observation of the caller."""
     try:
         return leaf.find(obs)
     except (KeyError, IndexError, TypeError):
@@ -184,7 +184,7 @@ def _found(leaf: ObsLeaf, obs: Any) -> Any:
 
 
 class _Kind(NamedTuple):
-    """How an observation was given, and so how an answer is returned."""
+    """The form of an observation, in which the answer is returned."""
 
     single: bool
     device: torch.device | None  # of a tensor; None: an array

@@ -33,7 +33,7 @@ def policy_state(
     obs_moments: Mapping[str, RunningMoments] | None,
     normalization: Normalization,
 ) -> dict[str, Any]:
-    """All of a policy but its network settings, as plain data on the CPU that torch.load(weights_only=True) reads."""
+    """A policy without its network settings, as plain data on the CPU that torch.load(weights_only=True) reads."""
     moments = None if obs_moments is None else {key: [x.cpu().clone() for x in kept] for key, kept in obs_moments.items()}
     return {
         "module": _module_name(network),
@@ -50,10 +50,10 @@ def policy_state(
 
 
 def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
-    """`policy_state`'s weights as a flat buffer (P,); what a network of your own keeps beside them is put into it.
+    """`policy_state`'s weights as a flat buffer (P,). Buffers and frozen parameters are copied into a user's module.
 
-    Raises UsageError for weights of another kind of network, KeyError or ValueError where names, shapes, types or numbers are
-    not a network's. Takes memory only once the shapes are known to be those of `state`.
+    Raises UsageError for weights of another kind of network, KeyError or ValueError if names, shapes, types or numbers do
+    not fit. Allocates memory only after the shapes were checked.
     """
     kept, given = state["module"], _module_name(network)
     if kept != given:
@@ -80,7 +80,7 @@ def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
 
 
 def moments_from_state(state: Mapping[str, Any] | None, device: torch.device | str) -> dict[str, RunningMoments] | None:
-    """`policy_state`'s obs_moments, back on a device; raises ValueError for what are no moments."""
+    """`policy_state`'s obs_moments, back on a device; raises ValueError for other data."""
     if state is None:
         return None
     if not isinstance(state, Mapping) or not all(isinstance(kept, list) and len(kept) == 3 for kept in state.values()):
@@ -101,7 +101,7 @@ def agent_from_state(
 ) -> Agent:
     """The inverse of `policy_state`; raises UsageError, KeyError or ValueError when the two do not fit.
 
-    Safe with data from anybody that `load_checkpoint` has read: what is in it is checked before it is used.
+    Safe with untrusted data that `load_checkpoint` has read: everything is checked before it is used.
     """
     obs_space = space_from_data(state["obs_space"])
     action = action_spec(space_from_data(state["action_space"]), config.squash_actions)
@@ -141,7 +141,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _module_name(network: Network) -> str | None:
-    """The class of a network of somebody's own; None for one of ours."""
+    """The class of the user's module; None for a built-in network."""
     return type(network.module).__qualname__ if isinstance(network, ModulePolicy) else None
 
 
@@ -166,7 +166,7 @@ def space_to_data(space: gym.Space[Any]) -> dict[str, Any]:
 def space_from_data(data: Any) -> gym.Space[Any]:
     """The inverse of `space_to_data`; raises KeyError or ValueError for data that describes no supported space.
 
-    Nothing is made before its size is known to be within MAX_NUMBERS and MAX_PARTS: the data may be anybody's.
+    Sizes are checked against MAX_NUMBERS and MAX_PARTS before anything is allocated: the data is untrusted.
     """
     if _count_parts(data) > MAX_PARTS:
         raise ValueError(f"a space of more than {MAX_PARTS} parts, or nested more than {MAX_NESTING} deep")

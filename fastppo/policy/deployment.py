@@ -18,11 +18,11 @@ class DeployedPolicy(nn.Module):
     Takes the parts of an observation as the environment gives them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
     `action_mask` where the policy has one. Returns actions (N, ...) as the environment takes them.
 
-    A policy with memory also takes `memory` (N, S), what the actor remembers, and returns that after this step behind the
-    actions. It resets nothing: who calls it zeroes the rows of new episodes.
+    A recurrent policy also takes `memory` (N, S), the state of the actor, and returns the next one after the actions. It resets
+    nothing: the caller sets the rows of new episodes to zero.
     """
 
-    @torch.inference_mode(False)  # tensors that are made in it cannot be traced
+    @torch.inference_mode(False)  # inference tensors cannot be traced
     def __init__(self, agent: Agent) -> None:
         super().__init__()
         self.obs, self.action, self.network = agent.obs, agent.action, agent.network
@@ -35,7 +35,7 @@ class DeployedPolicy(nn.Module):
         }
 
     def _own(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Copies as buffers, whose names may have no dots; returns those by the names given."""
+        """Register copies as buffers, whose names may have no dots; return the buffers' names by name."""
         names = {name: f"{kind}/{name.replace('.', '/')}" for name in tensors}
         for name, tensor in tensors.items():
             self.register_buffer(names[name], tensor.detach().cpu().clone())
@@ -46,11 +46,11 @@ class DeployedPolicy(nn.Module):
 
     @property
     def rnn_state_size(self) -> int:
-        """S, the numbers that the actor remembers of each environment; 0: none."""
+        """Size of the actor's state of each environment; 0: not recurrent."""
         return self.network.actor_size if isinstance(self.network, RecurrentActorCritic) else 0
 
     def step(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor | None]:
-        """Parameters of the action distribution: logits (N, A), or (mean, log_std) of (N, A) each. And the memory after it."""
+        """Parameters of the action distribution: logits (N, A), or (mean, log_std) of (N, A) each. And the next state."""
         leaves = {}
         for leaf in self.obs:
             x = inputs[leaf.key]
@@ -65,7 +65,7 @@ class DeployedPolicy(nn.Module):
         return self.network.actor(self._owned("weight"), seen), None
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """The likeliest actions; of a policy with memory, that after them as well."""
+        """The likeliest actions; for a recurrent policy also the next state."""
         dist, memory = self.step(inputs)
         bounds = self._owned("action")
         spec = replace(self.action, low=bounds["low"], high=bounds["high"])

@@ -1,4 +1,4 @@
-"""Any observation as one vector of numbers."""
+"""Turn any observation into one vector: numbers as they are, categories one-hot, images through a CNN."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 @dataclass(frozen=True)
 class Encoder(Shaped):
-    """Any observation as one vector: its leaves become numbers, images through a Nature CNN each (Mnih et al., 2015). A `Part`.
+    """Any observation as one vector; each image goes through a Nature CNN of its own (Mnih et al., 2015). A `Part`.
 
-    leaves: what `spaces.obs_spec` found.
-    cnn_size: features that a CNN ends in. cnn_activation: after each of its layers.
+    leaves: those of `spaces.obs_spec`.
+    cnn_size: features of the last layer of a CNN. cnn_activation: after each of its layers.
     """
 
     leaves: tuple[ObsLeaf, ...]
@@ -57,7 +57,7 @@ class Encoder(Shaped):
         return params
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of its stretch. A filter (F, C, k, k) lies there as (F, k, k, C), channels last: see `_convolve`."""
+        """Views of its section. A filter (F, C, k, k) is stored as (F, k, k, C), channels last: see `_convolve`."""
         parts = params.split([math.prod(shape) for shape in self.shapes.values()])
         return {
             name: part.view(shape) if len(shape) < 4 else part.view(shape[0], shape[2], shape[3], shape[1]).permute(0, 3, 1, 2)
@@ -92,7 +92,7 @@ class Encoder(Shaped):
             weight, bias = weights[f"cnn.{leaf.key}.{layer}.weight"], weights[f"cnn.{leaf.key}.{layer}.bias"]
             x = activation(nn.functional.conv2d(x, weight, bias, stride))
         weight, bias = (weights[f"cnn.{leaf.key}.{len(NATURE_CNN)}.{part}"] for part in ("weight", "bias"))
-        features = x.movedim(1, -1).flatten(1)  # as they lie in memory
+        features = x.movedim(1, -1).flatten(1)  # in their order in memory
         return activation(torch.addmm(bias, features, weight)).reshape(*pixels.shape[:-3], -1)
 
 

@@ -13,7 +13,7 @@ from fastppo.policy.spaces import ActionSpec, ObsSpec
 
 
 class NetworkConfig(Protocol):
-    """The settings that shape the network; TrainConfig has them."""
+    """The settings of the network; TrainConfig has them."""
 
     @property
     def hidden_sizes(self) -> tuple[int, ...] | None: ...
@@ -42,7 +42,7 @@ class NetworkConfig(Protocol):
 def make_network(
     obs: ObsSpec, action: ActionSpec, config: NetworkConfig, policy: ModuleFactory | None = None, seed: int = 0
 ) -> Network:
-    """The network for these spaces; policy: somebody's own instead, seed: of its first weights (see `ModulePolicy`)."""
+    """The network for these spaces. policy, seed: a module of the user instead, see `ModulePolicy`."""
     if policy is not None:
         if config.rnn is not None:
             raise UsageError(f"--rnn {config.rnn} is a part of our networks, and policy= is a whole one of yours: leave it off")

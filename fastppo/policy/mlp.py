@@ -1,4 +1,4 @@
-"""Multi-layer perceptrons for actor and critic. Take vectors."""
+"""Multi-layer perceptrons for actor and critic, over vectors."""
 
 import itertools
 import math
@@ -52,7 +52,7 @@ class MLPActorCritic(DistributionMixin):
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def _weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every weight, in the order they lie in the buffer. Matrices are (in, out)."""
+        """Name -> shape of every weight, in the order of the buffer. Matrices are (in, out)."""
         shapes: dict[str, tuple[int, ...]] = {}
         for trunk in ("backbone",) if self.share_backbone else ("actor", "critic"):
             sizes = (self.obs_size, *self.hidden_sizes)
@@ -82,7 +82,7 @@ class MLPActorCritic(DistributionMixin):
     def weights(self, params: Tensor) -> dict[str, Tensor]:
         """Views of the flat buffer `params`, (P,), by name.
 
-        A head's matrix (features, A) lies in the buffer as (A, features): with A = 2 its gradient takes MKL 4 us instead of
+        A head's matrix (features, A) is stored as (A, features): with A = 2 its gradient takes MKL 4 us instead of
         25, the forward product 6 instead of 22 (256 rows, one thread).
         """
         parts = params.split([math.prod(shape) for shape in self.shapes.values()])
@@ -113,9 +113,9 @@ class MLPActorCritic(DistributionMixin):
         return self.both(weights, _rows(obs), obs.shape[:-1])
 
     def both(self, weights: Weights, x: Tensor, shape: torch.Size) -> tuple[Any, Tensor]:
-        """`actor_critic` of rows x (1, R, D), or (2, R, D) where actor and critic see something of their own.
+        """`actor_critic` of rows x (1, R, D), or (2, R, D) if actor and critic have inputs of their own.
 
-        shape: of what is returned, R numbers in all.
+        shape: of the result, R elements.
         """
         features = self._features(weights, x, self._trunks)
         return self._actor_head(weights, features[0], shape), self._critic_head(weights, features[-1], shape)
@@ -127,7 +127,7 @@ class MLPActorCritic(DistributionMixin):
     def _features(self, weights: Weights, x: Tensor, trunks: tuple[str, ...]) -> Tensor:
         """Last hidden layer of each trunk: (1 or K, R, D) -> (K, R, features), K trunks and R rows.
 
-        The trunks are of one shape and run as one batched product: with 256 rows a 64x64 layer of both, forward and backward,
+        The trunks have one shape and run as one batched product: with 256 rows a 64x64 layer of both, forward and backward,
         takes 91 us instead of 133 on two cores, because each core works through a network of its own.
         """
         activation = ACTIVATIONS[self.activation]

@@ -1,4 +1,4 @@
-"""A network of the user's own, a torch.nn.Module, as a policy."""
+"""A torch.nn.Module of the user as a policy."""
 
 import itertools
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from fastppo.policy.network import DistributionMixin, check_shapes
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsSpec
 
 ModuleFactory = Callable[[Any, int], nn.Module]
-LOG_STD = "fastppo.log_std"  # no module of somebody's has a weight of this name
+LOG_STD = "fastppo.log_std"  # no user's module has a weight of this name
 
 
 class ModulePolicy(DistributionMixin):
-    """Somebody's own module as a `Network`: compiled, captured and kept as ours are.
+    """A module of the user as a `Network`. It is compiled, captured and saved like the built-in networks.
 
-    The module is made by `factory(inputs, num_outputs)`: `inputs` is the shape (*shape) of what it will be given without the
-    leading batch axis, or a dict of shapes by leaf where there are several. It is called with floats (R, *shape), or a dict of
+    The module is made by `factory(inputs, num_outputs)`: `inputs` is the shape (*shape) of its input without the batch axis,
+    or a dict of shapes by leaf if there are several. It is called with floats (R, *shape), or a dict of
     them (images as (C, H, W) in [0, 1], categories one-hot, all others flat, masks not at all), in eval mode, and returns
     (outputs (R, num_outputs), value (R,) or (R, 1)). Outputs are logits, or the means of continuous actions, whose log standard
-    deviations are one more weight. Parameters without requires_grad stay as they are, and so do buffers; both are kept.
+    deviations are one more weight. Parameters without requires_grad and buffers are not trained; both are saved.
     """
 
     def __init__(self, factory: ModuleFactory, obs: ObsSpec, action: ActionSpec, log_std_init: float, seed: int = 0) -> None:
-        """seed: of whatever the module draws for its first weights. Raises UsageError where it breaks the contract above."""
+        """seed: for the random initial weights of the module. Raises UsageError if it breaks the contract above."""
         self.leaves = obs.observed
         self.distribution = action.distribution
         self.choices = choices(action.distribution, action.size)
@@ -41,7 +41,7 @@ class ModulePolicy(DistributionMixin):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too, and leave them so
                 self.module = factory(given, action.size)
-        except Exception as error:  # whatever somebody's module may raise
+        except Exception as error:  # a user's module may raise anything
             raise UsageError(f"policy({given}, {action.size}) failed: {brief(error)}") from error
         if not isinstance(self.module, nn.Module):
             raise UsageError(f"policy({given}, {action.size}) must return a torch.nn.Module, not {type(self.module).__name__}")
@@ -71,7 +71,7 @@ class ModulePolicy(DistributionMixin):
 
     @property
     def fixed(self) -> dict[str, Tensor]:
-        """What the module computes with and training leaves as it is: buffers and frozen parameters, by name."""
+        """Buffers and frozen parameters by name: training does not change them."""
         tensors = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
         return {name: tensor for name, tensor in tensors if name not in self.shapes}
 
@@ -81,7 +81,7 @@ class ModulePolicy(DistributionMixin):
         return sum(shape.numel() for shape in self.shapes.values())
 
     def init(self, generator: torch.Generator) -> Tensor:
-        """The weights that the module was made with, (P,)."""
+        """The initial weights of the module, (P,)."""
         weights = dict(self.module.named_parameters())
         if LOG_STD in self.shapes:
             weights[LOG_STD] = nn.Parameter(torch.full(self.shapes[LOG_STD], self.log_std_init), requires_grad=False)

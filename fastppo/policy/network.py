@@ -18,7 +18,7 @@ Family = Distribution | MultiCategorical
 
 
 class Network(Policy, Protocol):
-    """A `core.contracts.Policy` with parameters to make, keep and restore."""
+    """A `core.contracts.Policy` whose parameters can be made, saved and restored."""
 
     @property
     def num_params(self) -> int:
@@ -35,13 +35,13 @@ class Network(Policy, Protocol):
 
 
 class DistributionMixin:
-    """What every network does with its distribution; a part of `core.contracts.Policy`."""
+    """The methods of `core.contracts.Policy` that its action distribution answers."""
 
     distribution: Family
 
     @property
     def rnn_state_size(self) -> int:
-        """Nothing is remembered."""
+        """0: the policy is not recurrent."""
         return 0
 
     def sample(self, dist: Any, noise: Tensor) -> Tensor:
@@ -58,19 +58,19 @@ class DistributionMixin:
 
 
 class Part(Protocol):
-    """A piece of a network, with its own stretch of the flat buffer."""
+    """A piece of a network, with its own section of the flat buffer."""
 
     @property
     def num_params(self) -> int:
-        """Numbers it has in the buffer."""
+        """Length of its section."""
         ...
 
     def init(self, generator: torch.Generator) -> Tensor:
-        """A fresh stretch, (num_params,), on the CPU."""
+        """A fresh section (num_params,) on the CPU."""
         ...
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of its stretch, by names that no other part has."""
+        """Views of its section, by names that no other part has."""
         ...
 
     def flatten(self, weights: Weights) -> Tensor:
@@ -79,18 +79,18 @@ class Part(Protocol):
 
 
 class Shaped:
-    """What a `Part` whose weights have these shapes takes of the buffer."""
+    """Sizes of a `Part` whose weights have these shapes."""
 
     shapes: dict[str, tuple[int, ...]]  # name -> shape, in the order of the buffer
 
     @property
     def num_params(self) -> int:
-        """Numbers it has in the buffer."""
+        """Length of its section."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 class Composed(DistributionMixin):
-    """A network of parts, which lie in the flat buffer one behind the other."""
+    """A network of parts, whose sections follow one another in the flat buffer."""
 
     @property
     def parts(self) -> tuple[Part, ...]:

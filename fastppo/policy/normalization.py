@@ -1,7 +1,7 @@
 """Running statistics of observations and of discounted returns. Knows nothing of environments or networks.
 
-They stand still while a rollout is collected and learned from, and move once between iterations, so that acting and
-learning see the same numbers: the first minibatch's ratio is 1.
+They are frozen while a rollout is collected and learned from, and updated once between iterations. So acting and learning see
+the same numbers, and the ratio of the first minibatch is 1.
 """
 
 from collections.abc import Container, Mapping
@@ -24,7 +24,7 @@ class RunningMoments(NamedTuple):
 
 
 def init_moments(shape: tuple[int, ...], device: torch.device | str = "cpu") -> RunningMoments:
-    """Nothing seen yet: mean 0, variance 1, count 0."""
+    """Moments of no data: mean 0, variance 1, count 0."""
     mean = torch.zeros(shape, dtype=torch.float64, device=device)
     return RunningMoments(mean, torch.ones_like(mean), torch.zeros((), dtype=torch.float64, device=device))
 

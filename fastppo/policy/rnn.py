@@ -1,7 +1,7 @@
-"""Networks that remember: an LSTM or GRU between what is observed and the layers of actor and critic.
+"""Recurrent networks: an LSTM or GRU between the encoder and the layers of actor and critic.
 
-Knows nothing of learning or of environments. What an environment's agent remembers is one row of numbers, so that a rollout, a
-checkpoint or an exported file carries a matrix (N, S) and need not know what is in it.
+Knows nothing of learning or of environments. The recurrent state of an environment is one row of S numbers, so a rollout, a
+checkpoint or an exported file holds one matrix (N, S).
 """
 
 import math
@@ -23,8 +23,8 @@ from fastppo.policy.network import Composed, Family, Part, Shaped, check_shapes
 class Rnn(Shaped):
     """Layers of LSTM or GRU cells, one stack for each of K users (an actor and a critic, or both together). A `Part`.
 
-    A row of memory holds the first user's numbers, then the second's; of each, layer by layer, h and for an LSTM c: S = K L H
-    or 2 K L H numbers.
+    A row of the state holds the first user's numbers, then the second's; of each, layer by layer, h and for an LSTM c:
+    S = K L H or 2 K L H numbers.
     """
 
     kind: Literal["lstm", "gru"]
@@ -52,7 +52,7 @@ class Rnn(Shaped):
 
     @property
     def user_size(self) -> int:
-        """Numbers of each user's memory, S / K."""
+        """Size of each user's state, S / K."""
         return self.num_layers * NUM_STATES[self.kind] * self.hidden_size
 
     def init(self, generator: torch.Generator) -> Tensor:
@@ -65,7 +65,7 @@ class Rnn(Shaped):
         return params
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of its stretch, those of all users as one."""
+        """Views of its section, those of all users as one."""
         parts = params.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
@@ -75,9 +75,9 @@ class Rnn(Shaped):
         return torch.cat([weights[name].flatten() for name in self.shapes])
 
     def step(self, weights: Weights, x: Tensor, rnn_state: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: x (R, input_size), rnn_state (R, S) -> out (K, R, H), memory.
+        """One step: x (R, input_size), rnn_state (R, S) -> out (K, R, H), the next state.
 
-        With the memory of the first user alone, (R, S / K), it is that one's step.
+        With the state of the first user alone, (R, S / K): the step of that user.
         """
         users = rnn_state.shape[-1] // self.user_size
         parts = NUM_STATES[self.kind]
@@ -117,18 +117,17 @@ class Rnn(Shaped):
         return out, torch.stack(after, 3).transpose(1, 2).reshape(steps, number, self.rnn_state_size)
 
     def _gates(self, weights: Weights, layer: int, x: Tensor, users: int) -> Tensor:
-        """What the inputs give to the gates: (K, R, D) -> (K, R, G H)."""
+        """The share of the inputs in the gates: (K, R, D) -> (K, R, G H)."""
         bias, weight = weights[f"rnn.{layer}.input.bias"][:users], weights[f"rnn.{layer}.input.weight"][:users]
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
 
 
 @dataclass(frozen=True)
 class RecurrentActorCritic(Composed):
-    """What is observed, encoded, goes through a memory, then through the layers of actor and critic; a
-    `core.contracts.RecurrentPolicy`.
+    """An encoder, an rnn, then the layers of actor and critic; a `core.contracts.RecurrentPolicy`.
 
-    `rnn.input_size` is `encoder.size`, `mlp.obs_size` is `rnn.hidden_size`. Each has a memory of its own where the rnn has two
-    users.
+    `rnn.input_size` is `encoder.size`, `mlp.obs_size` is `rnn.hidden_size`. Actor and critic have a state each if the
+    rnn has two users.
     """
 
     encoder: Encoder
@@ -146,12 +145,12 @@ class RecurrentActorCritic(Composed):
 
     @property
     def rnn_state_size(self) -> int:
-        """S, the numbers that are remembered of each environment."""
+        """S, the size of the recurrent state of an environment."""
         return self.rnn.rnn_state_size
 
     @property
     def actor_size(self) -> int:
-        """Those of them, the first, that acting needs."""
+        """How many of them, the first ones, acting needs."""
         return self.rnn.user_size
 
     def step(self, weights: Weights, obs: Obs, rnn_state: Tensor) -> tuple[Any, Tensor]:
@@ -179,7 +178,7 @@ class RecurrentActorCritic(Composed):
         dist, value = self.mlp.both(weights, out, episode_start.shape)
         return masked(dist, obs, self.mlp), value, rnn_state
 
-    # without a memory there is no acting, judging or learning
+    # a recurrent policy computes nothing without its state
     def actor(self, weights: Weights, obs: Obs) -> Any:
         """See `step`."""
         raise NotImplementedError
