@@ -2,7 +2,7 @@
 
 A second core is worth more as a second worker than as a helper inside each small product: for minibatches of 256 rows two
 workers take 3.6 ms where one thread takes 5.5 and two OpenMP threads 4.1 (16 minibatches), and where other processes want the
-cores too they lose less (benchmarks/LOG.md). What the workers exchange goes through `core.native.all_reduce`; where several
+cores too they lose less (benchmarks/LOG.md). What the workers exchange goes through `compile.native.all_reduce`; where several
 processes share the rows, the caller's thread of each adds what its workers found to what the others' have. Knows nothing of
 what the program computes, nor of how processes talk to each other.
 """

@@ -26,7 +26,7 @@ from fastppo.core.sharding import Shard
 
 
 def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Obs, noise: Tensor) -> Tensor:
-    """One action per environment: the policy head and a sample. Values and log-probabilities are `learn`'s business.
+    """One action per environment: the policy head and a sample. `learn` computes values and log-probabilities.
 
     Args:
         obs: (N, *obs_shape) raw, or leaves of that by key; noise: (N, ...) as the policy's distribution wants it.
@@ -75,7 +75,7 @@ def act_recurrent_from_params(
     *,
     policy: RecurrentPolicy,
 ) -> tuple[Tensor, Tensor]:
-    """See `act_from_params`."""
+    """`act_recurrent` with the flat buffer (P,) instead of its views."""
     return act_recurrent(policy, policy.weights(params), normalization, obs, noise, rnn_state, episode_start)
 
 
@@ -94,7 +94,7 @@ def collect(
     """T steps of N environments that are functions on tensors, under one policy: nothing leaves the device.
 
     Args:
-        params: (P,). normalization: see there.
+        params: (P,).
         running: the environments between two steps: their observation (N, *obs_shape), whether their last step ended an episode
             (N,) bool, and whatever else `env_step` wants; behind that, of a policy with memory, `rnn_state` (N, S) and
             `episode_start` (N,) as `act_recurrent` takes them.

@@ -54,11 +54,11 @@ EAGER = Execution()
 
 
 class Policy(Protocol):
-    """What the programs need to know of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
+    """What acting and learning need of a policy. `obs` is an `Obs`; `dist` is what `actor` returns: a tensor or several."""
 
     @property
     def rnn_state_size(self) -> int:
-        """S, the numbers that a `RecurrentPolicy` remembers of each environment; 0: it is none."""
+        """S, how many numbers a `RecurrentPolicy` remembers of each environment; 0 for a policy without memory."""
         ...
 
     def weights(self, params: Tensor) -> Weights:
@@ -175,7 +175,7 @@ class LearnResult(NamedTuple):
     explained_variance: Tensor  # ()
     return_mean: Tensor  # () of this rollout's returns, for the next Normalization
     return_std: Tensor  # ()
-    summary: Tensor  # (len(SUMMARY),): all that the host wants to know, in one piece
+    summary: Tensor  # (len(SUMMARY),), all that the host reads, in one tensor
 
 
 def normalize_obs(obs: Obs, normalization: Normalization) -> Obs:

@@ -1,4 +1,4 @@
-"""Which transitions each minibatch takes, in what order. Knows nothing of what is done with them.
+"""The order in which minibatches take the transitions of a rollout. Knows nothing of what is done with them.
 
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, L = B / M minibatches an epoch, E update epochs, G shards,
 K processes. Rows of a rollout are numbered t * N + n, as its (T, N) is flattened.

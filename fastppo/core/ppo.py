@@ -76,7 +76,7 @@ class Targets(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the loss wants to know of rows, beside what the networks say of them now; all of one shape."""
+    """What the loss takes of rows beside the outputs of the networks; all of one shape."""
 
     old_log_prob: Tensor
     advantage: Tensor
@@ -308,7 +308,7 @@ def minibatch_step(
 
 
 def summarize(minibatch_metrics: Tensor, variance_explained: Tensor, params: Tensor) -> Tensor:
-    """SUMMARY, from (L, MINIBATCH_METRICS): all that the host wants to know, in one piece."""
+    """SUMMARY, from (L, MINIBATCH_METRICS): all that the host reads, in one tensor."""
     applied = minibatch_metrics[:, MINIBATCH_METRICS.index("applied")]
     updates = applied.sum()
     share = torch.where(updates > 0, applied / updates, 1.0 / len(applied))

@@ -1,10 +1,10 @@
 """LSTM and GRU over whole sequences, with their gradients. Knows nothing of observations, policies or losses.
 
-What a cell makes of its inputs is one product for all steps, done outside; here is only what has to go step by step: the
-product with the state of the step before, and the gates. The gradient is written out, since it then has the same form: whatever
-does not depend on the step after is computed for all steps at once, a second loop goes backwards, and the weights' gradient is
-one product. (Autograd would keep and add up a (H, 4H) matrix for each step.) The two loops of each kind are a `Cells`: `STEPS`
-here, which is the truth, and compile/native.py's, which compiled programs take.
+The caller multiplies the inputs of all steps with their weights in one product. This module does what has to go step by step:
+the product with the state of the step before, and the gates. The gradient is written out, because autograd would keep and add
+up an (H, 4H) matrix for each step. Here whatever does not depend on the step after is computed for all steps at once, a second
+loop goes backwards, and the gradient of the weights is one product. `Cells` holds the two loops of each kind. `STEPS` is the
+reference; compiled programs take those of compile/native.py.
 
 Letters: T steps, n sequences, K independent cells side by side (an actor's and a critic's), H hidden size. A state is zeroed
 before each step that is the first one of an episode.
@@ -59,7 +59,7 @@ def gru_step(gates: Tensor, weight: Tensor, bias: Tensor, h: Tensor) -> tuple[Te
 
 
 class Cells(NamedTuple):
-    """What of both kinds goes step by step. States, and gradients of them, are (T, K, n, H) or, at one end, (K, n, H).
+    """The loops over steps of both kinds. States, and gradients of them, are (T, K, n, H) or, at one end, (K, n, H).
 
     lstm: (gates (T, K, n, 4H), weight (K, H, 4H), keep (T, 1, n, 1), h, c) -> h, c after each step, activated (T, K, n, 4H)
     lstm_backward: (weight, keep, into_c, slope (T, K, n, 4H), f, grad_h, grad_c) -> d_gates (T, K, n, 4H), dh, dc of the start
@@ -211,10 +211,7 @@ class _Gru(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """One of `Cells`' backward loops: a function of its own so that under torch.func.grad it sees plain tensors. It has no
-
-    gradient itself.
-    """
+    """One of `Cells`' backward loops, without a gradient of its own. A Function sees plain tensors under torch.func.grad."""
 
     generate_vmap_rule = True
 
