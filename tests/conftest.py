@@ -47,10 +47,10 @@ def pytest_runtest_setup(item):
     torch.manual_seed(entropy.getrandbits(63))
 
 
-# Those of most of a minute, the longest first: two workers take a file at a time, and one of these at the end would keep the
-# other waiting. xdist's own order, by numbers of tests, has those that compile last.
-LONG_FILES = ["torchrun", "compilation", "rnn_compile", "seeds", "selector", "collect", "backends", "compiled_spaces", "sweep"]
-LONG_FILES += ["export", "rnn_runs"]
+# The files that take longest, the longest first: two workers take a file at a time, and a long one at the end would keep the
+# other worker waiting. xdist's own order is by numbers of tests and has the files that compile last.
+LONG_FILES = ["selector", "compilation", "export", "torchrun", "seeds", "sweep", "rnn_compile", "video", "faults", "collect"]
+LONG_FILES += ["rnn_runs", "run", "collect_keys", "collect_runs"]
 
 
 def pytest_collection_modifyitems(items):
@@ -64,6 +64,15 @@ def needs_compiler():
     """For tests that build programs: they are skipped where there is no C++ compiler, and fail there in CI."""
     if not native.has_compiler():
         (pytest.fail if os.environ.get("FASTPPO_REQUIRE_COMPILER") else pytest.skip)(native.NO_COMPILER)
+
+
+@pytest.fixture(scope="session")
+def programs_dir(tmp_path_factory):
+    """A cache of compiled programs for all workers: the library of the helpers is built once, not once a test file."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "programs"
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path
 
 
 @pytest.fixture(autouse=True, scope="session")

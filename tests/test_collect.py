@@ -129,20 +129,12 @@ def over_rollouts(ours, compiled):
         ours.envs.running = ours.program().keywords["env_step"].unpack(expected.running)
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    torch.set_num_threads(1)
-    cache_dir = tmp_path_factory.mktemp("cache")
-    cache_dir.chmod(0o700)
-    return cache_dir
-
-
 @pytest.mark.slow  # a quarter of a minute of compiling: below two workers are compiled, and this one's graph is compared
 @pytest.mark.usefixtures("needs_compiler")
-def test_compiled_collect_equals_eager(cache_dir):
+def test_compiled_collect_equals_eager(programs_dir):
     """One worker, discrete actions, normalised observations: the same actions, ends and transitions, rollout after rollout."""
     ours = setup(CartPole(max_episode_steps=15), norm_obs=True)
-    compiled = compile_program(ours.program(), ours.arguments(), cache_dir)
+    compiled = compile_program(ours.program(), ours.arguments(), programs_dir)
     ended = 0
     for result, expected in over_rollouts(ours, compiled):
         assert_same(result, expected)
@@ -177,13 +169,13 @@ def test_traced_collect_of_choices_equals_eager():
 
 
 @pytest.mark.usefixtures("needs_compiler")
-def test_two_compiled_workers_equal_eager(cache_dir):
+def test_two_compiled_workers_equal_eager(programs_dir):
     """Each steps half of the environments: bounds and a constant of the environment are tensors of the graph.
 
     A number that is not finite is seen whichever worker it comes to.
     """
     ours = setup(Spoilt(max_episode_steps=7), squash=True)
-    compiled = compile_program(ours.program(execution=Execution(num_workers=2)), ours.arguments(), cache_dir)
+    compiled = compile_program(ours.program(execution=Execution(num_workers=2)), ours.arguments(), programs_dir)
     for result, expected in over_rollouts(ours, compiled):
         assert_same(result, expected)
         assert (expected.truncated.any(0)).all()

@@ -19,13 +19,6 @@ from support.programs import OFF, assert_same, make_permutation
 from support.recurrent import KINDS, USERS, Bench, make_params, make_policy, setting
 
 
-@pytest.fixture(scope="module")
-def cache_dir(tmp_path_factory):
-    cache_dir = tmp_path_factory.mktemp("cache")
-    cache_dir.chmod(0o700)
-    return cache_dir
-
-
 def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_envs=6, per_minibatch=3, **settings):
     """(learn, arguments): 12 steps, minibatches of whole environments, two epochs."""
     options = {"users": users, "layers": layers, "hidden": hidden}
@@ -39,19 +32,19 @@ def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_
     return functools.partial(learn, policy=policy, **settings), arguments
 
 
-def assert_compiled(job, cache_dir, **shared):
+def assert_compiled(job, programs_dir, **shared):
     """Compiled for one seed's arguments, equal to eager for those of three."""
     program, arguments = job(seed=0)
-    compiled = compile_program(with_settings(program, **shared), arguments, cache_dir)
+    compiled = compile_program(with_settings(program, **shared), arguments, programs_dir)
     for seed in range(3):
         _, arguments = job(seed=seed)
         assert_same(compiled(*arguments), program(*arguments))
 
 
 @pytest.mark.usefixtures("needs_compiler")
-def test_compiled_learn_equals_eager(cache_dir):
+def test_compiled_learn_equals_eager(programs_dir):
     """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor."""
-    assert_compiled(functools.partial(learn_job, "lstm", target_kl=0.5), cache_dir)
+    assert_compiled(functools.partial(learn_job, "lstm", target_kl=0.5), programs_dir)
 
 
 @pytest.mark.usefixtures("needs_compiler")
@@ -72,9 +65,9 @@ def test_compiled_learn_equals_eager(cache_dir):
     ],
     ids=lambda value: " ".join(f"{key}={x}" for key, x in value.items()) if isinstance(value, dict) else value,
 )
-def test_compiled_learn_equals_eager_for(kind, options, shared, cache_dir):
+def test_compiled_learn_equals_eager_for(kind, options, shared, programs_dir):
     """Cells side by side and in layers, 1 to 14 environments at once, workers, parts, final observations, structures."""
-    assert_compiled(functools.partial(learn_job, kind, **options), cache_dir, **shared)
+    assert_compiled(functools.partial(learn_job, kind, **options), programs_dir, **shared)
 
 
 @KINDS
@@ -110,12 +103,12 @@ def assert_acts_alike(result, expected):
 
 
 @pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["traced", "compiled"])
-def test_compiled_act_equals_eager(compiles, cache_dir, request):
+def test_compiled_act_equals_eager(compiles, programs_dir, request):
     """Action and memory of 7 environments, step after step; what was remembered at an episode's start is dropped."""
     act, arguments = act_job("lstm", 7, hidden=5)
     if compiles:
         request.getfixturevalue("needs_compiler")
-        compiled = compile_program(act, arguments, cache_dir)
+        compiled = compile_program(act, arguments, programs_dir)
     else:
         graph, _ = trace(act, arguments)
         compiled = lambda *given: graph(*flat_tensors(given))  # noqa: E731
@@ -134,9 +127,9 @@ def test_compiled_act_equals_eager(compiles, cache_dir, request):
     ("kind", "number", "options"),
     [("gru", 1, {}), ("gru", 3, {"users": 1, "layers": 2}), ("lstm", 4, {"layers": 2}), ("lstm", 1, {"users": 1, "hidden": 5})],
 )
-def test_compiled_act_equals_eager_for(kind, number, options, cache_dir):
+def test_compiled_act_equals_eager_for(kind, number, options, programs_dir):
     """Shared, in layers, one environment."""
-    compiled = compile_program(*act_job(kind, number, **options), cache_dir)
+    compiled = compile_program(*act_job(kind, number, **options), programs_dir)
     for seed in range(4):
         act, arguments = act_job(kind, number, seed, **options)
         assert_acts_alike(compiled(*arguments), act(*arguments))
@@ -145,10 +138,10 @@ def test_compiled_act_equals_eager_for(kind, number, options, cache_dir):
 @pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "per_call"), [("lstm", 1), ("lstm", 2), ("gru", 3)])
-def test_compiled_act_of_seeds_equals_each_alone(kind, per_call, cache_dir):
+def test_compiled_act_of_seeds_equals_each_alone(kind, per_call, programs_dir):
     """Mapped over all seeds, two at a time and one by one."""
     act, arguments = act_job(kind, 3, num_seeds=3)
-    compiled = compile_program(act, arguments, cache_dir, Seeds(3, per_call, 1))
+    compiled = compile_program(act, arguments, programs_dir, Seeds(3, per_call, 1))
     action, rnn_state = compiled(*arguments)
     for seed in range(3):
         assert_acts_alike((action[seed], rnn_state[seed]), act(*of_seed(arguments, seed)))
@@ -179,10 +172,10 @@ def assert_collected_alike(result, expected):
 @pytest.mark.parametrize(
     ("kind", "options", "workers"), [("lstm", {}, 2), ("gru", {"users": 1, "layers": 2}, 1)], ids=["lstm", "gru"]
 )
-def test_compiled_collect_equals_eager(kind, options, workers, cache_dir):
+def test_compiled_collect_equals_eager(kind, options, workers, programs_dir):
     """Every row, and what is carried on: the environments, what is remembered of them, and which begin an episode."""
     program, arguments = collect_job(kind, num_envs=6, **options)
-    compiled = compile_program(with_settings(program, num_workers=workers), arguments, cache_dir)
+    compiled = compile_program(with_settings(program, num_workers=workers), arguments, programs_dir)
     ended = 0
     for _ in range(4):
         expected = program(*arguments)
@@ -197,10 +190,10 @@ def test_compiled_collect_equals_eager(kind, options, workers, cache_dir):
 @pytest.mark.parametrize(
     ("kind", "seeds"), [("gru", Seeds(3, 1, 2)), ("lstm", Seeds(3, 2, 1)), ("gru", Seeds(3, 3, 1))], ids=str
 )
-def test_compiled_collect_of_seeds_equals_each_alone(kind, seeds, cache_dir):
+def test_compiled_collect_of_seeds_equals_each_alone(kind, seeds, programs_dir):
     """One by one on two threads, two at a time, and all at once."""
     program, arguments = collect_job(kind, 3)
-    collected = compile_program(program, arguments, cache_dir, seeds)(*arguments)
+    collected = compile_program(program, arguments, programs_dir, seeds)(*arguments)
     for seed in range(3):
         assert_collected_alike(of_seed(collected, seed), program(*of_seed(arguments, seed)))
 
@@ -208,10 +201,10 @@ def test_compiled_collect_of_seeds_equals_each_alone(kind, seeds, cache_dir):
 @pytest.mark.usefixtures("needs_compiler")
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [Seeds(3, 1, 2), Seeds(3, 2, 1)], ids=str)
-def test_compiled_learn_of_seeds_equals_each_alone(seeds, cache_dir):
+def test_compiled_learn_of_seeds_equals_each_alone(seeds, programs_dir):
     """Seed by seed on two threads, as runs of many seeds do it, and mapped."""
     examples = [learn_job("lstm", seed=seed) for seed in range(3)]
     stacked = stack([arguments for _, arguments in examples])
-    learned = compile_program(examples[0][0], stacked, cache_dir, seeds)(*stacked)
+    learned = compile_program(examples[0][0], stacked, programs_dir, seeds)(*stacked)
     for seed, (program, arguments) in enumerate(examples):
         assert_same(of_seed(learned, seed), program(*arguments))

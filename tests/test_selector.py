@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fastppo.compile import native
 from fastppo.compile.compile_errors import CompileError
 from fastppo.compile.inductor import compile_program
 from fastppo.compile.library_cache import cache_dir
@@ -80,7 +81,7 @@ def test_without_a_compiler_training_goes_on(mode, tmp_path, capsys, monkeypatch
     out, summary, _ = trained(tmp_path / "run", capsys, "--compile", mode)
     assert summary["tier"] == "eager"
     (line,) = [line for line in out.splitlines() if line.startswith("programs: ")]
-    assert line.endswith("there is no C++ compiler; install g++ or name one in CXX")
+    assert line.endswith(native.NO_COMPILER)
     assert "throughout with --compile" not in out  # nothing changes on the way: the bits are those of --compile off
 
 
@@ -299,7 +300,7 @@ def test_nothing_is_offered_that_cannot_be_built(compiler, cached, name):
     for _ in range(2):
         tiers.update(TRIAL_ITERATIONS, LONG)
     assert (tiers.name, in_use(tiers), compiler.started) == (name, (name, "eager"), [])
-    assert notes == [f"programs: {name}; there is no C++ compiler; install g++ or name one in CXX"]
+    assert notes == [f"programs: {name}; {native.NO_COMPILER}"]
 
 
 @pytest.mark.parametrize("mode", ["on", "auto"])

@@ -3,6 +3,7 @@
 import platform
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -12,13 +13,16 @@ PACKAGES = ("fastppo", "torch", "gymnasium", "numpy", "tensordict")
 ENGINES = {"mujoco": "mujoco", "ale_py": "ale-py", "envpool": "envpool", "Box2D": "box2d", "torchrl": "torchrl"}
 
 
+version_of = cache(version)  # 0.8 ms a call, and each checkpoint asks for five or more
+
+
 def versions() -> dict[str, str]:
     """Of Python and of every package that has a part in what is computed."""
     packages = [*PACKAGES, *(package for module, package in ENGINES.items() if module in sys.modules)]
     found = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
+            found[package] = version_of(package)
         except PackageNotFoundError:  # a module of that name that was not installed
             found[package] = "unknown"
     return found
