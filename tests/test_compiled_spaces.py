@@ -89,7 +89,7 @@ def test_a_network_of_ones_own_has_its_program_in_another_process():
     """No address, no order of a set in its key."""
     script = (
         "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
-        "import gymnasium as gym; from fastppo.compile.inductor import cache_key; from support.networks import *\n"
+        "import gymnasium as gym; from fastppo.compile.key import cache_key; from support.networks import *\n"
         "print(cache_key(*structured_job('float32', gym.spaces.Discrete(3), Small)))\n"
     )
     done = subprocess.run(

@@ -27,12 +27,8 @@ from fastppo.compile.program import (
     of_one_call,
 )
 from fastppo.compile.workers import Exchange, WorkerPool
-from fastppo.core import acting, ppo
-from fastppo.core.adam import AdamState
-from fastppo.core.contracts import CollectResult, LearnResult
+from fastppo.core.compilable import traits_of
 from fastppo.core.seed_axis import Seeds
-
-_NUM_FIXED = len(CollectResult._fields) - 1  # its tensors behind those of `running`
 
 
 class CompiledProgram:
@@ -51,7 +47,7 @@ class CompiledProgram:
         self._layout = layout
         self._library = library
         self._num_threads = torch.get_num_threads()
-        self._function = program.func
+        self._traits = traits_of(program.func)
         self._seeds = seeds
         num_workers = num_workers_of(program) if seeds is None else seeds.num_threads
         self._pool: WorkerPool | None = None
@@ -66,23 +62,12 @@ class CompiledProgram:
         """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
         tensors = flat_tensors(args)
         if self._seeds is not None:
-            results = self._of_all_seeds(tensors, self._seeds)
-        elif self._pool is None:
-            self._check(tensors)
-            results = self._runner.run(tensors)
-        else:
-            self._check(tensors)
-            results, *others = self._pool.run([[*tensors, worker] for worker in self._pool.workers])
-            if self._function is acting.collect:  # each worker has its own environments; of learn all return the same
-                *parts, finite = zip(results, *others, strict=True)
-                rows = len(results) - _NUM_FIXED  # from here on (T, N, ...)
-                results = [torch.cat(part, 0 if index < rows else 1) for index, part in enumerate(parts)]
-                results.append(torch.stack(finite).all())
-        if self._function is acting.collect:
-            return CollectResult(tuple(results[:-_NUM_FIXED]), *results[-_NUM_FIXED:])
-        if self._function is ppo.learn:
-            return LearnResult(results[0], AdamState(*results[1:4]), *results[4:])
-        return _one_or_all(results)
+            return self._traits.result(self._of_all_seeds(tensors, self._seeds))
+        self._check(tensors)
+        if self._pool is None:
+            return self._traits.result(self._runner.run(tensors))
+        results = self._pool.run([[*tensors, worker] for worker in self._pool.workers])
+        return self._traits.join([self._traits.result(part) for part in results])
 
     def _of_all_seeds(self, tensors: list[Tensor], seeds: Seeds) -> list[Tensor]:
         """Call the library for C seeds at a time; the last call takes seeds of the one before too where S is no multiple."""
@@ -108,8 +93,8 @@ class CompiledProgram:
         self._check([*bound, *flat_tensors(rest)])
         run = self._runner.run
         if all(isinstance(part, Tensor) for part in rest):
-            return lambda *given: _one_or_all(run([*bound, *given]))
-        return lambda *given: _one_or_all(run([*bound, *flat_tensors(given)]))
+            return lambda *given: self._traits.result(run([*bound, *given]))
+        return lambda *given: self._traits.result(run([*bound, *flat_tensors(given)]))
 
     def _check(self, tensors: list[Tensor]) -> None:
         if self._num_ranks > 1 and self._exchange is None:
@@ -169,8 +154,3 @@ def load(
     library_cache.touch(helpers)
     library_cache.touch(library)
     return loaded
-
-
-def _one_or_all(results: list[Tensor]) -> Any:
-    """What a program of tensors returned: one, or a tuple of several."""
-    return results[0] if len(results) == 1 else tuple(results)

@@ -13,18 +13,17 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastppo.compile import native
 from fastppo.compile.program import Example, Program, flat_tensors, layout_of, of_one_call
-from fastppo.core import acting, contracts, ppo
+from fastppo.core.compilable import compilable, traits_of
 from fastppo.core.seed_axis import Seeds, of_seed
 
 # what Inductor and the C++ compiler read from the environment, beside CXX
@@ -79,49 +78,27 @@ def describe(value: Any) -> Any:
 
 
 def _sources(program: Program, example: Example) -> list[str]:
-    """Digests of the text of everything that computes something in it; of an `env_step` that does not name it, of its graph."""
-    policy = program.keywords["policy"]
-    folders = {Path(__file__).parent, Path(ppo.__file__).parent, Path(inspect.getfile(type(policy))).parent}
-    files = [path for folder in sorted(folders) for path in sorted(folder.glob("*.py"))]
-    env_step, graph = program.keywords.get("env_step"), ""
-    if hasattr(policy, "module"):
-        graph += _policy_graph(program, example)
-    if env_step is not None:
-        named = env_step.sources()
-        files += named or []
-        graph += _environment_graph(program, example) if named is None else ""
-    return [_digest(path.read_bytes()) for path in files] + [_digest(graph.encode())]
+    """Digests of the text of everything that computes something in it, and of the graph of what has no known text."""
+    files, graph = _folder_of(compilable) + _folder_of(program.func) + sorted(Path(__file__).parent.glob("*.py")), ""
+    for owner, function, args in traits_of(program.func).calls(*example, **program.keywords):
+        sources = owner.sources()
+        files += _folder_of(type(owner)) if sources is None else sources
+        graph += _graph_text(function, args) if sources is None else ""
+    return [_digest(path.read_bytes()) for path in sorted(set(files))] + [_digest(graph.encode())]
 
 
-def _policy_graph(program: Program, example: Example) -> str:
-    """What somebody's own network computes, constants included, for one observation of each environment."""
+def _folder_of(code: type | Callable[..., Any]) -> list[Path]:
+    """The files of the folder in which a class or function is defined; none where it has no file."""
+    with contextlib.suppress(OSError, TypeError):  # of a notebook
+        return sorted(Path(inspect.getfile(code)).parent.glob("*.py"))
+    return []
+
+
+def _graph_text(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """What the function computes for arguments like these, its constants included."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    policy, params = program.keywords["policy"], example[0]
-    if program.func is ppo.learn:
-        obs: Any = pytree.tree_map(lambda rows: rows[0], contracts.obs_of(example[2]))
-    else:
-        obs = example[2][0] if program.func is acting.collect else example[2]
-    graph = make_fx(lambda params, obs: policy.actor_critic(policy.weights(params), obs))(params, obs)
-    return _graph_text(graph)
-
-
-def _environment_graph(program: Program, example: Example) -> str:
-    """What the environments of a `collect` compute, constants included: their code may lie anywhere and call anything."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    params, normalization, running, noise, random = example
-    policy = program.keywords["policy"]
-    if policy.rnn_state_size:
-        *others, memory, first = running
-        act, running = acting.act_recurrent_from_params, tuple(others)
-        action, _ = act(params, normalization, running[0], noise[0], memory, first, policy=policy)
-    else:
-        action = acting.act_from_params(params, normalization, running[0], noise[0], policy=policy)
-    return _graph_text(make_fx(program.keywords["env_step"])(running, action, random[0]))
-
-
-def _graph_text(graph: torch.fx.GraphModule) -> str:
+    graph = make_fx(function)(*args)
     constants = {node.target: getattr(graph, node.target) for node in graph.graph.find_nodes(op="get_attr")}
     return f"{graph.code}{describe(constants)}"
 

@@ -7,6 +7,7 @@ to be written for the compiler.
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastppo.compile import native
 from fastppo.compile.decompositions import decompositions
 from fastppo.compile.program import Example, Program, execution_of, is_shared, plain
 from fastppo.compile.workers import WORKER_FIELDS
-from fastppo.core import acting, ppo
+from fastppo.core.contracts import Execution
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.seed_axis import over_seeds
 
@@ -29,15 +30,8 @@ def trace(program: Program, example: Example, mapped: bool = False) -> tuple[tor
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    if program.func is acting.collect or program.func is ppo.learn:
-        execution = dataclasses.replace(
-            execution_of(program),
-            scan=_traced_scan,
-            grad_and_aux=functional_grad_and_aux,
-            cells=native.CELLS,
-            all_reduce=native.all_reduce,
-        )
-        program = functools.partial(program, execution=execution)
+    if "execution" in inspect.signature(program.func).parameters:
+        program = functools.partial(program, execution=_as_traced(execution_of(program)))
     if is_shared(program):
         example = (*example, torch.zeros(WORKER_FIELDS, dtype=torch.int64))
     function = over_seeds(program) if mapped else program
@@ -54,6 +48,17 @@ def trace(program: Program, example: Example, mapped: bool = False) -> tuple[tor
     inputs = [fake_mode.from_tensor(leaves[index]) for index in present]
     with fake_mode:
         return _tidy(make_fx(flat_program, decomposition_table=decompositions())(*inputs)), inputs
+
+
+def _as_traced(execution: Execution) -> Execution:
+    """The execution with loops, gradient, cells and exchange in the form that a compiled program has."""
+    return dataclasses.replace(
+        execution,
+        scan=_traced_scan,
+        grad_and_aux=functional_grad_and_aux,
+        cells=native.CELLS,
+        all_reduce=native.all_reduce,
+    )
 
 
 def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:

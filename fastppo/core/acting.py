@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fastppo.core.compilable import Call, compilable, policy_call
 from fastppo.core.contracts import (
     EAGER,
     CollectResult,
@@ -37,6 +38,11 @@ def act(policy: Policy, weights: Weights, normalization: Normalization, obs: Obs
     return policy.sample(policy.actor(weights, normalize_obs(obs, normalization)), noise)
 
 
+def _calls_of_act(params: Tensor, normalization: Normalization, obs: Obs, *_: Tensor, policy: Policy) -> list[Call]:
+    return [policy_call(policy, params, obs)]
+
+
+@compilable(_calls_of_act)
 def act_from_params(params: Tensor, normalization: Normalization, obs: Obs, noise: Tensor, *, policy: Policy) -> Tensor:
     """`act` with the flat buffer (P,) instead of its views: one tensor to hand to a compiled program instead of a dozen."""
     return act(policy, policy.weights(params), normalization, obs, noise)
@@ -65,6 +71,7 @@ def act_recurrent(
     return policy.sample(dist, noise), rnn_state
 
 
+@compilable(_calls_of_act)
 def act_recurrent_from_params(
     params: Tensor,
     normalization: Normalization,
@@ -79,6 +86,31 @@ def act_recurrent_from_params(
     return act_recurrent(policy, policy.weights(params), normalization, obs, noise, rnn_state, episode_start)
 
 
+def _calls_of_collect(
+    params: Tensor,
+    normalization: Normalization,
+    running: tuple[Tensor, ...],
+    noise: Tensor,
+    random: Tensor,
+    *,
+    policy: Policy,
+    env_step: EnvStep,
+    **_: Execution,
+) -> list[Call]:
+    """The calls of its first step."""
+    obs = running[0]
+    if policy.rnn_state_size:
+        *environments, rnn_state, episode_start = running
+        running, recurrent = tuple(environments), cast(RecurrentPolicy, policy)
+        action, _state = act_recurrent_from_params(
+            params, normalization, obs, noise[0], rnn_state, episode_start, policy=recurrent
+        )
+    else:
+        action = act_from_params(params, normalization, obs, noise[0], policy=policy)
+    return [policy_call(policy, params, obs), Call(env_step, env_step, (running, action, random[0]))]
+
+
+@compilable(_calls_of_collect, CollectResult.from_tensors, CollectResult.join)
 def collect(
     params: Tensor,
     normalization: Normalization,

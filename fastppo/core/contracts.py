@@ -5,7 +5,7 @@ Knows nothing of how these are made.
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, P number of parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -89,6 +89,10 @@ class Policy(Protocol):
         """Entropy in nats, (...)."""
         ...
 
+    def sources(self) -> list[Path] | None:
+        """The files whose text says what it computes, for the cache of compiled programs; None where that is not known."""
+        ...
+
 
 class RecurrentPolicy(Policy, Protocol):
     """A policy that remembers S numbers of each environment: zeros before an episode's first observation."""
@@ -148,6 +152,19 @@ class CollectResult(NamedTuple):
     valid: Tensor  # (T, N) bool, false where the step only reset the environment
     finite: Tensor  # () bool, of all observations and rewards
 
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "CollectResult":
+        """The result from the tensors in it, in their order."""
+        rows = len(tensors) - (len(cls._fields) - 1)  # `running` has as many tensors as the other fields leave
+        return cls(tuple(tensors[:rows]), *tensors[rows:])
+
+    @classmethod
+    def join(cls, results: Sequence["CollectResult"]) -> "CollectResult":
+        """The result of all environments, from those of workers that each had a part of them."""
+        running = tuple(torch.cat(parts) for parts in zip(*(result.running for result in results), strict=True))
+        steps = [torch.cat(parts, 1) for parts in zip(*(result[1:-1] for result in results), strict=True)]
+        return cls._make((running, *steps, torch.stack([result.finite for result in results]).all()))
+
 
 class EnvStep(Protocol):
     """One step of N environments that are functions on tensors."""
@@ -176,6 +193,12 @@ class LearnResult(NamedTuple):
     return_mean: Tensor  # () of this rollout's returns, for the next Normalization
     return_std: Tensor  # ()
     summary: Tensor  # (len(SUMMARY),), all that the host reads, in one tensor
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Tensor]) -> "LearnResult":
+        """The result from the tensors in it, in their order."""
+        behind = 1 + len(AdamState._fields)
+        return cls(tensors[0], AdamState(*tensors[1:behind]), *tensors[behind:])
 
 
 def normalize_obs(obs: Obs, normalization: Normalization) -> Obs:

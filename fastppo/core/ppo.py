@@ -16,9 +16,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
+from fastppo.core.compilable import Call, compilable, policy_call
 from fastppo.core.contracts import EAGER, Execution, LearnResult, Normalization, Policy, Schedule, normalize_obs, obs_of
 from fastppo.core.evaluation import Evaluation, by_unit, evaluate_rollout, evaluate_units, make_units
 from fastppo.core.losses import (
@@ -93,6 +95,13 @@ class Minibatch(NamedTuple):
     num_transitions: Tensor  # ()
 
 
+def _calls_of_learn(
+    params: Tensor, adam: AdamState, rollout: Mapping[str, Tensor], *_: Any, policy: Policy, **__: Any
+) -> list[Call]:
+    return [policy_call(policy, params, tree_map(lambda rows: rows[0], obs_of(rollout)))]
+
+
+@compilable(_calls_of_learn, LearnResult.from_tensors)
 def learn(
     params: Tensor,
     adam: AdamState,

@@ -69,6 +69,9 @@ class ModulePolicy(DistributionMixin):
                 f"for R = 2 it returned {told}"
             )
 
+    def sources(self) -> None:
+        """Not known: the module's code may lie anywhere and call anything."""
+
     @property
     def fixed(self) -> dict[str, Tensor]:
         """Buffers and frozen parameters by name: training does not change them."""

@@ -4,8 +4,10 @@ The buffer is one tensor (P,); every weight is a view of it. The gradient norm, 
 operation each instead of one per layer.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +57,11 @@ class DistributionMixin:
     def entropy(self, dist: Any) -> Tensor:
         """Entropy in nats, (...)."""
         return self.distribution.entropy(dist)
+
+    def sources(self) -> list[Path] | None:
+        """The files of this folder, and of the folder that the class is in."""
+        folders = {Path(__file__).parent, Path(inspect.getfile(type(self))).parent}
+        return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 class Part(Protocol):
