@@ -239,7 +239,7 @@ def test_second_process_loads_without_the_compiler(library):
     _, _, _, cache_dir = library
     script = (
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
-        "from support.programs import *\n"
+        "from fastppo.compile.compiled_program import load_program; from support.programs import *\n"
         "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
         "c = load_program(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
