@@ -88,11 +88,11 @@ def test_two_networks_of_the_same_shapes_share_no_program(tmp_path):
 def test_a_network_of_ones_own_has_its_program_in_another_process():
     """No address, no order of a set in its key."""
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import torch; torch.set_num_threads(1)\n"
+        "import torch; torch.set_num_threads(1)\n"
         "import gymnasium as gym; from fastppo.compile.key import cache_key; from support.networks import *\n"
         "print(cache_key(*structured_job('float32', gym.spaces.Discrete(3), Small)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, os.path.dirname(__file__)], check=True, timeout=120, capture_output=True, text=True
-    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, check=True, timeout=120, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == cache_key(*structured_job("float32", gym.spaces.Discrete(3), Small))
