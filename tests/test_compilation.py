@@ -164,7 +164,7 @@ def test_compiled_ranks_of_compiled_workers_equal_eager(ranks):
     """Two processes of two threads each, together the update of one, statistics and KL stop included; same bits for all."""
     program, example, cache_dir, settings = ranks
     meeting = Rendezvous(2)
-    compiled = [load_program(program, example, cache_dir, meeting.of(rank)) for rank in range(2)]
+    compiled = [load_program(program, example, cache_dir, exchange=meeting.of(rank)) for rank in range(2)]
     stopped = 0
     for seed in range(20):
         learn_eagerly, (params, adam, rollout, permutation, *rest) = job(CATEGORICAL_POLICY, seed=seed, **settings)
@@ -195,7 +195,7 @@ def test_a_process_that_is_gone_is_the_error_that_the_exchange_raised(ranks):
                 raise ConnectionError("the other one has gone")
             return x
 
-        compiled = load_program(program, example, cache_dir, types.SimpleNamespace(rank=0, all_reduce=all_reduce))
+        compiled = load_program(program, example, cache_dir, exchange=types.SimpleNamespace(rank=0, all_reduce=all_reduce))
         with pytest.raises(ConnectionError, match="the other one has gone"):
             compiled(*example)
         assert len(asked) == answered + 1  # the program ended there, and did not go on with half a sum

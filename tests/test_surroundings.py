@@ -86,7 +86,7 @@ def test_an_interrupt_between_workers(when, workers):
         at_work.append("started")
         if when == "while it waits" and len(at_work) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        while not team._place[-LINE]:  # as native.cpp waits for the others
+        while not team._shared[-LINE]:  # as native.cpp waits for the others
             time.sleep(0.001)
         at_work.append("stopped")
         return 1

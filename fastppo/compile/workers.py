@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-LINE = 8  # int64 numbers a worker has in the meeting place, see native.cpp
+LINE = 8  # int64 numbers of a worker in the shared tensor, see native.cpp
 WORKER_FIELDS = 6
 END_SECONDS = 5.0  # that threads have to stop after an error or Ctrl-C: each finishes a minibatch at most
 _EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
@@ -53,21 +53,21 @@ class WorkerPool:
         num_outputs = ctypes.c_size_t()
         self._check(self._library.AOTInductorModelContainerGetNumOutputs(self._container, ctypes.byref(num_outputs)))
         self._num_outputs = num_outputs.value
-        self._place = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64, device="cpu")
+        self._shared = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64, device="cpu")
         self._faults: list[BaseException] = []
         self._hook = _EXCHANGE() if exchange is None else _hook(exchange, self._faults)  # kept: C has only its address
         self.workers = [
             torch.tensor(
                 [
-                    *(number, 0 if exchange is None else exchange.rank, num_workers),
-                    *(self._place.data_ptr(), 0, ctypes.cast(self._hook, ctypes.c_void_p).value or 0),
+                    *(worker_index, 0 if exchange is None else exchange.rank, num_workers),
+                    *(self._shared.data_ptr(), 0, ctypes.cast(self._hook, ctypes.c_void_p).value or 0),
                 ]
             )
-            for number in range(num_workers)
+            for worker_index in range(num_workers)
         ]
         self._jobs: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(num_workers - 1)]
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        reference = weakref.ref(self)  # a thread that held the team would keep it alive
+        reference = weakref.ref(self)  # a thread with a reference to the pool would keep it alive
         for job in self._jobs:
             threading.Thread(target=_work, args=(reference, job, self._done), name="fastppo-worker", daemon=True).start()
         weakref.finalize(self, _dismiss, self._jobs)
@@ -87,12 +87,12 @@ class WorkerPool:
             for job, share in zip(self._jobs, shares[1:], strict=True):
                 job.put(share)
                 at_work += 1
-            results.append({number: self._run(tensors) for number, tensors in shares[0]})
+            results.append({index: self._run(tensors) for index, tensors in shares[0]})
             while at_work:
                 results.append(self._done.get())
                 at_work -= 1
         except BaseException as error:
-            self._place[-LINE] = 1  # the others do not wait for this thread any more
+            self._shared[-LINE] = 1  # the others do not wait for this thread any more
             with contextlib.suppress(queue.Empty):  # one that still computes while the process ends may crash it
                 for _ in range(at_work):
                     self._done.get(timeout=END_SECONDS)
@@ -130,7 +130,7 @@ class WorkerPool:
                 [_new_capsule(output, None, None) for output in outputs]
             )
         except BaseException:
-            self._place[-LINE] = 1
+            self._shared[-LINE] = 1
             raise
 
     def _check(self, code: int) -> None:
@@ -153,13 +153,13 @@ def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
     return _EXCHANGE(add_up)
 
 
-def _work(team: "weakref.ref[WorkerPool]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
+def _work(pool: "weakref.ref[WorkerPool]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
     torch.set_num_threads(1)
     while (share := jobs.get()) is not None:
-        alive = team()
+        alive = pool()
         if alive is not None:
             try:
-                done.put({number: alive._run(tensors) for number, tensors in share})
+                done.put({index: alive._run(tensors) for index, tensors in share})
             except BaseException as error:
                 done.put(error)
         del alive, share
