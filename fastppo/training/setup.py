@@ -5,7 +5,7 @@ Knows nothing of the loop, and of run directories only that there will be some.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -141,78 +141,38 @@ def environment_seed(seed: int, iteration: int) -> int:
 
 
 def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv | None, cleanup: contextlib.ExitStack) -> Task:
-    """Everything that can be refused is refused here, before anything is written.
+    """Make what is trained. Everything that can be refused is refused here, before anything is written.
 
     Args:
         policy, given: as `train` takes them.
-        cleanup: gets what is to be closed.
+        cleanup: closes what is opened.
 
     Raises:
-        UsageError: a setting that cannot be.
+        UsageError: a setting is not possible.
     """
     if given is not None and config.num_seeds > 1:
         raise UsageError(f"--num-seeds {config.num_seeds} makes environments from --env-id, which yours were not: leave it off")
-    device = choose_device(config.device)
-    if config.track is not None:
-        check_installed(config.track)
-    if device.type == "cuda":  # the current GPU is where programs are captured; afterwards it is the caller's again
-        cleanup.callback(torch.cuda.set_device, torch.cuda.current_device())
-        torch.cuda.set_device(resolved(device))
-    ranks = start_ranks(device, TIMEOUT_SECONDS + (config.env_timeout or ENDLESS_SECONDS))
-    cleanup.callback(ranks.close)
-    device = resolved(ranks.device if ranks.size > 1 else device)
-    with checked(ranks):
-        check_same(config, ranks.agree(config), ranks)
+    device, ranks = meet_ranks(config, cleanup)
     config, note = with_shards(config, ranks)
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
+    if given is not None:
+        config = named_after(given, config)
     with checked(ranks):
-        copy = Copy(local, deadline)
-        if given is None:
-            made, engine, why = make_training_envs(local.env_config, device, deadline, copy.tried)
-            envs = AutoresetEnvs(made, deadline)
-            cleanup.callback(envs.close)
-        else:
-            made, engine, why = given, "given", "a vector environment of your own"
-            envs = AutoresetEnvs(made, deadline)
-            config = named_after(given, config)
-        if made.num_envs != config.num_seeds * local.num_envs:
-            raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-        if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium has it in a wrapper
-            made.unwrapped.share = (ranks.rank, ranks.size)
-        if isinstance(made, TorchVectorEnv) and made.device != device:
-            raise UsageError(f"--device {device}: the environments given are on {made.device}")
-        action = action_spec(made.single_action_space, config.squash_actions)
-        checks = config.check_env and not config.resume
-        tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
-        mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
-        obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
-        findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
-        if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
-            findings.append(COPIED_GENERATOR)
+        found = open_environments(config, local, given, device, ranks, deadline, cleanup)
     render_env = None
     if config.record_every is not None and ranks.is_main:
         render_env = make_recorded(config, given, deadline)
         cleanup.callback(render_env.close)
     configs = seed_configs(config)
-    trial, notes = None, [] if note is None else [note]
+    workers = choose_workers(local, found.obs) if device.type == "cpu" else 1
     with plain():
-        networks = [make_network(obs, action, own, policy, seed_of(own.seed, Stream.PARAMETERS)) for own in configs]
-        network = networks[0]
-        if not all(alike(network, other) for other in networks[1:]):
-            raise UsageError(
-                "policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one"
-            )
-        workers = choose_workers(local, obs) if device.type == "cpu" else 1
+        network, networks = make_networks(configs, found, policy)
         threads = choose_threads(local, network)
         torch.set_num_threads(threads)  # before the first parallel operation, in `init`
-        states = [init_state(own, of_seed, obs, device) for own, of_seed in zip(configs, networks, strict=True)]
-        if threads > 1 and config.num_threads is None and config.compile != "on" and device.type == "cpu":
-            rows = min(local.rows_per_minibatch, ROWS_PER_PASS) if obs.has_images else local.rows_per_minibatch
-            trial = minibatch_of(network, states[0].params, obs, action, rows, local.num_steps)
-            choice = choose(trial, threads)
-            torch.set_num_threads(choice.number)
-            notes += [] if choice.note is None else [choice.note]
+        states = [init_state(own, of_seed, found.obs, device) for own, of_seed in zip(configs, networks, strict=True)]
+        trial, thread_note = try_threads(config, local, found, network, states[0].params, threads)
+    made = found.envs.envs
     if isinstance(made, TorchVectorEnv):
         made.reset()  # for the form of its state; start_collector resets it again, with a seed
         if config.resume:
@@ -224,22 +184,102 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         configs=tuple(configs),
         ranks=ranks,
         device=device,
-        envs=envs,
-        engine=engine,
-        why=why,
-        obs=obs,
-        action=action,
         network=network,
         states=tuple(states),
         workers=workers,
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        findings=tuple(findings),
-        notes=tuple(notes),
+        notes=tuple(line for line in (note, thread_note) if line is not None),
         render_env=render_env,
-        has_copies=tried is None or tried.was_made,
+        **vars(found),
     )
+
+
+def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torch.device, Ranks]:
+    """The device of this process, and the processes that train together. Raises UsageError."""
+    device = choose_device(config.device)
+    if config.track is not None:
+        check_installed(config.track)
+    if device.type == "cuda":  # the current GPU is where programs are captured; afterwards it is the caller's again
+        cleanup.callback(torch.cuda.set_device, torch.cuda.current_device())
+        torch.cuda.set_device(resolved(device))
+    ranks = start_ranks(device, TIMEOUT_SECONDS + (config.env_timeout or ENDLESS_SECONDS))
+    cleanup.callback(ranks.close)
+    with checked(ranks):
+        check_same(config, ranks.agree(config), ranks)
+    return resolved(ranks.device if ranks.size > 1 else device), ranks
+
+
+@dataclass(frozen=True)
+class OpenedEnvs:
+    """The environments, their spaces, and what the check found. The fields are those of Task."""
+
+    envs: AutoresetEnvs
+    engine: str
+    why: str
+    obs: ObsSpec
+    action: ActionSpec
+    findings: tuple[str, ...]
+    has_copies: bool
+
+
+def open_environments(
+    config: TrainConfig,
+    local: TrainConfig,
+    given: VectorEnv | None,
+    device: torch.device,
+    ranks: Ranks,
+    deadline: Deadline,
+    cleanup: contextlib.ExitStack,
+) -> OpenedEnvs:
+    """Make this process's environments, or take those given, and check them. Raises UsageError."""
+    copy = Copy(local, deadline)
+    if given is None:
+        made, engine, why = make_training_envs(local.env_config, device, deadline, copy.tried)
+        envs = AutoresetEnvs(made, deadline)
+        cleanup.callback(envs.close)
+    else:
+        made, engine, why = given, "given", "a vector environment of your own"
+        envs = AutoresetEnvs(made, deadline)
+    if made.num_envs != config.num_seeds * local.num_envs:
+        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+    if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium has it in a wrapper
+        made.unwrapped.share = (ranks.rank, ranks.size)
+    if isinstance(made, TorchVectorEnv) and made.device != device:
+        raise UsageError(f"--device {device}: the environments given are on {made.device}")
+    action = action_spec(made.single_action_space, config.squash_actions)
+    checks = config.check_env and not config.resume
+    tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
+    mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
+    obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
+    findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
+    if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
+        findings.append(COPIED_GENERATOR)
+    return OpenedEnvs(envs, engine, why, obs, action, tuple(findings), tried is None or tried.was_made)
+
+
+def make_networks(
+    configs: Sequence[TrainConfig], found: OpenedEnvs, policy: ModuleFactory | None
+) -> tuple[Network, list[Network]]:
+    """The network that the programs use, and those of each seed, which begin its parameters. Raises UsageError."""
+    networks = [make_network(found.obs, found.action, own, policy, seed_of(own.seed, Stream.PARAMETERS)) for own in configs]
+    if not all(alike(networks[0], other) for other in networks[1:]):
+        raise UsageError("policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one")
+    return networks[0], networks
+
+
+def try_threads(
+    config: TrainConfig, local: TrainConfig, found: OpenedEnvs, network: Network, params: Tensor, threads: int
+) -> tuple[Callable[[], object] | None, str | None]:
+    """Time eager learning with fewer threads where their number is free, and set the fastest; the trial, and a line."""
+    if threads == 1 or config.num_threads is not None or config.compile == "on" or params.device.type != "cpu":
+        return None, None
+    rows = min(local.rows_per_minibatch, ROWS_PER_PASS) if found.obs.has_images else local.rows_per_minibatch
+    trial = minibatch_of(network, params, found.obs, found.action, rows, local.num_steps)
+    choice = choose(trial, threads)
+    torch.set_num_threads(choice.number)
+    return trial, choice.note
 
 
 def seed_configs(config: TrainConfig) -> list[TrainConfig]:
@@ -314,10 +354,10 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
     return None
 
 
-def check_same(config: TrainConfig, episode_start: TrainConfig, ranks: Ranks) -> None:
+def check_same(config: TrainConfig, rank_zero: TrainConfig, ranks: Ranks) -> None:
     """Refuse settings that are not those of rank 0; raises UsageError."""
     for spec in fields(TrainConfig):
-        own, other = getattr(config, spec.name), getattr(episode_start, spec.name)
+        own, other = getattr(config, spec.name), getattr(rank_zero, spec.name)
         is_path = spec.name in ("run_dir", "resume")  # which machines may see from different directories
         if own != other and not (is_path and own and other):
             raise UsageError(
