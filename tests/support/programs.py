@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastppo import train
 from fastppo.core.adam import init_adam
 from fastppo.core.contracts import Normalization, Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
 from support.learn_settings import learn_settings
-from support.runs import tiny
 
 T, N, E, M = 16, 4, 2, 16
 APPLIED = MINIBATCH_METRICS.index("applied")
@@ -214,6 +212,8 @@ class HostSyncs(TorchDispatchMode):
 
 def jobs_of(tmp_path, **settings):
     """The programs of a run as `train` hands them to whoever compiles."""
+    from fastppo import train  # imports torch._dynamo, which a test process without a compiler does not have
+    from support.runs import tiny
 
     class Captured(Exception):
         pass
