@@ -131,8 +131,10 @@ def test_an_environment_of_a_script_is_not_compiled_in_the_background(tmp_path):
     lines = in_a_process(ROOM + IN_A_SCRIPT, tmp_path).splitlines()
     assert len(lines) == 2, lines
     for line in lines:
-        assert line.startswith("eager programs: eager, since compiling failed: another process cannot have this program (")
-        assert line.endswith("put what is yours into a module, or use --compile on")
+        assert line.startswith(
+            "eager programs: eager, since compiling failed: the compiling process cannot load this program ("
+        )
+        assert line.endswith("put your classes in a module, or --compile on")
         assert "Room" in line or "Hidden" in line
 
 

@@ -85,7 +85,7 @@ def test_a_program_that_changes_on_its_way_is_not_built(tmp_path, monkeypatch):
     monkeypatch.setattr(background, "subprocess", None)
     program, example = job(CATEGORICAL_POLICY)
     policy = Restless(4, 3, CATEGORICAL, (16, 16))
-    with pytest.raises(CompileError, match=r"looks different in the process that compiles; --compile on [^\n]*$"):
+    with pytest.raises(CompileError, match=r"got a different program; --compile on [^\n]*$"):
         BackgroundCompile(functools.partial(program, policy=policy), example, tmp_path)
 
 
@@ -112,10 +112,10 @@ def test_a_key_that_differs_there_is_an_error_and_remembered(tmp_path, monkeypat
     monkeypatch.setattr("fastppo.compile.key._processor", lambda: "another one")
     built, told = served(monkeypatch, capsys, tmp_path, key)
     assert built == []
-    assert "looks different" in told
+    assert "got a different program" in told
     monkeypatch.undo()
     monkeypatch.setattr(subprocess, "Popen", None)
-    with pytest.raises(CompileError, match="looks different"):
+    with pytest.raises(CompileError, match="got a different program"):
         BackgroundCompile(program, example, tmp_path)
     library_cache.clear(tmp_path)
     with pytest.raises(TypeError):  # it would start one again

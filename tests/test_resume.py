@@ -44,7 +44,7 @@ def test_without_exact_resume_it_differs(tmp_path, monkeypatch, capsys):
     train(config)
     parted = replace(config, run_dir=str(tmp_path / "parted"))
     stopped_after(2, parted, monkeypatch)
-    assert "new episodes, so other bits than not interrupted (--exact-resume: the same)" in capsys.readouterr().out
+    assert "new episodes, so other bits than without the stop (the same with --exact-resume)" in capsys.readouterr().out
     train(replace(parted, resume=parted.run_dir))
     assert "the environments start new episodes" in capsys.readouterr().out
     assert differing(result_of(tmp_path / "whole")[0], result_of(tmp_path / "parted")[0]) != []
@@ -218,9 +218,9 @@ def test_what_would_not_be_exact_is_refused(flags, tmp_path, capsys):
     ("settings", "promised"),
     [
         ({"compile": "off"}, "same seed: the same bits, with the versions"),
-        ({"compile": "auto"}, "up to where --compile auto changes to compiled programs"),
-        ({"exact_resume": True}, "stopped and resumed: the same as not interrupted"),
-        ({"backend": "torch"}, "stopped and resumed: the same as not interrupted"),
+        ({"compile": "auto"}, "until the run changes to compiled programs (always with --compile on or off)"),
+        ({"exact_resume": True}, "stopped and resumed: the same as without the stop"),
+        ({"backend": "torch"}, "stopped and resumed: the same as without the stop"),
     ],
     ids=str,
 )

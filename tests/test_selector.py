@@ -48,7 +48,7 @@ def test_auto_stays_eager_where_compiling_would_not_pay(tmp_path, capsys, monkey
     monkeypatch.setenv("CXX", sys.executable)  # a program that exists, and is not started
     out, summary, _ = trained(tmp_path / "run", capsys)
     assert summary["tier"] == "eager"
-    assert "eager to the end" in out
+    assert "eager until the end" in out
     assert "--compile on" in out
     assert not list((tmp_path / "cache" / "fastppo").iterdir())
 
@@ -82,7 +82,7 @@ def test_without_a_compiler_training_goes_on(mode, tmp_path, capsys, monkeypatch
     assert summary["tier"] == "eager"
     (line,) = [line for line in out.splitlines() if line.startswith("programs: ")]
     assert line.endswith(native.NO_COMPILER)
-    assert "throughout with --compile" not in out  # nothing changes on the way: the bits are those of --compile off
+    assert "always with --compile" not in out  # nothing changes on the way: the bits are those of --compile off
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ LONG = 100 * BUILD_SECONDS
 def test_builds_only_where_they_pay(compiler, seconds_left, builds):
     """Once, after the trial: a run of twice the build's time or more is worth it, and a shorter one stays eager to its end."""
     tiers, notes = tiers_of("auto")
-    assert notes == ["programs: eager at first; compiled ones are not in the cache"]
+    assert notes == ["programs: eager; the cache has no compiled ones yet"]
     for _ in range(3):
         tiers.update(TRIAL_ITERATIONS - 1, LONG)
     assert len(notes) == 1
@@ -217,7 +217,7 @@ def test_builds_only_where_they_pay(compiler, seconds_left, builds):
         tiers.update(TRIAL_ITERATIONS, seconds)
     assert compiler.started == ["learn"] * builds
     assert len(notes) == 2
-    assert ("in the background" if builds else "eager to the end") in notes[1]
+    assert ("in the background" if builds else "eager until the end") in notes[1]
     assert in_use(tiers) == ("eager", "eager")
     assert (tiers.name, tiers.compile_seconds > 1) == ("eager", False)
 
@@ -246,9 +246,7 @@ def test_one_build_after_another(compiler):
     tiers.close()
     assert compiler.started == ["learn", "act"]
     assert compiler.stopped == []
-    assert [note.split(",")[0] for note in notes[2:]] == [
-        f"programs: {name} compiled from here on" for name in ("learn", "act")
-    ]
+    assert [note.split(",")[0] for note in notes[2:]] == [f"programs: {name} is compiled now" for name in ("learn", "act")]
 
 
 def test_a_build_that_fails_is_the_last(compiler):
@@ -305,7 +303,7 @@ def test_nothing_is_offered_that_cannot_be_built(compiler, cached, name):
 
 @pytest.mark.parametrize("mode", ["on", "auto"])
 def test_without_a_cache_nothing_is_tried(compiler, mode):
-    """The reason once, and eager to the end, however long the run."""
+    """The reason once, and eager until the end, however long the run."""
     compiler.distrusted = True
     tiers, notes = tiers_of(mode)
     for seconds_left in (1.0, LONG):
@@ -322,7 +320,7 @@ def test_off_says_so_once(compiler):
     for seconds_left in (1.0, LONG):
         tiers.update(TRIAL_ITERATIONS, seconds_left)
     assert in_use(tiers) == ("eager", "eager")
-    assert notes == ["programs: eager, as --compile off asks"]
+    assert notes == ["programs: eager (--compile off)"]
     assert (compiler.started, compiler.threads) == ([], set())
 
 
@@ -385,7 +383,7 @@ def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):
     assert all(torch.equal(tiers.act(normalization)(*step), action) for step, action in zip(steps, before, strict=True))
     tiers.close()
     assert any("background" in note for note in notes)
-    assert any("compiled from here on" in note for note in notes)
+    assert any("is compiled now" in note for note in notes)
 
 
 def built_in(cache):

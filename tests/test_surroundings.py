@@ -265,7 +265,7 @@ def test_a_user_without_a_home(home, tmp_path, monkeypatch, capsys):
     cache = tmp_path / f"fastppo-{os.getuid()}"
     assert cache_dir() == cache
     train(TrainConfig(run_dir=str(tmp_path / "run"), num_envs=2, num_steps=16, num_iterations=2, eval_episodes=0))
-    line = f"there is no home directory that can be written: compiled programs are kept in {cache}"
+    line = f"no writable home directory: compiled programs are kept in {cache}"
     assert capsys.readouterr().out.splitlines().count(line) == 1
     assert cache.stat().st_mode & 0o777 == 0o700
 
@@ -286,7 +286,7 @@ def test_no_line_on_homes_without_compiling(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     notes = []
     ProgramSelector("off", {}, 1, notes.append)
-    assert notes == ["programs: eager, as --compile off asks"]
+    assert notes == ["programs: eager (--compile off)"]
 
 
 # --- letters

@@ -155,7 +155,7 @@ def test_a_run_has_the_threads_of_the_trial(tmp_path, monkeypatch, capsys):
     summary, _ = summary_of(tmp_path / "two", monkeypatch, Choice(2, 2, 1.0))
     assert summary["made_with"]["eager threads"] == "2"
     assert "learning with" not in capsys.readouterr().out
-    assert "up to where a busy machine makes learning go on with fewer threads" in summary["reproducibility"][0]
+    assert "until the run takes fewer threads because the machine is busy" in summary["reproducibility"][0]
 
 
 def test_a_number_that_was_given_is_kept(tmp_path, monkeypatch):
@@ -201,8 +201,7 @@ def test_what_is_promised():
     """What may change the bits on the way is named with the flag that keeps it; nothing else is."""
     assert guarantees(CPU, False, True)[0].startswith("same seed: the same bits, with the versions")
     assert guarantees(CPU, True, True)[0].startswith(
-        "same seed: the same bits up to where --compile auto changes to compiled programs, when the clock says so; throughout "
-        "with --compile on or off, with"
+        "same seed: the same bits until the run changes to compiled programs (always with --compile on or off), with"
     )
     both = guarantees(CPU, True, True, True)[0]
     assert "--compile on or off and --num-threads" in both

@@ -113,12 +113,12 @@ def _tell(reason: str) -> None:
     sys.stdout.flush()
 
 
-_DIFFERS = "the program looks different in the process that compiles; --compile on compiles it in the process that trains"
+_DIFFERS = "the compiling process got a different program; --compile on compiles in the training process"
 
 
 def _unreachable(error: Exception) -> str:
     return (
-        f"another process cannot have this program ({first_line(error)}): put what is yours into a module, or use --compile on"
+        f"the compiling process cannot load this program ({first_line(error)}): put your classes in a module, or --compile on"
     )
 
 

@@ -71,10 +71,10 @@ class ProgramSelector:
         self._started = 0.0
         self._decided = mode != "auto"
         if mode == "off":
-            note("programs: eager, as --compile off asks")
+            note("programs: eager (--compile off)")
             return
         if not os.environ.get("XDG_CACHE_HOME") and library_cache.home_cache() is None:
-            note(f"there is no home directory that can be written: compiled programs are kept in {library_cache.cache_dir()}")
+            note(f"no writable home directory: compiled programs are kept in {library_cache.cache_dir()}")
         started = time.perf_counter()
         failed: CompileError | None = None
         try:
@@ -95,14 +95,14 @@ class ProgramSelector:
             self._decided = True
             note(f"programs: {self.name}; {native.NO_COMPILER}")
         elif self._waiting:
-            note("programs: eager at first; compiled ones are not in the cache")
+            note("programs: eager; the cache has no compiled ones yet")
         else:
             self._decided = True
             note(f"programs: {self.name}, ready after {self.compile_seconds:.2f} s")
 
     @property
     def may_change(self) -> bool:
-        """Whether `update` may still take up another form of a program."""
+        """Whether `update` may still change to another form of a program."""
         return bool(self._waiting or self._building)
 
     @property
@@ -131,12 +131,12 @@ class ProgramSelector:
                 self._decided = True
                 if seconds_left < WORTH_BUILDING["collect" if "collect" in self._jobs else "act"] * BUILD_SECONDS:
                     self._note(
-                        f"programs: eager to the end, {seconds_left:.0f} s away; compiling takes {BUILD_SECONDS:.0f} s "
-                        "(--compile on does it all the same, and later runs load the result)"
+                        f"programs: eager until the end, {seconds_left:.0f} s left; compiling would take {BUILD_SECONDS:.0f} s "
+                        "(--compile on compiles anyway; later runs load the result)"
                     )
                     self._waiting.clear()
                 else:
-                    self._note(f"programs: {duration(seconds_left)} left, so they are compiled in the background")
+                    self._note(f"programs: compiling in the background, {duration(seconds_left)} left")
                     self._started = time.perf_counter()
             if self._decided and self._building is None and self._waiting:
                 name = self._waiting.pop(0)
@@ -151,7 +151,7 @@ class ProgramSelector:
                     self._building = None
                     self._adopt(name, program)
                     self.compile_seconds = time.perf_counter() - self._started
-                    self._note(f"programs: {name} compiled from here on, {self.compile_seconds:.0f} s after its start")
+                    self._note(f"programs: {name} is compiled now, after {self.compile_seconds:.0f} s")
         except CompileError as reason:
             self._building = None
             self._give_up(reason)
@@ -189,9 +189,9 @@ class ProgramSelector:
             self._compiled.clear()
             self.name = "eager"
         if fails:
-            return failed or CompileError("another rank could not")
+            return failed or CompileError("it failed in another rank")
         cure = "--compile on builds them first" if native.has_compiler() else native.NO_COMPILER
-        return CompileError(f"not all ranks have them in their caches ({cure})") if lacks else None
+        return CompileError(f"not all ranks have the compiled programs in their caches ({cure})") if lacks else None
 
     def _capture(self) -> None:
         """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""

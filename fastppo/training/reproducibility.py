@@ -54,23 +54,23 @@ def guarantees(device: torch.device, tier_may_change: bool, exact: bool, threads
     """
     changes, cures = [], []
     if tier_may_change:
-        changes.append("--compile auto changes to compiled programs, when the clock says so")
+        changes.append("the run changes to compiled programs")
         cures.append("--compile on or off")
     if threads_may_change:
-        changes.append("a busy machine makes learning go on with fewer threads, which the run then says")
+        changes.append("the run takes fewer threads because the machine is busy")
         cures.append("--num-threads")
     if device.type != "cpu":
-        again = "same seed: the same distribution of results, not the same bits, since sums on a GPU have no fixed order"
+        again = "same seed: statistically the same results, not the same bits, since sums on a GPU have no fixed order"
     elif changes:
-        again = f"same seed: the same bits up to where {', or '.join(changes)}; throughout with {' and '.join(cures)}"
+        again = f"same seed: the same bits until {', or '.join(changes)} (always with {' and '.join(cures)})"
     else:
         again = "same seed: the same bits"
     needs = (
-        "with the versions, processor and thread numbers in summary.json, if the environment does the same after reset(seed)"
+        "with the versions, processor and thread counts in summary.json, if the environment repeats itself after reset(seed)"
     )
     resumed = (
-        "the same as not interrupted"
+        "the same as without the stop"
         if exact
-        else "new episodes, so other bits than not interrupted (--exact-resume: the same)"
+        else "new episodes, so other bits than without the stop (the same with --exact-resume)"
     )
     return [f"{again}, {needs}", f"stopped and resumed: {resumed}"]
