@@ -1,1 +1,1 @@
-"""Which form of a program a run uses, and how the compiled forms are made, kept and called."""
+"""Compiled programs: choosing between eager and compiled, building, caching and calling."""

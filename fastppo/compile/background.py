@@ -25,7 +25,7 @@ from fastppo.system.platforms import end_group, lower_priority, own_group
 
 
 class BackgroundCompile:
-    """`compile_program` in a process of its own while this one trains eagerly; a thread would fight it for the interpreter."""
+    """`compile_program` in a child process while this one trains eagerly. A thread would compete with training for the GIL."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class BackgroundCompile:
         cache_dir: Path,
         seeds: Seeds | None = None,
     ) -> None:
-        """Start it.
+        """Start the child process.
 
-        Raises CompileError when the directory is not to be trusted, the program cannot be told to a process, or it is known
-        that another process cannot build it.
+        Raises CompileError if the directory is unsafe, the program cannot be sent to a child process, or the cache says that an
+        earlier build was refused.
         """
         library_cache.check_cache_dir(cache_dir)
         self._program, self._example, self._cache_dir, self._seeds = program, example, cache_dir, seeds
@@ -47,7 +47,7 @@ class BackgroundCompile:
         try:
             job = pack(program, example, seeds)
             same = cache_key(*unpack(job)) == self._key
-        except Exception as error:  # whatever the pickling of somebody's class may raise
+        except Exception as error:  # pickling a user's class can raise anything
             raise CompileError(_unreachable(error)) from error
         if not same:
             raise CompileError(_DIFFERS)
@@ -57,18 +57,18 @@ class BackgroundCompile:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # modules are found where this process finds them
-                **own_group(),  # Ctrl-C is for the training process, which stops this one and its C++ compiler together
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # the child imports the same modules
+                **own_group(),  # Ctrl-C goes to the training process only, which then stops the child and its C++ compiler
             )
         except OSError as error:
             raise CompileError(f"no process could be started for it: {error.strerror}") from error
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a child that died is reported by poll
+        with contextlib.suppress(BrokenPipeError):  # poll reports a child that died
             self._process.stdin.write(pickle.dumps((job, self._key, cache_dir, torch.get_num_threads())))
             self._process.stdin.close()
 
     def poll(self) -> CompiledProgram | None:
-        """The program once it is there, None until then. Raises CompileError when the compiler gave up."""
+        """The program, or None while it is still being built. Raises CompileError if the build failed."""
         if self._process.poll() is None:
             return None
         assert self._process.stdout is not None
@@ -80,35 +80,35 @@ class BackgroundCompile:
         return loaded
 
     def stop(self) -> None:
-        """Give up. Safe to call at any time, twice too."""
+        """Stop the build. Safe to call at any time and more than once."""
         if self._process.poll() is None:
             end_group(self._process)
         self._process.wait()
 
 
 def serve() -> None:
-    """What the other process runs: a job on stdin, the reason of a failure on stdout."""
-    lower_priority()  # training comes first
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the exits of `with`, so that no build directory is left
+    """Entry point of the child process: read a job from stdin, write the reason for a failure to stdout."""
+    lower_priority()  # training has priority
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # exit through `with`, so that the build directory is removed
     job, key, cache_dir, num_threads = pickle.loads(sys.stdin.buffer.read())
     torch.set_num_threads(num_threads)
     try:
         program, example, seeds = unpack(job)
-    except Exception as error:  # a class of a script, or a module that raises when it is imported again
-        _tell(_unreachable(error))
+    except Exception as error:  # a class defined in a script, or a module that cannot be imported twice
+        _send_reason(_unreachable(error))
         return
     try:
-        if cache_key(program, example, seeds) != key:  # it would be kept where nobody looks for it
+        if cache_key(program, example, seeds) != key:  # no process would look under this key
             library_cache.refuse(cache_dir, key, _DIFFERS)
-            _tell(_DIFFERS)
+            _send_reason(_DIFFERS)
         else:
             compile_program(program, example, cache_dir, seeds)
     except CompileError as error:
-        _tell(str(error))
+        _send_reason(str(error))
 
 
-def _tell(reason: str) -> None:
-    """To the other process, whatever the encoding of this one's stdout is."""
+def _send_reason(reason: str) -> None:
+    """Send the reason to the parent process, independently of the encoding of stdout."""
     sys.stdout.buffer.write(reason.encode(errors="replace"))
     sys.stdout.flush()
 
@@ -123,7 +123,7 @@ def _unreachable(error: Exception) -> str:
 
 
 class _Outline(NamedTuple):
-    """A tensor but for its values."""
+    """A tensor without its values."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -131,20 +131,20 @@ class _Outline(NamedTuple):
 
 
 def pack(program: Program, example: Example, seeds: Seeds | None) -> bytes:
-    """What another process needs to compile the program: all but the values of `example`. Raises what pickling it raises."""
+    """Pickle the program and its example, without the values of the tensors. Errors of pickle are not caught."""
     outline = pytree.tree_map_only(Tensor, lambda x: _Outline(tuple(x.shape), x.stride(), x.dtype), example)
     return pickle.dumps((program, outline, seeds))
 
 
 def unpack(job: bytes) -> tuple[Program, Example, Seeds | None]:
-    """(program, example, seeds) from `pack`; zeros in the example, laid out as its tensors were."""
+    """(program, example, seeds) from the result of `pack`. The example's tensors are zeros of the original layout."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of pytree's own, when one of its descriptions is unpickled
+        warnings.simplefilter("ignore", FutureWarning)  # pytree warns when one of its specs is unpickled
         program, outline, seeds = pickle.loads(job)
     return program, pytree.tree_map_only(_Outline, _zeros, outline, is_leaf=lambda x: isinstance(x, _Outline)), seeds
 
 
 def _zeros(outline: _Outline) -> Tensor:
-    """A tensor like the one that `outline` is of."""
+    """Zeros with the shape, stride and dtype of the outline."""
     last = sum((size - 1) * stride for size, stride in zip(outline.shape, outline.stride, strict=True))
     return torch.zeros(max(last + 1, 0), dtype=outline.dtype).as_strided(outline.shape, outline.stride)

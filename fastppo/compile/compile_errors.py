@@ -1,4 +1,4 @@
-"""Why a program could not be compiled, in one line for the user. Of programs and compilers it knows their messages only."""
+"""One line for the user on why compilation failed. Knows only the error messages of the system and the compilers."""
 
 import errno
 import os
@@ -11,28 +11,28 @@ from pathlib import Path
 
 
 class CompileError(RuntimeError):
-    """This program cannot be compiled or loaded here. The message is one line; training continues eagerly."""
+    """This program cannot be compiled or loaded on this machine. The message is one line. Training continues eagerly."""
 
 
 class LoadError(CompileError):
-    """A library in the cache does not load. It has been removed, so that it is built again."""
+    """A library in the cache does not load. It was removed, so the next build replaces it."""
 
 
-# What the system says, in an exception or in a compiler's output, and what that means for the directory it is about.
+# By error number: the message for the user, with the directory in place of {}.
 _DISK = {
     errno.ENOSPC: "there is no room left in {}",
     errno.EDQUOT: "your quota is used up in {}",
     errno.EROFS: "the file system is read-only in {}",
     errno.EACCES: "no permission to write in {}",
 }
-_CACHE, _TEMPORARY = "XDG_CACHE_HOME", "TMPDIR"  # the variables that move the two directories that are written to
+_CACHE, _TEMPORARY = "XDG_CACHE_HOME", "TMPDIR"  # environment variables that set the two directories
 
 
 def explain(error: BaseException, cache_dir: Path) -> str:
-    """One line: which directory is full or cannot be written and which variable moves it, or the compiler's first error.
+    """One line: the directory that is full or not writable, with the variable that sets it; or the compiler's first error.
 
     Args:
-        error: what building a library raised. cache_dir: where the library was to be kept.
+        error: the exception that the build raised. cache_dir: the directory of compiled programs.
     """
     errors = list(_chain(error))
     lines = [line.strip() for one in errors for line in _text(one).splitlines() if line.strip()]
@@ -47,19 +47,19 @@ def explain(error: BaseException, cache_dir: Path) -> str:
     if any(("omp.h" in line and "not found" in line) or "omp.h: No such file" in line for line in lines):
         return "the C++ compiler has no OpenMP: install it (libomp-dev, on macOS libomp), or name another compiler in CXX"
     first = next((line for line in lines if re.search(r"\berror: ", line)), lines[0] if lines else "no reason given")
-    # only the helpers of all programs are built by a command of ours
+    # only native.cpp is compiled by a subprocess of ours
     is_ours = isinstance(error, subprocess.CalledProcessError)
     name = "native.cpp does not compile: " if is_ours else f"{type(error).__name__}: "
     return (first if first.startswith(name) else name + first)[:300]
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message that is not empty, at most 300 characters."""
+    """The first non-empty line of the error's message, at most 300 characters."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")[:300]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it was raised from or during, each once."""
+    """The error, its cause or context, and so on. Each appears once."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -68,18 +68,19 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _text(error: BaseException) -> str:
-    """Its message, and of a command that failed what the command printed."""
+    """The message of the error; for a failed command, the command's output."""
     if isinstance(error, subprocess.CalledProcessError):
         printed = (error.stderr, error.stdout)
-        told = "\n".join(part if isinstance(part, str) else part.decode(errors="replace") for part in printed if part)
-        return told or str(error)
+        output = "\n".join(part if isinstance(part, str) else part.decode(errors="replace") for part in printed if part)
+        return output or str(error)
     return str(error)
 
 
-def _directory(told: list[str], cache_dir: Path) -> str:
-    """The directory that a message is about, and the variable that moves it: the cache, or that of temporary files.
+def _directory(messages: list[str], cache_dir: Path) -> str:
+    """The directory that caused the error, the cache or the temporary directory, and the variable that sets it.
 
-    told: paths, or lines that may hold some. Where they name neither, the directory with less room, or both.
+    messages: lines or paths of the error. If they name neither directory, the result is the one with less free space, or both
+        if they are on one disk.
     """
     cache = f"{cache_dir} ({_CACHE} names another place for it)"
     try:
@@ -87,9 +88,9 @@ def _directory(told: list[str], cache_dir: Path) -> str:
     except OSError:
         return cache
     temporary = f"{temporary_dir}, which the compiler uses ({_TEMPORARY} names another directory)"
-    if any(str(cache_dir) in line for line in told):
+    if any(str(cache_dir) in line for line in messages):
         return cache
-    if any(temporary_dir in line for line in told):
+    if any(temporary_dir in line for line in messages):
         return temporary
     if _device(cache_dir) == _device(Path(temporary_dir)):
         return f"{cache_dir} and {temporary_dir}, which are on one disk ({_CACHE} and {_TEMPORARY} name others)"
@@ -101,5 +102,5 @@ def _device(path: Path) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The path, or the nearest directory above it that is there."""
+    """The path, or its nearest parent that exists."""
     return next(place for place in (path, *path.parents) if place.exists())

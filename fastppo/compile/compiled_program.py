@@ -1,6 +1,6 @@
-"""A compiled program: its library loaded from the cache, and called like the function it was made from.
+"""Load a compiled program from the cache and call it with the signature of the original function.
 
-Imports nothing of the compiler: loading takes milliseconds.
+Does not import the compiler, so loading takes milliseconds.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ from fastppo.core.seed_axis import Seeds
 
 
 class CompiledProgram:
-    """A loaded library behind the signature of the program it was made from."""
+    """A loaded library with the signature of its program."""
 
     def __init__(
         self, library: Path, program: Program, layout: Layout, seeds: Seeds | None = None, exchange: Exchange | None = None
     ) -> None:
-        """Load it. Raises OSError, RuntimeError or AttributeError (a function is missing) when it does not load.
+        """Load the library. Raises OSError, RuntimeError or AttributeError (missing function) if that fails.
 
         Args:
-            layout: shapes, strides and dtypes that the library was compiled for.
-            seeds: how it takes several seeds.
-            exchange: between the processes of a program with `num_ranks` above 1.
+            layout: shapes, strides and dtypes of the arguments.
+            seeds: how many seeds the program has, and how many the library computes per call.
+            exchange: all-reduce over processes, for a program with `num_ranks` above 1.
         """
         self._layout = layout
         self._library = library
@@ -59,7 +59,7 @@ class CompiledProgram:
             self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1)
 
     def __call__(self, *args: Any) -> Any:
-        """What the program returns. Raises CompileError for tensors, or a number of threads, it was not compiled for."""
+        """Run the program. Raises CompileError if tensor layouts or the number of threads differ from those at compilation."""
         tensors = flat_tensors(args)
         if self._seeds is not None:
             return self._traits.result(self._of_all_seeds(tensors, self._seeds))
@@ -70,7 +70,7 @@ class CompiledProgram:
         return self._traits.join([self._traits.result(part) for part in results])
 
     def _of_all_seeds(self, tensors: list[Tensor], seeds: Seeds) -> list[Tensor]:
-        """Call the library for C seeds at a time; the last call takes seeds of the one before too where S is no multiple."""
+        """Call the library for C of S seeds at a time. If C does not divide S, the last call repeats some seeds."""
         number, per_call, _ = seeds
         starts = [min(start, number - per_call) for start in range(0, number, per_call)]
         calls = [[x[start] if per_call == 1 else x[start : start + per_call] for x in tensors] for start in starts]
@@ -78,14 +78,14 @@ class CompiledProgram:
         results = [self._runner.run(call) for call in calls] if self._pool is None else self._pool.run(calls)
         if per_call == 1:
             return [torch.stack(parts) for parts in zip(*results, strict=True)]
-        fresh = number - (len(starts) - 1) * per_call  # of the last call
+        fresh = number - (len(starts) - 1) * per_call  # new seeds in the last call
         return [torch.cat((*parts[:-1], parts[-1][per_call - fresh :])) for parts in zip(*results, strict=True)]
 
     def bind(self, fixed: Example, rest: Example) -> Callable[..., Any]:
-        """`program(*fixed, *given)` as a function of `given`, for a program of tensors that is called every step.
+        """Return `program(*fixed, *given)` as a function of `given`, for a program that runs in every environment step.
 
-        Checked once, with `rest` as an example: what is given later must have the same shapes, strides and types. Between an
-        environment's steps this takes 28 us where the checked call takes 42 (8 environments).
+        Arguments are checked once, with `rest` as the example. Later arguments must have the same shapes, strides and dtypes.
+        A call takes 28 us instead of the 42 us of a checked call (8 environments).
         """
         if self._seeds is not None and self._seeds.per_call < self._seeds.number:
             return lambda *given: self(*fixed, *given)
@@ -101,8 +101,8 @@ class CompiledProgram:
             raise CompileError(
                 f"the compiled program is one of {self._num_ranks} processes, and has no exchange with the others"
             )
-        # The library trusts its caller: wrong shapes, or more threads than its partial sums have room for, would be read and
-        # written out of bounds.
+        # The library checks nothing. Wrong shapes, or more threads than it has partial sums for, would access memory out of
+        # bounds.
         if len(tensors) != len(self._layout) or any(
             tensor.shape != shape or tensor.stride() != stride or tensor.dtype != dtype
             for tensor, (shape, stride, dtype) in zip(tensors, self._layout, strict=True)
@@ -119,13 +119,13 @@ def load_program(
     seeds: Seeds | None = None,
     exchange: Exchange | None = None,
 ) -> CompiledProgram | None:
-    """The compiled program from the cache, or None. Imports nothing of the compiler. One that does not load is removed.
+    """The compiled program from the cache, or None. Does not import the compiler. Removes a library that does not load.
 
-    With a setting `num_workers` above 1 a call of it is shared out among so many threads (compile/workers.py); with `num_ranks`
-    above 1 among processes, of which each calls its own, and `exchange` is between them. With `seeds` all tensors of `example`,
-    and of a call, have a leading axis of S seeds, and so has all that is returned.
+    With `num_workers` above 1, that many threads share each call (compile/workers.py). With `num_ranks` above 1, each process
+    calls its own copy, and they sum their results through `exchange`. With `seeds`, all arguments and results have a leading
+    axis of S seeds.
 
-    Raises CompileError when the directory is not to be trusted (see `check_cache_dir`).
+    Raises CompileError if the directory is unsafe (see `check_cache_dir`).
     """
     with contextlib.suppress(LoadError):
         return load(program, example, cache_dir, cache_key(program, example, seeds), seeds, exchange)
@@ -135,7 +135,7 @@ def load_program(
 def load(
     program: Program, example: Example, cache_dir: Path, key: str, seeds: Seeds | None, exchange: Exchange | None
 ) -> CompiledProgram | None:
-    """The program under `key`, or None. Raises LoadError, once it has removed what does not load."""
+    """The program under `key`, or None. Removes a library that does not load and raises LoadError."""
     if sys.platform == "win32":
         raise CompileError("compiled programs are for Linux and macOS")
     library_cache.check_cache_dir(cache_dir)

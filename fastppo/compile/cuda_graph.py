@@ -1,4 +1,4 @@
-"""Programs as CUDA graphs."""
+"""Programs captured as CUDA graphs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,13 +12,13 @@ from fastppo.compile.program import Example, flat_tensors, plain
 
 
 class GraphedProgram:
-    """A whole program captured once as a CUDA graph: a call copies its arguments into place and replays the kernels.
+    """A whole program captured once as a CUDA graph. A call copies its arguments into the buffers and replays the kernels.
 
-    Thousands of launches become one. The captured buffers keep their addresses; results are copied out of them.
+    One launch replaces thousands. The buffers keep their addresses, so results are copied out of them.
     """
 
     def __init__(self, program: Callable[..., Any], example: Example) -> None:
-        """Run the program a few times on a side stream, as capturing wants, then capture it. Raises CompileError."""
+        """Warm up on a side stream, as capture requires, then capture the program. Raises CompileError if that fails."""
         try:
             self._arguments = pytree.tree_map_only(Tensor, torch.clone, plain(example))
             stream = torch.cuda.Stream()
@@ -35,14 +35,14 @@ class GraphedProgram:
         self._buffers = flat_tensors(self._arguments)
 
     def __call__(self, *args: Any) -> Any:
-        """What the program returns for tensors of the example's shapes."""
+        """Run the program on tensors of the example's shapes."""
         for buffer, given in zip(self._buffers, flat_tensors(args), strict=True):
             buffer.copy_(given, non_blocking=True)
         self._graph.replay()
         return pytree.tree_map_only(Tensor, torch.clone, self._results)
 
     def bind(self, fixed: Example, rest: Example) -> Callable[..., Any]:
-        """`program(*fixed, *given)` as a function of `given`: what is fixed is copied into place once."""
+        """Return `program(*fixed, *given)` as a function of `given`. The fixed arguments are copied once."""
         bound = flat_tensors(fixed)
         for buffer, given in zip(self._buffers, bound, strict=False):
             buffer.copy_(given, non_blocking=True)

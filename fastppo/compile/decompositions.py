@@ -1,4 +1,4 @@
-"""What operators are made of before Inductor sees them: its own table, and three entries of ours."""
+"""Decompositions applied before Inductor sees the graph: Inductor's own table and three more entries."""
 
 import functools
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from torch import Tensor
 
 @functools.cache
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """By ATen operator. Imports Inductor."""
+    """The decompositions, keyed by ATen operator. Imports Inductor."""
     from torch._inductor.decomposition import select_decomp_table
 
     aten = torch.ops.aten
     return {
         **select_decomp_table(),
         aten.tanh.default: rational_tanh,
-        # The bias belongs into the kernel of the activation: ATen's addmm copies it into the output first (8 us).
+        # Adding the bias in the activation's kernel saves 8 us: ATen's addmm first copies it into the output.
         aten.addmm.default: lambda bias, x, weight: torch.mm(x, weight) + bias,
         aten.baddbmm.default: lambda bias, x, weight: torch.bmm(x, weight) + bias,
     }
 
 
-# tanh(x) = x P(x^2) / Q(x^2) on [-7.9, 7.9], beyond which float32 rounds it to 1: the minimax fit of Eigen's generic ptanh
+# tanh(x) = x P(x^2) / Q(x^2) on [-7.9, 7.9], outside of which float32 rounds it to 1. Minimax fit of Eigen's generic ptanh.
 _TANH_BOUND = 7.90531110763549805
 _TANH_P = (
     *(-2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08),
@@ -33,7 +33,7 @@ _TANH_Q = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.8
 
 
 def rational_tanh(x: Tensor) -> Tensor:
-    """tanh of float32 to 4e-7, relative, without a call: 0.7 ns an element where torch.tanh takes 3.2 (one thread, AVX2)."""
+    """tanh of float32, relative error 4e-7. It is inlined: 0.7 ns an element instead of torch.tanh's 3.2 (one thread, AVX2)."""
     if x.dtype != torch.float32:
         return NotImplemented
     x = x.clamp(-_TANH_BOUND, _TANH_BOUND)

@@ -1,18 +1,18 @@
-"""Programs compiled by Inductor for the CPU: a whole `learn`, or `act`, as one shared library. Knows no algorithm.
+"""Compile a whole program, `learn` or `act`, with Inductor into one shared library for the CPU. Knows no algorithm.
 
-A program is traced once (compile/trace.py), Inductor writes C++ for all of it, and g++ makes a library. The cache keeps that
-library, so another process loads it without importing Inductor, tracing or compiling anything (compile/compiled_program.py).
+compile/trace.py traces the program once, Inductor generates C++ for all of it, and g++ compiles a library. The cache stores the
+library. Other processes load it without importing Inductor, tracing or compiling (compile/compiled_program.py).
 
     try:
-        fast = load_program(learn, example, cache_dir)       # milliseconds; None where the cache has nothing
-        fast = fast or compile_program(learn, example, cache_dir)   # tens of seconds of one core
-        building = BackgroundCompile(learn, example, cache_dir)  # or: the same in another process,
+        fast = load_program(learn, example, cache_dir)       # milliseconds; None if it is not in the cache
+        fast = fast or compile_program(learn, example, cache_dir)   # tens of seconds on one core
+        building = BackgroundCompile(learn, example, cache_dir)  # or compile in another process
         fast = building.poll()                             # None until it is ready
-    except CompileError as reason:                               # one line; eager goes on
+    except CompileError as reason:                               # one line; training continues eagerly
         ...
 
-`learn` is functools.partial(ppo.learn, policy=..., config=..., execution=...), or of acting.act_from_params with its
-policy, all settings by keyword; `example` is the tuple of its positional arguments: the library fits tensors of exactly those
+`learn` is functools.partial(ppo.learn, policy=..., config=..., execution=...). A partial of acting.act_from_params works too.
+All settings are keyword arguments. `example` is the tuple of positional arguments. The library accepts only tensors of the same
 shapes, dtypes and strides.
 """
 
@@ -36,14 +36,14 @@ from fastppo.core.seed_axis import Seeds
 
 INDUCTOR_OPTIONS: dict[str, Any] = {
     "cpp_wrapper": True,
-    # The pattern matcher costs 2 s of tracing its own patterns, and what it would find here (addmm, whose bias is copied into
-    # the output before the product) is slower than the bias in the kernel of the activation.
+    # The pattern matcher spends 2 s tracing its own patterns. Here it would only create addmm, which copies the bias into the
+    # output before the product. Adding the bias in the activation's kernel is faster.
     "pattern_matcher": False,
     # Fused multiply-add: 5 % of `learn`.
     "cpp.enable_floating_point_contract_flag": "fast",
-    # Precompiled headers cost 16 s once and save 4 s a compilation. A cached program is compiled once.
+    # Precompiled headers cost 16 s once and save 4 s per compilation. Each program is compiled once and cached.
     "aot_inductor.precompile_headers": False,
-    # Inductor would compile and run a test program (2.5 s) to learn what /proc/cpuinfo already told it.
+    # Skips a test program that Inductor would compile and run (2.5 s). /proc/cpuinfo gives the same answer.
     "cpp.vec_isa_ok": True,
 }
 
@@ -55,9 +55,9 @@ def compile_program(
     seeds: Seeds | None = None,
     exchange: Exchange | None = None,
 ) -> CompiledProgram:
-    """The compiled program, from the cache or built now and left there. Raises CompileError with one line of reason.
+    """The compiled program, loaded from the cache or built and stored there. Raises CompileError with a reason of one line.
 
-    One that is in the cache and does not load is built again, once.
+    A cached library that does not load is rebuilt once.
     """
     key = cache_key(program, example, seeds)
     with contextlib.suppress(LoadError):
@@ -75,11 +75,11 @@ def compile_program(
                 native.build(helpers)
                 library_cache.keep(helpers, cache_dir, native_key(), _about("helpers of all programs"))
             library_cache.keep(_build(program, example, build_dir, seeds), cache_dir, key, _about(_title(program, example)))
-    except Exception as error:  # whatever a compiler of 200 000 lines may raise: there is always the eager tier
+    except Exception as error:  # the compiler can raise anything; training then continues eagerly
         raise CompileError(explain(error, cache_dir)) from error
     try:
         loaded = load(program, example, cache_dir, key, seeds, exchange)
-    except LoadError as error:  # built here and now: another build would not load either
+    except LoadError as error:  # it was just built here, so building it again would not help
         library_cache.refuse(cache_dir, key, str(error))
         raise
     if loaded is None:
@@ -88,7 +88,7 @@ def compile_program(
 
 
 def _about(title: str) -> dict[str, str]:
-    """For the list of what is in the cache."""
+    """Description for the listing of the cache."""
     return {"program": title, "torch": str(torch.__version__)}
 
 
@@ -100,8 +100,8 @@ def _title(program: Program, example: Example) -> str:
 
 
 def _build(program: Program, example: Example, build_dir: str, seeds: Seeds | None = None) -> Path:
-    """Trace, generate and compile; the library lies in `build_dir`."""
-    # Inductor's default is a directory under /tmp that it trusts blindly; compilers speak the user's language
+    """Trace the program, generate C++ and compile it. Returns the path of the library in `build_dir`."""
+    # Inductor's default directory under /tmp is not protected from other users. LC_ALL: `explain` reads English messages.
     with _environment("TORCHINDUCTOR_CACHE_DIR", build_dir), _environment("LC_ALL", "C"):
         import torch._inductor.config as inductor_config
         from torch._dynamo.utils import get_metrics_context

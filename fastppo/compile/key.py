@@ -1,7 +1,7 @@
-"""The key under which a compiled program is kept: a digest of all that it is computed from.
+"""The cache key of a compiled program: a digest of everything that its library depends on.
 
-That is the text of our sources, settings, layouts of tensors, the machine and its software. Where the text of somebody's own
-network or environment is not known, the graph of what it computes stands for it.
+The digest covers our source files, the settings, the layouts of tensors, the machine and its software. A user's network or
+environment may have no known source files. Its traced graph is used instead.
 """
 
 import contextlib
@@ -26,20 +26,20 @@ from fastppo.compile.program import Example, Program, flat_tensors, layout_of, o
 from fastppo.core.compilable import compilable, traits_of
 from fastppo.core.seed_axis import Seeds, of_seed
 
-# what Inductor and the C++ compiler read from the environment, beside CXX
+# environment variables of Inductor and of the C++ compiler, apart from CXX
 _INDUCTOR_VARIABLES = ("TORCHINDUCTOR_", "TORCH_COMPILE_", "AOT_INDUCTOR_", "AOTINDUCTOR_")
 _COMPILER_VARIABLES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "OMP_PREFIX")
 
 
 def native_key() -> str:
-    """Digest of all that shapes the helpers' library."""
-    texts = [_digest(path.read_bytes()) for path in (native.SOURCE, Path(native.__file__))]  # what is built, and how
+    """The cache key of the library built from native.cpp."""
+    texts = [_digest(path.read_bytes()) for path in (native.SOURCE, Path(native.__file__))]  # the source and its build command
     facts = (texts, _machine())
     return f"native-{_digest(repr(facts).encode())[:25]}"
 
 
 def cache_key(program: Program, example: Example, seeds: Seeds | None = None) -> str:
-    """Digest of all that shapes the program: sources, the machine and its software, threads, settings, layouts of tensors."""
+    """The cache key of a program: sources, machine and software, threads, settings, layouts of tensors."""
     example = of_one_call(example, seeds)
     mapped = seeds is not None and seeds.per_call > 1
     facts = (
@@ -52,7 +52,7 @@ def cache_key(program: Program, example: Example, seeds: Seeds | None = None) ->
 
 
 def describe(value: Any) -> Any:
-    """A description of a setting that is the same in every process: no addresses."""
+    """A description of a setting that is equal in every process. It contains no memory addresses."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return (type(value).__qualname__, describe(fields))
@@ -70,7 +70,7 @@ def describe(value: Any) -> Any:
         return [describe(part) for part in (value.func, value.args, value.keywords)]
     if callable(value) and hasattr(value, "__qualname__"):
         return (value.__module__, value.__qualname__)
-    if isinstance(value, torch.nn.Module):  # its graph is told beside it, and its weights are no part of the program
+    if isinstance(value, torch.nn.Module):  # `_sources` covers its graph; its weights are not part of the program
         return type(value).__qualname__
     if "__repr__" not in {name for kind in type(value).__mro__[:-1] for name in vars(kind)}:  # the default one: an address
         return (type(value).__qualname__, describe(vars(value)))
@@ -78,7 +78,7 @@ def describe(value: Any) -> Any:
 
 
 def _sources(program: Program, example: Example) -> list[str]:
-    """Digests of the text of everything that computes something in it, and of the graph of what has no known text."""
+    """Digests of all source files of the program, and of the traced graph of the parts without known source."""
     files, graph = _folder_of(compilable) + _folder_of(program.func) + sorted(Path(__file__).parent.glob("*.py")), ""
     for owner, function, args in traits_of(program.func).calls(*example, **program.keywords):
         sources = owner.sources()
@@ -88,14 +88,14 @@ def _sources(program: Program, example: Example) -> list[str]:
 
 
 def _folder_of(code: type | Callable[..., Any]) -> list[Path]:
-    """The files of the folder in which a class or function is defined; none where it has no file."""
-    with contextlib.suppress(OSError, TypeError):  # of a notebook
+    """The Python files in the folder of a class or function; empty if it has no file."""
+    with contextlib.suppress(OSError, TypeError):  # defined in a notebook
         return sorted(Path(inspect.getfile(code)).parent.glob("*.py"))
     return []
 
 
 def _graph_text(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
-    """What the function computes for arguments like these, its constants included."""
+    """Code and constants of the function's graph, traced with these arguments."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(function)(*args)
@@ -104,7 +104,7 @@ def _graph_text(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
 
 
 def _machine() -> tuple[Any, ...]:
-    """What a library depends on beside its source: torch, Python, the processor, the C and C++ libraries, the compiler."""
+    """Dependencies of a library other than its source: torch, Python, the processor, the C and C++ libraries, the compiler."""
     return (
         (torch.__version__, torch.version.git_version, sys.version),
         (platform.machine(), _processor(), torch.backends.cpu.get_cpu_capability()),
@@ -115,14 +115,14 @@ def _machine() -> tuple[Any, ...]:
 
 
 def _inductor_settings() -> list[tuple[str, str]]:
-    """Those of the environment; ours are text of this folder."""
+    """Inductor's settings in environment variables. Our own settings are in the source files of this folder."""
     names = [name for name in os.environ if name.startswith(_INDUCTOR_VARIABLES) and name != "TORCHINDUCTOR_CACHE_DIR"]
     return [(name, os.environ[name]) for name in sorted(names)]
 
 
 @functools.cache
 def _cpp_library() -> str:
-    """The C++ library that this process has loaded, with its version: libstdc++.so.6.0.30. "" where that is not told."""
+    """Name and version of the C++ library loaded by this process, as in libstdc++.so.6.0.30. "" if unknown."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
         names = {Path(line.split()[-1]).name for line in lines if "/" in line}
@@ -132,21 +132,21 @@ def _cpp_library() -> str:
 
 @functools.cache
 def _compiler_version(compiler: str) -> str:
-    """The first line of what it says of itself; "" where there is none."""
+    """The first line of `compiler --version`. "" if the compiler is missing or fails."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = [*native.words_of(compiler), "--version"]
-        told = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
-        return told.stdout.partition("\n")[0]
+        output = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10)
+        return output.stdout.partition("\n")[0]
     return ""
 
 
 def _processor() -> str:
-    """Name and instruction sets of the processor: the library is compiled for exactly this one."""
+    """Name and instruction sets of the processor. The library is compiled for exactly this processor."""
     with contextlib.suppress(OSError):
         wanted = ("model name", "flags", "Features")
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
         return "\n".join(line for line in lines if line.startswith(wanted))
-    return f"{platform.processor()} of {platform.node()}"  # which of them it is is not told: none of another machine's
+    return f"{platform.processor()} of {platform.node()}"  # the model is unknown, so no other machine may share the key
 
 
 def _digest(content: bytes) -> str:

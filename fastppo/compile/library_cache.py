@@ -1,13 +1,13 @@
-"""The directory of compiled programs: what is in it, how large it may become, how it is cleared. Loads nothing, costs no torch.
+"""The directory of compiled programs: its files, its size limit and its cleanup. Loads no library and does not import torch.
 
-    KEY-DIGEST.so     a library. DIGEST is that of its bytes: a file that was cut or changed is not loaded. Its time of
-                      modification is that of its last use.
-    KEY-DIGEST.json   what the library is, for people; its time of modification is that of the build.
-    KEY.refused       why no other process can build this program, in one line.
-    build-*           a build under way, or one that was killed.
+    KEY-DIGEST.so     a library. DIGEST is the digest of its bytes, so a truncated or changed file is not loaded. The
+                      modification time is the time of the last use.
+    KEY-DIGEST.json   a description of the library for people. The modification time is the time of the build.
+    KEY.refused       one line: why a child process cannot build this program.
+    build-*           a build in progress, or a build that was killed.
 
-Several processes use the directory at once, without a lock: a library appears whole (a rename), and one that is removed while
-another process has it loaded stays in that process's memory. One that vanishes just before it is loaded is built again.
+Several processes use the directory at once without a lock. A library appears whole, by a rename. A library that is removed
+while a process has it loaded stays in that process's memory. A library that is removed just before loading is built again.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from pathlib import Path
 from fastppo.compile.compile_errors import CompileError, explain
 from fastppo.system.platforms import is_private, user_number
 
-MAX_BYTES = 512 * 2**20  # of all libraries; one is 2 MB (8 environments, two hidden layers)
+MAX_BYTES = 512 * 2**20  # total size; one library has 2 MB (8 environments, two hidden layers)
 MAX_UNUSED_SECONDS = 90 * 86_400.0
 ABANDONED_SECONDS = 6 * 3_600.0  # a build takes minutes
 _LIBRARY = re.compile(r"(?P<key>[\w-]+)-(?P<digest>[0-9a-f]{64})\.so")
@@ -39,16 +39,16 @@ class Entry:
     path: Path
     num_bytes: int
     used: float
-    built: float | None  # None where its description is lost, as the next two are ""
+    built: float | None  # None if the description is missing; `program` and `torch` are "" then
     program: str
     torch: str
 
 
 def cache_dir() -> Path:
-    """Where compiled programs are kept: $XDG_CACHE_HOME/fastppo, or ~/.cache/fastppo where that is no absolute path.
+    """The directory of compiled programs: $XDG_CACHE_HOME/fastppo if that is an absolute path, else ~/.cache/fastppo.
 
-    A user without a home directory, or with one that cannot be written, as in many containers, has fastppo-UID among the
-    temporary files. What lies there is loaded only if nobody else can have put it there: see `check_cache_dir`.
+    Without a writable home directory, as in many containers, it is fastppo-UID in the directory for temporary files.
+    `check_cache_dir` makes sure that no other user can write there.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):
@@ -57,19 +57,19 @@ def cache_dir() -> Path:
 
 
 def home_cache() -> Path | None:
-    """~/.cache/fastppo, if it is there or can be made."""
+    """~/.cache/fastppo if it exists or can be created, else None."""
     try:
         cache = Path.home() / ".cache" / "fastppo"
         above = next(place for place in (cache, *cache.parents) if place.exists())
-    except (RuntimeError, OSError):  # no HOME and no entry for the user; no right to look
+    except (RuntimeError, OSError):  # no HOME and no passwd entry; no permission to look
         return None
     return cache if above == cache or os.access(above, os.W_OK) else None
 
 
 def check_cache_dir(cache_dir: Path) -> None:
-    """Create `cache_dir` (mode 0700) or see that it is a directory of ours that nobody else can write to or read.
+    """Create `cache_dir` with mode 0700, or check that it is owned by this user and closed to all others.
 
-    What lies there is loaded into the process: raises CompileError where another user could have put it.
+    Its libraries are loaded into this process. Raises CompileError if another user could have written them.
     """
     try:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def check_cache_dir(cache_dir: Path) -> None:
 
 
 def find(cache_dir: Path, key: str) -> Path | None:
-    """The library under this key, if there is one and it is as it was written."""
+    """The library under this key, or None. Removes a library whose digest is wrong."""
     for library in cache_dir.glob(f"{key}-*.so"):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             if library.stem == f"{key}-{_digest(library)}":
@@ -91,44 +91,44 @@ def find(cache_dir: Path, key: str) -> Path | None:
 
 
 def keep(library: Path, cache_dir: Path, key: str, about: Mapping[str, str]) -> None:
-    """Move a new library to its place, and make room. Atomic: a reader sees the whole file or none. Raises OSError.
+    """Move a new library into the cache, then trim the cache. Atomic: a reader sees the whole file or none. Raises OSError.
 
     about: `program` and `torch`, for people.
     """
     place = cache_dir / f"{key}-{_digest(library)}.so"
     os.replace(library, place)
-    with contextlib.suppress(OSError):  # the library is there
+    with contextlib.suppress(OSError):  # the library works without a description
         place.with_suffix(".json").write_text(json.dumps(dict(about)), encoding="utf-8")
     refusal(cache_dir, key).unlink(missing_ok=True)
     trim(cache_dir)
 
 
 def touch(library: Path) -> None:
-    """Note that it was used just now; on a directory that cannot be written to nothing is noted."""
+    """Set the time of the last use to now. Does nothing in a read-only directory."""
     with contextlib.suppress(OSError):
         os.utime(library)
 
 
 def remove(library: Path) -> None:
-    """The library and its description. One that is gone already, or cannot be removed, is no error."""
+    """Remove a library and its description. Missing files and missing permissions are no error."""
     for path in (library, library.with_suffix(".json")):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def refusal(cache_dir: Path, key: str) -> Path:
-    """The file that says why no other process can build the program."""
+    """The file with the reason why a child process cannot build the program."""
     return cache_dir / f"{key}.refused"
 
 
 def refuse(cache_dir: Path, key: str, reason: str) -> None:
-    """Remember `reason`, so that not every run tries again. Where it cannot be written, the next run tries."""
+    """Store `reason`, so that later runs do not try again. In a read-only directory the next run tries again."""
     with contextlib.suppress(OSError):
         refusal(cache_dir, key).write_text(reason, encoding="utf-8")
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """All libraries, the one used last first."""
+    """All libraries, the most recently used first."""
     found = []
     for path in cache_dir.glob("*.so"):
         if _LIBRARY.fullmatch(path.name) is None:
@@ -142,9 +142,9 @@ def entries(cache_dir: Path) -> list[Entry]:
 def trim(
     cache_dir: Path, max_bytes: int = MAX_BYTES, max_unused: float = MAX_UNUSED_SECONDS, now: float | None = None
 ) -> list[Entry]:
-    """Remove libraries that were not used for `max_unused` seconds, then those used longest ago until max_bytes are enough.
+    """Remove libraries unused for more than `max_unused` seconds, and the least recently used ones above `max_bytes` in total.
 
-    The one used last stays whatever its size. What killed builds have left goes too. Returns the libraries removed.
+    The most recently used library always stays. Leftovers of killed builds are removed too. Returns the removed libraries.
     """
     now = time.time() if now is None else now
     removed, total = [], 0
@@ -159,7 +159,7 @@ def trim(
 
 
 def clear(cache_dir: Path, older_than: float = 0.0, now: float | None = None) -> list[Entry]:
-    """Remove libraries that were not used for `older_than` seconds, and what killed builds have left. Returns the libraries."""
+    """Remove libraries unused for `older_than` seconds and leftovers of killed builds. Returns the removed libraries."""
     now = time.time() if now is None else now
     removed = [entry for entry in entries(cache_dir) if now - entry.used >= older_than]
     for entry in removed:
@@ -170,7 +170,7 @@ def clear(cache_dir: Path, older_than: float = 0.0, now: float | None = None) ->
 
 
 def _leftovers(cache_dir: Path, now: float, max_age: float) -> Iterator[Path]:
-    """Builds that were killed, refusals of that age, and descriptions without their library."""
+    """Killed builds, refusals older than `max_age` seconds, and descriptions without a library."""
     for path in [*cache_dir.glob("build-*"), *cache_dir.glob("*.refused")]:
         with contextlib.suppress(FileNotFoundError):
             if now - path.stat().st_mtime >= (ABANDONED_SECONDS if path.name.startswith("build-") else max_age):
@@ -190,7 +190,7 @@ def _discard(path: Path) -> None:
 
 
 def _description(path: Path) -> tuple[float | None, str, str]:
-    """(built, program, torch)."""
+    """(built, program, torch) from a description; (None, "", "") if it cannot be read."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         return path.stat().st_mtime, str(about["program"]), str(about["torch"])

@@ -1,6 +1,6 @@
-// What compiled programs need and PyTorch has not got: an all-reduce between threads, LSTM and GRU over whole sequences, and
-// memory that is handed out fast.
-// Built once a machine by compile/native.py, which says what each is worth. Knows nothing of what the programs compute.
+// Operators and a memory pool that compiled programs use and PyTorch lacks: an all-reduce between threads, LSTM and GRU over
+// whole sequences, and fast reuse of freed memory.
+// compile/native.py builds this file once per machine and gives the speedup of each part. Knows nothing of the programs.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>

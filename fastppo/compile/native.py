@@ -1,10 +1,10 @@
-"""native.cpp, built once a machine and loaded: what compiled programs need and PyTorch has not got.
+"""Operators and a memory pool that compiled programs use and PyTorch lacks. native.cpp is built once per machine.
 
-- `fastppo::all_reduce`, the sum over worker threads that run one program each, and over processes of such (compile/workers.py);
-- `CELLS`, LSTM and GRU over whole sequences (core/recurrence.py), which as scans inside the compiled program take twice as long
-  (benchmarks/LOG.md);
-- memory of CPU tensors that is kept for the next of that size instead of going back to the system: with it 16 minibatches of
-  128 rows take 3.3 ms instead of 3.7, and 128 steps of eight CartPoles 1.5 instead of 1.9 (benchmarks/LOG.md).
+- `fastppo::all_reduce`: the sum over worker threads, and over processes (compile/workers.py).
+- `CELLS`: LSTM and GRU over whole sequences (core/recurrence.py). Scans inside the compiled program take twice as long
+  (benchmarks/LOG.md).
+- A memory pool for CPU tensors, which reuses blocks of equal size. 16 minibatches of 128 rows take 3.3 ms instead of 3.7, and
+  128 steps of eight CartPoles 1.5 ms instead of 1.9 (benchmarks/LOG.md).
 """
 
 import ctypes
@@ -30,7 +30,7 @@ NO_COMPILER = "there is no C++ compiler; install g++ or name one in CXX"
 
 @torch.library.custom_op("fastppo::all_reduce", mutates_args=())
 def all_reduce(x: Tensor, worker: Tensor, over_ranks: bool) -> Tensor:
-    """core.sharding.AllReduce of float32 `x`: waits for the others. In compiled programs only."""
+    """core.sharding.AllReduce of float32 `x`. Blocks until all workers have called it. In compiled programs only."""
     raise RuntimeError("fastppo::all_reduce runs in compiled programs only")
 
 
@@ -59,7 +59,7 @@ def _(gates: Tensor, weight: Tensor, keep: Tensor, h: Tensor, c: Tensor) -> tupl
 def lstm_backward(
     weight: Tensor, keep: Tensor, into_c: Tensor, slope: Tensor, f: Tensor, grad_h: Tensor, grad_c: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """core.recurrence.Cells.lstm_backward, likewise."""
+    """core.recurrence.Cells.lstm_backward of contiguous float32 tensors. In compiled programs only."""
     raise RuntimeError("fastppo::lstm_backward runs in compiled programs only")
 
 
@@ -73,7 +73,7 @@ def _(
 
 @torch.library.custom_op("fastppo::gru", mutates_args=())
 def gru(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """core.recurrence.Cells.gru, likewise."""
+    """core.recurrence.Cells.gru of contiguous float32 tensors. In compiled programs only."""
     raise RuntimeError("fastppo::gru runs in compiled programs only")
 
 
@@ -84,7 +84,7 @@ def _(gates: Tensor, weight: Tensor, bias: Tensor, keep: Tensor, h: Tensor) -> t
 
 @torch.library.custom_op("fastppo::gru_backward", mutates_args=())
 def gru_backward(weight: Tensor, keep: Tensor, slope: Tensor, z: Tensor, grad_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """core.recurrence.Cells.gru_backward, likewise."""
+    """core.recurrence.Cells.gru_backward of contiguous float32 tensors. In compiled programs only."""
     raise RuntimeError("fastppo::gru_backward runs in compiled programs only")
 
 
@@ -102,40 +102,40 @@ CELLS = Cells(*map(_of_contiguous, (lstm, lstm_backward, gru, gru_backward)))
 
 
 def declarations() -> dict[Any, list[str]]:
-    """Each operator's function in native.cpp, as Inductor wants to be told."""
+    """The C declaration of each operator in native.cpp, for Inductor's custom_ops_to_c_shims."""
     numbers = {"all_reduce": (2, 1), "lstm": (5, 3), "lstm_backward": (7, 3), "gru": (5, 2), "gru_backward": (5, 3)}
-    told = {}
+    signatures = {}
     for name, (inputs, outputs) in numbers.items():
         flags = ["int32_t"] if name == "all_reduce" else []
         arguments = ", ".join(["AtenTensorHandle"] * inputs + flags + ["AtenTensorHandle*"] * outputs)
-        told[getattr(torch.ops.fastppo, name).default] = [f"AOTITorchError aoti_torch_cpu_{name}({arguments})"]
-    return told
+        signatures[getattr(torch.ops.fastppo, name).default] = [f"AOTITorchError aoti_torch_cpu_{name}({arguments})"]
+    return signatures
 
 
 def compiler() -> str:
-    """The C++ compiler: $CXX, or g++ where that is not set or empty."""
+    """The C++ compiler: $CXX, or g++ if that is unset or empty."""
     return os.environ.get("CXX", "").strip() or "g++"
 
 
 def words_of(compiler: str) -> list[str]:
-    """The compiler as the words of a command: CXX may hold arguments too, as for make ("ccache g++", "g++ -O1")."""
-    if shutil.which(compiler) is not None:  # a path with a space in it
+    """The compiler as a list of words. As for make, CXX may contain arguments ("ccache g++", "g++ -O1")."""
+    if shutil.which(compiler) is not None:  # the path may contain spaces
         return [compiler]
     try:
         return shlex.split(compiler)
-    except ValueError:  # a quotation mark without its second
+    except ValueError:  # an unclosed quotation mark
         return [compiler]
 
 
 def has_compiler() -> bool:
-    """Whether there is one to build programs with. Those in the cache load without it."""
+    """Whether the C++ compiler exists. Programs in the cache load without it."""
     return shutil.which(words_of(compiler())[0]) is not None
 
 
 def single_file(compiler: str, directory: Path) -> str:
-    """The compiler as one word, as Inductor wants it; where it has more, a script in `directory`.
+    """The compiler as one word, as Inductor requires. A compiler of several words becomes a script in `directory`.
 
-    Inductor reads from the name of the file whether it is g++ or clang, so the script has that of the compiler.
+    Inductor recognises g++ and clang by the file name, so the script has the compiler's name.
     """
     words = words_of(compiler)
     if words == [compiler] and compiler.split() == [compiler]:
@@ -148,12 +148,12 @@ def single_file(compiler: str, directory: Path) -> str:
 
 
 def build(library: Path) -> None:
-    """Compile native.cpp for this processor, 2 s. Raises OSError or subprocess.CalledProcessError with the compiler's words."""
+    """Compile native.cpp for this processor in 2 s. Raises OSError, or CalledProcessError with the compiler's output."""
     torch_dir = Path(torch.__file__).parent
-    this_processor = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"  # as clang has it
+    this_processor = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"  # clang's flag on ARM
     command = [
         *(*words_of(compiler()), "-std=c++20", "-O3", this_processor, "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
-        "-fno-trapping-math",  # or loops with a clamp in them are no vectors
+        "-fno-trapping-math",  # without it, loops with a clamp are not vectorised
         *(str(SOURCE), "-o", str(library), f"-L{torch_dir / 'lib'}", f"-Wl,-rpath,{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
     ]
     environment = {**os.environ, "LC_ALL": "C"}  # errors in English
@@ -162,5 +162,5 @@ def build(library: Path) -> None:
 
 @functools.cache
 def load(library: Path) -> None:
-    """Make its operators known to the programs loaded later, and its memory that of CPU tensors. Raises OSError."""
+    """Load the operators for programs loaded later, and install the memory pool for CPU tensors. Raises OSError."""
     ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL).fastppo_pool_memory()

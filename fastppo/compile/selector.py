@@ -1,9 +1,9 @@
-"""Which form of `act` and `learn` a run uses: eager, or compiled once that ends the whole run sooner.
+"""Choose the eager or the compiled form of `act` and `learn`, whichever ends the run sooner.
 
-Compiled programs lie in a cache between runs and are loaded in milliseconds; building them takes the better part of a minute
-of one core. So `--compile auto` starts with what the cache has, and otherwise eagerly; after the first iterations it knows how
-long the run would last, and has the programs built by another process if they can be ready long before the end. The run
-changes over at an iteration's boundary. Knows nothing of what the programs compute.
+Compiled programs are cached between runs and load in milliseconds. Building them takes up to a minute on one core. With
+`--compile auto`, a run starts with the programs in the cache and runs the others eagerly. After the first iterations it
+estimates the time left. If that is long enough, another process builds the programs, and the run switches to them between two
+iterations. Knows nothing of what the programs compute.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from fastppo.ranks import ALONE, Ranks
 from fastppo.system.modes import bound
 from fastppo.system.text import duration
 
-BUILD_SECONDS = 45.0  # both programs on a busy core; measured 25 to 60 (benchmarks/LOG.md)
-# Compiled programs are built in the background if the eager run would take so many times as long. Where the environments are
-# in them too they are 15 times as fast, else 2 to 3 times (benchmarks/README.md).
+BUILD_SECONDS = 45.0  # for both programs on a busy core; measured 25 to 60 s (benchmarks/LOG.md)
+# Programs are built in the background if the eager run would take at least this multiple of BUILD_SECONDS. `collect`, which
+# includes the environments, is 15 times as fast when compiled; `act` and `learn` are 2 to 3 times (benchmarks/README.md).
 WORTH_BUILDING = {"collect": 1.2, "act": 2.0}
-TRIAL_ITERATIONS = 3  # eager iterations before the estimate: the first one is slow
+TRIAL_ITERATIONS = 3  # eager iterations before the estimate, since the first one is slow
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,31 @@ class ProgramSpec:
     """One program of a run, in both forms."""
 
     eager: Callable[..., Any]
-    program: "partial[Any]"  # for the compiler: the same function with the settings that suit a compiled one
-    example: tuple[Any, ...]  # arguments as it will get them, with a leading axis where there are several seeds
+    program: "partial[Any]"  # the same function with the settings for compilation
+    example: tuple[Any, ...]  # arguments, with a leading axis of seeds if there are several
     seeds: Seeds | None = None
 
 
 class ProgramSelector:
-    """The programs of one run. `learn` and `act` are what to call now; `update` may change them between iterations."""
+    """The programs of one run. `learn` and `act` are the current ones. `update` may change them between iterations."""
 
     def __init__(
-        self, mode: str, jobs: Mapping[str, ProgramSpec], num_threads: int, note: Callable[[str], None], ranks: Ranks = ALONE
+        self, mode: str, specs: Mapping[str, ProgramSpec], num_threads: int, note: Callable[[str], None], ranks: Ranks = ALONE
     ) -> None:
-        """Load what the cache has; with mode "on", build the rest now.
+        """Load the programs in the cache. With mode "on", build the others now.
 
         Args:
-            mode: off, auto or on, as --compile says.
-            jobs: by name: "learn", and "act" or "collect"; all but an eager act take the parameters first.
-            num_threads: torch's threads for compiled programs, set once the first of them is in use.
-            note: where a line goes that says what was chosen and why.
-            ranks: processes that share an update, which all have to take the same form of it: what all find in the cache, or
-                with "on" have built, one of them for each machine. Nothing is built in the background for several.
+            mode: off, auto or on, the value of --compile.
+            specs: by name: "learn", and "act" or "collect". Parameters are the first argument, except of an eager act.
+            num_threads: torch's threads for compiled programs, set when the first of them is used.
+            note: receives lines on what was chosen and why.
+            ranks: processes that share an update. All use compiled programs only if all have them in their caches. With "on",
+                one process of each machine builds them. Several processes build nothing in the background.
         """
         self._ranks = ranks
         self.compile_seconds = 0.0
         self.name = "eager"
-        self._jobs, self._num_threads, self._note = jobs, num_threads, note
+        self._specs, self._num_threads, self._note = specs, num_threads, note
         self._compiled: dict[str, CompiledProgram | GraphedProgram] = {}
         self._waiting: list[str] = []  # programs still to be built
         self._building: tuple[str, BackgroundCompile] | None = None
@@ -78,7 +78,7 @@ class ProgramSelector:
         started = time.perf_counter()
         failed: CompileError | None = None
         try:
-            if jobs["learn"].example[0].is_cuda:
+            if specs["learn"].example[0].is_cuda:
                 self._capture()
             else:
                 self._load(build=mode == "on" and ranks.local_rank == 0)
@@ -107,29 +107,29 @@ class ProgramSelector:
 
     @property
     def learn(self) -> Callable[..., LearnResult]:
-        """core.ppo.learn with its settings, or that over seeds."""
-        return self._compiled.get("learn") or self._jobs["learn"].eager
+        """core.ppo.learn with its settings, for one seed or all seeds."""
+        return self._compiled.get("learn") or self._specs["learn"].eager
 
     def act(self, normalization: Normalization) -> Callable[..., Any]:
-        """Under the parameters as they stand: `(obs, noise) -> action`, or `(running, noise, random) -> Collected`."""
-        if "collect" in self._jobs:
-            job = self._jobs["collect"]
-            return bound(partial(self._compiled.get("collect") or job.eager, job.example[0], normalization))
-        compiled, job = self._compiled.get("act"), self._jobs["act"]
+        """The program with the current parameters: `(obs, noise) -> action`, or `(running, noise, random) -> Collected`."""
+        if "collect" in self._specs:
+            spec = self._specs["collect"]
+            return bound(partial(self._compiled.get("collect") or spec.eager, spec.example[0], normalization))
+        compiled, spec = self._compiled.get("act"), self._specs["act"]
         if compiled is not None:
-            params, _, *rest = job.example
+            params, _, *rest = spec.example
             return bound(compiled.bind((params, normalization), tuple(rest)))
-        return bound(partial(job.eager, normalization))
+        return bound(partial(spec.eager, normalization))
 
     def update(self, iterations: int, seconds_left: float) -> None:
-        """Between iterations: decide whether to build, and take up what has been built.
+        """Between iterations: decide whether to build, and switch to programs that are ready.
 
-        iterations: done by this process; seconds_left: at the present speed.
+        iterations: number done by this process. seconds_left: time left at the present speed.
         """
         try:
             if not self._decided and iterations >= TRIAL_ITERATIONS:
                 self._decided = True
-                if seconds_left < WORTH_BUILDING["collect" if "collect" in self._jobs else "act"] * BUILD_SECONDS:
+                if seconds_left < WORTH_BUILDING["collect" if "collect" in self._specs else "act"] * BUILD_SECONDS:
                     self._note(
                         f"programs: eager until the end, {seconds_left:.0f} s left; compiling would take {BUILD_SECONDS:.0f} s "
                         "(--compile on compiles anyway; later runs load the result)"
@@ -140,9 +140,10 @@ class ProgramSelector:
                     self._started = time.perf_counter()
             if self._decided and self._building is None and self._waiting:
                 name = self._waiting.pop(0)
-                job = self._jobs[name]
+                spec = self._specs[name]
                 with _threads(self._num_threads):
-                    self._building = (name, BackgroundCompile(job.program, job.example, library_cache.cache_dir(), job.seeds))
+                    build = BackgroundCompile(spec.program, spec.example, library_cache.cache_dir(), spec.seeds)
+                    self._building = (name, build)
             elif self._building is not None:
                 name, build = self._building
                 with _threads(self._num_threads):
@@ -157,28 +158,28 @@ class ProgramSelector:
             self._give_up(reason)
 
     def close(self) -> None:
-        """Stop a build under way."""
+        """Stop the build in progress, if any."""
         if self._building is not None:
             self._building[1].stop()
             self._building = None
 
     def _load(self, build: bool) -> None:
-        """Take up what the cache has; build or put on the list what it has not."""
-        for name, job in self._jobs.items():
+        """Use the programs in the cache. Build the others, or put them on the list of programs to build."""
+        for name, spec in self._specs.items():
             with _threads(self._num_threads):
-                loaded = load_program(job.program, job.example, library_cache.cache_dir(), job.seeds, self._ranks)
+                loaded = load_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
                 if loaded is None and build:
                     self._note(f"compiling {name} (once: later runs load it from {library_cache.cache_dir()})")
-                    loaded = compile_program(job.program, job.example, library_cache.cache_dir(), job.seeds, self._ranks)
+                    loaded = compile_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
             if loaded is None:
                 self._waiting.append(name)
             else:
                 self._adopt(name, loaded)
 
     def _agree(self, failed: CompileError | None) -> CompileError | None:
-        """With the other processes: what they cannot all have, none has."""
+        """Use compiled programs only if all processes have them. Returns the reason if they do not."""
         self._ranks.barrier()
-        if self._waiting and failed is None:  # another process of this machine may have built it by now
+        if self._waiting and failed is None:  # another process of this machine may have built them by now
             self._waiting.clear()
             try:
                 self._load(build=False)
@@ -194,13 +195,13 @@ class ProgramSelector:
         return CompileError(f"not all ranks have the compiled programs in their caches ({cure})") if lacks else None
 
     def _capture(self) -> None:
-        """On a GPU all programs become CUDA graphs at once: that takes a second or two, and nothing is kept on disk."""
-        for name, job in self._jobs.items():
-            program: Callable[..., Any] = job.program
-            if job.seeds is not None:
-                number, at_once, _ = job.seeds
-                program = over_seeds(job.program) if at_once > 1 else one_by_one(job.program, number)
-            self._compiled[name] = GraphedProgram(program, job.example)
+        """Capture all programs as CUDA graphs. That takes one or two seconds, and nothing is cached on disk."""
+        for name, spec in self._specs.items():
+            program: Callable[..., Any] = spec.program
+            if spec.seeds is not None:
+                number, at_once, _ = spec.seeds
+                program = over_seeds(spec.program) if at_once > 1 else one_by_one(spec.program, number)
+            self._compiled[name] = GraphedProgram(program, spec.example)
         self.name = "cuda-graph"
 
     def _adopt(self, name: str, program: CompiledProgram) -> None:

@@ -1,7 +1,7 @@
-"""From a program to the graph that Inductor is given: ATen operators, loops as PyTorch's scan operator. Compiles nothing.
+"""Trace a program to the graph for Inductor: ATen operators, with loops as PyTorch's scan operator. Compiles nothing.
 
-make_fx runs the function once on fake tensors and records its operators. There is no Dynamo, so nothing of the algorithm has
-to be written for the compiler.
+make_fx runs the function once on fake tensors and records its operators. Dynamo is not used, so the algorithm needs no code for
+the compiler.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from fastppo.core.seed_axis import over_seeds
 
 
 def trace(program: Program, example: Example, mapped: bool = False) -> tuple[torch.fx.GraphModule, list[Any]]:
-    """`program`, or that over seeds, as a graph of ATen operators from flat tensors to flat tensors, and its (fake) inputs."""
+    """The program as a graph of ATen operators from flat tensors to flat tensors, and its fake inputs. mapped: over seeds."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -51,7 +51,7 @@ def trace(program: Program, example: Example, mapped: bool = False) -> tuple[tor
 
 
 def _as_traced(execution: Execution) -> Execution:
-    """The execution with loops, gradient, cells and exchange in the form that a compiled program has."""
+    """The execution with the compiled forms of loops, gradient, recurrent cells and all-reduce."""
     return dataclasses.replace(
         execution,
         scan=_traced_scan,
@@ -62,11 +62,11 @@ def _as_traced(execution: Execution) -> Execution:
 
 
 def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
-    """`core.scan.scan` as PyTorch's scan operator, while tracing.
+    """`core.scan.scan` as PyTorch's scan operator, for tracing.
 
-    The operator wants a flat body that closes over no tensor. The body is therefore traced by itself first: what it closes
-    over shows up as constants of its graph, and these become inputs. Under torch.func.vmap, over seeds, the body is one of
-    whole tensors, seeds first; PyTorch's own rule would put them last, where products do not want them.
+    The operator requires a flat body that closes over no tensor. The body is therefore traced separately first. Tensors that it
+    closes over appear as constants of its graph and become inputs. Under torch.func.vmap over seeds, the body works on whole
+    tensors with the axis of seeds first. PyTorch's own rule puts that axis last, which does not suit matrix products.
     """
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
@@ -75,7 +75,7 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
     seeds: Any = retrieve_current_functorch_interpreter()
     leaves, spec = pytree.tree_flatten(carry)
 
-    def whole(x: Tensor) -> Tensor:  # (S, ...), of what the body sees as (...)
+    def whole(x: Tensor) -> Tensor:  # (S, ...); the body sees (...)
         return torch._C._functorch._remove_batch_dim(x, seeds.level(), seeds.batch_size(), 0).contiguous()
 
     def mapped(x: Tensor, dim: int = 0) -> Tensor:
@@ -93,7 +93,7 @@ def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -
 def _scan_operator(
     body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...], below: Callable[[], contextlib.AbstractContextManager[Any]]
 ) -> tuple[Any, tuple[Tensor, ...]]:
-    """See `_traced_scan`; the operator is called within `below()`."""
+    """`_traced_scan` for a given level of vmap. The operator is called within the context `below()`."""
     from torch._higher_order_ops.scan import scan_op
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -111,7 +111,7 @@ def _scan_operator(
     placeholder = graph.graph.find_nodes(op="placeholder")[-1]
     for node in graph.graph.find_nodes(op="get_attr"):
         tensor = getattr(graph, node.target)
-        if not isinstance(tensor, Tensor):  # the body of a loop inside this one
+        if not isinstance(tensor, Tensor):  # the body of a nested loop
             continue
         known = [index for index, other in enumerate(closed_over) if other is tensor]
         if not known:
@@ -124,7 +124,7 @@ def _scan_operator(
         graph.graph.erase_node(node)
     _compute_scalars_once(_tidy(graph))
     interpret = torch.fx.Interpreter(graph).run
-    # a constant of somebody's (the bounds of actions) is real; as the result of an operator it is like all others
+    # clone turns a real constant (the bounds of actions) into a fake tensor like the others
     outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
     with below():
         results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
@@ -132,7 +132,7 @@ def _scan_operator(
 
 
 def _unaliased(results: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """`results` with a copy of each that is an input itself: neither the operator nor a library may return its input."""
+    """The results, with a copy of each that is an input. Neither the operator nor a library may return its input."""
     return [result.clone() if any(result is given for given in inputs) else result for result in results]
 
 
@@ -143,10 +143,10 @@ def _tidy(graph: Any) -> Any:
 
 
 def _compute_scalars_once(graph: Any) -> None:
-    """Give every 0-d intermediate that meets a larger tensor a place in memory.
+    """Store every 0-d intermediate that is combined with a larger tensor in memory.
 
-    Inductor writes 0-d arithmetic into each loop that uses it, and the compiler cannot move it out (pointers may alias): Adam's
-    two expm1 and the clipping's sqrt ran for each vector of parameters, 62 us a minibatch instead of 19 (one thread).
+    Inductor repeats 0-d arithmetic inside each loop that uses it. The C++ compiler cannot move it out, as pointers may alias.
+    Adam's two expm1 and the sqrt of clipping ran for each vector of parameters: 62 us a minibatch instead of 19 (one thread).
     """
     import torch._inductor.test_operators
 
@@ -160,8 +160,8 @@ def _compute_scalars_once(graph: Any) -> None:
         users = [user for user in node.users if rank(user) > 0 and "cat" not in str(user.target)]
         if node.op == "call_function" and rank(node) == 0 and users:
             with graph.graph.inserting_after(node):
-                kept = graph.graph.call_function(realize, (node,))
-                kept.meta = node.meta.copy()
+                realized = graph.graph.call_function(realize, (node,))
+                realized.meta = node.meta.copy()
             for user in users:
-                user.replace_input_with(node, kept)
+                user.replace_input_with(node, realized)
     graph.recompile()

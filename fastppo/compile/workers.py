@@ -1,10 +1,9 @@
-"""Several threads that run one compiled program at once, each on its own share of the rows, and add up what they find.
+"""Data-parallel worker threads for a compiled program. Each works on its share of the rows, and they sum their results.
 
-A second core is worth more as a second worker than as a helper inside each small product: for minibatches of 256 rows two
-workers take 3.6 ms where one thread takes 5.5 and two OpenMP threads 4.1 (16 minibatches), and where other processes want the
-cores too they lose less (benchmarks/LOG.md). What the workers exchange goes through `compile.native.all_reduce`; where several
-processes share the rows, the caller's thread of each adds what its workers found to what the others' have. Knows nothing of
-what the program computes, nor of how processes talk to each other.
+Workers use a second core better than OpenMP threads in each small matrix product. For 16 minibatches of 256 rows, two workers
+take 3.6 ms, one thread 5.5 ms and two OpenMP threads 4.1 ms. On a busy machine workers lose less (benchmarks/LOG.md). Workers
+sum tensors with `compile.native.all_reduce`. If several processes share the rows, the calling thread of each also sums over the
+processes. Knows nothing of what the program computes, nor of how processes communicate.
 """
 
 import contextlib
@@ -19,31 +18,31 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-LINE = 8  # int64 numbers of a worker in the shared tensor, see native.cpp
+LINE = 8  # int64 numbers per worker in the shared tensor, see native.cpp
 WORKER_FIELDS = 6
-END_SECONDS = 5.0  # that threads have to stop after an error or Ctrl-C: each finishes a minibatch at most
+END_SECONDS = 5.0  # for threads to stop after an error or Ctrl-C; each finishes its minibatch first
 _EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
 
 
 class Exchange(Protocol):
-    """What a program needs of the other processes that run it at the same time."""
+    """Communication with the other processes that run the same program."""
 
     @property
     def rank(self) -> int:
-        """Of this process: 0, 1, ..."""
+        """Rank of this process: 0, 1, ..."""
         ...
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all processes' x, the same bits in each; what it raises ends the program."""
+        """The sum of all processes' x, with equal bits in each. An exception ends the program."""
         ...
 
 
 class WorkerPool:
-    """A compiled library and the threads that run it: the caller's and `num_workers - 1` of its own."""
+    """A compiled library and the threads that run it: the calling thread and `num_workers - 1` more."""
 
     def __init__(self, library: Path, num_workers: int, exchange: Exchange | None = None) -> None:
-        """Load the library and start the threads; exchange: of several processes. Raises OSError or RuntimeError."""
-        self._library = ctypes.CDLL(str(library))  # calls through ctypes leave Python's lock to the other threads
+        """Load the library and start the threads. exchange: all-reduce over processes. Raises OSError or RuntimeError."""
+        self._library = ctypes.CDLL(str(library))  # ctypes releases the GIL during a call
         self._container = ctypes.c_void_p()
         self._check(
             self._library.AOTInductorModelContainerCreateWithDevice(
@@ -55,7 +54,7 @@ class WorkerPool:
         self._num_outputs = num_outputs.value
         self._shared = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64, device="cpu")
         self._faults: list[BaseException] = []
-        self._hook = _EXCHANGE() if exchange is None else _hook(exchange, self._faults)  # kept: C has only its address
+        self._hook = _EXCHANGE() if exchange is None else _hook(exchange, self._faults)  # C has only its address
         self.workers = [
             torch.tensor(
                 [
@@ -65,35 +64,36 @@ class WorkerPool:
             )
             for worker_index in range(num_workers)
         ]
-        self._jobs: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(num_workers - 1)]
+        self._queues: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(num_workers - 1)]
         self._done: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        reference = weakref.ref(self)  # a thread with a reference to the pool would keep it alive
-        for job in self._jobs:
-            threading.Thread(target=_work, args=(reference, job, self._done), name="fastppo-worker", daemon=True).start()
-        weakref.finalize(self, _dismiss, self._jobs)
+        reference = weakref.ref(self)  # a strong reference in a thread would keep the pool alive
+        for tasks in self._queues:
+            threading.Thread(target=_work, args=(reference, tasks, self._done), name="fastppo-worker", daemon=True).start()
+        weakref.finalize(self, _dismiss, self._queues)
 
     def run(self, inputs: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-        """Call the library with each of the inputs, as many at once as there are workers, the first with the first, and return
-        its outputs in their order.
+        """Call the library with each of the inputs and return the outputs in the same order.
 
-        Raises RuntimeError, what the exchange with other processes raised, or KeyboardInterrupt, after which the other threads
-        have stopped too.
+        Worker w runs inputs w, w + num_workers, and so on, in parallel with the other workers.
+
+        Raises RuntimeError, an exception of the exchange with other processes, or KeyboardInterrupt. The other threads have
+        stopped by then.
         """
-        num_workers = len(self._jobs) + 1
+        num_workers = len(self._queues) + 1
         shares = [list(enumerate(inputs))[worker::num_workers] for worker in range(num_workers)]
         results: list[dict[int, list[Tensor]] | BaseException] = []
         at_work = 0
         try:
-            for job, share in zip(self._jobs, shares[1:], strict=True):
-                job.put(share)
+            for tasks, share in zip(self._queues, shares[1:], strict=True):
+                tasks.put(share)
                 at_work += 1
             results.append({index: self._run(tensors) for index, tensors in shares[0]})
             while at_work:
                 results.append(self._done.get())
                 at_work -= 1
         except BaseException as error:
-            self._shared[-LINE] = 1  # the others do not wait for this thread any more
-            with contextlib.suppress(queue.Empty):  # one that still computes while the process ends may crash it
+            self._shared[-LINE] = 1  # tells the other workers not to wait for this thread
+            with contextlib.suppress(queue.Empty):  # a thread that still computes while the process exits may crash it
                 for _ in range(at_work):
                     self._done.get(timeout=END_SECONDS)
             if not isinstance(error, Exception):
@@ -109,7 +109,7 @@ class WorkerPool:
         return [output for _, output in sorted(outputs.items())]
 
     def _run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """One call of the library. Whatever it raises, the threads that wait for this one are told that it will not come."""
+        """Call the library once. After any exception, the other workers stop waiting for this thread."""
         try:
             given = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(list(tensors))
             inputs = (ctypes.c_void_p * len(given))(*(_get_pointer(capsule, None) for capsule in given))
@@ -139,13 +139,13 @@ class WorkerPool:
 
 
 def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
-    """`exchange.all_reduce` in place as a C function; what it raises is put into `faults`."""
+    """`exchange.all_reduce` as a C function that works in place. Exceptions are appended to `faults`."""
 
     def add_up(data: int, size: int) -> int:
         try:
             x = torch.frombuffer((ctypes.c_float * size).from_address(data), dtype=torch.float32)
             x.copy_(exchange.all_reduce(x))
-        except BaseException as error:  # C code lies between here and the caller
+        except BaseException as error:  # an exception cannot pass through the C code
             faults.append(error)
             return 1
         return 0
@@ -153,9 +153,9 @@ def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
     return _EXCHANGE(add_up)
 
 
-def _work(pool: "weakref.ref[WorkerPool]", jobs: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
+def _work(pool: "weakref.ref[WorkerPool]", tasks: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:
     torch.set_num_threads(1)
-    while (share := jobs.get()) is not None:
+    while (share := tasks.get()) is not None:
         alive = pool()
         if alive is not None:
             try:
@@ -165,9 +165,9 @@ def _work(pool: "weakref.ref[WorkerPool]", jobs: "queue.SimpleQueue[Any]", done:
         del alive, share
 
 
-def _dismiss(jobs: "list[queue.SimpleQueue[Any]]") -> None:
-    for job in jobs:
-        job.put(None)
+def _dismiss(queues: "list[queue.SimpleQueue[Any]]") -> None:
+    for tasks in queues:
+        tasks.put(None)
 
 
 _get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
