@@ -1,7 +1,7 @@
-"""What a compiler has to know of a program beside its arguments. Each program states it with the decorator `compilable`.
+"""The traits of a program that compilation needs. Each program declares them with the decorator `compilable`.
 
-A program is a pure function of tensors. Its positional arguments are trees of tensors, the flat parameters (P,) first; where
-several workers share a call, one more argument says which part of the work is theirs. Its settings are given by keyword.
+A program is a pure function of tensors. Its positional arguments are trees of tensors, the flat parameters (P,) first. If
+several workers share a call, one more argument identifies the worker. Settings are keyword arguments.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ class Sourced(Protocol):
     """A setting that computes something within a program: a policy, or environments."""
 
     def sources(self) -> list[Path] | None:
-        """The files whose text says what it computes, for the cache of compiled programs; None where that is not known."""
+        """The files whose text defines the computation, for the cache of compiled programs; None: not known."""
         ...
 
 
 class Call(NamedTuple):
-    """One call that a program makes of such a setting. Where the text is not known, the graph of this call stands for it."""
+    """One call that a program makes of such a setting. If its source files are not known, the key has the graph of the call."""
 
     owner: Sourced
     function: Callable[..., Any]
@@ -38,18 +38,18 @@ def one_or_all(tensors: Sequence[Tensor]) -> Any:
 
 
 def first(results: Sequence[Any]) -> Any:
-    """The result of workers that all return the same."""
+    """The result of workers that all return the same result."""
     return results[0]
 
 
 @dataclass(frozen=True)
 class Traits:
-    """What a program states.
+    """The traits of a program.
 
     Attributes:
         calls: the calls of its policy and environments for one step, `calls(*arguments, **settings)`.
-        result: its result from the tensors in it, in pytree's order.
-        join: the result of the whole call from those of the workers that shared it.
+        result: makes the result from its tensors, in the order of pytree.
+        join: makes the result of the whole call from the results of the workers that shared it.
     """
 
     calls: Callable[..., list[Call]]
@@ -72,7 +72,7 @@ def compilable(
 
 
 def traits_of(function: Callable[..., Any]) -> Traits:
-    """What the program states. Raises AttributeError for a function that is not marked."""
+    """The traits of a program. Raises AttributeError for a function that is not marked."""
     traits: Traits = function.traits  # type: ignore[attr-defined]
     return traits
 

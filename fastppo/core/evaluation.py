@@ -1,10 +1,10 @@
-"""What the networks say of a rollout, and of its minibatches. Knows nothing of losses.
+"""Log-probabilities, values and entropies of a rollout and of its minibatches. Knows nothing of losses.
 
-A policy without memory takes rows, one with memory whole sequences. A *unit* is what stays together in a minibatch: a row, or
-of a policy with memory all T rows of one environment.
+A recurrent policy is evaluated on whole sequences, any other policy on rows. A *unit* stays together in a minibatch: it is a
+row or, for a recurrent policy, all T rows of one environment.
 
-Letters: T num_steps, N num_envs, B = T * N, S size of a memory, m units of a minibatch. Shapes (m[, T]) are (m,) of rows and
-(m, T) of a policy with memory.
+Letters: T num_steps, N num_envs, B = T * N, S size of the recurrent state, m units of a minibatch. Shapes (m[, T]) are (m,) for
+rows and (m, T) for a recurrent policy.
 """
 
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ from fastppo.core.sharding import Shard
 
 
 class Evaluation(NamedTuple):
-    """What the parameters that acted say of the rollout, (T, N) each."""
+    """The rollout under the parameters that acted, (T, N) each."""
 
     log_prob: Tensor  # of the action that was taken
     value: Tensor  # V of the observation
-    next_value: Tensor  # V of the observation that the action led to, the final one where the episode ended there
+    next_value: Tensor  # V of the observation after the action; at the end of an episode, of the final observation
 
 
 def forward(
     policy: Policy, weights: Weights, obs: Obs, episode_start: Tensor | None, rnn_state: Any, cells: Cells
 ) -> tuple[Any, Tensor, Any]:
-    """dist and V of obs, and the memory after each row.
+    """dist and V of obs, and the recurrent state after each row.
 
-    A policy without memory takes obs (rows, ...) and leaves `rnn_state` as it is. One with memory takes sequences, obs
-    (T, n, ...) and episode_start (T, n), from rnn_state (n, S) on, and its states are (T, n, S).
+    With episode_start None, obs is (rows, ...) and `rnn_state` is returned unchanged. A recurrent policy gets sequences, obs
+    (T, n, ...) and episode_start (T, n), and the state before them, rnn_state (n, S). It returns states (T, n, S).
     """
     if episode_start is None:
         return (*policy.actor_critic(weights, obs), rnn_state)
@@ -52,10 +52,11 @@ def evaluate_rollout(
 ) -> Evaluation:
     """log pi(a|s), V(s) and V(s') of all rows, in passes of at most microbatch_size rows; obs: normalised, (T+1, N, ...).
 
-    Rows without memory are independent, and a pass may begin and end within a step. A memory is carried from step to step.
+    Without a recurrent state rows are independent, and a pass may begin and end within a step. A recurrent state is carried
+    from step to step.
     """
     weights, remembers = policy.weights(params), policy.rnn_state_size > 0
-    # row T has no action and no end: its log-probability is computed for nothing, and dropped
+    # row T has no action and no end: its log-probability is computed too, and dropped
     given = {"action": rollout["action"], "obs": obs}
     rnn_state = params.new_zeros(())
     if remembers:
@@ -92,21 +93,21 @@ def evaluate_rollout(
 
 
 class Units(NamedTuple):
-    """What the networks take, by unit: each minibatch indexes it."""
+    """The inputs of the networks, by unit: each minibatch indexes them."""
 
-    obs: Any  # an Obs: (B, ...), views where nothing was normalised, or (N, T, ...)
+    obs: Any  # an Obs: (B, ...), views if nothing was normalised, or (N, T, ...)
     action: Tensor  # (B, ...) or (N, T, ...)
-    episode_start: Tensor | None  # (T, N) of a policy with memory
-    rnn_state: Tensor | None  # (N, S) of a policy with memory, before row 0
+    episode_start: Tensor | None  # (T, N), for a recurrent policy
+    rnn_state: Tensor | None  # (N, S) before row 0, for a recurrent policy
 
 
 def by_unit(x: Tensor, dim: int, remembers: bool) -> Tensor:
-    """T and N at `dim` as B; of a policy with memory as N and T."""
+    """Dimensions T, N at `dim` become B or, for a recurrent policy, N, T."""
     return x.transpose(dim, dim + 1) if remembers else x.flatten(dim, dim + 1)
 
 
 def make_units(rollout: Mapping[str, Tensor], obs: Obs, remembers: bool) -> Units:
-    """What minibatches index, from obs (T+1, N, ...) as the networks see it. Copies nothing."""
+    """The `Units` of a rollout. obs: the inputs of the networks, (T+1, N, ...). Copies nothing."""
     obs = tree_map(lambda x: by_unit(x[:-1], 0, remembers), obs)
     episode_start, rnn_state = (rollout["episode_start"][:-1], rollout["rnn_state"]) if remembers else (None, None)
     return Units(obs, by_unit(rollout["action"][:-1], 0, remembers), episode_start, rnn_state)

@@ -1,4 +1,4 @@
-"""The gradient of a loss in one flat tensor of parameters. Knows nothing of what the loss is."""
+"""The gradient of a loss with respect to one flat tensor of parameters. Knows nothing of the loss."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ def grad_and_aux(loss: Callable[..., tuple[Tensor, Any]], params: Tensor, *args:
     """d loss / d params, (P,), and the auxiliary output of `loss(params, *args) -> (loss (), aux)`, eagerly.
 
     The same result as torch.func.grad(loss, has_aux=True), which wraps every tensor: a whole eager update takes 1.4 times as
-    long with it (16 minibatches of 256 rows, 64-64 networks). Programs that are compiled take the functional one instead.
+    long with it (16 minibatches of 256 rows, 64-64 networks). Compiled programs use `functional_grad_and_aux` instead.
     """
     leaf = params.detach().requires_grad_()
     with torch.enable_grad():
@@ -21,5 +21,5 @@ def grad_and_aux(loss: Callable[..., tuple[Tensor, Any]], params: Tensor, *args:
 
 
 def functional_grad_and_aux(loss: Callable[..., tuple[Tensor, Any]], params: Tensor, *args: Tensor) -> tuple[Tensor, Any]:
-    """The same through torch.func: composes with torch.func.vmap and with PyTorch's scan operator."""
+    """The same by torch.func, which composes with torch.func.vmap and with PyTorch's scan operator."""
     return torch.func.grad(loss, has_aux=True)(params, *args)

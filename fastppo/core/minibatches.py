@@ -1,4 +1,4 @@
-"""The order in which minibatches take the transitions of a rollout. Knows nothing of what is done with them.
+"""The order of a rollout's transitions in minibatches. Knows nothing of what is done with them.
 
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, L = B / M minibatches an epoch, E update epochs, G shards,
 K processes. Rows of a rollout are numbered t * N + n, as its (T, N) is flattened.
@@ -18,21 +18,21 @@ def draw_permutation(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> None:
-    """Fill `out` with an order of all rows for each epoch; cut into parts of M / K rows it gives the minibatches.
+    """Fill `out` with an order of all rows for each epoch. Parts of M / K rows are the minibatches.
 
     A shard is a group of N / G environments, in their order. Each minibatch takes M / G rows of each shard at random, so
-    that processes with their own environments have equal parts of every minibatch. With one shard that is torch.randperm.
+    that processes with their own environments have equal parts of every minibatch. With one shard this is torch.randperm.
 
-    Every process draws for all shards from a generator in the same state, which is left in the same state, and keeps its own:
-    with the same G the minibatches are the same for every K that divides it.
+    Every process draws for all shards and uses the rows of its own. The generators of all processes have the same state before
+    and after the call. With the same G the minibatches are the same for every K that divides it.
 
     Args:
-        out: (E, B / K) int64. Written: rows of this process's own rollout (T, N / K); first those of its first shard in
-            the first minibatch, M / G, then those of its second, then those of the second minibatch.
+        out: (E, B / K) int64. Written: rows of this process's own rollout (T, N / K). First come the M / G rows of its
+            first shard in the first minibatch, then those of its second shard, then those of the second minibatch.
         num_envs, minibatch_size: N and M, of all processes together; G divides both, and K divides G.
         rank: of this process, in [0, K). It has the environments from rank * N / K on.
     """
-    if num_shards == 1:  # 38 us for four epochs of 1024 rows where what follows takes 82
+    if num_shards == 1:  # 38 us for four epochs of 1024 rows; the general case takes 82
         for epoch in out.unbind(0):
             torch.randperm(num_steps * num_envs, generator=generator, device=generator.device, out=epoch)
         return

@@ -1,13 +1,13 @@
 """LSTM and GRU over whole sequences, with their gradients. Knows nothing of observations, policies or losses.
 
-The caller multiplies the inputs of all steps with their weights in one product. This module does what has to go step by step:
-the product with the state of the step before, and the gates. The gradient is written out, because autograd would keep and add
-up an (H, 4H) matrix for each step. Here whatever does not depend on the step after is computed for all steps at once, a second
-loop goes backwards, and the gradient of the weights is one product. `Cells` holds the two loops of each kind. `STEPS` is the
-reference; compiled programs take those of compile/native.py.
+The caller multiplies the inputs of all steps with their weights in one product. This module computes the sequential part: the
+product with the state of the step before, and the gates. The gradient is written by hand, because autograd would store and add
+up an (H, 4H) matrix for each step. Here a second loop goes backwards. The terms that do not depend on the step after are
+computed for all steps at once, and the gradient of the weights is one product. `Cells` holds the two loops of each kind.
+`STEPS` is the reference; compiled programs use the loops of compile/native.py.
 
 Letters: T steps, n sequences, K independent cells side by side (an actor's and a critic's), H hidden size. A state is zeroed
-before each step that is the first one of an episode.
+before the first step of an episode.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def lstm_step(gates: Tensor, weight: Tensor, h: Tensor, c: Tensor) -> tuple[Tens
         i, f, o = sigmoid(.), g = tanh(.) of gates + h W,    c' = f c + i g,    h' = o tanh(c')
 
     Args:
-        gates: (K, n, 4H), the inputs' part with all biases. weight: W, (K, H, 4H). h, c: (K, n, H).
+        gates: (K, n, 4H), the inputs' part, with all biases. weight: W, (K, H, 4H). h, c: (K, n, H).
 
     Returns:
         h', c' (K, n, H), and the four gates (K, n, 4H).
@@ -45,7 +45,7 @@ def gru_step(gates: Tensor, weight: Tensor, bias: Tensor, h: Tensor) -> tuple[Te
         r, z = sigmoid(gates + h W),    n = tanh(gates_n + r (h W_n + b)),    h' = (1 - z) n + z h
 
     Args:
-        gates: (K, n, 3H), the inputs' part with its biases. weight: W, (K, H, 3H). bias: b, (K, H). h: (K, n, H).
+        gates: (K, n, 3H), the inputs' part, with its biases. weight: W, (K, H, 3H). bias: b, (K, H). h: (K, n, H).
 
     Returns:
         h' (K, n, H), and r, z, n and h W_n + b, (K, n, 4H).
@@ -59,7 +59,7 @@ def gru_step(gates: Tensor, weight: Tensor, bias: Tensor, h: Tensor) -> tuple[Te
 
 
 class Cells(NamedTuple):
-    """The loops over steps of both kinds. States, and gradients of them, are (T, K, n, H) or, at one end, (K, n, H).
+    """The loops over steps of both kinds. States and their gradients are (T, K, n, H) or, at one end, (K, n, H).
 
     lstm: (gates (T, K, n, 4H), weight (K, H, 4H), keep (T, 1, n, 1), h, c) -> h, c after each step, activated (T, K, n, 4H)
     lstm_backward: (weight, keep, into_c, slope (T, K, n, 4H), f, grad_h, grad_c) -> d_gates (T, K, n, 4H), dh, dc of the start
@@ -129,8 +129,8 @@ def lstm(
     """K LSTMs over T steps of n sequences.
 
     Args:
-        gates: (T, K, n, 4H). weight: (K, H, 4H). episode_start: (T, n) bool, where a step is the first of an episode: its
-            state before is zero. h, c: (K, n, H), the state before the first step.
+        gates: (T, K, n, 4H). weight: (K, H, 4H). episode_start: (T, n) bool, true at the first step of an
+            episode: the state before it is zero. h, c: (K, n, H), the state before the first step.
 
     Returns:
         h, c after each step, (T, K, n, H) each.
@@ -140,18 +140,18 @@ def lstm(
 
 
 def gru(gates: Tensor, weight: Tensor, bias: Tensor, episode_start: Tensor, h: Tensor, cells: Cells = STEPS) -> Tensor:
-    """K GRUs over T steps of n sequences: h after each step, (T, K, n, H). bias: (K, H); all else as `lstm`."""
+    """K GRUs over T steps of n sequences: h after each step, (T, K, n, H). bias: (K, H); the rest as in `lstm`."""
     h, _ = _Gru.apply(gates, weight, bias, _keep(episode_start, gates), h, cells)
     return h
 
 
 def _keep(episode_start: Tensor, gates: Tensor) -> Tensor:
-    """(T, 1, n, 1): 0 where the state before is dropped, else 1."""
+    """(T, 1, n, 1): 0 at the first step of an episode, else 1; multiplies the state before."""
     return (~episode_start).to(gates.dtype)[:, None, :, None]
 
 
 class _Lstm(torch.autograd.Function):
-    """`lstm`; the gates go with its results, for the gradient."""
+    """`lstm`. Also returns the gates, for the gradient."""
 
     generate_vmap_rule = True
 
@@ -173,14 +173,14 @@ class _Lstm(torch.autograd.Function):
         c_before = torch.cat((c0.unsqueeze(0), c[:-1])) * keep
         tanh_c = c.tanh()
         into_c = o * (1.0 - tanh_c.square())  # d h' / d c'
-        # d (c', c', c', h') / d (what goes into i, f, g, o)
+        # d (c', c', c', h') / d (the arguments of i, f, g, o)
         slope = torch.cat((g * i * (1 - i), c_before * f * (1 - f), i * (1 - g.square()), tanh_c * o * (1 - o)), -1)
         d_gates, dh, dc = _Backward.apply(ctx.cells.lstm_backward, weight, keep, into_c, slope, f, grad_h, grad_c)
         return d_gates, _weight_gradient(h0, h, keep, d_gates), None, dh, dc, None
 
 
 class _Gru(torch.autograd.Function):
-    """`gru`; what its gates were goes with its result, for the gradient."""
+    """`gru`. Also returns the gates, for the gradient."""
 
     generate_vmap_rule = True
 
@@ -200,9 +200,9 @@ class _Gru(torch.autograd.Function):
         weight, keep, h0, h, activated = ctx.saved_tensors
         r, z, n, inner = activated.chunk(4, -1)
         h_before = torch.cat((h0.unsqueeze(0), h[:-1])) * keep
-        into_n = (1.0 - z) * (1.0 - n.square())  # d h' / d (what goes into n)
+        into_n = (1.0 - z) * (1.0 - n.square())  # d h' / d (the argument of n)
         of_both = torch.cat((into_n * inner * r * (1.0 - r), (h_before - n) * z * (1.0 - z)), -1)
-        slope = torch.cat((of_both, into_n * r), -1)  # d h' / d (h W): n's goes through r
+        slope = torch.cat((of_both, into_n * r), -1)  # d h' / d (h W); the part of n goes through r
         d_product, d_state, dh = _Backward.apply(ctx.cells.gru_backward, weight, keep, slope, z, grad_h)
         size = h.shape[-1]
         d_gates = torch.cat((d_product[..., : 2 * size], d_state * into_n), -1)
@@ -211,7 +211,7 @@ class _Gru(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """One of `Cells`' backward loops, without a gradient of its own. A Function sees plain tensors under torch.func.grad."""
+    """A backward loop of `Cells`, itself not differentiable. A Function gets plain tensors under torch.func.grad."""
 
     generate_vmap_rule = True
 
@@ -225,7 +225,7 @@ class _Backward(torch.autograd.Function):
 
 
 def _weight_gradient(h0: Tensor, h: Tensor, keep: Tensor, d_product: Tensor) -> Tensor:
-    """Gradient of W, (K, H, GH), where d_product (T, K, n, GH) is that of each step's h W."""
+    """Gradient of W, (K, H, GH), from d_product (T, K, n, GH), the gradient of each step's h W."""
     before = torch.cat((h0.unsqueeze(0), h[:-1])) * keep  # (T, K, n, H)
     before, d_product = (x.movedim(1, 0).flatten(1, 2) for x in (before, d_product))  # (K, T n, ...)
     return torch.bmm(before.mT, d_product)

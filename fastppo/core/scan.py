@@ -1,4 +1,4 @@
-"""The one loop construct of the core: a carry threaded through a body. Knows nothing of what the body computes."""
+"""The one loop construct of the core: a carry that each step of a body updates. Knows nothing of what the body computes."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,7 +17,7 @@ def scan(
     Args:
         body: `(carry, x) -> (carry, y)`; pure, the carry keeps its structure, shapes and dtypes, y is a tuple of tensors.
         carry: any tree of tensors.
-        xs: tensors (L, ...), L >= 1; the body sees the tuple of their (...) slices, in order.
+        xs: tensors (L, ...), L >= 1; the body gets the tuple of their (...) slices, in order.
 
     Returns:
         The last carry and the stacked ys, a tuple of (L, ...).

@@ -1,6 +1,6 @@
-"""How several calls share one program's work: threads of a process (workers), and processes (ranks).
+"""Share one program's work between several calls: threads of a process (workers) and processes (ranks).
 
-Knows nothing of what is computed, nor of how workers and ranks talk to each other.
+Knows nothing of what is computed, nor of how workers and ranks communicate.
 """
 
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from fastppo.core.contracts import AllReduce, Execution
 
 @dataclass(frozen=True)
 class Shard:
-    """One call's part of the work. With one worker and one rank every method returns what it was given.
+    """One call's part of the work. With one worker and one rank every method returns its argument.
 
-    The workers of a rank are given the same tensors, and each computes its own part of them. The ranks are given different
-    tensors: each its own environments. All methods return the same bits to every worker.
+    The workers of a rank get the same tensors, and each computes its own part of them. Each rank gets the tensors of its own
+    environments. All methods return the same bits to every worker.
 
     Attributes:
-        worker: int64: the number of this worker in [0, num_workers), the rank of its process, then what all_reduce wants.
+        worker: int64: the number of this worker in [0, num_workers), the rank of its process, then the arguments of all_reduce.
 
     Raises:
-        ValueError: there are several, and no `worker`.
+        ValueError: there are several workers or ranks, and `worker` is None.
     """
 
     worker: Tensor | None = None
@@ -33,7 +33,7 @@ class Shard:
 
     @classmethod
     def of(cls, worker: Tensor | None, execution: Execution) -> Self:
-        """The part of the call that was given `worker`."""
+        """The part of the call with this `worker`."""
         return cls(worker, execution.num_workers, execution.num_ranks, execution.all_reduce)
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class Shard:
         return x.unflatten(dim, (self.num_workers, -1)).index_select(dim, self.worker[:1]).squeeze(dim)
 
     def gather(self, x: Tensor, dim: int) -> Tensor:
-        """The whole axis `dim` of which each worker of this rank has its part: the inverse of `mine`. One exchange."""
+        """The whole axis `dim` from the parts of all workers of this rank: the inverse of `mine`. One exchange."""
         if self.worker is None or self.num_workers == 1:
             return x
         whole = x.new_zeros(*x.shape[:dim], self.num_workers, *x.shape[dim:])
@@ -73,9 +73,9 @@ class Shard:
         return self.sum(*xs)
 
     def sum_and_max(self, *xs: Tensor, largest: Tensor) -> tuple[Tensor, ...]:
-        """`sum` of xs and, behind them, the maximum of `largest`, (), over all workers of all ranks. One exchange.
+        """`sum` of xs, followed by the maximum of `largest`, (), over all workers of all ranks. One exchange.
 
-        A maximum cannot be summed: each worker has a place of its own in a vector of zeros.
+        For the maximum each worker puts its value into its own place in a vector of zeros, and the vectors are summed.
         """
         if self.worker is None or self.num_workers * self.num_ranks == 1:
             return (*xs, largest)

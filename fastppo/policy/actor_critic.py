@@ -15,7 +15,7 @@ from fastppo.policy.spaces import ACTION_MASK
 
 @dataclass(frozen=True)
 class ActorCritic(Composed):
-    """Any observation: an `Encoder` that actor and critic share, then an `MLPActorCritic`. Illegal actions are masked.
+    """An `Encoder` that actor and critic share, then an `MLPActorCritic`. Illegal actions are masked.
 
     `mlp.obs_size` is `encoder.size`.
     """
@@ -29,11 +29,11 @@ class ActorCritic(Composed):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """In the order of the buffer."""
+        """The parts, in the order of the buffer."""
         return self.encoder, self.mlp
 
     def actor(self, weights: Weights, obs: Obs) -> Any:
-        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
+        """Distribution parameters for obs (..., *shape), or its leaves by key: logits (..., A), or (mean, log_std)."""
         return masked(self.mlp.actor(weights, self.encoder.encode(weights, obs)), obs, self.mlp)
 
     def critic(self, weights: Weights, obs: Obs) -> Tensor:
@@ -41,7 +41,7 @@ class ActorCritic(Composed):
         return self.mlp.critic(weights, self.encoder.encode(weights, obs))
 
     def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
-        """Both at once."""
+        """Distribution parameters and V(obs)."""
         dist, value = self.mlp.actor_critic(weights, self.encoder.encode(weights, obs))
         return masked(dist, obs, self.mlp), value
 

@@ -43,9 +43,9 @@ class Agent:
 
     @ours
     def reset(self, done_mask: Any = None) -> None:
-        """Reset the recurrent state, if the policy has one: of all environments, or of those whose episode has ended.
+        """Reset the recurrent state of all environments, or of those whose episode has ended. No state: no effect.
 
-        done_mask: (N,) bool, or one for a single observation; None: all, and their number may change.
+        done_mask: (N,) bool, or one bool for a single observation. None: reset all; the next `act` may have another number.
         """
         if self.rnn_state is None:
             return
@@ -57,7 +57,7 @@ class Agent:
             raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.rnn_state)}")
         self.rnn_state = torch.where(done.unsqueeze(1), 0.0, self.rnn_state)
 
-    def _remembered(self, network: RecurrentActorCritic, rows: int) -> Tensor:
+    def _current_rnn_state(self, network: RecurrentActorCritic, rows: int) -> Tensor:
         if self.rnn_state is None:
             return self.params.new_zeros(rows, network.rnn_state_size)
         if len(self.rnn_state) != rows:
@@ -68,29 +68,29 @@ class Agent:
     def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
         """Actions in the format of the environment, for one observation or a batch.
 
-        A recurrent policy (--rnn) keeps a state for each environment: call it once a step, with the same environments in the
+        A recurrent policy (--rnn) keeps a state for each environment. Call it once a step, with the same environments in the
         same order, and `reset` those whose episode has ended.
 
         Args:
             obs: as the environment returns it, with or without a batch axis: array, tensor, or dict or tuple of these.
-            deterministic: the likeliest action; otherwise one sampled from the policy.
-            action_mask: which actions are legal, as in the environment's info or its `action_masks()`; None: all. A
-                tuple of arrays is taken for one observation. Applied even where the policy was trained without masks.
+            deterministic: take the likeliest action; otherwise sample from the policy.
+            action_mask: the legal actions, as in the environment's info or its `action_masks()`; None: all. A tuple of
+                arrays is the mask of one observation. The mask is applied even if the policy was trained without masks.
 
         Returns:
             Arrays for arrays; for tensors, tensors on their device.
 
         Raises:
-            ValueError: an observation or a mask of another shape, or of other environments than are remembered.
+            ValueError: an observation or a mask has another shape, or the number of environments changed without a `reset`.
         """
         batch, kind = self._batch(obs, action_mask)
         rows = _rows_of(batch)
-        seen = normalize_obs(batch, self.normalization)
+        normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            dist, rnn_state = self.network.step(self.weights, seen, self._remembered(self.network, rows))
+            dist, rnn_state = self.network.step(self.weights, normalized, self._current_rnn_state(self.network, rows))
             self.rnn_state = rnn_state if kind.rows else self.rnn_state
         else:
-            dist = self.network.actor(self.weights, seen)
+            dist = self.network.actor(self.weights, normalized)
         if action_mask is not None and self.obs.info_mask is None:
             dist = mask_logits(dist, self._mask(action_mask, kind.rows), choices(self.action.distribution, self.action.size))
         if deterministic:
@@ -101,17 +101,18 @@ class Agent:
 
     @ours
     def value(self, obs: Any) -> Any:
-        """Expected discounted return in units of the environment's reward, with --clip-reward of the reward's sign.
+        """Expected discounted return in units of the environment's reward; with --clip-reward, of the sign of the reward.
 
-        () for one observation, (N,) for a batch. For a recurrent policy the state of the last `act` is
-        used and not changed: call this before `act`.
+        () for one observation, (N,) for a batch. A recurrent policy uses the state of the last `act` and
+        does not change it: call this before `act`.
         """
         batch, kind = self._batch(obs, None)
-        seen = normalize_obs(batch, self.normalization)
+        normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            value = self.network.value_from_state(self.weights, seen, self._remembered(self.network, _rows_of(batch)))
+            rnn_state = self._current_rnn_state(self.network, _rows_of(batch))
+            value = self.network.value_from_state(self.weights, normalized, rnn_state)
         else:
-            value = self.network.critic(self.weights, seen)
+            value = self.network.critic(self.weights, normalized)
         value = value * self.normalization.return_std + self.normalization.return_mean
         if self.normalization.reward_scale is not None:
             value = value / self.normalization.reward_scale
@@ -122,7 +123,7 @@ class Agent:
         self.generator.manual_seed(seed)
 
     def _batch(self, obs: Any, action_mask: Any) -> tuple[Obs, "_Kind"]:
-        """Observations with a batch axis, as the networks take them, and the form in which they came."""
+        """The observations with a batch axis, for the networks, and the form of the caller's observations."""
         leaves: dict[str, Tensor] = {}
         lead: tuple[int, ...] | None = None  # () or (N,)
         kind = _Kind(True, None, 1)
@@ -141,12 +142,12 @@ class Agent:
         for leaf in self.obs:
             if leaf.kind == "mask":
                 leaves[leaf.key] = self._mask(_found(leaf, obs) if leaf.path else action_mask, kind.rows)
-        if kind.rows == 0:  # networks need not handle empty batches: one row, which is not returned
+        if kind.rows == 0:  # networks need not handle empty batches: they get one row, which is not returned
             leaves = {key: x.new_zeros(1, *x.shape[1:]) for key, x in leaves.items()}
         return self.obs.join(leaves), kind
 
     def _mask(self, given: Any, rows: int) -> Tensor:
-        """(N, A) bool from a mask of the caller; None: all actions are legal."""
+        """(N, A) bool from the caller's mask; None: all actions are legal."""
         size = self.action.size
         if self.action.distribution is DIAGONAL_NORMAL:
             raise ValueError("action_mask for a policy of continuous actions: leave it out")
@@ -175,7 +176,7 @@ def _rows_of(batch: Obs) -> int:
 
 
 def _found(leaf: ObsLeaf, obs: Any) -> Any:
-    """The leaf's part of an observation of the caller."""
+    """This leaf of the caller's observation. Raises ValueError if it is missing."""
     try:
         return leaf.find(obs)
     except (KeyError, IndexError, TypeError):
@@ -184,11 +185,11 @@ def _found(leaf: ObsLeaf, obs: Any) -> Any:
 
 
 class _Kind(NamedTuple):
-    """The form of an observation, in which the answer is returned."""
+    """The form of the caller's observations; the result gets the same form."""
 
     single: bool
-    device: torch.device | None  # of a tensor; None: an array
-    rows: int  # observations
+    device: torch.device | None  # of a tensor; None: it is an array
+    rows: int  # number of observations
 
     def unbatch(self, batch: Tensor) -> Any:
         answer = batch.cpu().numpy() if self.device is None else batch.to(self.device)

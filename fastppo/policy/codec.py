@@ -1,4 +1,4 @@
-"""Policies and spaces as plain data for a checkpoint, and back. The data may come from anybody: it is checked before use."""
+"""Policies and spaces as plain data for a checkpoint, and back. The data is untrusted: it is checked before use."""
 
 import math
 import reprlib
@@ -52,24 +52,24 @@ def policy_state(
 def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
     """`policy_state`'s weights as a flat buffer (P,). Buffers and frozen parameters are copied into a user's module.
 
-    Raises UsageError for weights of another kind of network, KeyError or ValueError if names, shapes, types or numbers do
-    not fit. Allocates memory only after the shapes were checked.
+    Raises UsageError for weights of another kind of network, KeyError or ValueError if names, shapes, dtypes or numbers do
+    not fit. Memory is allocated only after the shapes were checked.
     """
-    kept, given = state["module"], _module_name(network)
-    if kept != given:
+    saved_name, module_name = state["module"], _module_name(network)
+    if saved_name != module_name:
         wanted = (
             "ours: leave policy= out"
-            if kept is None
-            else f"a {str(kept)[:100]} of your own: give what made it as policy=... in Python"
+            if saved_name is None
+            else f"a {str(saved_name)[:100]} of your own: give what made it as policy=... in Python"
         )
-        made = "" if given is None else f", and policy= makes a {given}"
+        made = "" if module_name is None else f", and policy= makes a {module_name}"
         raise UsageError(f"this run's network is {wanted}, as train and load_policy take it{made}")
     if isinstance(network, ModulePolicy):
         for name, tensor in network.fixed.items():
-            kept = state["fixed"][name]
-            if not isinstance(kept, Tensor) or kept.dtype != tensor.dtype or kept.shape != tensor.shape:
+            saved = state["fixed"][name]
+            if not isinstance(saved, Tensor) or saved.dtype != tensor.dtype or saved.shape != tensor.shape:
                 raise ValueError(f"{name} is not {tensor.dtype} of {tuple(tensor.shape)}")
-            tensor.copy_(kept)
+            tensor.copy_(saved)
     if not isinstance(state["weights"], Mapping):
         raise ValueError("the weights are not named")
     weights = {name: checked(weight, f"weight {name}", torch.float32) for name, weight in state["weights"].items()}
@@ -80,10 +80,10 @@ def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
 
 
 def moments_from_state(state: Mapping[str, Any] | None, device: torch.device | str) -> dict[str, RunningMoments] | None:
-    """`policy_state`'s obs_moments, back on a device; raises ValueError for other data."""
+    """`policy_state`'s obs_moments, on a device. Raises ValueError for invalid data."""
     if state is None:
         return None
-    if not isinstance(state, Mapping) or not all(isinstance(kept, list) and len(kept) == 3 for kept in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(saved, list) and len(saved) == 3 for saved in state.values()):
         raise ValueError("obs_moments are not three of each part of the observation")
     moments = {}
     for key, (mean, var, count) in state.items():
@@ -99,7 +99,7 @@ def moments_from_state(state: Mapping[str, Any] | None, device: torch.device | s
 def agent_from_state(
     state: Mapping[str, Any], config: NetworkConfig, device: torch.device | str = "cpu", policy: ModuleFactory | None = None
 ) -> Agent:
-    """The inverse of `policy_state`; raises UsageError, KeyError or ValueError when the two do not fit.
+    """The inverse of `policy_state`. Raises UsageError, KeyError or ValueError if `state` does not fit `config`.
 
     Safe with untrusted data that `load_checkpoint` has read: everything is checked before it is used.
     """
@@ -117,7 +117,7 @@ def agent_from_state(
     }
     moments = moments_from_state(state["obs_moments"], device)
     shapes = {leaf.key: leaf.shape for leaf in obs.normalized}
-    if moments is not None and {key: tuple(kept.mean.shape) for key, kept in moments.items()} != shapes:
+    if moments is not None and {key: tuple(leaf_moments.mean.shape) for key, leaf_moments in moments.items()} != shapes:
         raise ValueError("obs_moments are not those of the observation")
     normalization = make_normalization(moments, **scales, wide=obs.wide)
     params = weights_from_state(state, network).to(device)
@@ -125,7 +125,7 @@ def agent_from_state(
 
 
 def checked(x: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:
-    """x, a tensor of a checkpoint; raises ValueError for one of another type or, where given, shape, or not finite."""
+    """Return x, a tensor of a checkpoint. Raises ValueError for another dtype, another shape or numbers that are not finite."""
     if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_meta or x.dtype != dtype:
         got = f"of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise ValueError(f"{name} is {got}, not a dense tensor of {dtype}")
@@ -164,7 +164,7 @@ def space_to_data(space: gym.Space[Any]) -> dict[str, Any]:
 
 
 def space_from_data(data: Any) -> gym.Space[Any]:
-    """The inverse of `space_to_data`; raises KeyError or ValueError for data that describes no supported space.
+    """The inverse of `space_to_data`. Raises KeyError or ValueError for data that describes no supported space.
 
     Sizes are checked against MAX_NUMBERS and MAX_PARTS before anything is allocated: the data is untrusted.
     """
@@ -174,7 +174,7 @@ def space_from_data(data: Any) -> gym.Space[Any]:
 
 
 def _count_parts(data: Any, depth: int = 0) -> int:
-    """Spaces that `data` describes, itself included; more than MAX_PARTS as soon as it is certain that there are too many."""
+    """Number of spaces that `data` describes, itself included. Counting stops above MAX_PARTS."""
     parts = data.get("spaces", ()) if isinstance(data, dict) else ()
     if depth == MAX_NESTING or len(parts) >= MAX_PARTS:
         return MAX_PARTS + 1
@@ -193,8 +193,8 @@ def _space(data: Any) -> gym.Space[Any]:
     if kind == "Discrete":
         n, start = data["n"], data["start"]
         _check_numbers([n], [start])
-        dtype = np.dtype(_dtype({"dtype": "int64", **data}))  # older versions kept none
-        if dtype == np.int64:  # older gymnasium's only type
+        dtype = np.dtype(_dtype({"dtype": "int64", **data}))  # older versions of fastppo stored no dtype
+        if dtype == np.int64:  # the only dtype of older gymnasium
             return Discrete(n, start=start)
         if dtype.kind not in "iu" or not np.iinfo(dtype).min <= start <= start + n - 1 <= n + start <= np.iinfo(dtype).max:
             raise ValueError(f"a Discrete of {n} numbers from {start} on, of dtype {dtype}")
@@ -226,7 +226,7 @@ def _space(data: Any) -> gym.Space[Any]:
 
 
 def _check_numbers(numbers: list[Any], starts: list[Any]) -> None:
-    """Raise ValueError unless all are whole numbers, of a size that a network can take."""
+    """Raise ValueError unless all are whole numbers and small enough for a network."""
     if not all(type(x) is int and 1 <= x <= MAX_NUMBERS for x in numbers) or sum(numbers) > MAX_NUMBERS:
         raise ValueError(f"a space of {reprlib.repr(numbers)}: at least 1 and at most {MAX_NUMBERS} are expected")
     if not all(type(x) is int and abs(x) < 2**62 for x in starts):

@@ -1,4 +1,4 @@
-"""A policy as a torch.nn.Module that owns all it computes with, so that it can be traced. Knows nothing of files."""
+"""A policy as a torch.nn.Module that holds all its tensors, so that it can be traced. Knows nothing of files."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,10 +15,10 @@ from fastppo.policy.rnn import RecurrentActorCritic
 class DeployedPolicy(nn.Module):
     """`Agent.act`, deterministic and on the CPU. Weights, statistics and action bounds are buffers.
 
-    Takes the parts of an observation as the environment gives them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
-    `action_mask` where the policy has one. Returns actions (N, ...) as the environment takes them.
+    Inputs are the parts of an observation as the environment returns them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
+    `action_mask` if the policy has one. Returns actions (N, ...) for the environment.
 
-    A recurrent policy also takes `memory` (N, S), the state of the actor, and returns the next one after the actions. It resets
+    A recurrent policy also takes `memory` (N, S), the state of the actor, and returns actions and the next state. It resets
     nothing: the caller sets the rows of new episodes to zero.
     """
 
@@ -35,7 +35,7 @@ class DeployedPolicy(nn.Module):
         }
 
     def _own(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Register copies as buffers, whose names may have no dots; return the buffers' names by name."""
+        """Register copies as buffers. Returns the name of the buffer, which has no dots, by the name of the tensor."""
         names = {name: f"{kind}/{name.replace('.', '/')}" for name in tensors}
         for name, tensor in tensors.items():
             self.register_buffer(names[name], tensor.detach().cpu().clone())
@@ -50,19 +50,19 @@ class DeployedPolicy(nn.Module):
         return self.network.actor_size if isinstance(self.network, RecurrentActorCritic) else 0
 
     def step(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor | None]:
-        """Parameters of the action distribution: logits (N, A), or (mean, log_std) of (N, A) each. And the next state."""
+        """Parameters of the action distribution, logits (N, A) or (mean, log_std) of (N, A) each, and the next state."""
         leaves = {}
         for leaf in self.obs:
             x = inputs[leaf.key]
             x = x != 0 if leaf.kind == "mask" else x.to(leaf.dtype)
             leaves[leaf.key] = x.reshape(-1, *leaf.shape)
-        seen: Obs = self.obs.join(leaves)
+        obs: Obs = self.obs.join(leaves)
         if self.names["mean"]:
             moments: dict[str, Any] = {"obs_mean": self._owned("mean"), "obs_scale": self._owned("scale")}
-            seen = normalize_obs(seen, self.normalization._replace(**moments))
+            obs = normalize_obs(obs, self.normalization._replace(**moments))
         if isinstance(self.network, RecurrentActorCritic):
-            return self.network.step(self._owned("weight"), seen, inputs["memory"])
-        return self.network.actor(self._owned("weight"), seen), None
+            return self.network.step(self._owned("weight"), obs, inputs["memory"])
+        return self.network.actor(self._owned("weight"), obs), None
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
         """The likeliest actions; for a recurrent policy also the next state."""

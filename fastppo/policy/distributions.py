@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ILLEGAL = -1e8  # a logit that no noise lifts over another; finite, since 0 * -inf would be nan in entropies and gradients
+ILLEGAL = -1e8  # no noise makes this logit the largest; finite, since 0 * -inf would be nan in entropies and gradients
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Distribution:
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Standard Gumbel noise, -log(-log(U)) with U uniform in [2^-25, 1): 5 ns each where `exponential_` takes 45."""
+    """Standard Gumbel noise, -log(-log(U)) with U uniform in [2^-25, 1): 5 ns each; `exponential_` takes 45."""
     uniform = torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
     return uniform.clamp_(min=2.0**-25).log_().neg_().log_().neg_()
 
@@ -94,10 +94,10 @@ DIAGONAL_NORMAL = Distribution(normal_noise, normal_sample, normal_mode, normal_
 
 @dataclass(frozen=True)
 class MultiCategorical:
-    """Several independent choices at once, as `Distribution` is one: `numbers[k]` values for component k, K of them.
+    """K independent categorical choices, with the methods of `Distribution`. Component k has `numbers[k]` values.
 
-    Its logits are (..., A), A = sum(numbers), one component after the other; an action is (..., K) int64, log-probability and
-    entropy are sums over the components. Components become rows of one tensor, (..., K, widest), short ones filled up with
+    Logits are (..., A), A = sum(numbers), one component after the other. An action is (..., K) int64. Log-probability and
+    entropy are sums over the components. Components become rows of one tensor, (..., K, widest). Short rows are filled up with
     values that are never chosen.
     """
 
@@ -132,15 +132,15 @@ class MultiCategorical:
 
 
 def mask_logits(logits: Tensor, legal: Tensor, numbers: tuple[int, ...]) -> Tensor:
-    """Logits with those of illegal actions out of reach: their probability is 0 and so is their gradient.
+    """Logits in which illegal actions have ILLEGAL: their probability and their gradient are 0.
 
-    Huang and Ontanon, 2022, arXiv 2006.14171. logits, legal: (..., A). numbers: how many of the A each choice has, see
-    `MultiCategorical`; a choice of which nothing is legal stays as it is.
+    Huang and Ontanon, 2022, arXiv 2006.14171. logits, legal: (..., A). numbers: the number of logits of each choice, see
+    `MultiCategorical`. A choice without a legal action keeps its logits.
     """
     legal = torch.cat([part | ~part.any(-1, keepdim=True) for part in legal.split(numbers, -1)], -1)
     return torch.where(legal, logits, ILLEGAL)
 
 
 def choices(distribution: Distribution | MultiCategorical, size: int) -> tuple[int, ...]:
-    """How many of `size` logits each choice has: one choice has all of them."""
+    """The number of logits of each choice; a single choice has all `size` of them."""
     return distribution.numbers if isinstance(distribution, MultiCategorical) else (size,)

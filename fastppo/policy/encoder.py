@@ -17,10 +17,10 @@ NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 @dataclass(frozen=True)
 class Encoder(Shaped):
-    """Any observation as one vector; each image goes through a Nature CNN of its own (Mnih et al., 2015). A `Part`.
+    """Any observation as one vector. Each image has its own Nature CNN (Mnih et al., 2015). A `Part`.
 
     leaves: those of `spaces.obs_spec`.
-    cnn_size: features of the last layer of a CNN. cnn_activation: after each of its layers.
+    cnn_size: number of features of the last layer of a CNN. cnn_activation: after each of its layers.
     """
 
     leaves: tuple[ObsLeaf, ...]
@@ -71,7 +71,7 @@ class Encoder(Shaped):
         return torch.cat([torch.empty(0, dtype=torch.float32, device="cpu"), *(weight.flatten() for weight in own)])
 
     def encode(self, weights: Weights, obs: Obs) -> Tensor:
-        """(..., *shape), or leaves of that by key -> (..., size)."""
+        """obs (..., *shape), or its leaves by key -> (..., size)."""
         given = {"obs": obs} if isinstance(obs, Tensor) else obs
         parts = []
         for leaf in self.leaves:
@@ -92,12 +92,12 @@ class Encoder(Shaped):
             weight, bias = weights[f"cnn.{leaf.key}.{layer}.weight"], weights[f"cnn.{leaf.key}.{layer}.bias"]
             x = activation(nn.functional.conv2d(x, weight, bias, stride))
         weight, bias = (weights[f"cnn.{leaf.key}.{len(NATURE_CNN)}.{part}"] for part in ("weight", "bias"))
-        features = x.movedim(1, -1).flatten(1)  # in their order in memory
+        features = x.movedim(1, -1).flatten(1)  # in the order of memory
         return activation(torch.addmm(bias, features, weight)).reshape(*pixels.shape[:-3], -1)
 
 
 def encode(leaf: ObsLeaf, x: Tensor) -> Tensor:
-    """A leaf of an observation as floats: images (..., C, H, W), all others (..., leaf.size). x: (..., *leaf.shape)."""
+    """A leaf x (..., *leaf.shape) of an observation as floats: images (..., C, H, W), all others (..., leaf.size)."""
     if leaf.kind == "image":
         if len(leaf.shape) == 2:
             x = x.unsqueeze(-3)

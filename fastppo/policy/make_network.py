@@ -42,7 +42,10 @@ class NetworkConfig(Protocol):
 def make_network(
     obs: ObsSpec, action: ActionSpec, config: NetworkConfig, policy: ModuleFactory | None = None, seed: int = 0
 ) -> Network:
-    """The network for these spaces. policy, seed: a module of the user instead, see `ModulePolicy`."""
+    """The network for these spaces.
+
+    policy: makes a module of the user, which replaces the built-in networks; seed: for its weights. See `ModulePolicy`.
+    """
     if policy is not None:
         if config.rnn is not None:
             raise UsageError(f"--rnn {config.rnn} is a part of our networks, and policy= is a whole one of yours: leave it off")

@@ -29,7 +29,7 @@ def _rows(obs: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MLPActorCritic(DistributionMixin):
-    """Multi-layer perceptrons for actor and critic, apart or on a shared backbone; a `core.contracts.Policy`.
+    """Multi-layer perceptrons for actor and critic, separate or on a shared backbone; a `core.contracts.Policy`.
 
     obs_size: D, observations are (..., D). action_size: A, the number of logits or of action components.
     """
@@ -109,11 +109,11 @@ class MLPActorCritic(DistributionMixin):
         return self._critic_head(weights, features, obs.shape[:-1])
 
     def actor_critic(self, weights: Weights, obs: Tensor) -> tuple[Any, Tensor]:
-        """Both; a shared backbone runs once."""
+        """Distribution parameters and V(obs). A shared backbone runs once."""
         return self.both(weights, _rows(obs), obs.shape[:-1])
 
     def both(self, weights: Weights, x: Tensor, shape: torch.Size) -> tuple[Any, Tensor]:
-        """`actor_critic` of rows x (1, R, D), or (2, R, D) if actor and critic have inputs of their own.
+        """`actor_critic` of rows x (1, R, D), or (2, R, D) if actor and critic have different inputs.
 
         shape: of the result, R elements.
         """
@@ -128,10 +128,10 @@ class MLPActorCritic(DistributionMixin):
         """Last hidden layer of each trunk: (1 or K, R, D) -> (K, R, features), K trunks and R rows.
 
         The trunks have one shape and run as one batched product: with 256 rows a 64x64 layer of both, forward and backward,
-        takes 91 us instead of 133 on two cores, because each core works through a network of its own.
+        takes 91 us instead of 133 on two cores, because each core computes one network.
         """
         activation = ACTIVATIONS[self.activation]
-        if len(trunks) == 1:  # acting: 40 us for eight observations, 74 the other way
+        if len(trunks) == 1:  # acting: 40 us for eight observations; the batched product takes 74
             (x,) = x
             for layer in range(len(self.hidden_sizes)):
                 x = activation(torch.addmm(weights[f"{trunks[0]}.{layer}.bias"], x, weights[f"{trunks[0]}.{layer}.weight"]))
@@ -145,7 +145,7 @@ class MLPActorCritic(DistributionMixin):
         return x
 
     def _actor_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Any:
-        # transposed, (A, R): a narrow output as A long rows, so that what follows reads whole vectors of it
+        # transposed, (A, R): a narrow output as A long rows, so that the next operations read contiguous vectors
         out = torch.addmm(weights["actor.head.bias"].unsqueeze(1), weights["actor.head.weight"].mT, features.mT)
         out = out.mT.reshape(*shape, -1)  # (..., A)
         return (out, weights["actor.log_std"].expand_as(out)) if "actor.log_std" in weights else out

@@ -22,14 +22,14 @@ class ModulePolicy(DistributionMixin):
     """A module of the user as a `Network`. It is compiled, captured and saved like the built-in networks.
 
     The module is made by `factory(inputs, num_outputs)`: `inputs` is the shape (*shape) of its input without the batch axis,
-    or a dict of shapes by leaf if there are several. It is called with floats (R, *shape), or a dict of
-    them (images as (C, H, W) in [0, 1], categories one-hot, all others flat, masks not at all), in eval mode, and returns
-    (outputs (R, num_outputs), value (R,) or (R, 1)). Outputs are logits, or the means of continuous actions, whose log standard
-    deviations are one more weight. Parameters without requires_grad and buffers are not trained; both are saved.
+    or a dict of shapes by leaf if there are several. It is called in eval mode with floats (R, *shape), or a dict of them:
+    images as (C, H, W) in [0, 1], categories one-hot, all others flat, no masks. It returns (outputs (R, num_outputs), value
+    (R,) or (R, 1)). Outputs are logits, or the means of continuous actions; the log standard deviations of those are one more
+    weight. Parameters without requires_grad and buffers are saved but not trained.
     """
 
     def __init__(self, factory: ModuleFactory, obs: ObsSpec, action: ActionSpec, log_std_init: float, seed: int = 0) -> None:
-        """seed: for the random initial weights of the module. Raises UsageError if it breaks the contract above."""
+        """seed: for the random initial weights of the module. Raises UsageError if the module breaks the contract above."""
         self.leaves = obs.observed
         self.distribution = action.distribution
         self.choices = choices(action.distribution, action.size)
@@ -39,7 +39,7 @@ class ModulePolicy(DistributionMixin):
         given: Any = shapes["obs"] if list(shapes) == ["obs"] else shapes
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs' too, and leave them so
+                torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPUs' generators
                 self.module = factory(given, action.size)
         except Exception as error:  # a user's module may raise anything
             raise UsageError(f"policy({given}, {action.size}) failed: {brief(error)}") from error
@@ -63,14 +63,14 @@ class ModulePolicy(DistributionMixin):
         got = [(tuple(x.shape), x.dtype) if isinstance(x, Tensor) else (type(x).__name__, None) for x in parts]
         value_shapes = [((2,), torch.float32), ((2, 1), torch.float32)]
         if len(got) != 2 or got[0] != ((2, action.size), torch.float32) or got[1] not in value_shapes:
-            told = ", ".join(f"{shape} {dtype or ''}".strip() for shape, dtype in got)
+            returned = ", ".join(f"{shape} {dtype or ''}".strip() for shape, dtype in got)
             raise UsageError(
                 f"policy: its module must return a tuple of outputs (R, {action.size}) and value (R,) in float32; "
-                f"for R = 2 it returned {told}"
+                f"for R = 2 it returned {returned}"
             )
 
     def sources(self) -> None:
-        """Not known: the module's code may lie anywhere and call anything."""
+        """None: the module's code may be anywhere and may call anything."""
 
     @property
     def fixed(self) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class ModulePolicy(DistributionMixin):
         return torch.cat([weights[name].detach().flatten() for name in self.shapes])
 
     def actor(self, weights: Weights, obs: Obs) -> Any:
-        """Distribution parameters for obs (..., *shape) or leaves of it by key: logits (..., A), or (mean, log_std)."""
+        """Distribution parameters for obs (..., *shape), or its leaves by key: logits (..., A), or (mean, log_std)."""
         return self.actor_critic(weights, obs)[0]
 
     def critic(self, weights: Weights, obs: Obs) -> Tensor:
@@ -109,7 +109,7 @@ class ModulePolicy(DistributionMixin):
         return self.actor_critic(weights, obs)[1]
 
     def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
-        """Both at once."""
+        """Distribution parameters and V(obs)."""
         given = {"obs": obs} if isinstance(obs, Tensor) else obs
         inputs = {leaf.key: encode(leaf, given[leaf.key]) for leaf in self.leaves}
         first = self.leaves[0]

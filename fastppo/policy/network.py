@@ -1,6 +1,6 @@
-"""What every network is: pure functions of one flat parameter buffer. Knows nothing of learning or of environments.
+"""The contract of networks: pure functions of one flat parameter buffer. Knows nothing of learning or of environments.
 
-The buffer is one tensor (P,); every weight is a view of it. The gradient norm, Adam and a copy of the parameters are then one
+The buffer is one tensor (P,); every weight is a view of it. The gradient norm, Adam and a copy of the parameters then take one
 operation each instead of one per layer.
 """
 
@@ -37,7 +37,7 @@ class Network(Policy, Protocol):
 
 
 class DistributionMixin:
-    """The methods of `core.contracts.Policy` that its action distribution answers."""
+    """The methods of `core.contracts.Policy` that depend on the action distribution alone."""
 
     distribution: Family
 
@@ -59,13 +59,13 @@ class DistributionMixin:
         return self.distribution.entropy(dist)
 
     def sources(self) -> list[Path] | None:
-        """The files of this folder, and of the folder that the class is in."""
+        """The source files of this folder and of the folder of the class."""
         folders = {Path(__file__).parent, Path(inspect.getfile(type(self))).parent}
         return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 class Part(Protocol):
-    """A piece of a network, with its own section of the flat buffer."""
+    """A part of a network, with its own section of the flat buffer."""
 
     @property
     def num_params(self) -> int:
@@ -77,16 +77,16 @@ class Part(Protocol):
         ...
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of its section, by names that no other part has."""
+        """Views of its section, by name. No other part has these names."""
         ...
 
     def flatten(self, weights: Weights) -> Tensor:
-        """The inverse of `weights`, which may hold those of other parts too. Raises KeyError or ValueError."""
+        """The inverse of `weights`; the mapping may also hold other parts' weights. Raises KeyError or ValueError."""
         ...
 
 
 class Shaped:
-    """Sizes of a `Part` whose weights have these shapes."""
+    """The size of a `Part`, from the shapes of its weights."""
 
     shapes: dict[str, tuple[int, ...]]  # name -> shape, in the order of the buffer
 
@@ -97,11 +97,11 @@ class Shaped:
 
 
 class Composed(DistributionMixin):
-    """A network of parts, whose sections follow one another in the flat buffer."""
+    """A network of parts. Their sections follow one another in the flat buffer."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """In the order of the buffer."""
+        """The parts, in the order of the buffer."""
         raise NotImplementedError
 
     @property

@@ -1,7 +1,7 @@
 """Running statistics of observations and of discounted returns. Knows nothing of environments or networks.
 
-They are frozen while a rollout is collected and learned from, and updated once between iterations. So acting and learning see
-the same numbers, and the ratio of the first minibatch is 1.
+They are frozen during an iteration and updated once between iterations. So acting and learning use the same numbers, and the
+ratio of the first minibatch is 1.
 """
 
 from collections.abc import Container, Mapping
@@ -16,11 +16,11 @@ from fastppo.core.losses import Total, alone
 
 
 class RunningMoments(NamedTuple):
-    """Mean and population variance of everything seen, of the variable's shape, and the count, (): all float64."""
+    """Mean and population variance of all rows so far, with the variable's shape, and the number of rows, (): all float64."""
 
     mean: Tensor
     var: Tensor
-    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which is not used
 
 
 def init_moments(shape: tuple[int, ...], device: torch.device | str = "cpu") -> RunningMoments:
@@ -34,7 +34,7 @@ def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor, total: To
 
     Args:
         x: (R, *shape); weight: (R,), 1 for a row that counts and 0 for one that does not.
-        total: sums over all processes, where each has a part of the rows; all get the same moments.
+        total: sums over all processes if each has a part of the rows; all get the same moments.
 
     Returns:
         New moments; a batch without a counting row changes nothing.
@@ -57,7 +57,7 @@ def update_moments(moments: RunningMoments, x: Tensor, weight: Tensor, total: To
 
 
 def inverse_std(moments: RunningMoments, eps: float = 1e-8, dtype: torch.dtype = torch.float32) -> Tensor:
-    """1 / sqrt(var + eps); 1 while nothing has been seen."""
+    """1 / sqrt(var + eps); 1 for no data."""
     return (moments.var + eps).rsqrt().to(dtype)
 
 
@@ -65,10 +65,10 @@ def discounted_return(reward: Tensor, done: Tensor, valid: Tensor, carry: Tensor
     """The running discounted reward of each environment, R[t] = gamma * (1 - done[t-1]) * R[t-1] + reward[t].
 
     Its standard deviation is the scale of the critic's targets; rewards are divided by it (Engstrom et al., 2020, arXiv
-    2005.12729; Stable-Baselines3's VecNormalize, whose treatment of episode ends this is).
+    2005.12729). Ends of episodes are treated as in Stable-Baselines3's VecNormalize.
 
     Args:
-        reward (T, N) float, done and valid (T, N) bool; carry (N,): what R[-1] leaves for row 0, 0 after an end.
+        reward (T, N) float, done and valid (T, N) bool; carry (N,): the R before row 0, 0 after an end.
 
     Returns:
         R (T, N) and the next carry (N,).
@@ -88,7 +88,7 @@ def make_normalization(
     return_std: Tensor,
     wide: Container[str] = (),
 ) -> Normalization:
-    """What the programs take: the statistics as they stand, float32, or float64 for the leaves that are `wide`.
+    """The current statistics for the programs: float32, or float64 for the leaves in `wide`.
 
     obs_moments: by leaf of the observation.
     """

@@ -23,8 +23,8 @@ from fastppo.policy.network import Composed, Family, Part, Shaped, check_shapes
 class Rnn(Shaped):
     """Layers of LSTM or GRU cells, one stack for each of K users (an actor and a critic, or both together). A `Part`.
 
-    A row of the state holds the first user's numbers, then the second's; of each, layer by layer, h and for an LSTM c:
-    S = K L H or 2 K L H numbers.
+    A row of the state holds the numbers of the first user, then those of the second. A user has, layer by layer, h and for an
+    LSTM c. S = K L H for a GRU, 2 K L H for an LSTM.
     """
 
     kind: Literal["lstm", "gru"]
@@ -41,13 +41,13 @@ class Rnn(Shaped):
             shapes[f"rnn.{layer}.input.weight"] = (users, size if layer else self.input_size, gates)
             shapes[f"rnn.{layer}.input.bias"] = (users, gates)
             shapes[f"rnn.{layer}.hidden.weight"] = (users, size, gates)
-            if self.kind == "gru":  # of n alone: it is multiplied by r, which the input's is not
+            if self.kind == "gru":  # of gate n alone: r multiplies this bias, and not that of the input
                 shapes[f"rnn.{layer}.hidden.bias"] = (users, size)
         object.__setattr__(self, "shapes", shapes)
 
     @property
     def rnn_state_size(self) -> int:
-        """S."""
+        """S, the size of the state of all users."""
         return self.num_users * self.user_size
 
     @property
@@ -65,7 +65,7 @@ class Rnn(Shaped):
         return params
 
     def weights(self, params: Tensor) -> dict[str, Tensor]:
-        """Views of its section, those of all users as one."""
+        """Views of its section. Each weight holds all users."""
         parts = params.split([math.prod(shape) for shape in self.shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
@@ -77,7 +77,7 @@ class Rnn(Shaped):
     def step(self, weights: Weights, x: Tensor, rnn_state: Tensor) -> tuple[Tensor, Tensor]:
         """One step: x (R, input_size), rnn_state (R, S) -> out (K, R, H), the next state.
 
-        With the state of the first user alone, (R, S / K): the step of that user.
+        A state (R, S / K) is that of the first user: then only this user takes the step.
         """
         users = rnn_state.shape[-1] // self.user_size
         parts = NUM_STATES[self.kind]
@@ -117,7 +117,7 @@ class Rnn(Shaped):
         return out, torch.stack(after, 3).transpose(1, 2).reshape(steps, number, self.rnn_state_size)
 
     def _gates(self, weights: Weights, layer: int, x: Tensor, users: int) -> Tensor:
-        """The share of the inputs in the gates: (K, R, D) -> (K, R, G H)."""
+        """The inputs' part of the gates: (K, R, D) -> (K, R, G H)."""
         bias, weight = weights[f"rnn.{layer}.input.bias"][:users], weights[f"rnn.{layer}.input.weight"][:users]
         return torch.baddbmm(bias.unsqueeze(1), x, weight)
 
@@ -126,7 +126,7 @@ class Rnn(Shaped):
 class RecurrentActorCritic(Composed):
     """An encoder, an rnn, then the layers of actor and critic; a `core.contracts.RecurrentPolicy`.
 
-    `rnn.input_size` is `encoder.size`, `mlp.obs_size` is `rnn.hidden_size`. Actor and critic have a state each if the
+    `rnn.input_size` is `encoder.size`, `mlp.obs_size` is `rnn.hidden_size`. Actor and critic have separate states if the
     rnn has two users.
     """
 
@@ -140,7 +140,7 @@ class RecurrentActorCritic(Composed):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """In the order of the buffer."""
+        """The parts, in the order of the buffer."""
         return self.encoder, self.rnn, self.mlp
 
     @property
@@ -150,19 +150,19 @@ class RecurrentActorCritic(Composed):
 
     @property
     def actor_size(self) -> int:
-        """How many of them, the first ones, acting needs."""
+        """Size of the first part of the state, the only one that acting needs."""
         return self.rnn.user_size
 
     def step(self, weights: Weights, obs: Obs, rnn_state: Tensor) -> tuple[Any, Tensor]:
-        """The distribution's parameters for obs (N, *shape), and the memory after it, from that before, (N, S).
+        """One step: obs (N, *shape), rnn_state (N, S) -> parameters of the distribution, the next state (N, S).
 
-        Of rnn_state (N, actor_size) that alone.
+        From rnn_state (N, actor_size), the next state has that size too.
         """
         out, rnn_state = self.rnn.step(weights, self.encoder.encode(weights, obs), rnn_state)
         return masked(self.mlp.actor(weights, out[0]), obs, self.mlp), rnn_state
 
     def value_from_state(self, weights: Weights, obs: Obs, rnn_state: Tensor) -> Tensor:
-        """V(obs), (...), of obs (..., *shape), after what is remembered in rnn_state (..., S)."""
+        """V(obs), (...), for obs (..., *shape) and the state before it, rnn_state (..., S)."""
         x = self.encoder.encode(weights, obs)
         out, _ = self.rnn.step(weights, x.reshape(-1, x.shape[-1]), rnn_state.reshape(-1, self.rnn_state_size))
         return self.mlp.critic(weights, out[-1]).reshape(rnn_state.shape[:-1])
@@ -170,9 +170,9 @@ class RecurrentActorCritic(Composed):
     def unroll(
         self, weights: Weights, obs: Obs, episode_start: Tensor, rnn_state: Tensor, cells: Cells
     ) -> tuple[Any, Tensor, Tensor]:
-        """T steps of n environments at once: the distribution's parameters (T, n, ...), V (T, n), memory after each (T, n, S).
+        """T steps of n environments at once: the distribution's parameters (T, n, ...), V (T, n), state after each (T, n, S).
 
-        obs: (T, n, *shape). episode_start: (T, n) bool, the state before such a step is zero. rnn_state: (n, S), before step 0.
+        obs: (T, n, *shape). episode_start: (T, n) bool; the state before such a step is zero. rnn_state: (n, S), before step 0.
         """
         out, rnn_state = self.rnn.unroll(weights, self.encoder.encode(weights, obs), episode_start, rnn_state, cells)
         dist, value = self.mlp.both(weights, out, episode_start.shape)

@@ -1,9 +1,9 @@
-"""Between an environment's spaces and the numbers a policy sees and samples. Knows nothing of networks or learning.
+"""Map an environment's observation and action spaces to tensors. Knows nothing of networks or learning.
 
-An observation is one tensor or several: a Dict or Tuple is taken apart into leaves, each with a key of its own in the rollout,
-stored as the environment gives it (images stay uint8). Legal actions, where the environment tells them, are one more leaf.
-The rollout stores actions as sampled; bounds are applied on the way to the environment only, so the log-probabilities that PPO
-compares are those of what was sampled.
+An observation is one tensor or several: a Dict or Tuple is split into leaves. Each leaf has its own key in the rollout and is
+stored as the environment returns it (images stay uint8). An action mask, if the environment has one, is one more leaf.
+The rollout stores actions as sampled. Bounds are applied only on the way to the environment, so PPO compares log-probabilities
+of the sampled actions.
 """
 
 import math
@@ -23,17 +23,17 @@ from fastppo.errors import UsageError
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Distribution, MultiCategorical
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
-NO_BOUND = 1e38  # a bound of this size or more is how environments say that there is none: float32's largest, float64's
-MIN_IMAGE_SIDE = 36  # the least that the three convolutions of the Nature CNN leave something of
+NO_BOUND = 1e38  # a bound this large means no bound: environments give the largest float32 or float64
+MIN_IMAGE_SIDE = 36  # smaller images have no output after the three convolutions of the Nature CNN
 
 
 @dataclass(frozen=True)
 class ObsLeaf:
-    """One tensor of an observation: where it is found, how it is stored, what the networks make of it.
+    """One tensor of an observation: its place in the observation, how it is stored, and how the networks read it.
 
     key: in the rollout. path: to it through Dicts and Tuples. shape, dtype: of one environment, as stored.
     kind: "vector", numbers as they are, times `scale`; "categories", integers, each turned into a one-hot vector; "image",
-    pixels times `scale`, for a convolutional network; "mask", which actions are legal, no input of the networks.
+    pixels times `scale`, for a convolutional network; "mask", the legal actions, no input of the networks.
     categories: (first value, number of values) of each component.
     """
 
@@ -47,11 +47,11 @@ class ObsLeaf:
 
     @property
     def size(self) -> int:
-        """Numbers that the networks see of it, an image's pixels included."""
+        """Number of inputs that the networks get from it, an image's pixels included."""
         return sum(number for _, number in self.categories) if self.kind == "categories" else math.prod(self.shape)
 
     def find(self, obs: Any) -> Any:
-        """This leaf of an observation as the environment gives it."""
+        """This leaf of an observation of the environment."""
         for name in self.path:
             obs = obs[name]
         return obs
@@ -59,7 +59,7 @@ class ObsLeaf:
 
 @dataclass(frozen=True)
 class ObsSpec:
-    """What an environment observes: leaves in the order of their keys."""
+    """The observation of one environment: leaves in the order of their keys."""
 
     leaves: tuple[ObsLeaf, ...]
 
@@ -78,28 +78,28 @@ class ObsSpec:
 
     @property
     def normalized(self) -> tuple[ObsLeaf, ...]:
-        """What --norm-obs is for: numbers whose scale nobody knows."""
+        """The leaves that --norm-obs normalises: numbers of unknown scale."""
         numbers = (leaf for leaf in self.leaves if leaf.kind == "vector" and leaf.dtype is not torch.bool)
         return tuple(leaf for leaf in numbers if leaf.scale == 1.0)
 
     @property
     def wide(self) -> frozenset[str]:
-        """Keys of the normalised leaves that float32 has no room for: their mean is subtracted in float64."""
+        """Keys of the normalised leaves that float32 cannot hold exactly: their mean is subtracted in float64."""
         return frozenset(leaf.key for leaf in self.normalized if leaf.dtype.itemsize >= 4 and leaf.dtype is not torch.float32)
 
     @property
     def is_plain(self) -> bool:
-        """One vector (D,) that networks take as it is."""
+        """Whether it is one vector (D,), which needs no encoder."""
         (first, *others) = self.leaves
         return not others and first.key == "obs" and first.dtype.is_floating_point and len(first.shape) == 1
 
     @property
     def info_mask(self) -> ObsLeaf | None:
-        """The legal actions, where they come in the info."""
+        """The action mask, if it comes in the info."""
         return next((leaf for leaf in self.leaves if leaf.kind == "mask" and not leaf.path), None)
 
     def join(self, leaves: Mapping[str, Any]) -> Any:
-        """What networks take (core.contracts.Obs): the tensor alone where the space is no structure, else all by key."""
+        """The networks' input (core.contracts.Obs): the tensor of a plain space without a mask, else all by key."""
         if len(self.leaves) == 1 and self.leaves[0].key == "obs":
             return leaves["obs"]
         return {leaf.key: leaves[leaf.key] for leaf in self.leaves}
@@ -108,12 +108,12 @@ class ObsSpec:
 def obs_spec(
     space: gym.Space[Any], info_mask_size: int | None = None, action: "ActionSpec | None" = None, normalize: bool = False
 ) -> ObsSpec:
-    """The policy's side of an observation space.
+    """The leaves of an observation space.
 
     Args:
         info_mask_size: numbers in each environment's info["action_mask"]; None: there is none.
-        action: what a mask has to fit.
-        normalize: observations will be normalised, so those of float64 are stored as such; otherwise all floats as float32.
+        action: the actions that a mask has to fit.
+        normalize: observations will be normalised: float64 is stored as float64. Otherwise all floats are stored as float32.
 
     Raises:
         UsageError: a space that is not supported, or a mask that does not fit the actions.
@@ -142,7 +142,7 @@ def obs_spec(
 
 
 def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Iterator[ObsLeaf]:
-    """The leaves of a space; a part of no numbers, as Box(shape=(0,)), has none."""
+    """The leaves of a space. An empty part, like Box(shape=(0,)), has none."""
     if isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
         return
     if isinstance(space, Dict | Tuple):
@@ -190,7 +190,7 @@ def is_image_shape(shape: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class ActionSpec:
-    """One action of one environment: how it is distributed, stored and handed over."""
+    """An action of one environment: its distribution, how it is stored, and how the environment gets it."""
 
     space: gym.Space[Any]
     distribution: Distribution | MultiCategorical
@@ -203,9 +203,9 @@ class ActionSpec:
     squash: bool
 
     def to_env(self, action: Tensor) -> Tensor:
-        """Stored actions (N, *shape) -> what the environments take: shifted, clipped or squashed to the space.
+        """Stored actions (N, *shape) -> actions for the environments: shifted, clipped or squashed to the space.
 
-        Actions of a Box or MultiDiscrete are to be on the device that the bounds are on: the CPU, or where `to` has put them.
+        Actions of a Box or MultiDiscrete must be on the device of the bounds: the CPU, or the one given to `to`.
         """
         if isinstance(self.space, Discrete):
             return (action + int(self.space.start) if self.space.start else action).to(self.env_dtype)
@@ -214,20 +214,20 @@ class ActionSpec:
         else:
             if self.squash:
                 action = self.low + (action.tanh() + 1.0) * (0.5 * self.high - 0.5 * self.low)
-            # in the environment's own type: rounded to float32 a bound may lie outside
+            # in the environment's dtype: a bound rounded to float32 may lie outside the space
             action = torch.minimum(torch.maximum(action.to(self.env_dtype), self.low), self.high)
         return action.to(self.env_dtype).reshape(*action.shape[:-1], *(self.space.shape or ()))
 
     def to_env_array(self, action: Tensor) -> NDArray[Any]:
-        """`to_env` for environments of arrays: a new one, of an action on the CPU. The same bits.
+        """`to_env` for environments of arrays: a new array, from an action on the CPU. The same bits.
 
-        Between two steps of an environment, where nothing is in the cache any more, `to_env` of a Box takes 52 us and this 23.
+        Between two steps of an environment, with a cold cache, `to_env` of a Box takes 52 us and this 23.
         """
         stored = action.numpy()
         if isinstance(self.space, Discrete):
             return (stored + int(self.space.start)).astype(self.space.dtype, copy=False)
         if self.squash or isinstance(self.distribution, MultiCategorical):
-            return self.to_env(action).numpy()  # new already
+            return self.to_env(action).numpy()  # a new array already
         low, high = self._bounds
         clipped = np.minimum(np.maximum(stored.astype(low.dtype), low), high)
         return clipped.reshape(*stored.shape[:-1], *(self.space.shape or ()))
@@ -246,7 +246,7 @@ class ActionSpec:
 
 
 def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
-    """The policy's side of an action space; raises UsageError for one that is not supported."""
+    """The `ActionSpec` of a space. Raises UsageError for a space that is not supported."""
     none = torch.empty(0, dtype=torch.float32, device="cpu")
     if isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
         raise UsageError(f"--env-id: action space {space} is of shape {space.shape}, which leaves nothing to choose")

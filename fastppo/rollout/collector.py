@@ -1,4 +1,4 @@
-"""The contract of a collector, which fills a rollout from environments, and the choice of one."""
+"""The contract of a collector, which fills a rollout from environments. Chooses the collector of a run."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -19,16 +19,16 @@ class Collector(Protocol):
     """Fills a rollout from environments, again and again. For a recurrent policy `act` takes and returns its state too."""
 
     def reset(self, seed: ResetSeed) -> None:
-        """Reset all environments. Their first observations wait in row T, where `collect` finds them. None: not seeded."""
+        """Reset all environments and write their first observations to row T, where `collect` reads them. None: no seed."""
 
     def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
         """Fill rows 0 .. T-1 and the observation of row T.
 
         Args:
             act: (obs (N, ...), or its leaves by key, noise (N, ...)) -> action (N, ...), on the rollout's device. For a
-                recurrent policy as core.acting.act_recurrent. A DeviceCollector takes another one.
+                recurrent policy, see core.acting.act_recurrent. For a DeviceCollector, see its `collect`.
             noise: (T, N, ...).
-            cut: truncate the episodes that go on after row T-1, as a time limit would. The caller must reset afterwards.
+            cut: truncate the episodes that have not ended by row T-1, as a time limit would. The caller must reset afterwards.
 
         Raises:
             TrainingFault: an environment raised, gave no answer, or returned a number that is not finite.
@@ -40,7 +40,7 @@ class Collector(Protocol):
         ...
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The rollout as far as it has come, on the CPU, for the report of a fault."""
+        """The rollout up to the current step, on the CPU, for the report of a fault."""
         ...
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
@@ -48,7 +48,7 @@ class Collector(Protocol):
         ...
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue from `state_dicts`' result, of the same environments. The caller checks shapes and number of tensors."""
+        """Continue from the result of `state_dicts` of the same environments. The caller checks the number and shapes."""
         ...
 
 
@@ -60,7 +60,7 @@ def start_collector(
     seed: ResetSeed,
     rnn_state: RnnState | None = None,
 ) -> Collector:
-    """Reset the environments and choose a collector by what they are: functions on tensors, or what `step` returns.
+    """Reset the environments and choose a collector: by type, and by whether `step` returns tensors or arrays.
 
     Raises TrainingFault if an environment fails to reset, or takes longer than the deadline of `envs`.
     """

@@ -1,4 +1,4 @@
-"""Fill a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
+"""Fill a rollout from environments that are functions on tensors, with one call of a program for all T steps."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cu
 
 
 class DeviceCollector:
-    """Fills a rollout from environments that are functions on tensors, by one call of a program for all T steps."""
+    """Fills a rollout from environments that are functions on tensors, with one call of a program for all T steps."""
 
     def __init__(
         self, envs: TorchVectorEnv, rollout: TensorDict, action: ActionSpec, rnn_state: RnnState | None = None
@@ -49,17 +49,17 @@ class DeviceCollector:
             self.tensors["episode_start"][-1] = True
 
     def _policy_state(self) -> tuple[Tensor, ...]:
-        """For a recurrent policy: its state, and where the next observation is an episode's first."""
+        """For a recurrent policy: its state, and whether the next observation is the first of an episode. Otherwise ()."""
         if self.rnn_state is None:
             return ()
         episode_start = self.tensors["episode_start"][-1]
         return self.rnn_state.now, episode_start.clone()
 
     def collect(self, act: Callable[..., CollectResult], noise: Tensor, cut: bool = False) -> Phases:
-        """Fill the rollout by one call of `act`. See Collector for the other arguments and errors.
+        """Fill the rollout with one call of `act`. See Collector for the other arguments and errors.
 
-        act: (running, noise (T, N, ...), random (T, N, K)) -> CollectResult. running is `pack`'s result; for a recurrent policy
-            see core.acting.collect. All of the time counts as `env`.
+        act: (running, noise (T, N, ...), random (T, N, K)) -> CollectResult. running is the result of `pack`; for a recurrent
+            policy see core.acting.collect. All of the time counts as `env`.
         """
         started = time.perf_counter()
         before = self._policy_state()
@@ -67,7 +67,7 @@ class DeviceCollector:
             collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
         except ENVIRONMENT_ERRORS as error:
             raise environment_fault(error, "in the rollout") from error
-        collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot tell that its results record gradients
+        collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot detect that its results record gradients
         after, tensors = collected.running, self.tensors
         if self.rnn_state is not None:
             self.rnn_state.begin()
@@ -81,14 +81,14 @@ class DeviceCollector:
         torch.logical_not(running.done, out=self.last_valid)
         if self.rnn_state is not None:
             tensors["episode_start"][0].copy_(before[1])
-            torch.logical_not(tensors["valid"][:-1], out=tensors["episode_start"][1:])  # the row before has reset it
+            torch.logical_not(tensors["valid"][:-1], out=tensors["episode_start"][1:])  # the row before only reset
         self.cut = cut_episodes(tensors) if cut else None
         if not collected.finite.all():  # sync: once per rollout
             check_finite(tensors)
         return Phases(env=time.perf_counter() - started)
 
     def outcomes(self) -> Outcomes:
-        """Rewards and ends of the last rollout; on the CPU views of it."""
+        """Rewards and ends of the last rollout; views if it is on the CPU."""
         return outcomes_of(self.tensors, self.cut)
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -96,11 +96,11 @@ class DeviceCollector:
         return on_cpu(self.tensors)
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
-        """The state of each seed's environments and, for a recurrent policy, its state of them."""
+        """The state of each seed's environments and, for a recurrent policy, its own state."""
         return states_of(self.envs, self._policy_state())
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue from `state_dicts`' result."""
+        """Continue from the result of `state_dicts`."""
         each = [[x.to(self.envs.device, copy=True) for x in state["running"]] for state in states]
         running = stack(each) if self.seeded else each[0]
         if self.rnn_state is not None:

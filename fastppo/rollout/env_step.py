@@ -1,4 +1,4 @@
-"""One step of environments that are functions on tensors, as a program takes it. Knows nothing of rollouts.
+"""One step of environments that are functions on tensors, for use in a program. Knows nothing of rollouts.
 
 The text of this file is in the key of compiled programs (see `EnvStep.sources`).
 """
@@ -30,16 +30,16 @@ class EnvStep:
     def __call__(
         self, running: tuple[Tensor, ...], action: Tensor, random: Tensor
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """`running, (reward, terminated, truncated)` after one step, or a reset where an episode has ended."""
+        """`running, (reward, terminated, truncated)` after one step, or after a reset if the episode has ended."""
         action = self.action.to_env(action)
         with theirs():
             after, result = autoreset_step(self.env, self.unpack(running), action, random)
         return pack(after), (result.reward, result.terminated, result.truncated)
 
     def sources(self) -> list[Path] | None:
-        """The files whose text defines this step. None for an environment from outside fastppo: its code may be anywhere."""
+        """The files whose text defines this step. None for a user's environment: its code may be anywhere."""
         folder = Path(autoreset_step.__code__.co_filename).parent
-        with contextlib.suppress(OSError, TypeError):  # a class of a notebook has no file
+        with contextlib.suppress(OSError, TypeError):  # a class defined in a notebook has no file
             if Path(inspect.getfile(type(self.env))).parent == folder:
                 return [Path(__file__), *sorted(folder.glob("*.py"))]
         return None

@@ -21,27 +21,27 @@ from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cu
 
 
 class StepCollector:
-    """The loop over the steps of a rollout. Subclasses say where rows are written and how actions reach the environments."""
+    """The loop over the steps of a rollout. Subclasses define where rows are written and how the environments get actions."""
 
     def __init__(
         self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, rnn_state: RnnState | None = None
     ) -> None:
         """rollout: see `by_step`."""
         self.envs, self.action, self.rnn_state = envs, action, rnn_state
-        self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # searched for once, not in each step
+        self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # computed once, not in each step
         self.seeds = rollout.shape[1:2] if rollout.ndim > 2 else None
         self.tensors: dict[str, Tensor] = dict(rollout.items())
-        self.seen = [leaf.key for leaf in obs] + ([] if rnn_state is None else ["episode_start"])  # what `act` gets
-        self.seen_rows = {key: self.tensors[key].unbind(0) for key in self.seen}
-        rows = zip(*self.seen_rows.values(), strict=True)
-        self.act_rows = [obs.join(dict(zip(self.seen, row, strict=True))) for row in rows]
+        self.act_keys = [leaf.key for leaf in obs] + ([] if rnn_state is None else ["episode_start"])  # the inputs of `act`
+        self.rows_by_key = {key: self.tensors[key].unbind(0) for key in self.act_keys}
+        rows = zip(*self.rows_by_key.values(), strict=True)
+        self.act_rows = [obs.join(dict(zip(self.act_keys, row, strict=True))) for row in rows]
         self.storage = self._written()
         self.rows = {key: tuple(written) for key, written in self.storage.items()}
-        self.game_over: NDArray[Any] | None = None  # (T, N), where the environments tell
+        self.game_over: NDArray[Any] | None = None  # (T, N), if the environments report it
         self.cut: Any = None  # (N,) bool, see Outcomes
 
     def _written(self) -> Mapping[str, Any]:
-        """The arrays or tensors (T+1, N, ...) by key that rows are written to."""
+        """The arrays or tensors (T+1, N, ...), by key, in which rows are written."""
         raise NotImplementedError
 
     def _act_obs(self, t: int) -> Any:
@@ -49,7 +49,7 @@ class StepCollector:
         return self.act_rows[t]
 
     def _env_action(self, t: int, action: Tensor) -> Any:
-        """Keep the actions (N, ...) of row t, and return them as the environments take them."""
+        """Store the actions (N, ...) of row t and return them in the form of the environments."""
         raise NotImplementedError
 
     def _finish(self) -> None:
@@ -61,16 +61,16 @@ class StepCollector:
             self.begin(*self.envs.reset_and_mask(seed))
 
     def begin(self, obs: Any, action_mask: Any = None) -> None:
-        """Put the first observations (N, ...) of all environments into row T, from where `collect` takes them."""
+        """Write the first observations (N, ...) of all environments to row T, where `collect` reads them."""
         self._write_obs(-1, obs, action_mask)
         self.storage["valid"][-1] = True
         if self.rnn_state is not None:
             self.storage["episode_start"][-1] = True
 
     def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
-        """Fill the rollout by T calls of `act` and of the environments' `step`. See Collector for arguments and errors."""
+        """Fill the rollout with T calls of `act` and of the environments' `step`. See Collector for arguments and errors."""
         phases = Phases()
-        for key in (*self.seen, "valid"):
+        for key in (*self.act_keys, "valid"):
             self.storage[key][0] = self.storage[key][-1]
         rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
         for t, step_noise in enumerate(noise.unbind(0)):
@@ -79,7 +79,7 @@ class StepCollector:
             if rnn_state is None:
                 action = act(obs, step_noise)  # (N, ...)
             else:
-                action, rnn_state = act(obs, step_noise, rnn_state, self.seen_rows["episode_start"][t])
+                action, rnn_state = act(obs, step_noise, rnn_state, self.rows_by_key["episode_start"][t])
             env_action = self._env_action(t, action)
             acted = time.perf_counter()
             try:
@@ -99,7 +99,7 @@ class StepCollector:
         return phases
 
     def _write_step(self, t: int, step: Step) -> None:
-        """Write what step t returned: the observation into row t + 1, the rest into row t."""
+        """Write the result of step t: the observation to row t + 1, the rest to row t."""
         self._write_obs(t + 1, step.obs, step.action_mask)
         self._write("reward", t, step.reward)
         self._write("terminated", t, step.terminated)
@@ -115,7 +115,7 @@ class StepCollector:
             ended = self.rows["terminated"][t] | self.rows["truncated"][t]
             if self.envs.keeps_final_obs:
                 self.rows["episode_start"][t + 1][...] = ended
-            else:  # the step after the end resets, and the row after that is an episode's first
+            else:  # the step after the end only resets; the row after it is the first of an episode
                 self.rows["episode_start"][t + 1][...] = ~self.rows["valid"][t]
                 self.rows["valid"][t + 1][...] = ~ended
 
@@ -125,26 +125,26 @@ class StepCollector:
                 self.rows[leaf.key][row][...] = True
             elif leaf is self.info_mask:
                 self._write(leaf.key, row, action_mask)
-            elif leaf.kind == "mask":  # of any type and shape; stored as (N, A) bool
+            elif leaf.kind == "mask":  # of any dtype and shape; stored as (N, A) bool
                 mask = leaf.find(obs)
                 self._write(leaf.key, row, (mask != 0).reshape(len(mask), -1))
             else:
                 self._write(leaf.key, row, leaf.find(obs))
 
     def _write(self, key: str, row: int, batch: Any) -> None:
-        """Write what environments returned, (N, ...), of several seeds (S * N, ...)."""
+        """Write a batch from the environments, (N, ...), or (S * N, ...) for several seeds."""
         self.rows[key][row][...] = self._by_seed(batch)
 
     def _by_seed(self, batch: Any) -> Any:
-        """(S * N, ...) -> (S, N, ...), where there are several seeds."""
+        """(S * N, ...) -> (S, N, ...) if there are several seeds."""
         return batch if self.seeds is None else batch.reshape(*self.seeds, -1, *batch.shape[1:])
 
     def outcomes(self) -> Outcomes:
-        """Rewards and ends of the last rollout; on the CPU views of it."""
+        """Rewards and ends of the last rollout; views if it is on the CPU."""
         return outcomes_of(self.storage, self.cut, self.game_over)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """The rollout as far as it has come, on the CPU."""
+        """The rollout up to the current step, on the CPU."""
         return on_cpu(self.storage)
 
     def state_dicts(self) -> list[dict[str, Any]] | None:
@@ -159,21 +159,21 @@ class StepCollector:
 class HostCollector(StepCollector):
     """Steps environments of numpy arrays.
 
-    On the CPU rows are written through arrays that share the rollout's memory. For a rollout on a GPU they are written to a
-    pinned copy on the host, so that uploads overlap with stepping.
+    On the CPU rows are written to arrays that share the rollout's memory. For a rollout on a GPU rows are written to a pinned
+    copy on the host, so that uploads overlap with stepping.
     """
 
     def _written(self) -> Mapping[str, Any]:
         self.on_host = self.tensors["reward"].device.type == "cpu"
         self.host = self.tensors if self.on_host else {key: x.cpu().pin_memory() for key, x in self.tensors.items()}
-        self.host_rows = {key: self.host[key].unbind(0) for key in self.seen}
+        self.host_rows = {key: self.host[key].unbind(0) for key in self.act_keys}
         self.actions: list[Tensor] = list(self.tensors["action"][:-1])
         return {key: x.numpy() for key, x in self.host.items()}
 
     def _act_obs(self, t: int) -> Any:
         if not self.on_host:
             for key, rows in self.host_rows.items():
-                self.seen_rows[key][t].copy_(rows[t], non_blocking=True)
+                self.rows_by_key[key][t].copy_(rows[t], non_blocking=True)
         return self.act_rows[t]
 
     def _env_action(self, t: int, action: Tensor) -> Any:
@@ -193,29 +193,29 @@ class HostCollector(StepCollector):
 
 
 class TensorCollector(StepCollector):
-    """Steps environments of tensors, without numpy in between and without waiting for the device.
+    """Steps environments of tensors, without numpy and without waiting for the device.
 
-    Environments and rollout may be on different devices: a plain copy then waits for both. One that does not wait would read
-    what is not there yet, or what the next step overwrites. On a GPU the phases say how long it took to queue the work.
+    Environments and rollout may be on different devices: then a blocking copy waits for both. A non-blocking copy could read
+    data that is not written yet or that the next step overwrites. On a GPU the phases are the time to queue the work.
     """
 
     def _written(self) -> Mapping[str, Any]:
-        self.env_device = self.tensors["reward"].device  # until the first observation tells
+        self.env_device = self.tensors["reward"].device  # until the first observation is known
         self.action = self.action.to(self.env_device)
         return self.tensors
 
     @torch.inference_mode()
     def begin(self, obs: Any, action_mask: Any = None) -> None:
-        """As StepCollector.begin. Actions will go to the device that these observations came from."""
+        """As StepCollector.begin. Actions will be moved to the device of these observations."""
         self.env_device = self.observed[0].find(obs).device
         super().begin(obs, action_mask)
 
     def _env_action(self, t: int, action: Tensor) -> Any:
         self.rows["action"][t].copy_(action)
-        action = action.clone()  # an eager `act` runs under inference mode, whose tensors must not reach the environments
+        action = action.clone()  # an eager `act` runs in inference mode; inference tensors must not reach the environments
         return self.action.to_env(action if self.seeds is None else action.flatten(0, 1)).to(self.env_device)
 
-    _write_step = torch.inference_mode()(StepCollector._write_step)  # what environments return may record gradients
+    _write_step = torch.inference_mode()(StepCollector._write_step)  # tensors from the environments may record gradients
 
     def _write_obs(self, row: int, obs: Any, action_mask: Any) -> None:
         super()._write_obs(row, obs, None if action_mask is None else torch.as_tensor(action_mask))

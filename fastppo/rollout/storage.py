@@ -1,8 +1,8 @@
-"""The tensors of a rollout, and what is read from them: outcomes, numbers that are not finite. Knows nothing of losses.
+"""The tensors of a rollout, its outcomes, and the check for numbers that are not finite. Knows nothing of losses.
 
 The rollout is one TensorDict of batch [T+1, N], allocated once and written in place. Row t < T is step t of every environment.
 Row T holds the observation after the last step, for the bootstrap, and becomes row 0 of the next rollout. The rollout of S
-seeds is [S, T+1, N]; collectors write its view [T+1, S, N] (`by_step`). Where they say N, it is then S, N.
+seeds is [S, T+1, N]; collectors write to its view [T+1, S, N] (`by_step`). A shape (N, ...) of a collector is then (S, N, ...).
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastppo.errors import TrainingFault
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 
-STEP_KEYS = ("reward", "terminated", "truncated", "valid")  # what a step returns besides the observation
+STEP_KEYS = ("reward", "terminated", "truncated", "valid")  # the results of a step besides the observation
 
 
 def allocate_rollout(
@@ -31,14 +31,14 @@ def allocate_rollout(
     num_seeds: int | None = None,
     remembers: bool = False,
 ) -> TensorDict:
-    """The one list of keys, shapes and dtypes of a rollout; locked, all zeros. All are (T+1, N, ...):
+    """Allocate a rollout of zeros, locked. The one list of its keys, shapes and dtypes. All are (T+1, N, ...):
 
-    obs (*obs_shape) float32, or the space's own integer type; for a Dict or Tuple its leaves, `obs.name` each.
+    obs (*obs_shape) float32, or the space's own integer dtype; for a Dict or Tuple its leaves, `obs.name` each.
     action_mask (A,) bool, if the environments have masks.
     action (*action_shape) int64 or float32, as sampled.
     reward () float32, raw.
     terminated, truncated () bool.
-    valid () bool: false where the step only reset the environment.
+    valid () bool: false if the step only reset the environment.
     final_obs as obs, only for environments that reset within the step.
     episode_start () bool, only with `remembers` (a recurrent policy): the observation is an episode's first.
     """
@@ -64,7 +64,7 @@ def allocate_rollout(
 
 
 def by_step(rollout: TensorDict) -> TensorDict:
-    """The rollout as collectors write it, steps first: views [T+1, S, N] of a rollout [S, T+1, N], others as they are."""
+    """The rollout for collectors, steps first: views [T+1, S, N] of a rollout [S, T+1, N]; a rollout [T+1, N] itself."""
     if rollout.ndim == 2:
         return rollout
     steps_first = {key: x.transpose(0, 1) for key, x in rollout.items()}
@@ -73,10 +73,10 @@ def by_step(rollout: TensorDict) -> TensorDict:
 
 
 class RnnState:
-    """The recurrent state of each environment, (N, S); of S' seeds (S', N, S)."""
+    """The recurrent state of each environment, (N, S), or (S', N, S) for S' seeds."""
 
     def __init__(self, start: Tensor) -> None:
-        """start: the state before row 0, written in each rollout. `learn` unrolls the policy from it."""
+        """start: the state before row 0. Each rollout writes to it, and `learn` unrolls the policy from it."""
         self.start = start
         self.now = start.clone()  # after row T-1, between two rollouts
 
@@ -101,15 +101,15 @@ class Outcomes(NamedTuple):
     terminated: NDArray[Any]
     truncated: NDArray[Any]
     valid: NDArray[Any]
-    episode_end: NDArray[Any]  # bool: of a whole game, where each life of it is an episode for the policy
+    episode_end: NDArray[Any]  # bool: end of a whole game if each of its lives is an episode for the policy
     cut: NDArray[Any]  # (N,) bool: the collector's `cut` ended the episode in row T-1
 
 
-# Of the functions below `rows` are arrays or tensors (T+1, N, ...) by key of the rollout.
+# In the functions below `rows` are arrays or tensors (T+1, N, ...) by key of the rollout.
 
 
 def outcomes_of(rows: Mapping[str, Any], cut: Any = None, game_over: NDArray[Any] | None = None) -> Outcomes:
-    """What a rollout brought. cut: `cut_episodes`' result; game_over: (T, N), where each life of a game is an episode."""
+    """The outcomes of a rollout. cut: the result of `cut_episodes`. game_over: (T, N), if each life of a game is an episode."""
     reward, terminated, truncated, valid = (_to_array(rows[key][:-1]) for key in STEP_KEYS)  # sync: once
     over = terminated if game_over is None else terminated & game_over
     cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
@@ -117,19 +117,19 @@ def outcomes_of(rows: Mapping[str, Any], cut: Any = None, game_over: NDArray[Any
 
 
 def cut_episodes(rows: Mapping[str, Any]) -> Any:
-    """Truncate the episodes that go on after row T-1, and return which those are, (N,) bool."""
+    """Truncate the episodes that have not ended by row T-1. Returns which these are, (N,) bool."""
     under_way = rows["valid"][-2] & ~rows["terminated"][-2] & ~rows["truncated"][-2]
     rows["truncated"][-2] |= under_way
     return under_way
 
 
 def on_cpu(rows: Mapping[str, Any]) -> dict[str, Tensor]:
-    """As tensors on the CPU; those that are there already are not copied."""
+    """The rows as tensors on the CPU. Rows on the CPU are not copied."""
     return {key: torch.as_tensor(x).cpu() for key, x in rows.items()}
 
 
 def check_finite(rows: Mapping[str, Any]) -> None:
-    """Raise TrainingFault naming key, environment and step of the first number from an environment that is not finite."""
+    """Raise TrainingFault if an environment returned a number that is not finite: names its key, environment and step."""
     floats = {key: x for key, x in rows.items() if key != "action" and "float" in str(x.dtype)}
     if isinstance(rows["reward"], Tensor):
         if torch.stack([x.isfinite().all() for x in floats.values()]).all():  # sync: once per rollout
@@ -139,11 +139,11 @@ def check_finite(rows: Mapping[str, Any]) -> None:
         if np.isfinite(array).all():
             continue
         step, *where = np.argwhere(~np.isfinite(array))[0][: rows["reward"].ndim]
-        made_by = step - 1 if key.startswith("obs") else step  # obs[t] came out of step t-1
+        made_by = step - 1 if key.startswith("obs") else step  # step t-1 returned obs[t]
         who = f"environment {where[-1]}" + (f" of seed {where[0] + 1} of {array.shape[1]}" if len(where) > 1 else "")
         value = np.ravel(array[(step, *where)])
         value = value[~np.isfinite(value)][0]
-        how = "not finite" if np.isnan(value) else "infinite or too large for float32"  # which of the two is not known here
+        how = "not finite" if np.isnan(value) else "infinite or too large for float32"  # an overflow to float32 looks the same
         what = f"{key} of {who} is {how} ({value})"
         if made_by < 0:
             raise TrainingFault(f"{what} after a reset; the update was not made")
