@@ -1,7 +1,8 @@
-"""Processes that train one agent together: `torchrun --nproc-per-node 4 -m fastppo.train`. Knows nothing of what is trained.
+"""Data-parallel training in several processes: `torchrun --nproc-per-node 4 -m fastppo.train`.
 
-Each process is a rank with N / K of the environments and all of the parameters. What they tell each other goes through
-torch.distributed, gloo on CPUs and NCCL on GPUs, and through here; a rank that is gone is a TrainingFault in the others.
+Each of the K processes is a rank with N / K environments and all parameters. Ranks communicate through torch.distributed, with
+gloo on CPUs and NCCL on GPUs. All such calls are in this module. If a rank is lost, the others raise a TrainingFault. Knows
+nothing of what is trained.
 """
 
 import contextlib
@@ -26,54 +27,54 @@ from fastppo.errors import RankLost, TrainingFault, UsageError, brief
 from fastppo.system.cpus import machine_cores
 
 if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store  # which some builds of torch lack
+    from torch.distributed.distributed_c10d import Store  # some builds of torch lack it
 
 Value = TypeVar("Value")
 Rows = TypeVar("Rows", Tensor, NDArray[Any])
 
-# For a rank that is there and does not come: longer than the slowest thing that one of them does alone, its environments aside.
+# Limit for a rank that is alive but does not arrive. Longer than any work that one rank does alone, environments aside.
 TIMEOUT_SECONDS = 300.0
-SILENT_SECONDS = 30  # for a machine that does not answer any more
+SILENT_SECONDS = 30  # limit for a machine that no longer answers
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. `Ranks()` is one process alone: all that it does is hand things back.
+    """This process's place among the ranks. `Ranks()` is a single process: its methods return their arguments.
 
-    Methods that talk to the others are called by all ranks, in the same order; they raise TrainingFault where one is gone.
+    All ranks must call the collective methods in the same order. They raise TrainingFault if a rank is lost.
     """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0  # among those on this machine
-    device: torch.device | str = "cpu"  # where what is exchanged has to be
-    store: Any = None  # torch.distributed's, which outlives a rank where torchrun has it
+    local_rank: int = 0  # rank on this machine
+    device: torch.device | str = "cpu"  # device of the tensors to exchange
+    store: Any = None  # torch.distributed's; it survives the loss of a rank if torchrun hosts it
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
     def launcher(self) -> str:
-        """What started this process, before "-m"."""
+        """The command that started this process, up to "-m"."""
         if self.size == 1:
             return "python"
         local_size = _number("LOCAL_WORLD_SIZE", self.size)
         return f"torchrun --nproc-per-node {local_size}" if local_size == self.size else "torchrun ..."
 
     def share(self, x: Rows, dim: int = 0) -> Rows:
-        """This rank's part of the axis `dim`, a view; the size of the axis is a multiple of the number of ranks."""
+        """This rank's part of axis `dim`, as a view. The number of ranks must divide the size of the axis."""
         part = x.shape[dim] // self.size
         return x[(slice(None),) * dim + (slice(self.rank * part, (self.rank + 1) * part),)]
 
     def gather(self, x: Rows, dim: int = 0) -> Rows:
-        """All ranks' parts joined along the axis `dim`, on every rank: what `share` takes apart."""
+        """All ranks' parts joined along axis `dim`, on every rank. The inverse of `share`."""
         if self.size == 1:
             return x
         if isinstance(x, np.ndarray):
             return self.gather(torch.from_numpy(x).to(self.device), dim).cpu().numpy()
-        # bytes: not every backend knows every dtype
+        # bytes, since not every backend supports every dtype
         own = x.contiguous().reshape(-1).view(torch.uint8)
         parts = [torch.empty_like(own) for _ in range(self.size)]
         with self._others():
@@ -81,7 +82,7 @@ class Ranks:
         return torch.cat([part.view(x.dtype).view(x.shape) for part in parts], dim)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' x, a new tensor; the same bits on every rank."""
+        """The sum of all ranks' x as a new tensor, with equal bits on every rank."""
         if self.size == 1:
             return x
         x = x.clone(memory_format=torch.contiguous_format)
@@ -90,14 +91,14 @@ class Ranks:
         return x
 
     def total(self, *sums: Tensor) -> tuple[Tensor, ...]:
-        """core.losses.Total: `all_reduce` of several tensors of one dtype in one exchange."""
+        """`all_reduce` of several tensors of one dtype in one exchange. Implements core.losses.Total."""
         if self.size == 1:
             return sums
         parts = self.all_reduce(torch.cat([x.reshape(-1) for x in sums])).split([x.numel() for x in sums])
         return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
 
     def highest(self, *numbers: int) -> list[int]:
-        """The largest of all ranks' numbers, each by itself: of a signal that one of them has received, for one."""
+        """The elementwise maximum over ranks, for example of a signal that one rank has received."""
         if self.size == 1:
             return list(numbers)
         x = torch.tensor(numbers, device=self.device)
@@ -106,7 +107,7 @@ class Ranks:
         return x.tolist()
 
     def check(self, error: Exception | None) -> None:
-        """Raise on every rank what was raised on one: its own there, the first one's message elsewhere, of the same kind."""
+        """Raise an error on all ranks if any rank has one. Ranks without one raise the first failed rank's message and type."""
         (failed,) = self.highest(int(error is not None))
         if not failed:
             return
@@ -115,13 +116,13 @@ class Ranks:
         found: list[Any] = [None] * self.size
         with self._others():
             torch.distributed.all_gather_object(found, None if error is None else (isinstance(error, UsageError), str(error)))
-        is_usage, message = next(told for told in found if told is not None)
+        is_usage, message = next(failure for failure in found if failure is not None)
         if error is not None:
             raise error
         raise (UsageError if is_usage else TrainingFault)(message)
 
     def agree(self, value: Value) -> Value:
-        """Rank 0's value, on every rank; anything that can be pickled."""
+        """Rank 0's value on every rank. It must be picklable."""
         if self.size == 1:
             return value
         values = [value]
@@ -130,18 +131,18 @@ class Ranks:
         return values[0]
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.highest(0)
 
     def learn_settings(self) -> dict[str, Any]:
-        """What an eager core.ppo.learn takes to be one of several. Compiled, it takes `num_ranks` alone, and is given this."""
+        """Arguments for an eager core.ppo.learn on several ranks. A compiled one needs `num_ranks` and this object instead."""
         if self.size == 1:
             return {}
         worker = torch.tensor([0, self.rank], device=self.device)
         return {"num_ranks": self.size, "worker": worker, "all_reduce": lambda x, _worker, _over_ranks: self.all_reduce(x)}
 
     def close(self) -> None:
-        """Leave; the others notice when they ask for something."""
+        """Leave the process group. Other ranks notice at their next exchange."""
         if self.size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -149,17 +150,17 @@ class Ranks:
     def _others(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # torch.distributed's own errors are of this kind too
-            # without the line of gloo's source before it and the guesses behind it
+        except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
+            # strip gloo's source location in front and its guesses at the end
             reason = re.sub(r"^\[\S*\] ", "", str(error)).partition(". ")[0]
             message = f"rank {self.rank} of {self.size}: another rank has gone: {reason[:200]}"
-            raise RankLost(message, not self._is_first_to_tell()) from None
+            raise RankLost(message, not self._is_first_to_report()) from None
 
-    def _is_first_to_tell(self) -> bool:
-        """Whether no other rank of this machine has asked this: rank 0, which speaks otherwise, may be the one that is gone."""
+    def _is_first_to_report(self) -> bool:
+        """Whether this rank calls this first on its machine. It then reports in place of rank 0, which may be lost."""
         try:
             return bool(self.store.add(f"told on machine {os.environ.get('GROUP_RANK')}", 1) == 1)
-        except RuntimeError:  # it was rank 0's, or is on the other side of a cut
+        except RuntimeError:  # rank 0 hosted the store, or the network is cut
             return self.local_rank <= 1
 
 
@@ -168,7 +169,7 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def checked(ranks: Ranks) -> Iterator[None]:
-    """A fault or wrong use in one process, raised in all of them once they are here."""
+    """Raise a TrainingFault or UsageError of one process in all processes, at the end of the block."""
     failed: TrainingFault | UsageError | None = None
     try:
         yield
@@ -180,17 +181,17 @@ def checked(ranks: Ranks) -> Iterator[None]:
 
 
 def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks:
-    """Meet the other processes that torchrun has started; `Ranks()` where it has not.
+    """Connect to the other processes started by torchrun. Returns `Ranks()` without torchrun.
 
-    On GPUs each rank of a machine gets its own, which becomes the current one. Eager programs of each rank get an equal part
-    of the machine's cores, where torchrun has set the one thread that it sets without being asked.
+    With CUDA, each rank of a machine gets its own GPU as the current device. On CPUs, each rank gets an equal part of the
+    machine's cores for eager programs, unless OMP_NUM_THREADS differs from torchrun's default of 1.
 
     Args:
-        device: what is trained on, as all ranks name it: "cpu" or "cuda".
-        timeout: seconds that a rank waits for the others before it gives up.
+        device: the device to train on, "cpu" or "cuda", the same for all ranks.
+        timeout: seconds that a rank waits for the others.
 
     Raises:
-        UsageError: the environment of torchrun is not complete, there are fewer GPUs than ranks, or the others are not there.
+        UsageError: torchrun's environment variables are incomplete, there are fewer GPUs than ranks, or ranks are missing.
     """
     size = _number("WORLD_SIZE", 1)
     if size == 1:
@@ -233,11 +234,11 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
 
 
 def _for_this_start(store: "Store", rank: int, size: int, timeout: float) -> "Store":
-    """A part of the store for the ranks that are there now. Raises RuntimeError where they do not come.
+    """A part of the store for the ranks of this start. Raises RuntimeError if they do not arrive in time.
 
-    torchrun's own store outlives a restart, and with it the addresses of ranks that are gone; how many restarts there were is
-    not the same on every machine (https://github.com/pytorch/pytorch/issues/135712). So rank 0 names each start, and calls it
-    complete once all others have answered to that name.
+    torchrun's store survives a restart and still holds the addresses of lost ranks. Machines may disagree on the number of
+    restarts (https://github.com/pytorch/pytorch/issues/135712). So rank 0 gives each start a unique name, and marks it complete
+    once all other ranks have joined it.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -250,7 +251,7 @@ def _for_this_start(store: "Store", rank: int, size: int, timeout: float) -> "St
     joined, end = "", time.monotonic() + timeout
     while time.monotonic() < end:
         start = store.get("start").decode()
-        if not store.check([f"{start}/{rank}"]):  # else this is that of a rank before this one
+        if not store.check([f"{start}/{rank}"]):  # otherwise the name belongs to an earlier start
             store.set(f"{start}/{rank}", "")
             joined = start
         if start == joined and store.check([f"{start}/complete"]):
@@ -260,14 +261,14 @@ def _for_this_start(store: "Store", rank: int, size: int, timeout: float) -> "St
 
 
 def _watch_connections() -> None:
-    """Have this process's connections end when the other machine is off or cut off, whether or not something is under way.
+    """Close this process's connections when the other machine is off or unreachable, even while they are idle.
 
-    Its kernel answers for a process that is only busy. Without this, gloo waits for its timeout.
+    A process that is only busy is not affected, since its kernel answers. Without this, gloo waits for its timeout.
     """
     if sys.platform != "linux":
         return
     for entry in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):  # one that was for listing them, and is closed by now
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
             if not os.readlink(entry).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as connection:
@@ -279,9 +280,9 @@ def _watch_connections() -> None:
 
 
 def threads_per_rank(local_size: int) -> int:
-    """Threads for each of the ranks on this machine: OMP_NUM_THREADS where somebody set it, else an equal part of the cores.
+    """Threads for each rank on this machine: OMP_NUM_THREADS if the user set it, else an equal part of the cores.
 
-    torchrun sets it to 1 for every rank unless it is set already, so a 1 does not count as somebody's wish.
+    torchrun sets an unset OMP_NUM_THREADS to 1, so a value of 1 is not taken as the user's choice.
     """
     wanted = os.environ.get("OMP_NUM_THREADS", "1")
     if wanted != "1":
@@ -292,9 +293,9 @@ def threads_per_rank(local_size: int) -> int:
 def check_shares(
     num_envs: int, num_steps: int, minibatch_size: int, num_shards: int, num_ranks: int, rows_per_unit: int = 1
 ) -> None:
-    """Refuse what cannot be cut into equal parts: K ranks, G shards, N environments, M rows a minibatch. Raises UsageError.
+    """Check that K ranks, G shards, N environments and M rows a minibatch give equal parts. Raises UsageError.
 
-    rows_per_unit: of a minibatch, that stay together.
+    rows_per_unit: rows of a minibatch that stay together.
     """
     if num_shards % num_ranks:
         raise UsageError(
@@ -318,14 +319,14 @@ def check_shares(
 
 
 def _nearest(value: int, fits: Callable[[int], bool], most: int | None = None) -> str:
-    """'8 or 12': the nearest legal numbers below and above."""
+    """The nearest legal numbers below and above, as '8 or 12'."""
     below = next((number for number in range(value - 1, 0, -1) if fits(number)), None)
     above = next((number for number in range(value + 1, (most or 2**31) + 1) if fits(number)), None)
     return " or ".join(str(number) for number in (below, above) if number is not None)
 
 
 def _number(name: str, default: int | None = None) -> int:
-    """A number that torchrun has put into the environment."""
+    """A number from an environment variable of torchrun, or the default. Raises UsageError if neither is there."""
     text = os.environ.get(name)
     if text is None and default is not None:
         return default

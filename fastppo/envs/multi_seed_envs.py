@@ -1,9 +1,9 @@
-"""The environments of many seeds as one vector environment: S times N, each seed's as they would be alone.
+"""The environments of S seeds as one vector environment of S * N. Each seed's environments behave as in a run of their own.
 
-Environments s * N to (s + 1) * N - 1 are those of the s-th seed; `reset` takes a list of S seeds. Where the environments can be
-seeded one by one (gymnasium's in processes, its CartPole, EnvPool's, ALE's) they are one of S * N: 80 CartPoles step in 105 us,
-where ten times eight take 740. A vector class of an environment's own may draw for all of its environments from one generator,
-so there are S of it. Knows nothing of policies.
+Environments s * N to (s + 1) * N - 1 belong to seed s. `reset` takes a list of S seeds. Some environments can be seeded one by
+one: Gymnasium's in processes, its CartPole, EnvPool's and ALE's. They form one vector environment of S * N. 80 CartPoles then
+step in 105 us instead of the 740 us of ten times eight. Other vector classes may share one generator among their environments,
+so each seed gets its own instance. Knows nothing of policies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +23,18 @@ from fastppo.envs.envpool import EnvPoolVectorEnv
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import INFO_KEYS, NumberedVectorEnv
 
-ResetSeeds = int | Sequence[int] | None  # one for each of S, or the first of them; None: random numbers go on where they are
+ResetSeeds = int | Sequence[int] | None  # S seeds, or the first of them; None: generators continue
 
 
 class SeedsVectorEnv(VectorWrapper):
-    """A vector environment of S * N that can be seeded one by one: the seed's i-th environment with seed + i, as alone."""
+    """A vector environment of S * N that can be seeded one by one. Environment i of a seed is seeded with seed + i."""
 
     def __init__(self, envs: VectorEnv, num_seeds: int) -> None:
         super().__init__(envs)
         self.num_seeds = num_seeds
 
     def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """seed: S of them, or the first."""
+        """seed: S seeds, or the first of them."""
         if seed is None:
             return self.env.reset(options=options)
         each: Any = np.add.outer(_each(seed, self.num_seeds), np.arange(self.num_envs // self.num_seeds)).ravel()
@@ -42,7 +42,7 @@ class SeedsVectorEnv(VectorWrapper):
 
 
 class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
-    """S vector environments of N each, stepped one after another as one of S * N. Of infos, only INFO_KEYS are returned."""
+    """S vector environments of N each, stepped one after another. Infos contain only the entries that training reads."""
 
     def __init__(self, envs: Sequence[VectorEnv]) -> None:
         first = envs[0]
@@ -53,10 +53,10 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
         self.single_observation_space, self.single_action_space = first.single_observation_space, first.single_action_space
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._obs: list[Any] = [None] * len(envs)  # of each, the last
+        self._obs: list[Any] = [None] * len(envs)  # last observation of each
 
     def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """seed: S of them. options: a reset_mask (S * N,) is shared out."""
+        """seed: S seeds, or the first. options: each environment gets its part of a reset_mask (S * N,)."""
         seeds = [None] * len(self.envs) if seed is None else _each(seed, len(self.envs))
         infos: list[dict[str, Any]] = []
         for index, (envs, one) in enumerate(zip(self.envs, seeds, strict=True)):
@@ -68,7 +68,7 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
         return _joined(self._obs), self._joined_info(infos)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Each its rows of the actions, (S * N, ...)."""
+        """actions: (S * N, ...)."""
         results = [envs.step(_rows_of(actions, self._rows(index))) for index, envs in enumerate(self.envs)]
         *parts, infos = zip(*results, strict=True)
         self._obs = list(parts[0])
@@ -76,7 +76,7 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
         return obs, reward, terminated, truncated, self._joined_info(infos)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Close all of them."""
+        """Close all S environments."""
         for envs in self.envs:
             envs.close(**kwargs)
 
@@ -85,7 +85,7 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
         return slice(index * size, (index + 1) * size)
 
     def _joined_info(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What is read of the infos (envs/autoreset.py); the mask of environments that tell none allows all."""
+        """Join the infos' entries that envs/autoreset.py reads. Environments without an action mask allow all actions."""
         joined: dict[str, Any] = {}
         for key in (*INFO_KEYS, "final_obs", "final_observation"):
             known = next((info[key] for info in infos if info.get(key) is not None), None)
@@ -94,12 +94,12 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
                 joined[key] = [row for info in infos for row in ([None] * size if info.get(key) is None else info[key])]
             elif known is not None:
                 joined[key] = _joined([_blank(known) if info.get(key) is None else info[key] for info in infos])
-        if any("final_info" in info for info in infos):  # of which only that it is there is read
+        if any("final_info" in info for info in infos):  # only its presence is read
             joined["final_info"] = [info.get("final_info") for info in infos]
         if "action_mask" in joined and not is_tensor(joined["action_mask"]):
             size = self.num_envs // len(self.envs)
-            told = [info.get("_action_mask", np.full(size, info.get("action_mask") is not None)) for info in infos]
-            joined["_action_mask"] = np.concatenate(told)
+            masks = [info.get("_action_mask", np.full(size, info.get("action_mask") is not None)) for info in infos]
+            joined["_action_mask"] = np.concatenate(masks)
         return joined
 
 
@@ -108,7 +108,7 @@ def _each(seed: int | Sequence[int], number: int) -> list[int]:
 
 
 def _blank(batch: Any) -> Any:
-    """A batch of the same form with nothing in it."""
+    """Zeros of the same structure, shapes and dtypes."""
     if isinstance(batch, Mapping):
         return {name: _blank(part) for name, part in batch.items()}
     if isinstance(batch, tuple):
@@ -117,7 +117,7 @@ def _blank(batch: Any) -> Any:
 
 
 def _joined(batches: Sequence[Any]) -> Any:
-    """Batches (N, ...), or structures of them, one behind the other."""
+    """Concatenate batches (N, ...) or structures of them."""
     first = batches[0]
     if isinstance(first, Mapping):
         return {name: _joined([batch[name] for batch in batches]) for name in first}
@@ -131,10 +131,10 @@ def _rows_of(batch: Any, rows: slice) -> Any:
 
 
 class SeededTorchVectorEnv(TorchVectorEnv):
-    """Environments on the device, tensors of `running` (S, N, ...), each seed with a generator of its own."""
+    """Environments on the device, with tensors of `running` (S, N, ...) and one generator per seed."""
 
     def __init__(self, env: DeviceEnv, num_envs: int, num_seeds: int, device: torch.device | str = "cpu") -> None:
-        """num_envs: N, of each seed."""
+        """num_envs: N, the number per seed."""
         super().__init__(env, num_seeds * num_envs, device)
         self.num_seeds = num_seeds
         self.generators = [torch.Generator(self.device) for _ in range(num_seeds)]
@@ -142,14 +142,14 @@ class SeededTorchVectorEnv(TorchVectorEnv):
             generator.seed()
 
     def draw(self, *leading: int) -> Tensor:
-        """(S, *leading, N, K), each seed's from its own generator."""
+        """Uniform random numbers (S, *leading, N, K), each seed's from its own generator."""
         shape = (*leading, self.num_envs // self.num_seeds, self.env.num_random)
         return torch.stack(
             [torch.rand(shape, generator=one, dtype=torch.float32, device=self.device) for one in self.generators]
         )
 
     def reset(self, *, seed: ResetSeeds = None, options: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any]]:
-        """seed: S of them, or the first."""
+        """seed: S seeds, or the first of them."""
         if seed is not None:
             for generator, one in zip(self.generators, _each(seed, self.num_seeds), strict=True):
                 generator.manual_seed(one)
@@ -158,14 +158,14 @@ class SeededTorchVectorEnv(TorchVectorEnv):
         return self.running.obs.flatten(0, 1), {}
 
     def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
-        """One step of all as if they were of one seed: environments know nothing of each other."""
+        """Step all environments as one batch, since they are independent of each other."""
         together = tree_map(lambda x: x.flatten(0, 1), running)
         after, result = autoreset_step(self.env, together, action, self.draw().flatten(0, 1))
         return tree_map(lambda x: x.unflatten(0, (self.num_seeds, -1)), after), result
 
 
 def many(make: Callable[[int], VectorEnv], num_envs: int, num_seeds: int) -> VectorEnv:
-    """The environments of S seeds. make(K): K environments as one, of the same kind for each K."""
+    """The environments of S seeds. make(K): a vector environment of K environments, of the same class for each K."""
     made = make(num_envs)
     if isinstance(made, TorchVectorEnv):
         envs = SeededTorchVectorEnv(made.env, num_envs, num_seeds, made.device)

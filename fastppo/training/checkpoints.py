@@ -1,7 +1,8 @@
-"""When a run's checkpoints are written, what happens when one cannot be, and the report of a fault.
+"""Write a run's checkpoints, handle failed writes, and report faults.
 
-A checkpoint that cannot be written costs a line, not the run: the one before stays, and the next is tried in its turn. With
-`exact` environments restart at every checkpoint, so only those at their fixed iterations are kept to be resumed from.
+If a checkpoint cannot be written, the run prints a line and continues. The previous checkpoint stays, and the next one is
+written as planned. With `exact`, environments restart at every checkpoint, so only checkpoints at the planned iterations are
+kept for resuming.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from fastppo.training.state import PolicySnapshot, TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run, from its start or from where it goes on."""
+    """The checkpoints of one run."""
 
     def __init__(
         self,
@@ -33,19 +34,19 @@ class Checkpoints:
         resumed: Path | None = None,
         launcher: str = "python",
     ) -> None:
-        """Nothing is written yet.
+        """Writes nothing yet.
 
         Args:
-            exact: the environments restart at checkpoints.
-            data_of: a state, or the policy of one, as plain data.
-            iteration: of the checkpoint that is there already.
-            note: takes a line.
-            resumed: what --resume would be given, if not the directory itself.
-            launcher: what starts the run again, before "-m fastppo.train".
+            exact: environments restart at checkpoints.
+            data_of: converts a state or a policy snapshot to plain data.
+            iteration: iteration of the latest checkpoint on disk.
+            note: prints a line.
+            resumed: the path for --resume, if it is not the directory itself.
+            launcher: the command before "-m fastppo.train" that starts the run.
         """
         self._resumed, self._launcher = resumed or directory.path, launcher
-        self.best: PolicySnapshot | None = None  # the best policy, where it is not yet on disk
-        self.iteration = iteration  # that a resumed run would go on from
+        self.best: PolicySnapshot | None = None  # the best policy, if it is not yet on disk
+        self.iteration = iteration  # a resumed run continues after this one
         self._directory, self._config, self._exact, self._data_of, self._note = directory, config, exact, data_of, note
         self._last = time.monotonic()
         self._failing = False
@@ -55,14 +56,17 @@ class Checkpoints:
         return self._exact and iteration % (self._config.iterations_per_checkpoint or 1) == 0
 
     def due(self, iteration: int) -> bool:
-        """Whether it is time for one, after this iteration."""
+        """Whether a checkpoint is due after this iteration."""
         every = self._config.iterations_per_checkpoint
         if every is None:
             return time.monotonic() - self._last >= self._config.checkpoint_seconds
         return iteration % every == 0
 
     def update(self, state: TrainState) -> bool:
-        """Write one between two iterations, and say whether it could be. state.environments says how they stand."""
+        """Write a checkpoint between two iterations. Returns whether that succeeded.
+
+        state: with the environments' current state in state.environments.
+        """
         self._last = time.monotonic()
         try:
             self._write(state)
@@ -80,9 +84,11 @@ class Checkpoints:
             return False
 
     def finish(self, state: TrainState) -> None:
-        """The last checkpoint of this process; state.environments says how they stand.
+        """Write the last checkpoint of this process.
 
-        Raises TrainingFault where it cannot be written.
+        state: with the environments' current state in state.environments.
+
+        Raises TrainingFault if it cannot be written.
         """
         try:
             self._write(state)
@@ -93,31 +99,31 @@ class Checkpoints:
             ) from None
 
     def report(self, fault: TrainingFault, stage: str, state: TrainState, rollout: Mapping[str, Tensor]) -> TrainingFault:
-        """Keep what was reached and what went wrong; the fault as the user is told it.
+        """Write the last state and the details of the fault. Returns the fault with a message for the user.
 
         Args:
-            stage: when it happened, as "iteration 3".
-            state: as it was before that.
-            rollout: the last one, as far as it came.
+            stage: when the fault happened, for example "iteration 3".
+            state: the state before the fault.
+            rollout: the last rollout, possibly incomplete.
         """
-        if isinstance(fault, RankLost):  # nobody has the whole state any more, and the reason lies with the one that is gone
-            kept = max(self._directory.kept(), default=self.iteration)  # the one that writes may have gone before it had
-            return RankLost(f"{stage}: {fault}\niterations up to {kept} are kept; {self.go_on}", fault.is_told)
-        with contextlib.suppress(TrainingFault):  # what is kept is told below
+        if isinstance(fault, RankLost):  # no rank has the whole state, and the lost rank knows the reason
+            saved = max(self._directory.kept(), default=self.iteration)  # rank 0 may have been lost before it wrote
+            return RankLost(f"{stage}: {fault}\niterations up to {saved} are kept; {self.go_on}", fault.is_told)
+        with contextlib.suppress(TrainingFault):  # the message below names the last saved iteration
             self.finish(state)
-        told = ""
+        details = ""
         try:
             self._directory.write_text(self._directory.fault, f"{stage}\n{''.join(traceback.format_exception(fault))}")
-            told = f", details in {self._directory.fault}"
+            details = f", details in {self._directory.fault}"
             self._directory.save(self._directory.fault_data, {"stage": stage, "fault": str(fault), "rollout": dict(rollout)})
-            told += f" and {self._directory.fault_data.name}"
+            details += f" and {self._directory.fault_data.name}"
         except OSError as error:
-            told += f" ({_reason(error)})"
-        return TrainingFault(f"{stage}: {fault}\niterations up to {self.iteration} are kept{told}; {self.go_on}")
+            details += f" ({_reason(error)})"
+        return TrainingFault(f"{stage}: {fault}\niterations up to {self.iteration} are kept{details}; {self.go_on}")
 
     @property
     def go_on(self) -> str:
-        """What to type."""
+        """The command that resumes the run."""
         return f"go on with: {self._launcher} -m fastppo.train --resume {self._resumed}"
 
     def _write(self, state: TrainState) -> None:

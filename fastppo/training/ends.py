@@ -1,4 +1,4 @@
-"""How training ends: faults, signals, and what is reported when the loop is done. Knows nothing of an iteration."""
+"""The end of training: faults, signals and the final report. Knows nothing of iterations."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from fastppo.training.results import Ending, TrainResult, finish_run
 
 @contextlib.contextmanager
 def keeping_state(job: Job, given: VectorEnv | None) -> Iterator[None]:
-    """Around the loop: after a fault the last resumable state is kept and reported, and in any case everything is closed.
+    """Context around the loop. After a fault it saves the last resumable state and reports it. It always closes all resources.
 
     given: the caller's own environments, which stay open.
     """
@@ -28,7 +28,7 @@ def keeping_state(job: Job, given: VectorEnv | None) -> Iterator[None]:
         ended = _report(fault, job)
         if not isinstance(fault, RankLost):
             _leave_together(job.task.ranks)
-        if job.stop.received and job.task.ranks.size == 1:  # the signal has ended the processes of environments too
+        if job.stop.received and job.task.ranks.size == 1:  # the signal also ended the environments' processes
             job.display.note(f"{ended}\nstopped by {job.stop.name}")
             raise job.stop.exception() from fault
         raise ended from fault
@@ -41,14 +41,14 @@ def keeping_state(job: Job, given: VectorEnv | None) -> Iterator[None]:
         for run in job.runs:
             run.close()
         if given is None and job.task.has_copies:
-            job.task.envs.close()  # evaluation has the machine to itself
+            job.task.envs.close()  # frees the machine for the evaluation
         job.selector.close()
         job.stop.restore()
 
 
 @contextlib.contextmanager
 def isolating_fault(job: Job, index: int) -> Iterator[None]:
-    """A fault of one of several seeds ends that seed's run: it is kept and reported, and the others go on."""
+    """With several seeds, a fault ends only its own seed's run. It is reported with the state, and the others continue."""
     run = job.runs[index]
     try:
         yield
@@ -61,8 +61,8 @@ def isolating_fault(job: Job, index: int) -> Iterator[None]:
 
 
 def _report(fault: TrainingFault, job: Job) -> TrainingFault:
-    """Keep what all runs have reached. Returns the fault with words for the user."""
-    saved = {} if job.collector is None else job.collector.snapshot()  # (T+1, N), or (T+1, S, N): as far as it came
+    """Save the states of all runs. Returns the fault with a message for the user."""
+    saved = {} if job.collector is None else job.collector.snapshot()  # (T+1, N) or (T+1, S, N), possibly incomplete
     reported = fault
     for run, rollout in zip(job.runs, job.task.axis.unstack(saved, 1), strict=True):
         if run.over:
@@ -74,13 +74,13 @@ def _report(fault: TrainingFault, job: Job) -> TrainingFault:
 
 
 def _leave_together(ranks: Ranks) -> None:
-    """Wait for the process that writes: torchrun ends all processes once one of them has left with an exit code."""
+    """Wait until rank 0 has written its files. torchrun ends all processes as soon as one exits with an error."""
     with contextlib.suppress(RankLost):
         ranks.barrier()
 
 
 def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> TrainResult:
-    """Write the results of all runs. The arguments are those of `train`.
+    """Write the results of all runs. policy, given: the `policy` and `envs` arguments of `train`.
 
     Raises:
         TrainingFault: a seed had a fault, or results cannot be written.
@@ -90,7 +90,7 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
     if task.ranks.size > 1:
         stop.received = job.stopped_by or None
     if len(runs) > 1:
-        for run in runs:  # first of all: a seed that cannot be written must not cost the others their last state
+        for run in runs:  # first, since an error in one seed's results must not lose another seed's last state
             with contextlib.suppress(TrainingFault):
                 run.checkpoints.finish(run.state)
     evaluated_in = given if task.has_copies else task.made
@@ -113,7 +113,7 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
 
 
 def _about(job: Job) -> Mapping[str, Any]:
-    """The part of summary.json on how the runs were made."""
+    """The entries of summary.json that are equal for all seeds: timing, device and versions."""
     return {
         "start_seconds": job.start_seconds,
         "first_update_seconds": job.first_update_seconds,

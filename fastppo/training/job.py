@@ -1,4 +1,4 @@
-"""What one call of `train` has open: a run for each seed, and the buffers, programs and environments that they share."""
+"""The open resources of one call of `train`: a run for each seed, and the shared buffers, programs and environments."""
 
 import contextlib
 import math
@@ -36,27 +36,27 @@ from fastppo.training.update import FrozenInputs, frozen_inputs
 
 @dataclass
 class Buffers:
-    """What the programs read, allocated once. The tensors of many seeds are one, with the axis of seeds first.
+    """The inputs of the programs, allocated once. Tensors of several seeds have the axis of seeds first.
 
-    The lists have an entry for each seed, which belongs to the running iteration.
+    The lists have one entry per seed, for the current iteration.
     """
 
     axis: SeedAxis
     rollout: TensorDict  # filled by the collector
-    rnn_state: RnnState | None  # likewise, of a policy with memory
-    learn_rollout: dict[str, Tensor]  # the tensors of both, as `learn` takes them
-    params: Tensor  # (P,); each seed's state has a view of it
+    rnn_state: RnnState | None  # filled by the collector, for a recurrent policy
+    learn_rollout: dict[str, Tensor]  # the tensors of both, the rollout argument of `learn`
+    params: Tensor  # (P,), or (S, P); each seed's state holds a view
     adam: AdamState
-    permutation: Tensor  # (E, units)
+    permutation: Tensor  # (E, units), or (S, E, units)
     rollouts: list[dict[str, Tensor]]  # each seed's part of `learn_rollout`: views
     permutations: list[Tensor]  # each seed's part of `permutation`: views
-    noises: list[Tensor]  # (T, N, ...) of this process
+    noises: list[Tensor]  # (T, N / K, ...), this process's part
     inputs: list[FrozenInputs]
-    noise_dim: int  # of the axis of seeds in the noise of all
+    noise_dim: int  # position of the axis of seeds in `noise`
 
     @property
     def noise(self) -> Tensor:
-        """The noise of all seeds, as collectors take it."""
+        """The noise of all seeds, the collector's input."""
         noise: Tensor = self.axis.stack(self.noises, self.noise_dim)
         return noise
 
@@ -67,7 +67,7 @@ class Buffers:
 
 
 def allocate_buffers(task: Task) -> Buffers:
-    """The buffers of all seeds, with noise and inputs of the right form; `params` of the states become views."""
+    """Allocate the buffers of all seeds. `params` of the states become views of one tensor."""
     config, axis, states, device = task.config, task.axis, task.states, task.device
     num_envs, rnn_state_size = task.local.num_envs, task.network.rnn_state_size
     rollout = allocate_rollout(
@@ -87,7 +87,7 @@ def allocate_buffers(task: Task) -> Buffers:
         rnn_state = RnnState(tensors["rnn_state"])
     params = axis.stack([state.params for state in states])
     for state, own in zip(states, axis.unstack(params), strict=True):
-        state.params = own  # what acts and learns is one tensor
+        state.params = own  # acting and learning use the same tensor
     units = task.local.batch_size // config.rows_per_unit
     permutation = torch.empty(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
     return Buffers(
@@ -102,42 +102,42 @@ def allocate_buffers(task: Task) -> Buffers:
         permutations=axis.unstack(permutation),
         noises=[draw_noise(task, torch.Generator(device)) for _ in states],
         inputs=[frozen_inputs(state, 0.0, config) for state in states],
-        noise_dim=0 if task.on_device else 1,  # device environments go seed by seed, the others step by step
+        noise_dim=0 if task.on_device else 1,  # environments on the device run seed by seed, the others step by step
     )
 
 
 def draw_noise(task: Task, generator: torch.Generator) -> Tensor:
-    """The noise of one seed's actions, (T, N / K, ...): this process's part of what all processes draw."""
+    """The action noise of one seed, (T, N / K, ...). Every process draws the noise of all and takes its part."""
     noise = task.action.distribution.noise(task.action.noise_shape(task.config.num_steps, task.config.num_envs), generator)
     return task.ranks.share(noise, 1).contiguous()
 
 
 @dataclass
 class Job:
-    """A training job under way."""
+    """A running training job."""
 
     task: Task
-    runs: list[TrainingRun]  # of each seed
-    top: RunDirectory | None  # the directory of all seeds, where there are several
+    runs: list[TrainingRun]  # one for each seed
+    top: RunDirectory | None  # the joint directory, if there are several seeds
     display: Display
     buffers: Buffers
     selector: ProgramSelector
     thread_watch: Watch | None
-    guarantees: list[str]  # what the same settings give again
+    guarantees: list[str]  # lines on reproducibility
     stop: StopSignals
-    stopped_by: int = 0  # the signal that stopped the loop, the same in all processes
+    stopped_by: int = 0  # number of the signal that stopped the loop, equal in all processes
     collector: Collector | None = None
-    iterations: int = 0  # done by this process
-    start_seconds: float = math.nan  # from the start of the process to the first iteration
-    first_update_seconds: float = math.nan  # and to the end of it
+    iterations: int = 0  # number done by this process
+    start_seconds: float = math.nan  # seconds from the start of the process to the first iteration
+    first_update_seconds: float = math.nan  # seconds from the start of the process to the end of the first iteration
 
     @property
     def running(self) -> list[int]:
-        """The seeds, by index, whose runs go on."""
+        """Indices of the seeds that are still training."""
         return [index for index, run in enumerate(self.runs) if not run.over]
 
     def environments_of(self, index: int) -> dict[str, Any] | None:
-        """One seed's environments as they stand, see Collector.state_dicts."""
+        """The current state of one seed's environments; see Collector.state_dicts."""
         states = None if self.collector is None else self.collector.state_dicts()
         return None if states is None else states[index]
 
@@ -146,16 +146,17 @@ def start_job(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: c
     """Open the runs, allocate the buffers, load or build the programs.
 
     Args:
-        place: where a run directory goes that the settings do not name.
+        place: parent of the run directory, if the settings name none.
 
     Raises:
         UsageError: the directory cannot be made or reopened.
     """
     runs, top, display = open_runs(task, place, callbacks, cleanup)
     buffers = allocate_buffers(task)
-    jobs = build_programs(task, buffers.learn_arguments(), buffers.noise)
+    specs = build_programs(task, buffers.learn_arguments(), buffers.noise)
+    num_threads = 1 if task.workers > 1 else task.threads
     with plain():
-        selector = ProgramSelector(task.config.compile, jobs, 1 if task.workers > 1 else task.threads, display.note, task.ranks)
+        selector = ProgramSelector(task.config.compile, specs, num_threads, display.note, task.ranks)
     thread_watch = None
     if task.trial is not None and selector.name == "eager" and torch.get_num_threads() > 1:
         thread_watch = Watch(task.trial, display.note, task.provenance)
@@ -168,10 +169,10 @@ def start_job(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: c
 def open_runs(
     task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack
 ) -> tuple[list[TrainingRun], RunDirectory | None, Display]:
-    """Make or reopen the directory of a run, or those of all seeds, and tell people what will be trained.
+    """Make or reopen the run directory, or those of all seeds, and print what will be trained.
 
     Returns:
-        A run for each seed; the directory of all seeds, where there are several; the display.
+        A run for each seed; the joint directory, if there are several seeds; the display.
 
     Raises:
         UsageError: the directory cannot be made or reopened.
@@ -210,7 +211,7 @@ def _open_display(task: Task, cleanup: contextlib.ExitStack) -> Display:
     seeds = f"seed {configs[0].seed}" if len(configs) == 1 else f"seeds {configs[0].seed} to {configs[-1].seed}"
     title = f"fastppo · {task.config.env_id} · {seeds}"
     display: Display = make_display(task.config.plain, title) if task.ranks.is_main else NoDisplay()
-    cleanup.callback(display.close)  # whatever happens: a terminal gets its cursor back
+    cleanup.callback(display.close)  # restores the terminal's cursor in all cases
     return display
 
 

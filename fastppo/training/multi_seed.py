@@ -1,7 +1,7 @@
-"""Many seeds as one run: a directory with a folder for each, which is a run of that seed alone, and what they have in common.
+"""The run directory of several seeds: a folder for each seed, and joint results.
 
-TOP/config.json, summary.json and curves.png are of all; TOP/seed-K is what `--seed K` by itself would have left. Knows nothing
-of how they are trained.
+TOP/config.json, summary.json and curves.png are for all seeds. TOP/seed-K is the run directory that `--seed K` alone would
+write. Knows nothing of how they are trained.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from fastppo.training.training_run import Note, TrainingRun
 
 
 def make_seed_directories(task: Task, place: Path, cleanup: contextlib.ExitStack) -> tuple[RunDirectory, list[RunDirectory]]:
-    """The directory of all seeds and those of each, locked until `cleanup`. Raises UsageError as RunDirectory.create."""
+    """Make the joint directory and one for each seed, locked until `cleanup`. Raises the UsageError of RunDirectory.create."""
     config, configs = task.config, task.configs
 
     def fill(top: RunDirectory) -> None:
@@ -47,7 +47,7 @@ def make_seed_directories(task: Task, place: Path, cleanup: contextlib.ExitStack
 
 
 def reopen_seeds(task: Task, cleanup: contextlib.ExitStack) -> tuple[RunDirectory, list[RunDirectory], list[str]]:
-    """Put the state of every seed that --resume names back; the result and errors as of `resume.reopen`."""
+    """Restore all seeds from --resume. Returns joint directory, seed directories, lines. Errors as in `resume.reopen`."""
     top = RunDirectory(Path(task.config.resume or ""))
     check_resumable(TrainConfig.from_json(top.config), task.config)
     try:
@@ -65,7 +65,7 @@ def reopen_seeds(task: Task, cleanup: contextlib.ExitStack) -> tuple[RunDirector
 
 
 def shown_row(runs: Sequence[TrainingRun]) -> dict[str, int | float]:
-    """What the display shows of an iteration: the metrics, of several seeds combined, and the best return so far."""
+    """The values of an iteration for the display: metrics and best return, combined over seeds."""
     if len(runs) == 1:
         return {**runs[0].row, "new_best": runs[0].new_best, "best_return": runs[0].state.best_return}
     known = [run.state.best_return for run in runs if math.isfinite(run.state.best_return)]
@@ -79,16 +79,16 @@ def shown_row(runs: Sequence[TrainingRun]) -> dict[str, int | float]:
 def save_joint_results(
     top: RunDirectory, config: TrainConfig, results: Sequence[TrainResult], failed: Sequence[int], note: Note
 ) -> TrainResult:
-    """Write summary.json and curves.png of all seeds, and say how they did.
+    """Write summary.json and curves.png for all seeds, and print a line on the evaluation.
 
-    `eval_return_mean` and `eval_return_std` are mean and standard deviation of the seeds' own means; `eval_return_iqm` their
-    interquartile mean, `eval_return_interval` its 95 % bootstrap interval (Agarwal et al., 2021, arXiv 2108.13264).
+    `eval_return_mean` and `eval_return_std` are mean and standard deviation of the seeds' mean returns. `eval_return_iqm` is
+    their interquartile mean. `eval_return_interval` is its 95 % bootstrap interval (Agarwal et al., 2021, arXiv 2108.13264).
 
     Args:
-        results: of the seeds that have ended well. failed: the other seeds.
+        results: results of the seeds without a fault. failed: the other seeds.
 
     Raises:
-        TrainingFault: they cannot be written.
+        TrainingFault: the files cannot be written.
     """
     summaries = [result.summary for result in results]
     steps, seconds = sum(one["global_step"] for one in summaries), max(one["seconds"] for one in summaries)

@@ -1,4 +1,4 @@
-"""What makes a run what it is beside its settings, and what follows for making it again: told, and kept in summary.json."""
+"""Versions, device and threads of a run, and what can be reproduced with them. Printed and recorded in summary.json."""
 
 import platform
 import sys
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 PACKAGES = ("fastppo", "torch", "gymnasium", "numpy", "tensordict")
-# of environments, by the module that says that one is in use
+# packages of environments, by the module that is imported when they are used
 ENGINES = {"mujoco": "mujoco", "ale_py": "ale-py", "envpool": "envpool", "Box2D": "box2d", "torchrl": "torchrl"}
 
 
@@ -17,19 +17,19 @@ version_of = cache(version)  # 0.8 ms a call, and each checkpoint asks for five 
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that has a part in what is computed."""
+    """Versions of Python and of all packages that affect the results."""
     packages = [*PACKAGES, *(package for module, package in ENGINES.items() if module in sys.modules)]
     found = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = version_of(package)
-        except PackageNotFoundError:  # a module of that name that was not installed
+        except PackageNotFoundError:  # a module that no installed package provides
             found[package] = "unknown"
     return found
 
 
 def made_with(device: torch.device, eager_threads: int, compiled_threads: int) -> dict[str, str]:
-    """What can change a bit of the result beside settings, environment and versions."""
+    """Facts that can change bits of the result, apart from settings, environment and versions."""
     return {
         "device": str(device),
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
@@ -39,18 +39,18 @@ def made_with(device: torch.device, eager_threads: int, compiled_threads: int) -
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """'torch 2.12 -> 2.13, device cpu -> cuda', or None."""
+    """The changed entries as 'torch 2.12 -> 2.13, device cpu -> cuda', or None."""
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return ", ".join(f"{key} {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in changed) or None
 
 
 def guarantees(device: torch.device, tier_may_change: bool, exact: bool, threads_may_change: bool = False) -> list[str]:
-    """What the same settings give again, a line each.
+    """Lines on how closely the same settings reproduce the run.
 
     Args:
-        tier_may_change: the run may go from eager to compiled programs on its way.
-        exact: a run that was stopped and resumed equals one that was not.
-        threads_may_change: the run may go on with fewer threads where the machine becomes busy.
+        tier_may_change: the run may switch from eager to compiled programs.
+        exact: a run that was stopped and resumed equals an uninterrupted run.
+        threads_may_change: the run may reduce its threads if the machine becomes busy.
     """
     changes, cures = [], []
     if tier_may_change:

@@ -1,6 +1,6 @@
-"""What a run leaves when it ends: the last checkpoint, the summary, the picture, the evaluation of its best policy.
+"""Write the results at the end of a run: last checkpoint, summary, curves, evaluation of the best policy.
 
-Knows nothing of the loop.
+Knows nothing of the training loop.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from fastppo.training.training_run import Note, TrainingRun
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns. Of many seeds: the joint summary, the policy evaluated best, and each seed's own result."""
+    """The result of `train`. Several seeds: the joint summary, the policy with the best evaluation, each seed's result."""
 
     run_dir: Path
     summary: Mapping[str, Any]
@@ -34,28 +34,28 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job ended, for the results of all its runs."""
+    """Facts on the end of a job, for the results of its runs."""
 
-    about: Mapping[str, Any]  # the part of the summary on how the runs were made
-    stopped_by: str | None  # a signal's name
-    policy: ModuleFactory | None  # as `train` was given it
-    envs: VectorEnv | None  # to evaluate in, as evaluate_config takes them
-    evaluates: bool  # whether the best policies are evaluated
+    about: Mapping[str, Any]  # entries of the summary that are equal for all runs
+    stopped_by: str | None  # name of the signal
+    policy: ModuleFactory | None  # the `policy` argument of `train`
+    envs: VectorEnv | None  # environments for the evaluation, see evaluate_config
+    evaluates: bool  # whether to evaluate the best policies
 
 
 def finish_run(run: TrainingRun, task: Task, ending: Ending) -> TrainResult:
-    """Write what a run leaves. Raises TrainingFault where that fails."""
+    """Write the results of a run. Raises TrainingFault if that fails."""
     directory, state, config = run.directory, run.state, run.config
-    run.close()  # the picture is drawn from the log
+    run.close()  # flushes the log, from which curves.png is drawn
     run.checkpoints.finish(state)
     run.callbacks.on_end()
     summary = _summary(run, ending)
     if not directory.is_written:
         return TrainResult(directory.path, summary, task.agent_of(state))
     try:
-        if state.best_return == -math.inf or not directory.best.exists():  # too few episodes to judge by: the last one
+        if state.best_return == -math.inf or not directory.best.exists():  # too few episodes for a score: save the last policy
             directory.save(directory.best, task.data_of(state))
-        directory.write_json(directory.summary, summary)  # before evaluation, which may take long, or fail
+        directory.write_json(directory.summary, summary)  # before the evaluation, which may take long or fail
         with drawing_curves(run.note):
             plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
         agent = load_policy(directory.path, policy=ending.policy)
@@ -72,7 +72,7 @@ def finish_run(run: TrainingRun, task: Task, ending: Ending) -> TrainResult:
 
 
 def _summary(run: TrainingRun, ending: Ending) -> dict[str, Any]:
-    """summary.json before the evaluation."""
+    """The content of summary.json before the evaluation."""
     state = run.state
     return {
         "env_id": run.config.env_id,
@@ -91,12 +91,12 @@ def _summary(run: TrainingRun, ending: Ending) -> dict[str, Any]:
 
 
 def _evaluate(run: TrainingRun, agent: Agent, envs: VectorEnv | None) -> dict[str, Any]:
-    """The result of `evaluate_config` for best.pt; nothing, and a line, where no environments can be made for it."""
+    """The result of `evaluate_config` for best.pt. {}, with a line for the user, if no environments can be made."""
     config, by_hand = run.config, f"python -m fastppo.evaluate {run.directory.path}"
     try:
         plan = EvaluationPlan(config.eval_episodes, config.seed, trained_steps=run.state.global_step)
         result = evaluate_config(agent, config, plan, envs, run.note)
-    except UsageError as error:  # those that trained could be made: this one may exist only once
+    except UsageError as error:  # an environment may allow only one instance
         run.note(f"best.pt was not evaluated: {error}; later: {by_hand}")
         return {}
     except KeyboardInterrupt:
@@ -110,10 +110,10 @@ def _evaluate(run: TrainingRun, agent: Agent, envs: VectorEnv | None) -> dict[st
 
 @contextlib.contextmanager
 def drawing_curves(note: Note) -> Iterator[None]:
-    """While curves.png is drawn: a picture that cannot be drawn does not end the run. Raises OSError where the disk is full."""
+    """Context for drawing curves.png. A failed drawing does not end the run. An OSError (full disk) is raised."""
     try:
         yield
     except OSError:
         raise
-    except Exception as error:  # whatever somebody's matplotlib may raise
+    except Exception as error:  # matplotlib can raise anything
         note(f"curves.png could not be drawn ({brief(error)})")

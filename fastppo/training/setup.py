@@ -1,6 +1,6 @@
-"""What a run trains, on what, with which programs: from settings to a `Task`, or to one clear line why not. Writes nothing.
+"""Make a `Task` from settings: environments, networks, devices, threads. Raises UsageError with one clear line. Writes nothing.
 
-Knows nothing of the loop, and of run directories only that there will be some.
+Knows nothing of the training loop or of the files in run directories.
 """
 
 import contextlib
@@ -42,66 +42,68 @@ from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
 from fastppo.training.thread_trial import choose, minibatch_of
 
-# Compiled loops stream what a pass leaves behind through memory; parts that stay in the cache take half the time at minibatches
-# of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114), and the same at 256.
+# Rows of a microbatch. Compiled loops write the intermediates of a pass to memory. Those of a small pass stay in the CPU cache:
+# half the time at minibatches of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114). At minibatches
+# of 256 rows the time is the same.
 ROWS_PER_PASS = 1024
-MIN_WORKER_ROWS = 32  # of a minibatch, for each worker of a compiled `learn`; with 16 nothing is gained (benchmarks/LOG.md)
+MIN_WORKER_ROWS = 32  # rows of a minibatch per worker of a compiled `learn`; 16 is no faster (benchmarks/LOG.md)
 COPIED_GENERATOR = (
     "check: if its module has a random generator, each process has a copy of it, and environments of two processes may be "
     "alike: use --vectorization sync, or draw from self.np_random"
 )
-ENDLESS_SECONDS = 86_400.0  # --env-timeout 0, for ranks that wait for one another
+ENDLESS_SECONDS = 86_400.0  # with --env-timeout 0, how long ranks wait for each other
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, where, by whom."""
+    """Everything that training needs, checked and ready."""
 
-    config: TrainConfig  # of all seeds and processes
-    local: TrainConfig  # of this process's part: N / K environments, M / K rows of a minibatch
-    configs: tuple[TrainConfig, ...]  # of each seed's own run
+    config: TrainConfig  # the settings of all seeds and processes
+    local: TrainConfig  # the settings of this process: N / K environments, M / K rows of a minibatch
+    configs: tuple[TrainConfig, ...]  # the settings of each seed
     ranks: Ranks
     device: torch.device
     envs: AutoresetEnvs
-    engine: str  # who runs the environments, and why
-    why: str
+    engine: str  # how the environments are run
+    why: str  # reason for the choice of engine
     obs: ObsSpec
     action: ActionSpec
     network: Network
-    states: tuple[TrainState, ...]  # fresh, of each seed
+    states: tuple[TrainState, ...]  # a fresh state for each seed
     workers: int  # threads of a compiled `learn`
-    threads: int  # of eager programs, before any trial; and of each worker of compiled ones, where there is one worker
-    trial: Callable[[], object] | None  # what tells whether eager learning gains by its threads; None: they are not changed
+    threads: int  # threads of eager programs before any trial, and of a compiled program with one worker
+    trial: Callable[[], object] | None  # timed to choose the number of eager threads; None: the number is fixed
     provenance: dict[str, str]
-    findings: tuple[str, ...]  # lines on the environments
-    notes: tuple[str, ...]  # other lines that are to be told
+    findings: tuple[str, ...]  # lines on the environments from the check
+    notes: tuple[str, ...]  # other lines to print
     render_env: AutoresetEnvs | None  # for videos
-    has_copies: bool  # False: there can be no other environments beside these, so far as is known
+    has_copies: bool  # False: no second copy of the environments could be made
 
     @property
     def made(self) -> VectorEnv:
-        """The environments themselves."""
+        """The vector environment without the autoreset wrapper."""
         return self.envs.envs
 
     @property
     def on_device(self) -> bool:
-        """Whether they are functions on tensors."""
+        """Whether the environments are functions of tensors on the device."""
         return isinstance(self.made, TorchVectorEnv)
 
     @property
     def axis(self) -> SeedAxis:
-        """The axis of seeds in tensors of all of them."""
+        """The axis of seeds in tensors of all seeds."""
         return SeedAxis(self.config.num_seeds)
 
     @property
     def restarts(self) -> bool:
-        """Whether environments restart at checkpoints; those on the device are kept in them as they stand."""
+        """Whether environments restart at checkpoints. Environments on the device do not: checkpoints store their state."""
         return self.config.exact_resume and not self.on_device
 
     def environment_seeds(self) -> ResetSeed:
-        """The seeds that the environments are reset with where the runs start, go on or restart: of several runs, one each.
+        """The seeds for the reset at a start, resume or restart. With several runs, a list with one seed each.
 
-        The i-th environment has seed + i, whichever process it is in. Functions on tensors draw the numbers of all processes.
+        Environment i gets seed + i, with i counted over all processes. Environments on tensors get no offset, because each
+        process draws the random numbers of all.
         """
         draws_for_all = isinstance(self.made.unwrapped, TorchVectorEnv)
         offset = 0 if draws_for_all else self.ranks.rank * self.local.num_envs
@@ -111,7 +113,7 @@ class Task:
         return each if self.axis.shape else each[0]
 
     def data_of(self, state: TrainState | PolicySnapshot) -> dict[str, Any]:
-        """A state, or the policy of one, as plain data for a checkpoint."""
+        """A state or policy snapshot as plain data for a checkpoint."""
         made_by = {**self.provenance, **versions()}
         return checkpoint_of(self.network, self.made.single_observation_space, self.obs, self.action, made_by, state)
 
@@ -121,7 +123,7 @@ class Task:
         return Agent(space, self.obs, self.action, self.network, state.params, normalization_of(state))
 
     def describe(self) -> list[str]:
-        """Lines for people: environments, what the check found, device and threads."""
+        """Lines for the user: environments, findings of the check, device, threads."""
         parts = max(self.config.num_seeds, self.ranks.size)
         number = str(self.config.num_envs) if parts == 1 else f"{parts} x {self.local.num_envs}"
         where = f"device {self.device}"
@@ -136,16 +138,16 @@ class Task:
 
 
 def environment_seed(seed: int, iteration: int) -> int:
-    """The seed of the environments of a run that starts, or goes on, at `iteration`."""
+    """The environments' seed for a run that starts or continues at `iteration`."""
     return random_streams.environment_seed(seed, Stream.ENVIRONMENTS, iteration)
 
 
 def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv | None, cleanup: contextlib.ExitStack) -> Task:
-    """Make what is trained. Everything that can be refused is refused here, before anything is written.
+    """Make the task. All settings are checked here, before any file is written.
 
     Args:
-        policy, given: as `train` takes them.
-        cleanup: closes what is opened.
+        policy, given: the `policy` and `envs` arguments of `train`.
+        cleanup: closes the opened resources.
 
     Raises:
         UsageError: a setting is not possible.
@@ -169,12 +171,12 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     with plain():
         network, networks = make_networks(configs, found, policy)
         threads = choose_threads(local, network)
-        torch.set_num_threads(threads)  # before the first parallel operation, in `init`
+        torch.set_num_threads(threads)  # before the first parallel operation, which is in `init`
         states = [init_state(own, of_seed, found.obs, device) for own, of_seed in zip(configs, networks, strict=True)]
         trial, thread_note = try_threads(config, local, found, network, states[0].params, threads)
     made = found.envs.envs
     if isinstance(made, TorchVectorEnv):
-        made.reset()  # for the form of its state; start_collector resets it again, with a seed
+        made.reset()  # gives its state the right shapes; start_collector resets it again with a seed
         if config.resume:
             for state, environments in zip(states, states_of(made, nothing_remembered(network, made)), strict=True):
                 state.environments = gather_environments(environments, ranks)
@@ -197,11 +199,11 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
 
 
 def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torch.device, Ranks]:
-    """The device of this process, and the processes that train together. Raises UsageError."""
+    """The device of this process, and the ranks. Raises UsageError."""
     device = choose_device(config.device)
     if config.track is not None:
         check_installed(config.track)
-    if device.type == "cuda":  # the current GPU is where programs are captured; afterwards it is the caller's again
+    if device.type == "cuda":  # CUDA graphs are captured on the current GPU; cleanup restores the caller's
         cleanup.callback(torch.cuda.set_device, torch.cuda.current_device())
         torch.cuda.set_device(resolved(device))
     ranks = start_ranks(device, TIMEOUT_SECONDS + (config.env_timeout or ENDLESS_SECONDS))
@@ -213,7 +215,7 @@ def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torc
 
 @dataclass(frozen=True)
 class OpenedEnvs:
-    """The environments, their spaces, and what the check found. The fields are those of Task."""
+    """The environments, their spaces, and the findings of the check. The fields are those of Task."""
 
     envs: AutoresetEnvs
     engine: str
@@ -233,7 +235,7 @@ def open_environments(
     deadline: Deadline,
     cleanup: contextlib.ExitStack,
 ) -> OpenedEnvs:
-    """Make this process's environments, or take those given, and check them. Raises UsageError."""
+    """Make this process's environments, or use the given ones, and check them. Raises UsageError."""
     copy = Copy(local, deadline)
     if given is None:
         made, engine, why = make_training_envs(local.env_config, device, deadline, copy.tried)
@@ -244,7 +246,7 @@ def open_environments(
         envs = AutoresetEnvs(made, deadline)
     if made.num_envs != config.num_seeds * local.num_envs:
         raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-    if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium has it in a wrapper
+    if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium wraps it
         made.unwrapped.share = (ranks.rank, ranks.size)
     if isinstance(made, TorchVectorEnv) and made.device != device:
         raise UsageError(f"--device {device}: the environments given are on {made.device}")
@@ -262,7 +264,7 @@ def open_environments(
 def make_networks(
     configs: Sequence[TrainConfig], found: OpenedEnvs, policy: ModuleFactory | None
 ) -> tuple[Network, list[Network]]:
-    """The network that the programs use, and those of each seed, which begin its parameters. Raises UsageError."""
+    """The network for the programs, and one network per seed to initialise its parameters. Raises UsageError."""
     networks = [make_network(found.obs, found.action, own, policy, seed_of(own.seed, Stream.PARAMETERS)) for own in configs]
     if not all(alike(networks[0], other) for other in networks[1:]):
         raise UsageError("policy: its buffers or frozen weights differ by seed, and --num-seeds shares them: train one by one")
@@ -272,7 +274,7 @@ def make_networks(
 def try_threads(
     config: TrainConfig, local: TrainConfig, found: OpenedEnvs, network: Network, params: Tensor, threads: int
 ) -> tuple[Callable[[], object] | None, str | None]:
-    """Time eager learning with fewer threads where their number is free, and set the fastest; the trial, and a line."""
+    """Set the fastest number of threads for eager learning, if the settings leave it open. Returns the trial and a line."""
     if threads == 1 or config.num_threads is not None or config.compile == "on" or params.device.type != "cpu":
         return None, None
     rows = min(local.rows_per_minibatch, ROWS_PER_PASS) if found.obs.has_images else local.rows_per_minibatch
@@ -283,7 +285,7 @@ def try_threads(
 
 
 def seed_configs(config: TrainConfig) -> list[TrainConfig]:
-    """The settings of each seed's own run, --seed and those after it; of a single one, `config` itself."""
+    """The settings of each seed, from --seed upwards. With one seed, `[config]`."""
     if config.num_seeds == 1:
         return [config]
     seeds = range(config.seed, config.seed + config.num_seeds)
@@ -297,12 +299,12 @@ def seed_configs(config: TrainConfig) -> list[TrainConfig]:
 
 
 def seed_folder(seed: int) -> str:
-    """The name of a seed's run directory, among those of all seeds."""
+    """The name of a seed's folder in the joint run directory."""
     return f"seed-{seed}"
 
 
 def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
-    """`config` with the name of environments that were not made from it, unless the settings name them."""
+    """`config` with env_id taken from the given environments, unless the settings name one."""
     if config.env_id != TrainConfig.env_id:
         return config
     spec = getattr(envs, "spec", None)
@@ -310,7 +312,7 @@ def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
 
 
 def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, ...]:
-    """What a checkpoint keeps of a policy's memory beside environments on the device, all zeros."""
+    """A recurrent policy's state for a checkpoint of environments on the device, all zeros. () without a recurrent policy."""
     episode_start = torch.zeros_like(made.running.done)
     return (
         (episode_start.new_zeros(*episode_start.shape, network.rnn_state_size, dtype=torch.float32), episode_start)
@@ -320,14 +322,14 @@ def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, 
 
 
 class Copy:
-    """One environment beside those of a run, to try out; made where its `result` is asked for, once."""
+    """One more environment to try out, beside those of the run. It is made once, at the first call of `tried`."""
 
     def __init__(self, config: TrainConfig, deadline: Deadline) -> None:
         self.config, self.deadline = config, deadline
         self.result: Tried | None = None
 
     def tried(self) -> Tried:
-        """What came of trying it."""
+        """The result of the trial."""
         if self.result is None:
             config = self.config
             self.result = try_copy(config.env_id, config.env_kwargs, config.num_envs * config.num_seeds, self.deadline)
@@ -335,7 +337,7 @@ class Copy:
 
 
 def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
-    """The environment that --record-every makes videos of; raises UsageError where it cannot be made."""
+    """The environment for the videos of --record-every. Raises UsageError if it cannot be made."""
     if given is not None:
         raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
     try:
@@ -345,20 +347,20 @@ def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadli
 
 
 def info_mask_size(envs: AutoresetEnvs) -> int | None:
-    """Numbers in each environment's info["action_mask"]; None where there is none. Resets the environments."""
+    """Size of each environment's info["action_mask"], or None. Resets the environments."""
     if isinstance(envs.envs, TorchVectorEnv):
         return None
-    with contextlib.suppress(*ENVIRONMENT_ERRORS):  # one that fails here fails when training starts, where it is reported
-        _, mask = envs.reset_and_mask(None)  # a seed would have EnvPool make all its environments anew
+    with contextlib.suppress(*ENVIRONMENT_ERRORS):  # it will fail again when training starts, and is reported there
+        _, mask = envs.reset_and_mask(None)  # with a seed, EnvPool would rebuild all its environments
         return None if mask is None else math.prod(mask.shape[1:])
     return None
 
 
 def check_same(config: TrainConfig, rank_zero: TrainConfig, ranks: Ranks) -> None:
-    """Refuse settings that are not those of rank 0; raises UsageError."""
+    """Check that the settings equal those of rank 0. Raises UsageError."""
     for spec in fields(TrainConfig):
         own, other = getattr(config, spec.name), getattr(rank_zero, spec.name)
-        is_path = spec.name in ("run_dir", "resume")  # which machines may see from different directories
+        is_path = spec.name in ("run_dir", "resume")  # machines may mount it under different paths
         if own != other and not (is_path and own and other):
             raise UsageError(
                 f"rank {ranks.rank} was started with {flag(spec.name)} {own}, rank 0 with {other}: "
@@ -367,9 +369,9 @@ def check_same(config: TrainConfig, rank_zero: TrainConfig, ranks: Ranks) -> Non
 
 
 def with_shards(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
-    """`config` with its groups of environments (core/minibatches.py), and a line where they are not those of before.
+    """`config` with its number of shards (core/minibatches.py), and a line if a resumed run changes that number.
 
-    Raises UsageError for what cannot be shared out.
+    Raises UsageError if environments or minibatches cannot be split equally.
     """
     if ranks.size > 1 and config.num_seeds > 1:
         raise UsageError(
@@ -385,7 +387,7 @@ def with_shards(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | N
 
 
 def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The settings of this process's part: N / K environments, M / K rows of a minibatch."""
+    """The settings of this process: N / K environments, M / K rows of a minibatch."""
     if ranks.size == 1:
         return config
     minibatch_size = None if config.minibatch_size is None else config.minibatch_size // ranks.size
@@ -393,14 +395,14 @@ def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def alike(one: Network, other: Network) -> bool:
-    """Whether what training leaves as it is is the same in both."""
+    """Whether both networks have equal buffers and frozen weights."""
     if not isinstance(one, ModulePolicy) or not isinstance(other, ModulePolicy):
         return True
     return all(torch.equal(tensor, other.fixed[name]) for name, tensor in one.fixed.items())
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device that --device names; auto is the GPU when there is one. Raises UsageError for one that is not there."""
+    """The device for --device; auto selects the GPU if there is one. Raises UsageError for a missing device."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
@@ -412,8 +414,8 @@ def choose_device(wanted: str) -> torch.device:
 def choose_threads(config: TrainConfig, network: Network) -> int:
     """Threads of eager programs: --num-threads, or one for a minibatch of fewer than 16 M multiplications.
 
-    Below that handing over costs more than it gives: with 9,155 parameters on two cores one thread is faster at 256 rows, two
-    are at 4096 (benchmarks/LOG.md).
+    For less work, synchronisation costs more than a second thread saves. With 9,155 parameters on two cores, one thread is
+    faster at 256 rows and two are faster at 4096 (benchmarks/LOG.md).
     """
     if config.num_threads is not None:
         return config.num_threads
@@ -421,16 +423,17 @@ def choose_threads(config: TrainConfig, network: Network) -> int:
 
 
 def usable_threads() -> int:
-    """torch's, but no more than there are cores for this process."""
+    """torch's number of threads, limited to the cores of this process."""
     return min(torch.get_num_threads(), available_cores())
 
 
 def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
-    """Threads of a compiled `learn`, each with a part of the environments and minibatches (compile/workers.py), or with a seed.
+    """Threads of a compiled `learn`. Each has a part of the environments and minibatches (compile/workers.py), or some seeds.
 
-    As many as there are cores, or --num-threads, as long as each has MIN_WORKER_ROWS rows of a minibatch and parts are equal.
+    The number is at most that of the cores, or --num-threads. Each worker has at least MIN_WORKER_ROWS rows of a minibatch, and
+    all parts are equal.
     """
-    if obs.has_images:  # large convolutions share themselves out better
+    if obs.has_images:  # large convolutions parallelise better within each operation
         return 1
     cores = config.num_threads or usable_threads()
     if config.num_seeds > 1:

@@ -1,4 +1,4 @@
-"""What training moves, and that as data: `TrainState`, how it starts, and what a checkpoint holds of it.
+"""`TrainState`, everything that training changes: its start, its snapshots and its form in a checkpoint.
 
 Knows nothing of files, environments or the command line.
 """
@@ -32,7 +32,7 @@ from fastppo.run.episodes import EpisodeStatistics
 
 @dataclass(frozen=True)
 class PolicySnapshot:
-    """A policy as it acted in the iterations after `iteration`, to be used and not to be trained on: copies."""
+    """A copy of the policy after `iteration` iterations, for acting. Training cannot continue from it."""
 
     params: Tensor  # (P,)
     obs_moments: dict[str, RunningMoments] | None
@@ -47,14 +47,14 @@ class PolicySnapshot:
 
 @dataclass
 class TrainState:
-    """Everything that training moves and a checkpoint keeps."""
+    """Everything that training changes and a checkpoint stores."""
 
-    params: Tensor  # (P,), written in place: the weights that act are views of it
+    params: Tensor  # (P,), updated in place, since the network's weights are views of it
     adam: AdamState
     obs_moments: dict[str, RunningMoments] | None  # by leaf of the observation
     return_moments: RunningMoments | None
-    return_carry: Tensor  # (N,), each environment's discounted reward so far
-    return_mean: Tensor  # () units of the critic, see Normalization
+    return_carry: Tensor  # (N,), running discounted reward of each environment
+    return_mean: Tensor  # (), mean and std of the critic's units, see Normalization
     return_std: Tensor
     generators: dict[str, torch.Generator]
     episodes: EpisodeStatistics
@@ -63,21 +63,21 @@ class TrainState:
     iteration: int = 0
     global_step: int = 0
     seconds: float = 0.0
-    environments: dict[str, Any] | None = None  # as they stood when this was kept, where they can tell
+    environments: dict[str, Any] | None = None  # their state at this point, if they can be saved
 
     @property
     def best_return(self) -> float:
-        """The return by which the best policy is the best, see BestPolicy; -inf where none could be judged."""
+        """The score of the best policy, see BestPolicy. -inf before any policy has a score."""
         return self.best.score
 
     def forget_running(self) -> None:
-        """Episodes under way end without counting: the environments start new ones."""
+        """Drop unfinished episodes, because the environments start new ones."""
         self.episodes.forget_running()
         self.best.forget_running()
 
 
 def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device) -> TrainState:
-    """Fresh parameters and statistics."""
+    """A state with fresh parameters and statistics."""
     params = network.init(torch.Generator("cpu").manual_seed(seed_of(config.seed, Stream.PARAMETERS))).to(device)
     drawn_from = {"actions": Stream.ACTIONS, "minibatches": Stream.MINIBATCHES}
     start = PolicySnapshot(
@@ -109,18 +109,18 @@ def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torc
 
 
 def normalization_of(state: TrainState | PolicySnapshot) -> Normalization:
-    """The statistics as they stand, frozen for one iteration."""
+    """The current statistics, frozen for one iteration."""
     reward_scale = None if state.return_moments is None else inverse_std(state.return_moments)
     return make_normalization(state.obs_moments, reward_scale, state.return_mean, state.return_std, state.wide)
 
 
 def preserved(state: TrainState, environments: dict[str, Any] | None) -> TrainState:
-    """The state between two iterations, which the next one does not change: 8 us."""
+    """The state between two iterations, with copies of the generators. Tensors are shared. Takes 8 us."""
     return replace(state, generators=_clones(state.generators), environments=environments)
 
 
 def snapshot(state: TrainState) -> PolicySnapshot:
-    """A copy of the policy; all but the parameters is replaced, and never written to."""
+    """A copy of the policy. Only the parameters are cloned, since training never writes to the other tensors in place."""
     return PolicySnapshot(
         state.params.clone(),
         state.obs_moments,
@@ -135,14 +135,14 @@ def snapshot(state: TrainState) -> PolicySnapshot:
 
 
 def gather_environments(environments: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any] | None:
-    """The environments of all processes as one, from those of each; see Collector.state_dicts."""
+    """Join the environment states of all processes; see Collector.state_dicts."""
     if environments is None or ranks.size == 1:
         return environments
     return {**environments, "running": [ranks.gather(x) for x in environments["running"]]}
 
 
 def share_environments(environments: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """This process's part of the result of `gather_environments`."""
+    """This process's part of joined environment states. The inverse of `gather_environments`."""
     if ranks.size == 1:
         return environments
     return {**environments, "running": [ranks.share(x) for x in environments["running"]]}
@@ -160,7 +160,7 @@ def checkpoint_of(
     made_with: Mapping[str, str],
     state: TrainState | PolicySnapshot,
 ) -> dict[str, Any]:
-    """The state as plain data: tensors, numbers, text, lists and dicts; of a snapshot only what a policy needs.
+    """The state as plain data: tensors, numbers, text, lists and dicts. For a snapshot, only the policy's data.
 
     made_with: see fastppo/training/reproducibility.py.
     """
@@ -189,9 +189,9 @@ def checkpoint_of(
 
 
 def snapshot_data(policy: PolicySnapshot) -> dict[str, Any]:
-    """A policy that is still to be judged, as plain data."""
+    """A policy that has no score yet, as plain data."""
     data = tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, vars(policy))
-    moments = {} if policy.obs_moments is None else {key: list(kept) for key, kept in data["obs_moments"].items()}
+    moments = {} if policy.obs_moments is None else {key: list(moment) for key, moment in data["obs_moments"].items()}
     rewards = [] if policy.return_moments is None else list(data["return_moments"])
     del data["wide"]
     return {**data, "obs_moments": moments, "return_moments": rewards}

@@ -1,12 +1,12 @@
-"""How many threads eager learning uses: as many as help, which is measured.
+"""Choose the number of threads for eager learning by measurement.
 
-After an operation a thread of OpenMP waits for the others in a loop that keeps its core busy. Where other processes want the
-cores too, the thread that it waits for may have none: beside two busy processes on two cores, minibatches of 128 rows through
-two layers of 256 took 9 to 13 times as long with two threads as with one, and 1.1 to 1.25 times where waiting threads sleep
+After each operation, OpenMP threads wait for each other in a busy loop. If other processes use the cores too, the last thread
+may get no core. This was measured on two cores with two busy processes, minibatches of 128 rows and two layers of 256 units.
+Two threads took 9 to 13 times as long as one. They took 1.1 to 1.25 times as long if waiting threads sleep
 (OMP_WAIT_POLICY=passive, which is read when torch is loaded: benchmarks/LOG.md).
 
-The number of threads changes the order of sums, and so the last bits. It is chosen before the first iteration, on data that are
-thrown away, and a run keeps it in summary.json; `Watch`, which may change it later, adds that there.
+The number of threads changes the order of sums, and so the last bits. It is chosen before the first iteration on dummy data and
+recorded in summary.json. `Watch` may change it later and records that too.
 """
 
 import time
@@ -26,15 +26,15 @@ from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.storage import allocate_rollout
 
 ROUNDS = 5
-TRIAL_SECONDS = 0.5  # after which no round is begun
-CLEARLY = 1.2  # times as long, before fewer threads are taken
-SUSPICIOUS = 3.0  # times as long as the fastest iteration's learning
-PATIENCE = 3  # such iterations in a row before there is another trial; twice as many after each that changed nothing
+TRIAL_SECONDS = 0.5  # no new round starts after this time
+CLEARLY = 1.2  # factor by which fewer threads must be faster
+SUSPICIOUS = 3.0  # factor over the fastest iteration's learning time
+PATIENCE = 3  # such iterations in a row before another trial; doubled after each trial
 
 
 @dataclass(frozen=True)
 class Choice:
-    """So many threads are fastest, and the most that there might be take `slower` times as long."""
+    """The result of a trial: `number` threads are fastest, and `most` threads take `slower` times as long."""
 
     number: int
     most: int
@@ -42,7 +42,7 @@ class Choice:
 
     @property
     def note(self) -> str | None:
-        """A line where they are fewer than might be."""
+        """A line for the user if fewer threads than the maximum are used."""
         if self.number == self.most:
             return None
         number = f"{self.number} thread{'s' * (self.number > 1)}"
@@ -53,9 +53,9 @@ class Choice:
 
 
 def choose(trial: Callable[[], object], most: int, clock: Callable[[], float] = time.perf_counter) -> Choice:
-    """Time `trial` with `most` threads, half of them, and so on down to one. torch's number is afterwards what it was.
+    """Time `trial` with `most` threads, half as many, and so on down to one. Restores torch's number of threads.
 
-    clock: seconds.
+    clock: returns seconds.
     """
     before = torch.get_num_threads()
     numbers = [most]
@@ -71,7 +71,7 @@ def choose(trial: Callable[[], object], most: int, clock: Callable[[], float] = 
 
     try:
         for number in numbers:
-            run(number)  # the first time there are threads to start and memory to find
+            run(number)  # warm-up: starts threads and allocates memory
         started = clock()
         for _ in range(ROUNDS):
             for number in numbers:
@@ -89,9 +89,9 @@ def choose(trial: Callable[[], object], most: int, clock: Callable[[], float] = 
 def minibatch_of(
     network: Network, params: Tensor, obs: ObsSpec, action: ActionSpec, rows: int, num_steps: int
 ) -> Callable[[], object]:
-    """What takes most of the time of `learn`: forward and backward through the networks, for `rows` rows of zeros.
+    """A trial for `choose`: forward and backward pass on a minibatch of zeros, which is most of the work in `learn`.
 
-    rows: of a minibatch; a policy with memory takes them as sequences of num_steps.
+    rows: rows of the minibatch. A recurrent policy gets them as sequences of num_steps.
     """
     remembers = isinstance(network, RecurrentActorCritic)
     shape = (num_steps, max(rows // num_steps, 1)) if remembers else (rows, 1)
@@ -111,7 +111,7 @@ def minibatch_of(
 
 
 class Watch:
-    """Between iterations: goes on with fewer threads where the machine has become busy, and tells so."""
+    """Reduces the number of threads between iterations if the machine has become busy, and prints a line."""
 
     def __init__(
         self,
@@ -120,13 +120,13 @@ class Watch:
         made_with: dict[str, str],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """made_with: what the run says of itself, see reproducibility.made_with; a change is written into it."""
+        """made_with: the result of reproducibility.made_with. A change of threads is added to it."""
         self._trial, self._note, self._made_with, self._clock = trial, note, made_with, clock
         self._fastest = float("inf")
         self._slow, self._patience = 0, PATIENCE
 
     def update(self, iteration: int, seconds: float) -> None:
-        """seconds: that the iteration's learning took."""
+        """seconds: learning time of the iteration."""
         number = torch.get_num_threads()
         self._fastest = min(self._fastest, seconds)
         self._slow = self._slow + 1 if seconds > SUSPICIOUS * self._fastest else 0
