@@ -48,7 +48,7 @@ def keeping_state(job: Job, given: VectorEnv | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def isolating_fault(job: Job, index: int) -> Iterator[None]:
-    """With several seeds, a fault ends only its own seed's run. It is reported with the state, and the others continue."""
+    """With several seeds, a fault ends only its seed's run. It is reported, its state is saved, and the others continue."""
     run = job.runs[index]
     try:
         yield

@@ -430,8 +430,8 @@ def usable_threads() -> int:
 def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
     """Threads of a compiled `learn`. Each has a part of the environments and minibatches (compile/workers.py), or some seeds.
 
-    The number is at most that of the cores, or --num-threads. Each worker has at least MIN_WORKER_ROWS rows of a minibatch, and
-    all parts are equal.
+    There are at most as many as cores, or --num-threads. With one seed, several workers have equal parts, with at least
+    MIN_WORKER_ROWS rows of a minibatch each.
     """
     if obs.has_images:  # large convolutions parallelise better within each operation
         return 1
