@@ -1,1 +1,1 @@
-"""What finished runs are read for: policies, curves, statistics, videos."""
+"""Read runs from disk: policies, curves, statistics, videos."""

@@ -1,6 +1,6 @@
 """Learning curves as pictures: a run's own page of panels, and pages that compare groups of runs.
 
-Reads metrics.csv and groups of runs. Knows nothing of command lines or of how a run is trained.
+Reads metrics.csv and groups of runs. Knows nothing of command lines or of training.
 """
 
 import math
@@ -45,7 +45,7 @@ EPISODIC = (RETURN, "episodic_length_mean")  # no value until an episode has end
 
 
 def inked(colour: str) -> dict[Any, str]:
-    """matplotlib's parameters that give this colour to all but the curves."""
+    """matplotlib's parameters for this colour in everything except the curves."""
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
     return dict.fromkeys(parts, colour)
 
@@ -55,7 +55,7 @@ BLACK = inked("#000000")
 
 def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     """Draw the PANELS of one run against environment steps, as a PNG file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.45 s to import: only once training is over
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.45 s to import, so not before training is over
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter
 
@@ -64,8 +64,8 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     figure = Figure(figsize=(13, 9))
     FigureCanvasAgg(figure)
     figure.suptitle(title, y=0.985)
-    # 0.4 s of CPU time where layout="constrained" took 0.95: margins are fixed, so that nothing is drawn twice to be measured,
-    # step numbers are drawn once a column, and no label needs mathtext (10^2)
+    # 0.4 s of CPU time; layout="constrained" took 0.95. With fixed margins nothing is drawn twice to be measured, step numbers
+    # are drawn once a column, and no label needs mathtext (10^2)
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.065, top=0.925, hspace=0.2, wspace=0.2)
     for axes, key in zip(figure.subplots(3, 3, sharex=True).flat, PANELS, strict=True):
         axes.plot(steps, [float(row[key]) for row in rows], linewidth=1.5)
@@ -87,11 +87,11 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
 def draw_page(
     groups: Sequence[Group], panels: Sequence[tuple[str, str]], columns: int, style: Mapping[Any, str] = BLACK
 ) -> "Figure":
-    """A figure with a block of panels for each environment, with its name above and a legend below.
+    """A figure with a block of panels for each environment, with the name above and a legend below.
 
     Args:
-        groups: at least one. An empty env_id gives no name.
-        panels: (x, y) columns of metrics.csv, in reading order, `columns` of them side by side.
+        groups: at least one. An empty env_id shows no name.
+        panels: (x, y) columns of metrics.csv, in reading order, `columns` panels side by side.
         style: matplotlib's parameters.
     """
     import matplotlib  # here, so that --help and wrong flags do not wait for it
@@ -131,7 +131,7 @@ def draw_page(
 
 
 def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
-    """Colour and dashes by label: a setting looks the same in every environment."""
+    """Colour and dashes by label, the same in every environment."""
     labels = dict.fromkeys(group.label for group in groups)
     count = len(PALETTE)
     return {label: (PALETTE[i % count], DASHES[i // count % len(DASHES)]) for i, label in enumerate(labels)}
@@ -173,7 +173,7 @@ def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple
 
 
 def _legend_columns(groups: Sequence[Group]) -> int:
-    """How many entries as long as the longest fit side by side."""
+    """Number of entries that fit side by side, by the length of the longest."""
     longest = max(len(group.legend) for group in groups)
     return max(1, min(len(groups), 130 // (longest + 8)))
 
@@ -198,7 +198,7 @@ def render(figure: "Figure", format: str, style: Mapping[Any, str] = BLACK) -> b
 
     buffer = BytesIO()
     with matplotlib.rc_context({**style, "svg.hashsalt": "fastppo"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # a name with letters that the font lacks
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the font lacks a letter of a name
         figure.savefig(buffer, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
-    figure.set_layout_engine("none")  # keep the layout for the next format: measuring is half of the time
+    figure.set_layout_engine("none")  # keep the layout for the next format: layout is half of the time
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Play episodes with a policy and sum up their returns.
+"""Play episodes with a policy and report their returns.
 
 Knows nothing of command lines, of run directories, or of rendering.
 """
@@ -23,23 +23,23 @@ from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environmen
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
 
-Note = Callable[[str], None]  # takes a line for people
+Note = Callable[[str], None]  # prints a line for the user
 
-MIN_EPISODE_STEPS = 1_000  # of an evaluation, for each of its episodes
-MAX_EPISODE_STEPS = 100_000  # likewise
-PROGRESS_SECONDS = 5.0  # between lines on the progress of an evaluation
-MAX_ENVS = 8  # environments of an evaluation
+MIN_EPISODE_STEPS = 1_000  # of an evaluation: lower bound of its step limit, for each episode
+MAX_EPISODE_STEPS = 100_000  # upper bound
+PROGRESS_SECONDS = 5.0  # between two lines on the progress of an evaluation
+MAX_ENVS = 8  # in an evaluation
 
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Which episodes are played, and for how long."""
+    """The episodes of an evaluation: number, seed, policy, limit of steps."""
 
     episodes: int
     seed: int = 0  # of the environments and of sampling
     deterministic: bool = True  # take the likeliest action; otherwise sample
-    trained_steps: int = 0  # steps of training, which bound the evaluation
-    max_steps: int | None = None  # of all episodes together; None: as `most_steps` says
+    trained_steps: int = 0  # steps of training; they limit the steps of the evaluation
+    max_steps: int | None = None  # of all episodes together; None: see `most_steps`
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class EvaluationResult:
     """Returns of the episodes of an evaluation."""
 
     returns: list[float]  # of the episodes that ended
-    wanted: int  # episodes
-    steps: int  # of all environments, those after their last episode left out
+    wanted: int  # number of episodes that were to be played
+    steps: int  # of all environments, without those after an environment's last episode
     reward: float  # sum over these steps
 
     @property
@@ -59,7 +59,7 @@ class EvaluationResult:
 
     @property
     def remark(self) -> str | None:
-        """A line for people if some episodes did not end."""
+        """A line for the user if some episodes did not end."""
         if len(self.returns) == self.wanted:
             return None
         if not self.returns:
@@ -72,11 +72,11 @@ class EvaluationResult:
 
 
 def most_steps(trained: int, episodes: int, longest: int | None) -> int:
-    """Largest number of steps of an evaluation: as many as were trained, but 1,000 to 100,000 an episode.
+    """Largest number of steps of an evaluation: the steps of training, within 1,000 to 100,000 an episode.
 
     Args:
         trained: steps of training.
-        longest: steps of an episode at the environment's time limit, which replaces the 1,000 if it is larger; None: no limit.
+        longest: the environment's time limit in steps; it replaces the 1,000 if it is larger. None: no time limit.
     """
     least = max(MIN_EPISODE_STEPS, min(longest or 0, MAX_EPISODE_STEPS))
     return min(max(trained, least * episodes), MAX_EPISODE_STEPS * episodes)
@@ -91,13 +91,13 @@ def play_episodes(
     max_steps: int | None = None,
     note: Note | None = None,
 ) -> EvaluationResult:
-    """Play `episodes` episodes; rewards are those of the environment, before any normalisation.
+    """Play `episodes` episodes; rewards are those of the environment, not normalised.
 
-    The number of episodes of each environment is fixed beforehand: taking the first episodes to finish would favour short ones.
+    The number of episodes of each environment is fixed beforehand: counting the first episodes to end would favour short ones.
 
     Args:
-        max_steps: episodes that have not ended after this many steps are dropped. Default: MAX_EPISODE_STEPS an episode.
-        note: takes a line on the progress every PROGRESS_SECONDS.
+        max_steps: episodes that have not ended after so many steps in all are dropped. Default: MAX_EPISODE_STEPS an episode.
+        note: prints a line on the progress every PROGRESS_SECONDS.
     """
     quota = np.full(envs.num_envs, episodes // envs.num_envs)
     quota[: episodes % envs.num_envs] += 1
@@ -121,7 +121,7 @@ def play_episodes(
         for index in np.flatnonzero(over & (left > 0)):
             returns[index].append(float(running[index]))
             running[index], left[index] = 0.0, left[index] - 1
-        agent.reset(done if envs.keeps_final_obs else ~valid)  # rows whose next observation is the first of an episode
+        agent.reset(done if envs.keeps_final_obs else ~valid)  # environments whose next observation is the first of an episode
         valid = ~done if not envs.keeps_final_obs else valid
         if note is not None and time.monotonic() - noted >= PROGRESS_SECONDS:
             note(f"evaluating: {episodes - left.sum()} of {episodes} episodes, {steps:,} of at most {most:,} steps")
@@ -131,7 +131,7 @@ def play_episodes(
 
 
 def _to_host(batch: Any) -> NDArray[Any]:
-    """One step's array or tensor, on any device, as an array."""
+    """An array or tensor of one step, on any device, as an array."""
     return np.asarray(batch.detach().cpu() if is_tensor(batch) else batch)
 
 
@@ -145,8 +145,8 @@ def evaluate_config(
     """Play the plan's episodes in a run's environment: `return_mean return_std episodes`; nan, nan, 0 if no episode ended.
 
     Args:
-        envs: environments to play in, which are left open; None: make them as for training.
-        note: takes lines for people: the number of episodes, the progress, and episodes that did not end.
+        envs: environments to play in; they are not closed. None: make them as for training.
+        note: prints lines for the user: the number of episodes, the progress, and episodes that did not end.
 
     Raises:
         UsageError: the environment cannot be made.
@@ -183,13 +183,13 @@ def evaluate_config(
 
 
 def time_limit(config: TrainConfig, envs: VectorEnv[Any, Any, Any] | None = None) -> int | None:
-    """Steps of an episode at the environment's time limit; None: the environment states none."""
+    """The environment's time limit in steps; None: the environment declares none."""
     spec = getattr(envs, "spec", None) or gym.registry.get(config.env_id.rpartition(":")[2])
     limit = config.env_kwargs.get("max_episode_steps") or getattr(spec, "max_episode_steps", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _make_envs(config: TrainConfig, episodes: int, deadline: Deadline) -> VectorEnv[Any, Any, Any]:
-    """The run's environments; not more of them than training had, since more may not exist."""
+    """The run's environments, at most as many as in training, since more may not exist."""
     num_envs = min(episodes, MAX_ENVS, config.num_envs)
     return make_envs(replace(config.env_config, num_envs=num_envs), "cpu", deadline)

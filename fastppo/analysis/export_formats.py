@@ -1,7 +1,7 @@
 """The file formats of an exported policy: ONNX and torch.export.
 
-Turns a traced policy into the bytes of a file, and runs a file without fastppo. Knows nothing of run directories. Imports no
-torch at module level: `fastppo export --help` does not wait for it.
+Turns a traced policy into the bytes of a file, and runs a file without fastppo. Knows nothing of run directories. Does not
+import torch at module level, so that `fastppo export --help` is fast.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from fastppo.policy.deployment import DeployedPolicy
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
-NEXT_MEMORY = "next_memory"  # second output of a policy with memory
+NEXT_MEMORY = "next_memory"  # second output of a recurrent policy
 
 Arrays = dict[str, NDArray[Any]]  # (batch, ...) by name of the input or output
 
 
 def check_output(path: Path, format: str) -> None:
-    """Raise UsageError for an output file or a format that cannot work."""
+    """Raise UsageError for an output file that cannot be written, or a format that is unknown or not installed."""
     if format not in SUFFIXES:
         raise UsageError(f'--format must be "onnx" or "torch", got {format!r}')
     if not os.path.isdir(path.parent):  # Path.is_dir raises for a name that is too long
@@ -54,7 +54,7 @@ def file_content(policy: "DeployedPolicy", inputs: Arrays, outputs: list[str], f
     """The exported policy as the bytes of a file.
 
     Args:
-        inputs: an example of two observations. outputs: the names of the outputs.
+        inputs: an example with two observations. outputs: the names of the outputs.
 
     Raises:
         UsageError: torch cannot trace the network.
@@ -68,7 +68,7 @@ def file_content(policy: "DeployedPolicy", inputs: Arrays, outputs: list[str], f
         with torch.no_grad():
             program = torch.export.export(policy, (tensors,), dynamic_shapes=shapes)
             return _onnx(program, list(tensors), outputs, shapes) if format == "onnx" else _pt2(program)
-    except Exception as error:  # a network of the user's own may raise anything
+    except Exception as error:  # a user's network may raise anything
         raise UsageError(f"torch.export cannot take this policy's network: {brief(error)}") from error
 
 
@@ -78,7 +78,7 @@ def _onnx(program: "ExportedProgram", inputs: list[str], outputs: list[str], sha
     result = torch.onnx.export(
         program, (), input_names=inputs, output_names=outputs, dynamic_shapes=shapes, dynamo=True, verbose=False
     )
-    assert result is not None  # without a file name
+    assert result is not None  # it is the program, since no file name was given
     for node in result.model.graph:
         node.metadata_props.clear()  # paths of source files on this machine
     return result.model_proto.SerializeToString()
@@ -116,7 +116,7 @@ def file_runner(path: Path, format: str) -> Callable[[Arrays], Arrays]:
 
 @contextlib.contextmanager
 def silent_exporters() -> Iterator[None]:
-    """Suppress what the exporters print, warn and log: it is meant for their developers."""
+    """Suppress the output, warnings and logs of the exporters, which are for their developers."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -1,4 +1,4 @@
-"""Whether an exported file acts as its policy does: random observations, the policy's answers, and how far the file's are off.
+"""Compare an exported file with its policy: random observations, the policy's outputs, and how far the file's outputs differ.
 
 Knows nothing of file formats.
 """
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
     from fastppo.policy.deployment import DeployedPolicy
 
-ROWS = 256  # observations that a file is tried on
-STEPS = 8  # of a policy with memory: the observations are sequences of this length
-LARGEST_BOUND = 1e3  # a larger bound of an observation counts as none: no environment returns 1e38
+ROWS = 256  # observations of the comparison
+STEPS = 8  # for a recurrent policy, the observations are sequences of this length
+LARGEST_BOUND = 1e3  # a larger bound of an observation counts as no bound: no environment returns 1e38
 
 
 class TrialStep(NamedTuple):
-    """One batch of inputs and the policy's answers."""
+    """One batch of inputs and the policy's outputs."""
 
     inputs: Arrays
-    episode_start: NDArray[np.bool_]  # (N,), rows whose memory is zero
+    episode_start: NDArray[np.bool_]  # (N,), rows whose recurrent state is zero
     outputs: Arrays
 
     def first_rows(self, rows: int) -> "TrialStep":
@@ -38,9 +38,9 @@ class TrialStep(NamedTuple):
 
 
 def make_trial(agent: "Agent", rnn_state_size: int) -> list[TrialStep]:
-    """ROWS random observations, with masks, and the policy's answers; with memory in STEPS steps, else in one."""
+    """ROWS random observations, with masks, and the policy's outputs; STEPS steps for a recurrent policy, else one."""
     rng = np.random.default_rng(0)
-    agent = copy.copy(agent)  # the caller's agent keeps its memory
+    agent = copy.copy(agent)  # the caller's agent keeps its recurrent state
     agent.reset()
     info_mask = agent.obs.info_mask
     steps = STEPS if rnn_state_size else 1
@@ -51,9 +51,9 @@ def make_trial(agent: "Agent", rnn_state_size: int) -> list[TrialStep]:
     for number in range(steps):
         obs = _sample(agent.obs_space, rng, rows)
         if info_mask is not None:
-            mask = rng.integers(2, size=(rows, *info_mask.shape), dtype=np.int8)  # the type of gymnasium's masks
+            mask = rng.integers(2, size=(rows, *info_mask.shape), dtype=np.int8)  # the dtype of gymnasium's masks
         inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in agent.obs}
-        episode_start = (np.arange(rows) + number) % 4 == 0  # each row in one step of four
+        episode_start = (np.arange(rows) + number) % 4 == 0  # in one step of four for each row
         agent.reset(episode_start)
         outputs = {"action": agent.act(obs, action_mask=mask)}
         if agent.rnn_state is not None:
@@ -65,7 +65,7 @@ def make_trial(agent: "Agent", rnn_state_size: int) -> list[TrialStep]:
 
 
 def _sample(space: "gym.Space[Any]", rng: np.random.Generator, rows: int) -> Any:
-    """A batch of samples with the structure and types of the space."""
+    """A batch of samples with the structure and dtypes of the space."""
     if isinstance(space, Dict):
         return {name: _sample(part, rng, rows) for name, part in space.spaces.items()}
     if isinstance(space, Tuple):
@@ -80,9 +80,9 @@ def _sample(space: "gym.Space[Any]", rng: np.random.Generator, rows: int) -> Any
 
 
 def differences(policy: "DeployedPolicy", trial: list[TrialStep], run: Callable[[Arrays], Arrays]) -> tuple[float, float]:
-    """How far the file's actions and its memories are from the policy's, on all rows at once and on one; see `_distance`.
+    """How far the file's actions and recurrent states are from the policy's, on all rows at once and on one: see `_distance`.
 
-    run: the file, from inputs to outputs. Its exceptions are passed on.
+    run: computes the outputs of the file from inputs. Its exceptions are not caught.
     """
     answered = [*_answers(run, trial), *_answers(run, [step.first_rows(1) for step in trial])]
     of_actions = max(_action_distance(policy, step, got["action"]) for step, got in answered)
@@ -91,7 +91,7 @@ def differences(policy: "DeployedPolicy", trial: list[TrialStep], run: Callable[
 
 
 def _answers(run: Callable[[Arrays], Arrays], trial: list[TrialStep]) -> Iterator[tuple[TrialStep, Arrays]]:
-    """Each step with the file's outputs. The file gets the memory that it returned itself."""
+    """Each step with the file's outputs. The file gets the recurrent state that it returned itself."""
     got: Arrays = {}
     for step in trial:
         inputs = dict(step.inputs)
@@ -104,8 +104,8 @@ def _answers(run: Callable[[Arrays], Arrays], trial: list[TrialStep]) -> Iterato
 def _action_distance(policy: "DeployedPolicy", step: TrialStep, got: NDArray[Any]) -> float:
     """How far the file's actions are from the policy's: 0 if they are equal, infinite if they are outside the action space.
 
-    For continuous actions, their `_distance`. For discrete ones, the largest difference of log-probabilities: if rounding alone
-    decides between two actions, either may be taken.
+    For continuous actions, their `_distance`. For discrete actions, the largest difference of log-probabilities: if rounding
+    alone decides between two actions, either is right.
     """
     import torch
 
@@ -130,7 +130,7 @@ def _action_distance(policy: "DeployedPolicy", step: TrialStep, got: NDArray[Any
 
 
 def _distance(expected: NDArray[Any], got: NDArray[Any]) -> float:
-    """The largest difference, divided by the largest number if that is above 1; infinite for another shape or type."""
+    """The largest difference, divided by the largest number if that is above 1; infinite for another shape or dtype."""
     if got.shape != expected.shape or got.dtype != expected.dtype or not np.isfinite(got).all():
         return float("inf")
     wide = expected.astype(np.float64)

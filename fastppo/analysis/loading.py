@@ -1,4 +1,4 @@
-"""A run directory back to a policy. Reads data only: nothing in the directory is executed or imported."""
+"""Load a policy from a run directory. Reads data only: nothing in the directory is executed or imported."""
 
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ def load_policy(
 ) -> Agent:
     """The policy of a finished or running run, normalisation included.
 
-    Safe on a directory from somebody else: config.json and the checkpoint are read as data, checked before use, and refused
-    where they are anything else. The environment is not made, nor the module imported that env_id may name: that is done by
-    those who play with the policy, `python -m fastppo.evaluate` and `--resume`.
+    Safe for a directory that is not yours: config.json and the checkpoint are read as data, checked before use, and refused if
+    they are invalid. The environment is not made, and the module that env_id may name is not imported. Only
+    `python -m fastppo.evaluate` and `--resume` do that, because they play with the policy.
 
     Args:
-        checkpoint: "best" (the policy whose training episodes returned most) or "last".
-        policy: the factory of a network of your own, as `train` was given it.
+        checkpoint: "best" (the policy with the highest mean return in training) or "last".
+        policy: the factory of your own network, if `train` had one.
 
     Raises:
-        UsageError: no run directory, no such checkpoint, a damaged one, or another network than that of the run.
+        UsageError: no run directory, no such checkpoint, a damaged checkpoint, or another network than in the run.
     """
     if checkpoint not in ("best", "last"):
         raise UsageError(f'checkpoint must be "best" or "last", got {checkpoint!r}')
@@ -50,11 +50,11 @@ def agent_from_checkpoint(
     device: torch.device | str = "cpu",
     policy: ModuleFactory | None = None,
 ) -> Agent:
-    """The policy in a loaded checkpoint; raises UsageError when it does not hold what `config` describes."""
-    torch.empty(0, device=device)  # a device that is not there is no fault of the file's
+    """The policy in a loaded checkpoint. Raises UsageError if the checkpoint does not fit `config`."""
+    torch.empty(0, device=device)  # raises here for a missing device, which is not an error of the file
     try:
         return agent_from_state(state["policy"], config, device, policy)
     except UsageError as error:
         raise UsageError(f"{path}: {str(error)[:300]}") from None
-    except Exception as error:  # what the checks let pass, gymnasium and torch refuse as they please
+    except Exception as error:  # gymnasium and torch raise anything for data that passes the checks
         raise UsageError(f"{path} does not hold the policy that its config.json describes ({brief(error)})") from None

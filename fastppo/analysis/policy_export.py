@@ -1,6 +1,6 @@
-"""A policy as one file that needs neither fastppo nor its environment.
+"""Export a policy to one file that needs neither fastppo nor its environment.
 
-Knows nothing of training or of command lines. A new file is run before it gets its name, and must act as `Agent.act` does.
+Knows nothing of training or of command lines. A new file is run before it gets its name, and must act like `Agent.act`.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ TOLERANCE = 1e-4  # other kernels round differently
 
 
 class Exported(NamedTuple):
-    """A file that `export_policy` has written and tried."""
+    """A file that `export_policy` has written and compared with the policy."""
 
     path: Path
     inputs: dict[str, str]  # name -> "float32 (batch, 4)"
     outputs: dict[str, str]
-    difference: float  # between the file's actions and the policy's, 0: equal
+    difference: float  # between the file's actions and the policy's; 0: equal
 
     def __str__(self) -> str:
-        """One line for people."""
+        """One line for the user."""
         taken, returned = (", ".join(f"{name} {what}" for name, what in x.items()) for x in (self.inputs, self.outputs))
         same = "the same actions" if self.difference == 0 else f"largest difference {self.difference:.1e}"
         order = f", {STEPS} steps of {ROWS // STEPS}" if "memory" in self.inputs else ""
@@ -41,22 +41,22 @@ class Exported(NamedTuple):
 def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exported:
     """Write the policy's likeliest action as a function of the observation to one file, and compare it with `agent.act`.
 
-    With memory it is a function of `memory` too, float32 (batch, S), and returns actions and `next_memory`. Start with zeros.
-    At each step give back the last `next_memory`, with zeros in the rows whose observation is the first one of an episode
+    A recurrent policy has a second input `memory`, float32 (batch, S), and returns actions and `next_memory`. Start with zeros.
+    At each step pass the last `next_memory`, with zeros in the rows whose observation is the first of an episode
     (gymnasium's vector environments return that observation one step after the end of the episode before).
 
     Args:
-        agent: from `load_policy` or `train`; with a network of your own, on the CPU. Its memory does not change.
+        agent: from `load_policy` or `train`; on the CPU if the network is your own. Its recurrent state does not change.
         path: the file, .onnx or .pt2. It appears, or replaces another file, whole or not at all.
         format: "onnx", or "torch" for torch.export. The file takes a dict of arrays or tensors (batch, ...), by name.
 
     Raises:
         UsageError: the directory does not exist, a package is missing, or the network cannot be traced.
-        TrainingFault: the new file does not run, or does not act as the policy does; it is not kept.
+        TrainingFault: the new file does not run or does not act like the policy; it is deleted.
     """
     path = absolute(path, "--output", current_directory())
     check_output(path, format)
-    from fastppo.policy.deployment import DeployedPolicy  # here, so that --help and wrong flags do not wait for torch
+    from fastppo.policy.deployment import DeployedPolicy  # imports torch: --help and wrong flags must not wait for it
 
     policy = DeployedPolicy(agent)
     trial = make_trial(agent, policy.rnn_state_size)
@@ -90,5 +90,5 @@ def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exp
 
 
 def _describe(x: NDArray[Any]) -> str:
-    """Type and shape of an input or output: "float32 (batch, 4)"."""
+    """Dtype and shape of an input or output: "float32 (batch, 4)"."""
     return f"{x.dtype} ({', '.join(['batch', *map(str, x.shape[1:])])})"

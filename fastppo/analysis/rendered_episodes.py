@@ -1,4 +1,4 @@
-"""Episodes of a policy in a window or in video files, after training and during it.
+"""Show episodes of a policy in a window or record them as videos, during and after training.
 
 Knows nothing of video formats (video.py) or of how an environment is rendered (envs/render.py).
 """
@@ -20,7 +20,7 @@ from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, environment_fault, lo
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
 
-RECORD_STEPS = 1000  # of an episode that is recorded during training
+RECORD_STEPS = 1000  # limit of an episode that is recorded during training
 
 
 def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, deterministic: bool, limit: int) -> tuple[float, int]:
@@ -28,7 +28,7 @@ def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, determ
 
     Args:
         envs: one environment that can be rendered.
-        seed: for its reset; None: its generator continues.
+        seed: for the reset; None: the generator of the environment continues.
         limit: largest number of steps.
 
     Returns:
@@ -58,7 +58,7 @@ def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, determ
             if done and (step.game_over is None or step.game_over[0]):
                 break
             if done if envs.keeps_final_obs else not counts:
-                agent.reset()  # the next observation is the first of another life
+                agent.reset()  # the next observation is the first of a new life
             counts = envs.keeps_final_obs or not done  # the step after the end of a life only resets
     return total, steps
 
@@ -66,14 +66,14 @@ def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, determ
 def record(
     agent: Agent, envs: AutoresetEnvs, path: Path, seed: int | None, deterministic: bool, limit: int
 ) -> tuple[float, int]:
-    """`play` one episode into a video at `path`. Raises as `play` and `video_file` do."""
+    """`play` one episode into a video at `path`. Raises the errors of `play` and `video_file`."""
     with video_file(path, frames_per_second(envs)) as show:
         return play(agent, envs, show, seed, deterministic, limit)
 
 
 @contextlib.contextmanager
 def _rendered_envs(config: TrainConfig) -> Iterator[AutoresetEnvs]:
-    """One environment of the run, which can be rendered; raises UsageError if it cannot."""
+    """One environment of the run that can be rendered. Raises UsageError if there is none."""
     with (
         contextlib.closing(Deadline(config.env_timeout)) as deadline,
         contextlib.closing(make_render_env(config.env_config, deadline)) as envs,
@@ -82,9 +82,9 @@ def _rendered_envs(config: TrainConfig) -> Iterator[AutoresetEnvs]:
 
 
 def show_episodes(agent: Agent, config: TrainConfig, plan: EvaluationPlan) -> dict[str, Any]:
-    """`evaluate_config` in a window, one episode after another. Raises UsageError if there is no display.
+    """Like `evaluate_config`, in a window, one episode after another. Raises UsageError if there is no display.
 
-    plan.max_steps: of each episode.
+    plan.max_steps: limit of each episode.
     """
     check_display()
     agent.seed(seed_of(plan.seed, Stream.EVALUATION_ACTIONS))
@@ -118,19 +118,19 @@ def record_episodes(agent: Agent, config: TrainConfig, name: Path, suffix: str, 
 
 
 def _most_steps(config: TrainConfig, plan: EvaluationPlan) -> int:
-    """Largest number of steps of one episode: one more than it may have to end by itself."""
+    """Largest number of steps of one episode: one more than `most_steps` allows."""
     return most_steps(plan.trained_steps, 1, time_limit(config)) + 1
 
 
 class Recorder(Callback):
     """--record-every K: after every K-th iteration record an episode as a video in the run directory.
 
-    Training does not notice: the environment is separate, starts each video from a seed of its own, and the policy takes the
-    likeliest actions, so no generator of the run moves. A failure is a line and training goes on.
+    Recording does not change training: the environment is separate, each video has its own seed, and the policy takes the
+    likeliest actions, so no generator of the run is used. After a failure it prints a line and training continues.
     """
 
     def __init__(self, envs: AutoresetEnvs, every: int, note: Callable[[str], None]) -> None:
-        """envs: one environment that can be rendered. note: takes a line on each video."""
+        """envs: one environment that can be rendered. note: prints a line on each video."""
         self.envs = envs
         self.every = every
         self.note = note

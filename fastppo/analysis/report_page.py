@@ -1,7 +1,7 @@
 """A run as one HTML page: curves, settings, versions, phases, fault, videos. Costs no torch.
 
-The run directory may come from somebody else. It is read as data, the template escapes every text of it, and a link that leads
-out of it is not followed. The page holds all that it shows. Its content security policy forbids scripts and the network.
+The run directory is untrusted. It is read as data, the template escapes every text from it, and a link that leads out of it is
+not followed. The page is self-contained. Its content security policy forbids scripts and the network.
 """
 
 import base64
@@ -31,11 +31,11 @@ STYLE = {**inked(INK), **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "
 
 
 def report_page(run_dir: Path, setting_texts: Mapping[str, str]) -> str:
-    """The page, as HTML. Raises UsageError if the run's settings cannot be read.
+    """The page as HTML. Raises UsageError if the run's settings cannot be read.
 
     setting_texts: the description of each setting.
     """
-    from jinja2 import Environment  # here, so that --help and wrong flags do not wait for it
+    from jinja2 import Environment  # imported here: --help and wrong flags must not wait for it
 
     template = Path(__file__).with_name("report_page.html.jinja").read_text(encoding="utf-8")
     one = read_run(run_dir)
@@ -62,12 +62,12 @@ def report_page(run_dir: Path, setting_texts: Mapping[str, str]) -> str:
 
 
 def _clean(value: Any) -> Any:
-    """Replace control characters, which HTML cannot hold, before the text is escaped. Our own markup stays as it is."""
+    """Replace control characters, which HTML forbids, before the text is escaped. Does not change our own markup."""
     return value if hasattr(value, "__html__") else printable(str(value))
 
 
 def _own(path: Path, run_dir: Path) -> bool:
-    """Whether it is a file of the run directory, and not a link that leads out of it."""
+    """Whether `path` is a file in the run directory and not a link that leads out of it."""
     return path.is_file() and is_inside(path, run_dir)
 
 
@@ -81,7 +81,7 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A number of summary.json; None for null, which stands for a number that is not finite."""
+    """A number of summary.json; None for null, which means a number that is not finite."""
     return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else None
 
 
@@ -147,7 +147,7 @@ def _videos(run_dir: Path) -> tuple[list[dict[str, str]], list[str]]:
 
 
 def _pictures(one: Run) -> list[tuple[str, Any]]:
-    """(heading, SVG) of both pages of curves. They hold no text of the run: its name is in the page's heading."""
+    """(heading, SVG) of both pages of curves. They contain no text of the run: its name is in the heading of the page."""
     from markupsafe import Markup
 
     if not one.columns:
@@ -165,7 +165,7 @@ def _pictures(one: Run) -> list[tuple[str, Any]]:
 
 
 def _phases(one: Run) -> list[dict[str, str]]:
-    """Shares of the run's time, in percent. A row of metrics.csv has the weight of the seconds since the row before."""
+    """Shares of the run's time, in percent. Each row of metrics.csv is weighted by the seconds since the row before."""
     if any(name not in one.columns for name in ("seconds", *(name for name, _, _ in PHASES))):
         return []
     weights = np.diff(one.columns["seconds"], prepend=0.0)
@@ -198,12 +198,12 @@ def _settings(config: TrainConfig, texts: Mapping[str, str]) -> list[dict[str, A
 
 
 def _texts(mapping: Any) -> list[tuple[str, str]]:
-    """(name, text) of the entries of an object of summary.json that are texts."""
+    """(name, text) of those entries of an object of summary.json that are strings."""
     if not isinstance(mapping, dict):
         return []
     return [(name[:MAX_LETTERS], value[:MAX_LETTERS]) for name, value in mapping.items() if isinstance(value, str)]
 
 
 def _lines(lines: Any) -> list[str]:
-    """The texts of a list of summary.json."""
+    """The strings of a list of summary.json."""
     return [line[:MAX_LETTERS] for line in lines if isinstance(line, str)] if isinstance(lines, list) else []

@@ -1,4 +1,4 @@
-"""Runs on disk, in groups: runs that differ only in their seed are one group.
+"""Read runs from disk and group them: runs that differ only in their seed are one group.
 
 Reads config.json and metrics.csv as data. Knows nothing of pictures.
 """
@@ -23,8 +23,8 @@ from fastppo.system.text import printable
 # settings that do not change what is learned: the seed, the preset's name, and how a run is shown, stored and computed
 _NO_SETTING = (RESUMABLE - {"total_timesteps", "num_iterations", "checkpoint_iterations"}) | {"seed", "preset", "env_id"}
 SETTINGS = ("env_id", *(spec.name for spec in fields(TrainConfig) if spec.name not in _NO_SETTING))
-LARGEST = 1e100  # a larger number is damage, and matplotlib cannot draw it
-POINTS = 200  # of the curve of a group
+LARGEST = 1e100  # a larger number is an error, and matplotlib cannot draw it
+POINTS = 200  # of a group's curve
 CURVE_RESAMPLES = 2_000  # of the bootstrap at each point: 0.1 s for a curve of five seeds
 MIN_FOR_IQM = 4  # seeds; the interquartile mean of fewer is their mean
 MIN_FOR_INTERVAL = 3  # seeds
@@ -33,27 +33,27 @@ LABEL_LETTERS = 40  # of a value in a label
 
 @dataclass(frozen=True)
 class Run:
-    """One run's settings and its columns of metrics.csv, float64 (rows,), NaN for a value that is not a number."""
+    """Settings of one run, and the columns of its metrics.csv: float64 (rows,), NaN for a value that is not a number."""
 
     path: Path
     config: TrainConfig
     columns: Mapping[str, NDArray[np.float64]]
 
     def series(self, x: str, y: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Columns x and y, without the rows where either is not a number or x does not rise."""
+        """Columns x and y, without rows where one of the two is not a number or x does not increase."""
         none = np.full(0, np.nan)
         xs, ys = self.columns.get(x, none), self.columns.get(y, none)
         if len(xs) != len(ys):  # one column is missing
             return none, none
-        kept = np.isfinite(xs) & np.isfinite(ys)
-        xs, ys = xs[kept], ys[kept]
+        finite = np.isfinite(xs) & np.isfinite(ys)
+        xs, ys = xs[finite], ys[finite]
         rises = np.diff(np.maximum.accumulate(xs), prepend=-np.inf) > 0
         return xs[rises], ys[rises]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A statistic over the runs of a group, on a grid of P points where each of them has data."""
+    """A statistic over the runs of a group, on a grid of P points where all runs have data."""
 
     x: NDArray[np.float64]  # (P,)
     center: NDArray[np.float64]  # (P,): the interquartile mean, or the mean
@@ -71,7 +71,7 @@ class Group:
 
     @property
     def statistic(self) -> str:
-        """What the center of `curve` is, for people: "IQM of 5 seeds"."""
+        """Name of the statistic in `curve`: "IQM of 5 seeds"."""
         seeds = len(self.runs)
         return "1 seed" if seeds == 1 else f"{'IQM' if seeds >= MIN_FOR_IQM else 'mean'} of {seeds} seeds"
 
@@ -94,7 +94,7 @@ class Group:
         return f"{self.label} ({self.statistic})" if self.label else self.statistic
 
     def summary(self, metric: str) -> str:
-        """A line for people: runs, steps, and the metric at the last step that all runs have."""
+        """A line for the user: runs, steps, and the metric at the last step that all runs have."""
         head = f"{self.env_id}{', ' if self.label else ''}{self.label}: {self.statistic}"
         curve = self.curve("global_step", metric)
         if curve is None:
@@ -104,7 +104,7 @@ class Group:
 
 
 def find_runs(paths: Iterable[str]) -> list[Path]:
-    """Run directories among and below `paths`, each once. Raises UsageError for a path that holds none."""
+    """Run directories at or below `paths`, each once. Raises UsageError for a path without a run."""
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
@@ -114,7 +114,7 @@ def find_runs(paths: Iterable[str]) -> list[Path]:
             directories.sort()
             if "config.json" in files:
                 seeds = [name for name in directories if re.fullmatch(r"seed-\d+", name)]
-                directories[:] = seeds  # nothing else inside a run is a run
+                directories[:] = seeds  # nothing else inside a run directory is a run
                 if not seeds:
                     runs.append(Path(place))
         if not runs:
@@ -125,7 +125,7 @@ def find_runs(paths: Iterable[str]) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run. Raises UsageError if its settings cannot be read; metrics that cannot be read are left out."""
+    """Read a run. Raises UsageError if its settings cannot be read; metrics that cannot be read are omitted."""
     config = read_run_config(path)
     metrics = path / "metrics.csv"
     rows = read_rows(metrics) if metrics.is_file() else []
@@ -142,17 +142,17 @@ def _number(text: str | None) -> float:
 
 
 def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
-    """Groups, by environment and in the order of their settings, and the runs that are left out.
+    """Groups, ordered by environment and settings, and the runs that are left out.
 
     Runs with the same settings and the same seed are one sample: the run with the most rows is used.
     """
-    seeds: dict[tuple[str, ...], dict[int, Run]] = {}  # settings as texts, the environment first -> seed -> run
+    seeds: dict[tuple[str, ...], dict[int, Run]] = {}  # settings as strings, env_id first -> seed -> run
     left_out = []
     for run in runs:
         of_setting = seeds.setdefault(_texts(run.config), {})
-        kept = of_setting.setdefault(run.config.seed, run)
-        if kept is not run:
-            worse, better = sorted((kept, run), key=lambda one: len(one.columns.get("iteration", ())))
+        earlier = of_setting.setdefault(run.config.seed, run)
+        if earlier is not run:
+            worse, better = sorted((earlier, run), key=lambda one: len(one.columns.get("iteration", ())))
             of_setting[run.config.seed] = better
             left_out.append(worse)
     groups = []
@@ -167,9 +167,9 @@ def group_runs(runs: Iterable[Run]) -> tuple[list[Group], list[Run]]:
 
 
 def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Group]:
-    """The runs in and below `paths`, grouped. Raises UsageError if no run is left.
+    """The runs at or below `paths`, grouped. Raises UsageError if no run is left.
 
-    note: takes a line on each run that is left out.
+    note: prints a line on each run that is left out.
     """
     runs, unread = [], []
     for path in find_runs(paths):
@@ -193,15 +193,15 @@ def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Gro
 
 
 def _texts(config: TrainConfig) -> tuple[str, ...]:
-    """The values of SETTINGS, as texts."""
+    """The values of SETTINGS as strings."""
     shown = {name: setting_text(getattr(config, name)) for name in SETTINGS}
-    if not config.exact_resume:  # checkpoints then do not change what is learned
+    if not config.exact_resume:  # then checkpoints do not change what is learned
         shown["checkpoint_iterations"] = ""
     return tuple(shown.values())
 
 
 def setting_text(value: Any) -> str:
-    """A setting as a text for a label or a table. Equal values have equal texts, 1 and 1.0 too."""
+    """A setting as a string for a label or a table. Equal values have equal strings, also 1 and 1.0."""
     if value is None:
         return "none"
     if isinstance(value, float):

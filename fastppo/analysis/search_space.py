@@ -1,11 +1,11 @@
-"""What a sweep tries: a range or a choice for each setting, and settings made to go together. Knows nothing of training.
+"""The search space of a sweep: a range or a choice for each setting. Resolves conflicts. Knows nothing of training.
 
-A space is {"learning_rate": {"log": [1e-5, 1e-2]}, "num_steps": {"choice": [64, 128]}}, in a file as JSON or TOML:
+A space is {"learning_rate": {"log": [1e-5, 1e-2]}, "num_steps": {"choice": [64, 128]}}, in a file of JSON or TOML:
 
 choice         one of the values
 uniform        between two numbers
-log            between two numbers, as likely below as above their geometric mean
-one_minus_log  likewise for 1 - x: gamma from 0.97 to 0.9999
+log            between two numbers, uniform in the logarithm
+one_minus_log  the same for 1 - x: gamma from 0.97 to 0.9999
 power_of_two   between two powers of two
 """
 
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
     import optuna
 
 KINDS = ("choice", "uniform", "log", "one_minus_log", "power_of_two")
-# of TrainConfig: what is trained on, how long, where, and how it is shown and kept
+# settings of TrainConfig for environment, length, hardware, output and storage
 NOT_SEARCHED = RESUMABLE | {"preset", "env_id", "env_kwargs", "vectorization", "backend", "seed", "num_seeds", "exact_resume"}
-# and of these what the sweep itself sets for each seed of a trial
+# of these, the sweep itself sets these for each seed of a trial
 OF_THE_SWEEP = ("seed", "run_dir", "resume", "total_timesteps", "num_iterations", "plain", "log_interval", "eval_episodes")
 SEARCHED = [spec.name for spec in fields(TrainConfig) if spec.name not in NOT_SEARCHED]
-ROLLOUTS = 8  # in a trial, at least: one of few has no learning curve
+ROLLOUTS = 8  # minimum of a trial: with fewer there is no learning curve
 
 
 @dataclass(frozen=True)
 class Dimension:
-    """What is tried for one setting."""
+    """The search range of one setting."""
 
     name: str
     kind: str
     values: tuple[Any, ...]
-    """The choices, or the two ends."""
+    """The choices, or the two ends of the range."""
 
     def suggest(self, trial: "optuna.Trial") -> Any:
-        """A value for the setting; numbers have four digits, which a person can read."""
+        """A value for the setting. Numbers are rounded to four digits, for readability."""
         if self.kind == "choice":
             return json.loads(trial.suggest_categorical(self.name, list(map(json.dumps, self.values))))
         low, high = self.values
@@ -59,7 +59,7 @@ class Dimension:
         return _four_digits(trial.suggest_float(self.name, low, high, log=self.kind == "log"))
 
     def encode(self, value: Any) -> Any:
-        """What `suggest` would have to draw to return `value`; None where it cannot."""
+        """The draw for which `suggest` returns `value`; None if there is none."""
         if self.kind == "choice":
             return json.dumps(value) if value in self.values else None
         if not isinstance(value, int | float) or not self.values[0] <= value <= self.values[1]:
@@ -106,7 +106,7 @@ def built_in_space(base: TrainConfig, steps: int, fixed: Collection[str]) -> Spa
 
 
 def read_space(path: Path, fixed: Collection[str]) -> Space:
-    """The space in a file of JSON, or of TOML where its name ends so. Raises UsageError for what is wrong in it."""
+    """The space in a file of JSON, or of TOML if its name ends in .toml. Raises UsageError for an invalid file."""
     hint = "--space takes a .json or .toml file"
     if path.suffix == ".toml":
         try:
@@ -166,11 +166,12 @@ def _check_range(name: str, kind: str, values: list[Any], where: str) -> None:
 
 
 def to_settings(base: TrainConfig, found: dict[str, Any]) -> dict[str, Any]:
-    """What a trial's preset file holds: `base` where it differs from the defaults, and what was found over it.
+    """The settings of a trial's preset file: `base` where it differs from the defaults, overridden by `found`.
 
-    Where minibatches do not divide the batch of this trial, they become the next size (or number) below that does, or else the
-    least.
-    Raises UsageError for settings that cannot be together.
+    If the minibatches do not divide the batch of this trial, their size (or number) becomes the next smaller one that does, or
+    the smallest.
+
+    Raises UsageError for settings that contradict each other.
     """
     default = TrainConfig()
     names = {spec.name for spec in fields(TrainConfig)} - {"preset", "env_id", *OF_THE_SWEEP}

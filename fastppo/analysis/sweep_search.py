@@ -1,7 +1,7 @@
 """The loop of a sweep: start trials, watch them, print how each ended and, at the end, the best settings.
 
-Optuna chooses what to try and which trials to give up. Each trial trains in processes of its own: a failure costs that trial
-only.
+Optuna chooses the settings of trials and which trials to stop early. Each trial trains in its own processes, so a failure ends
+only that trial.
 """
 
 import math
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.25
 SHOWN = 5  # trials in the table at the end
-MIN_FOR_IMPORTANCE = 10  # completed trials; the importance of settings from fewer means nothing
+MIN_FOR_IMPORTANCE = 10  # completed trials; with fewer the importance of settings means nothing
 
 
 @dataclass(frozen=True)
 class SweepLimits:
-    """How much a sweep tries."""
+    """The limits of a sweep."""
 
-    trials: int  # altogether, those of earlier sweeps included
+    trials: int  # in all, including those of earlier sweeps
     jobs: int  # trials at once
     timeout: float | None  # seconds after which no trial starts
 
 
 class Search:
-    """A study that is under way, and its lines and bars in the terminal."""
+    """A running study, and its lines and bars in the terminal."""
 
     def __init__(self, study: "optuna.Study", plan: SweepPlan, limits: SweepLimits) -> None:
         self.study, self.plan, self.limits = study, plan, limits
@@ -53,7 +53,7 @@ class Search:
         self._bars: dict[int, TaskID] = {}  # by the number of the trial
 
     def run(self, stop: StopSignals) -> None:
-        """Run trials until there are enough, the time is over, or a signal arrives."""
+        """Run trials until there are enough, the time limit is reached, or a signal arrives."""
         plan, before = self.plan, len(finished(self.study))
         deadline = math.inf if self.limits.timeout is None else time.monotonic() + self.limits.timeout
         with self._screen:
@@ -77,7 +77,7 @@ class Search:
         return len(self.running) < self.limits.jobs and started < self.limits.trials
 
     def _begin(self) -> None:
-        """Start a trial; settings that contradict each other end it at once."""
+        """Start a trial. If its settings contradict each other it ends at once."""
         trial = self.study.ask()
         try:
             self.running.append(begin(self.plan, trial))
@@ -85,7 +85,7 @@ class Search:
             self._end(trial, Outcome("failed", None, str(error)), 0.0)
 
     def _watch(self, running: RunningTrial) -> None:
-        """Advance a trial, and end it if it has an outcome."""
+        """Advance a trial and end it if it has an outcome."""
         outcome = advance(self.plan, running)
         index = running.trial.number
         if index not in self._bars:
@@ -98,7 +98,7 @@ class Search:
             self._end(running.trial, outcome, time.monotonic() - running.started)
 
     def _end(self, trial: "optuna.Trial", outcome: Outcome, seconds: float) -> None:
-        """Store how a trial ended, and print it."""
+        """Store the outcome of a trial and print it."""
         is_best = record_outcome(self.study, self.plan, trial, outcome)
         remark = "the best so far" if is_best else outcome.remark
         found = ", ".join(_setting(name, value) for name, value in trial.user_attrs["found"].items())
@@ -107,7 +107,7 @@ class Search:
         self._say(f"{head}  {f'({remark}) ' if remark else ''}{found}")
 
     def _abandon(self) -> None:
-        """Stop the processes of running trials. The trials fail without an outcome: the next sweep replaces them."""
+        """Stop the processes of running trials. The trials fail without an outcome, and the next sweep replaces them."""
         from optuna.trial import TrialState
 
         processes = [running.process for running in self.running if running.process is not None]
@@ -120,7 +120,7 @@ class Search:
 
 
 def _printer(console: Console | None) -> Callable[[str], None]:
-    """A function that prints a line: above the bars of a terminal, or plainly if there is none."""
+    """A function that prints a line: above the bars in a terminal, else to stdout."""
     if console is None:
         return lambda line: print(line, flush=True)
     return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -147,7 +147,10 @@ def print_best(study: "optuna.Study", plan: SweepPlan) -> None:
 
 
 def _table(best: "Sequence[optuna.trial.FrozenTrial]", plan: SweepPlan, importance: dict[str, float]) -> Table:
-    """A column a trial, a row a setting, the most important first. importance: by setting; {} leaves its column out."""
+    """A table with a column for each trial and a row for each setting, the most important first.
+
+    importance: by setting; {}: no column for it.
+    """
     table = Table(box=None, header_style="dim")
     table.add_column("trial")
     for trial in best:

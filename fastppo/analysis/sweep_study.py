@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 def open_directory(directory: Path) -> int | None:
-    """Make or reopen the directory of a study and lock it against other sweeps; returns the lock, which the caller closes.
+    """Make or reopen the directory of a study and lock it against other sweeps. Returns the lock, which the caller closes.
 
     Raises:
-        UsageError: Optuna is not installed, or the directory holds something else or cannot be written.
+        UsageError: Optuna is not installed, or the directory contains other files or cannot be written.
     """
     try:
         import optuna  # noqa: F401
@@ -36,11 +36,11 @@ def open_directory(directory: Path) -> int | None:
 
 
 def open_study(plan: SweepPlan, fixed: str, trials: int) -> "optuna.Study":
-    """The study in the plan's directory, or a new one. Trials that were running when the last sweep ended become failed.
+    """The study in the plan's directory, or a new one. Trials that were running when the last sweep ended are marked as failed.
 
     Args:
-        fixed: the flags of fastppo.train that all trials get.
-        trials: how many there will be; a quarter of them, 5 to 10, are drawn at random.
+        fixed: the flags of fastppo.train for all trials.
+        trials: their planned number; a quarter of them, 5 to 10, are drawn at random.
 
     Raises:
         UsageError: study.db is not a study, or its trials are not comparable with those of this plan.
@@ -58,12 +58,12 @@ def open_study(plan: SweepPlan, fixed: str, trials: int) -> "optuna.Study":
             load_if_exists=True,
             pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=PARTS // 4),
         )
-    except Exception as error:  # SQLAlchemy's, if the file is something else
+    except Exception as error:  # SQLAlchemy raises its own errors for a file that is no database
         raise UsageError(f"{database} cannot be used as a study ({brief(error)})") from None
     _check_comparable(study, plan, fixed)
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    # a new seed each time: the same one would draw the same settings again; 32 bits, for numpy's RandomState
+    # a new seed each time: the same seed would draw the same settings again; 32 bits, for numpy's RandomState
     sampler_seed = seed_of(len(study.trials), Stream.SWEEP_SAMPLER) % 2**32
     study.sampler = optuna.samplers.TPESampler(
         n_startup_trials=min(10, max(trials // 4, 5)), seed=sampler_seed, constant_liar=True
@@ -74,7 +74,7 @@ def open_study(plan: SweepPlan, fixed: str, trials: int) -> "optuna.Study":
 
 
 def _check_comparable(study: "optuna.Study", plan: SweepPlan, fixed: str) -> None:
-    """Keep what all trials must have in common in a new study; raise UsageError if it differs in an older one."""
+    """Store in a new study what all its trials share. Raise UsageError if an older study differs in that."""
     ranges = {name: [dimension.kind, list(dimension.values)] for name, dimension in plan.space.items()}
     common = {"--env-id": plan.env_id, "--steps": plan.steps, "--seeds": plan.seeds, "--space": json.dumps(ranges)}
     before = study.user_attrs
@@ -88,15 +88,15 @@ def _check_comparable(study: "optuna.Study", plan: SweepPlan, fixed: str) -> Non
 
 
 def _encoded(base: TrainConfig, space: Space) -> dict[str, Any]:
-    """The settings of `base` as draws from the space, without those outside it."""
-    given = {"minibatch_size": base.rows_per_minibatch, "hidden_sizes": base.hidden_sizes or (64, 64)}  # may be None in base
+    """The settings of `base` as draws from the space. Settings outside the space are omitted."""
+    given = {"minibatch_size": base.rows_per_minibatch, "hidden_sizes": base.hidden_sizes or (64, 64)}  # None in base
     values = {name: given.get(name, getattr(base, name)) for name in space}
     draws = {name: space[name].encode(list(value) if isinstance(value, tuple) else value) for name, value in values.items()}
     return {name: draw for name, draw in draws.items() if draw is not None}
 
 
 def finished(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
-    """Trials that have an outcome. Trials that a signal cut short have none."""
+    """Trials that have an outcome. Trials that a signal interrupted have none."""
     return [trial for trial in study.get_trials(deepcopy=False) if "outcome" in trial.user_attrs]
 
 
@@ -107,7 +107,7 @@ def completed(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
 
 
 def record_outcome(study: "optuna.Study", plan: SweepPlan, trial: "optuna.Trial", outcome: Outcome) -> bool:
-    """Store how a trial ended, and write best.json if it is the best so far; returns whether it is."""
+    """Store the outcome of a trial, and write best.json if it is the best so far. Returns whether it is."""
     from optuna.trial import TrialState
 
     trial.set_user_attr("outcome", outcome.state)

@@ -1,7 +1,7 @@
 """One trial of a sweep: settings drawn from the search space, then a training process for each seed, one after the other.
 
-Reads the learning curve of a run from metrics.csv and reports it to Optuna's pruner. The value of a trial is the mean over
-seeds of the mean of `episodic_return_mean` over the last quarter of the run's steps. Costs no torch.
+Reads the learning curve of a run from metrics.csv and reports it to Optuna's pruner. The value of a trial is the mean of
+`episodic_return_mean` over the last quarter of the run's steps, averaged over seeds. Does not import torch.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import optuna
 
 TRAIN = (sys.executable, "-m", "fastppo.train")
-PARTS = 20  # of a seed's steps: the pruner compares trials at the end of each
+PARTS = 20  # a seed's steps in equal parts: the pruner compares trials at the end of each
 TAIL = 0.25  # share of the steps whose returns count
 
 Curve = list[tuple[int, float]]  # (global_step, episodic_return_mean), nan before the first episode has ended
@@ -32,7 +32,7 @@ Curve = list[tuple[int, float]]  # (global_step, episodic_return_mean), nan befo
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What all trials of a sweep have in common."""
+    """The settings that all trials of a sweep share."""
 
     directory: Path
     env_id: str
@@ -40,8 +40,8 @@ class SweepPlan:
     space: Space
     steps: int  # of each seed
     seeds: int
-    num_threads: int | None  # of each process; None: as `base` has it
-    place: Path  # working directory of the processes: the environment's module is found from there
+    num_threads: int | None  # of each process; None: that of `base`
+    place: Path  # working directory of the processes, from which the environment's module is imported
 
 
 class Outcome(NamedTuple):
@@ -85,7 +85,7 @@ def score(curve: Curve, steps: int) -> float:
 
 
 def at_parts(curve: Curve, steps: int) -> list[float]:
-    """The return at the end of each finished part, of PARTS in a whole run; nan before the first episode has ended."""
+    """The return at the end of each finished part; a whole run has PARTS. nan before the first episode has ended."""
     ends = [[value for step, value in curve if step * PARTS >= part * steps] for part in range(1, PARTS + 1)]
     return [values[0] for values in ends if values]
 
@@ -117,7 +117,7 @@ def _start_seed(plan: SweepPlan, running: RunningTrial) -> None:
 
 
 def advance(plan: SweepPlan, running: RunningTrial) -> Outcome | None:
-    """Report the curve of a trial to the pruner and start the next seed if one has ended; None while the trial goes on."""
+    """Report the curve of a trial to the pruner, and start the next seed if one has ended. None while the trial runs."""
     process, seed = running.process, running.seed
     assert process is not None
     code = process.poll()  # before the curve is read, so that the curve of an ended process is complete
@@ -149,6 +149,6 @@ def advance(plan: SweepPlan, running: RunningTrial) -> Outcome | None:
 
 
 def write_preset(path: Path, env_id: str, settings: dict[str, Any], source: str) -> None:
-    """Write settings as a file for --preset. source: where they come from."""
+    """Write settings as a file for --preset. source: their origin."""
     preset = {"settings": settings, "env_id": env_id, "source": source[:500]}
     replace_file(path, (json.dumps(preset, indent=2) + "\n").encode())

@@ -1,4 +1,4 @@
-"""A training process of a sweep, and the file that keeps its output. Knows nothing of trials or studies."""
+"""A training process of a sweep, and the file with its output. Knows nothing of trials or studies."""
 
 import contextlib
 import subprocess
@@ -14,14 +14,14 @@ MAX_LETTERS = 300  # of a line that is quoted
 
 
 class TrainingProcess:
-    """A process, and a thread that writes its output to a file.
+    """A training process, and a thread that writes its output to a file.
 
-    The output is a pipe to this process: if this process is killed, training finds the pipe closed and stops by itself. The
-    process is in a session of its own, so that Ctrl-C reaches this process alone.
+    The output goes through a pipe to the sweep. If the sweep is killed, the pipe closes and training stops by itself. The
+    training process has its own session, so that Ctrl-C reaches only the sweep.
     """
 
     def __init__(self, command: Sequence[str], output: Path, place: Path) -> None:
-        """Start it. output: the file. place: its working directory."""
+        """Start the process. output: the file. place: the working directory."""
         self.output = output
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self._process = subprocess.Popen(command, cwd=place, **own_group(), **pipes)
@@ -41,7 +41,7 @@ class TrainingProcess:
         self._process.terminate()
 
     def wait(self) -> None:
-        """Wait until it has ended; kill it after GRACE_SECONDS."""
+        """Wait for its end; kill it after GRACE_SECONDS."""
         try:
             self._process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -1,8 +1,8 @@
-"""Video files and windows: where the frames of an episode go.
+"""Write frames to video files or show them in a window.
 
-mp4 through imageio-ffmpeg, a frame at a time: gymnasium's recorder (1.4, moviepy 1.0.3) keeps every frame in memory and, taking
-them by time, showed 168 of 501 synthetic frames in a neighbour's place and wrote 301 of 300. GIF through Pillow without ffmpeg.
-Knows nothing of policies, episodes, or of how an environment is rendered.
+mp4 files are written with imageio-ffmpeg, a frame at a time. Gymnasium's recorder (1.4, moviepy 1.0.3) keeps every frame in
+memory. It selects frames by time: it put 168 of 501 synthetic frames in a neighbour's place and wrote 301 frames for 300. GIF
+files are written with Pillow, without ffmpeg. Knows nothing of policies, episodes, or of how an environment is rendered.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ GIF_FASTEST = 50.0  # frames a second: viewers play faster GIFs slowly
 
 
 def choose_suffix(wanted: str) -> tuple[str, str | None]:
-    """The suffix for "mp4", "gif" or "auto", and a line for people if it is .gif because ffmpeg is missing.
+    """The suffix for "mp4", "gif" or "auto", and a line for the user if it is .gif because ffmpeg is missing.
 
     Raises:
-        UsageError: "mp4" is asked for and ffmpeg is missing.
+        UsageError: `wanted` is "mp4" and ffmpeg is missing.
     """
     if wanted == "gif":
         return ".gif", None
@@ -43,10 +43,10 @@ def choose_suffix(wanted: str) -> tuple[str, str | None]:
 
 @contextlib.contextmanager
 def video_file(path: Path, fps: float) -> Iterator[Show]:
-    """A function that takes the frames of a video, mp4 or gif by its suffix. The file appears whole at the end or not at all.
+    """A function that adds a frame to a video, mp4 or gif by its suffix. The file appears whole at the end or not at all.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}").absolute()  # ffmpeg reads "a:b" as a protocol
     try:
@@ -86,7 +86,7 @@ def _mp4(path: Path, fps: float) -> Iterator[Show]:
     try:
         written, _ = imageio_ffmpeg.count_frames_and_secs(
             str(path)
-        )  # imageio does not say that ffmpeg ended, on a full disk for example
+        )  # imageio does not report that ffmpeg ended early, for example on a full disk
     except RuntimeError:
         written = 0
     if written != frames:
@@ -104,7 +104,7 @@ def _gif(path: Path, fps: float) -> Iterator[Show]:
 
 
 def check_display() -> None:
-    """Raise UsageError if no `window` can be opened."""
+    """Raise UsageError if a `window` cannot be opened."""
     no_window = "--render human can open no window ({}); --video needs none"
     if not has_display():
         raise UsageError(no_window.format("there is no display"))
