@@ -1,12 +1,13 @@
-"""The throughput gate of CI: fastppo must stay so many times as fast as the yardstick, both run now, on this machine.
+"""The throughput gate of CI: the speed of fastppo relative to the yardstick must not fall below a floor.
 
-`python benchmarks/gate.py` exits with 1 when a workload is below its floor. The ratio of interleaved runs is compared, never an
-absolute speed, and of each side its fastest iteration: others on a shared core slow the two down for a while and by unlike
-shares, so that ratios of medians were anything from 16 to 22 on one day. What slows down some iterations only, sps.py shows.
-How many times as fast compiled programs are also depends on the processor: on Zen 5 the yardstick gains more than they do. So
-the floors are those of the processor that runs this; on one that nobody has measured, the lowest of those that are known.
-`--planted 0.3` makes every iteration of fastppo take 30 % longer, to show that the gate sees it; `--repeat 20` runs the gate as
-often, to show that it does not cry wolf.
+`python benchmarks/gate.py` exits with 1 if a workload is below its floor. Both sides run on this machine in interleaved runs,
+and the gate compares the ratio of their speeds, never an absolute speed. It takes the fastest iteration of each side: other
+processes on a shared core slow the two sides down at different times and by different amounts, and ratios of medians ranged
+from 16 to 22 on one day. sps.py shows slowdowns of single iterations.
+
+The ratio also depends on the processor: on Zen 5 the yardstick gains more than compiled programs do. So each processor has its
+own floors. A processor without measurements gets the lowest known floors. `--planted 0.3` makes every iteration of fastppo take
+30 % longer, to show that the gate detects it. `--repeat 20` runs the gate 20 times, to show that it raises no false alarm.
 """
 
 import dataclasses
@@ -18,13 +19,14 @@ from typing import Literal
 import tyro
 from sps import WORKLOADS, run_fastppo, run_yardstick
 
-# Lowest ratios by processor, (vendor, family) of /proc/cpuinfo: between what recorded runs give and what a slowdown of 30 %
-# gives (benchmarks/README.md).
+# Lowest ratios by processor, (vendor, family) of /proc/cpuinfo. They lie between the ratios of recorded runs and the ratios of
+# a slowdown of 30 % (benchmarks/README.md).
 FLOORS = {
     ("AuthenticAMD", 25): {"cartpole8": 5.1, "device8": 20.5, "device1024": 4.6},  # Zen 3
     ("AuthenticAMD", 26): {"cartpole8": 6.1, "device8": 13.7, "device1024": 4.6},  # Zen 5
 }
-TIMESTEPS = {"cartpole8": (60_000, 15_000), "device8": (300_000, 15_000), "device1024": (2_000_000, 1_000_000)}  # ours, theirs
+# of fastppo, of the yardstick
+TIMESTEPS = {"cartpole8": (60_000, 15_000), "device8": (300_000, 15_000), "device1024": (2_000_000, 1_000_000)}
 
 PLANTED = """
 import time, sys, fastppo.train as train
@@ -62,22 +64,22 @@ class GateConfig:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, int] | None:
-    """Vendor and family of the first processor; None where the system does not tell."""
+    """Vendor and family of the first processor; None if the system does not report them."""
     try:
         lines = cpuinfo.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-        told = dict(map(str.strip, line.partition(":")[::2]) for line in lines)
-        return told["vendor_id"], int(told["cpu family"])
+        entries = dict(map(str.strip, line.partition(":")[::2]) for line in lines)
+        return entries["vendor_id"], int(entries["cpu family"])
     except (OSError, KeyError, ValueError):
         return None
 
 
 def floor_of(name: str, who: tuple[str, int] | None) -> float:
-    """The floor of a workload on that processor, the lowest known one where nobody has measured it."""
+    """The floor of a workload on a processor; the lowest known floor if the processor was not measured."""
     return FLOORS[who][name] if who in FLOORS else min(floors[name] for floors in FLOORS.values())
 
 
 def passes(name: str, config: GateConfig) -> bool:
-    """One workload against its floor; a further attempt adds its runs to those before, on both sides."""
+    """Whether a workload reaches its floor. A further attempt adds its runs to those before, on both sides."""
     ours_timesteps, theirs_timesteps = TIMESTEPS[name]
     workload = dataclasses.replace(WORKLOADS[name], total_timesteps=ours_timesteps, yardstick_timesteps=theirs_timesteps)
     launcher = ["-c", PLANTED.format(share=config.planted)] if config.planted else ["-m", "fastppo.train"]
@@ -96,8 +98,8 @@ def passes(name: str, config: GateConfig) -> bool:
 
 
 def main(config: GateConfig) -> int:
-    """Run the gate; the exit code."""
-    for name in config.workloads:  # compiles where the cache has nothing
+    """Run the gate and return the exit code."""
+    for name in config.workloads:  # compile programs that are not in the cache
         run_fastppo(dataclasses.replace(WORKLOADS[name], total_timesteps=5 * WORKLOADS[name].batch_size))
     failures = 0
     for _ in range(config.repeat):

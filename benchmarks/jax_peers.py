@@ -1,22 +1,22 @@
-"""The peers whose environment is a device program too: PureJaxRL's and rejax's PPO on gymnax's CartPole-v1, JAX on the CPU.
+"""The peers with environments on the device: PPO of PureJaxRL and of rejax on gymnax's CartPole-v1, JAX on the CPU.
 
-They live in an environment of their own, whose Python runs this file; neither fastppo nor torch is imported here. Set up once:
+They need their own Python environment, which runs this file. It imports neither fastppo nor torch. Set it up once:
 python -m venv jaxenv && jaxenv/bin/pip install jax==0.10.2 jaxlib==0.10.2 flax==0.12.8 optax==0.2.8 chex==0.1.92 \
     distrax==0.1.9 tfp-nightly==0.26.0.dev20261027 gymnax==0.0.9 rejax==0.1.3 numpy==2.4.6
 git clone https://github.com/luchris429/purejaxrl && git -C purejaxrl checkout 31756b197773a52db763fdbe6d635e4b46522a73
-(distrax asks for a nightly build of tfp; one of about that date will do.) Then, one peer a process:
+(distrax needs a nightly build of tfp from about that date.) Then run one peer per process:
 jaxenv/bin/python benchmarks/jax_peers.py --peer purejaxrl --purejaxrl purejaxrl --workload device8
 jaxenv/bin/python benchmarks/jax_peers.py --peer rejax --workload device1024
 
-What is timed is what their documentation runs: the whole training as one jitted program, compiled ahead, executed once untimed
-and once timed, until every output is ready. A step is one transition; gymnax resets within the step that ends an episode, so no
-row is only a reset. JAX takes every core it may use (`taskset -c 0` leaves it one). --solve is compared with a run of fastppo
-that finds its compiled programs only if JAX finds its own too: give --compilation-cache, and leave the first run out.
+Timed is the whole training as one jitted program, as in the peers' documentation: compiled ahead, executed once untimed and
+once timed, until every output is ready. A step is one transition. gymnax resets within the step that ends an episode, so no row
+is only a reset. JAX uses all available cores (`taskset -c 0` leaves one). fastppo finds its compiled programs in a cache. For a
+fair --solve, JAX must find its programs too: pass --compilation-cache and leave the first run out.
 
-The setting is that of peers.py, except where a peer leaves no choice: both clip the value loss and end an episode at the time
-limit as at a fall, without a bootstrap; rejax clips each element of a gradient at 0.5, not the norm, has 1e-8 for Adam's
-epsilon, an optimizer each for actor and critic, and LeCun-normal initial weights. Neither writes logs or checkpoints, and rejax
-keeps no record of returns.
+The settings are those of peers.py, except where a peer has no such setting. Both clip the value loss and treat the time limit
+as a termination, without a bootstrap. rejax clips each element of a gradient at 0.5, not the norm. Its epsilon of Adam is 1e-8,
+its actor and critic have separate optimizers, and its initial weights are LeCun-normal. Neither writes logs or checkpoints, and
+rejax does not record returns.
 """
 
 import argparse
@@ -41,11 +41,11 @@ import jax.numpy as jnp
 import numpy as np
 
 GAMMA, GAE_LAMBDA, CLIP_COEF, ENT_COEF, VF_COEF, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.0, 0.5, 0.5
-SOLVED, WINDOW = 475.0, 100  # as solve.py's
+SOLVED, WINDOW = 475.0, 100  # as in solve.py
 
 
 class Workload(NamedTuple):
-    """Sizes of a run: N, T, minibatches, E, and transitions for a run of seconds."""
+    """Sizes of a run: N, T, minibatches, E, and transitions for a run of some seconds."""
 
     num_envs: int
     num_steps: int
@@ -63,7 +63,7 @@ WORKLOADS = {"device8": Workload(8, 128, 4, 4, 500_000), "device1024": Workload(
 
 
 class Peer(NamedTuple):
-    """One peer's training as one function, and what its outputs say."""
+    """The training of one peer as one function, and functions that read its outputs."""
 
     train: Callable[[jax.Array], Any]
     """A key to its outputs: pure, not yet jitted."""
@@ -76,10 +76,10 @@ class Peer(NamedTuple):
 
 
 def purejaxrl_peer(workload: Workload, num_iterations: int, learning_rate: float, checkout: Path) -> Peer:
-    """make_train of a checkout's purejaxrl/ppo.py, which writes every step's returns to its outputs.
+    """make_train in purejaxrl/ppo.py of a checkout. Its outputs hold the returns of every step.
 
-    Its wrappers.py imports brax and navix for classes that CartPole does not use: where they are not installed, empty modules
-    stand in for them.
+    Its wrappers.py imports brax and navix for classes that CartPole does not use. If they are not installed, empty modules
+    replace them.
     """
     for package, names in {
         "brax": ("brax", "brax.envs", "brax.envs.wrappers", "brax.envs.wrappers.training"),
@@ -124,10 +124,10 @@ def purejaxrl_peer(workload: Workload, num_iterations: int, learning_rate: float
 
 
 def rejax_peer(workload: Workload, num_iterations: int, learning_rate: float, record: bool) -> Peer:
-    """rejax's PPO without evaluations, which by default take 128 episodes each.
+    """rejax's PPO without its evaluations, which by default play 128 episodes each.
 
-    `record`: for --solve, the ends of the episodes are kept in the training state and handed out after each iteration, where
-    rejax would evaluate. The schedule of the learning rate is optax's, which rejax hands to Adam.
+    `record`: for --solve, store the ends of episodes in the training state and return them after each iteration, in place of
+    an evaluation. The schedule of the learning rate is one of optax, which rejax passes to Adam.
     """
     import optax
     from rejax import PPO
@@ -181,7 +181,7 @@ def rejax_peer(workload: Workload, num_iterations: int, learning_rate: float, re
 
 
 def solved_iteration(ends: np.ndarray) -> int | None:
-    """First iteration after which the last 100 returns average 475, counted from 1; None where there is none.
+    """First iteration after which the last 100 returns average 475, counted from 1; None if there is none.
 
     ends: bool (iterations, T, N). CartPole pays 1 a step, so a return is an episode's length.
     """
@@ -203,7 +203,7 @@ def process_age() -> float:
 
 
 def versions(checkout: Path | None) -> dict[str, str]:
-    """Of Python and every package that matters; PureJaxRL's is its commit."""
+    """Versions of Python and of the packages that matter; for PureJaxRL, its commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "distrax", "gymnax", "rejax", "numpy")
     found = {"python": platform.python_version()} | {package: version(package) for package in packages}
     if checkout is not None:
@@ -214,7 +214,7 @@ def versions(checkout: Path | None) -> dict[str, str]:
 
 
 def parse_args() -> argparse.Namespace:
-    """argparse, because it is there and costs --solve no import."""
+    """Parse the flags with argparse, which is built in and fast to import, for --solve."""
     parser = argparse.ArgumentParser(description="Time PureJaxRL or rejax; the last line of the output is one JSON object.")
     parser.add_argument("--peer", choices=("purejaxrl", "rejax"), required=True)
     parser.add_argument("--purejaxrl", type=Path, metavar="DIR", help="checkout of github.com/luchris429/purejaxrl")
@@ -263,7 +263,7 @@ def main(args: argparse.Namespace) -> None:
     result = {"peer": args.peer, "workload": args.workload, "sps": env_steps / seconds, "compile_seconds": compile_seconds}
     result |= {"env_steps": env_steps, "seconds": seconds, "mean_return": peer.mean_return(outputs)}
     if args.solve:
-        # The whole run is one program: the time of an iteration within it is taken as its share of the run.
+        # The whole run is one program. The time of an iteration is its share of the run.
         iteration = solved_iteration(peer.ends(outputs))
         share = None if iteration is None else iteration / num_iterations
         result["start_seconds"] = start_seconds

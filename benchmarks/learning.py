@@ -1,9 +1,9 @@
-"""How well the presets learn, beside published figures: `python benchmarks/learning.py --env-id Hopper-v5 --seeds 1 2 3`.
+"""Returns of the presets beside published figures: `python benchmarks/learning.py --env-id Hopper-v5 --seeds 1 2 3`.
 
-Each run is the user's own command in a fresh process; the evaluation is that of its best model (summary.json). Flags after `--`
-go to every run: `python benchmarks/learning.py --env-id Acrobot-v1 -- --total-timesteps 100000`. Prints a table for
-benchmarks/README.md and, as the last line, one JSON object. A run that fails is named, the others go on, and the exit code is
-1. Knows nothing of how fastppo learns.
+Each run is the user's own command in a fresh process; its result is the evaluation of its best model (summary.json). Flags
+after `--` are passed to every run: `python benchmarks/learning.py --env-id Acrobot-v1 -- --total-timesteps 100000`. Prints a
+table for benchmarks/README.md and, as the last line, one JSON object. If a run fails, its name is printed, the others continue,
+and the exit code is 1. Knows nothing of how fastppo learns.
 """
 
 import concurrent.futures
@@ -23,7 +23,7 @@ import tyro
 
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
-# Mean returns that others report for PPO, each with its steps. The zoo's: one agent each, evaluated deterministically (Atari:
+# Published mean returns of PPO, with their steps. RL Zoo: one agent each, evaluated deterministically (Atari:
 # sampled), MuJoCo v3, LunarLander v2: https://github.com/DLR-RM/rl-baselines3-zoo/blob/22e3ff2/benchmark.md
 ZOO: Mapping[str, tuple[float, str]] = {
     "CartPole": (500.0, "100k"),
@@ -45,7 +45,7 @@ ZOO: Mapping[str, tuple[float, str]] = {
     "CartPoleNoVel": (500.0, "100k"),  # these two: ppo_lstm
     "PendulumNoVel": (-217.9, "100k"),
 }
-# CleanRL's: training returns, mean of three seeds, MuJoCo v4: docs/rl-algorithms/ppo.md and
+# CleanRL: training returns, mean of three seeds, MuJoCo v4: docs/rl-algorithms/ppo.md and
 # docs/benchmark/ppo_continuous_action.md of https://github.com/vwxyzjn/cleanrl at fe8d8a03
 CLEANRL: Mapping[str, tuple[float, str]] = {
     "CartPole": (490.0, "500k"),
@@ -60,7 +60,7 @@ CLEANRL: Mapping[str, tuple[float, str]] = {
     "Pong": (20.4, "10M"),
     "Breakout": (414.7, "10M"),
 }
-# OpenAI baselines, training returns as CleanRL's ppo.md gives them
+# OpenAI baselines: training returns, from CleanRL's ppo.md
 BASELINES: Mapping[str, tuple[float, str]] = {
     "CartPole": (497.5, "500k"),
     "Acrobot": (-81.8, "500k"),
@@ -88,7 +88,7 @@ class LearningConfig:
 
 
 def run(env_id: str, seed: int, run_dir: Path, config: LearningConfig, flags: Sequence[str]) -> dict[str, Any]:
-    """One run in a fresh process. Raises RuntimeError with the end of its stderr where it fails."""
+    """One run in a fresh process. Raises RuntimeError with the end of its stderr if it fails."""
     settings = {"--env-id": env_id, "--seed": seed, "--run-dir": run_dir, "--eval-episodes": config.eval_episodes}
     settings |= {"--num-threads": 1} if config.jobs > 1 else {}
     words = [*(str(word) for pair in settings.items() for word in pair), *flags]
@@ -121,7 +121,7 @@ def summarize(env_id: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seeds": [result["seed"] for result in runs],
         "evaluations": evaluations,
         "mean": statistics.fmean(evaluations),
-        "std": statistics.stdev(evaluations) if len(runs) > 1 else 0.0,  # of the seeds, n - 1
+        "std": statistics.stdev(evaluations) if len(runs) > 1 else 0.0,  # over seeds, with n - 1
         "iqm": float(interquartile_mean(evaluations)),
         "interval": tuple(map(float, bootstrap_interval(evaluations))),
         "trainings": [result["training"] for result in runs],
@@ -133,20 +133,20 @@ def summarize(env_id: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def published(env_id: str) -> dict[str, tuple[float, str]]:
-    """Others' (mean return, steps) for the environment in whatever version: Pong for ALE/Pong-v5 and PongNoFrameskip-v4."""
+    """Published (mean return, steps) for any version of the environment: Pong for ALE/Pong-v5 and PongNoFrameskip-v4."""
     name = env_id.rpartition(":")[2].rpartition("/")[2].rpartition("-v")[0].removesuffix("NoFrameskip")
     return {source: figures[name] for source, figures in PUBLISHED.items() if name in figures}
 
 
 def table(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The table, in Markdown."""
+    """The table in Markdown."""
     lines = [
         "| environment | preset | steps | evaluation of each seed | mean ± std | IQM (95 %) | last 100 training returns "
         "| seconds | steps/s | published |",
         "|" + "---|" * 10,
     ]
     for row in summaries:
-        digits = 2 if max(map(abs, row["evaluations"])) <= 1 else 1  # shares of episodes solved
+        digits = 2 if max(map(abs, row["evaluations"])) <= 1 else 1  # these are shares of episodes solved
         each = ", ".join(f"{value:.{digits}f}" for value in row["evaluations"])
         others = "; ".join(f"{source} {mean:g} ({steps})" for source, (mean, steps) in row["published"].items())
         lines.append(

@@ -1,9 +1,9 @@
-"""Environments that need memory, and how well fastppo learns them with one: `python benchmarks/memory.py --task recall8`.
+"""Environments that need memory, and the returns of recurrent policies in them: `python benchmarks/memory.py --task recall8`.
 
 Importing this file registers them, so `--env-id benchmarks.memory:Recall-v0 --env-kwargs delay=64` works from the repository's
-root. The two without velocities are those of the RL Zoo, whose ppo_lstm (sb3-contrib's RecurrentPPO) has published figures for
-them; the Zoo writes 0 where a velocity was, here it is left out. Run as a script it trains with a memory and without, each seed
-in a fresh process; the last line of the output is one JSON object.
+root. The two environments without velocities are those of the RL Zoo, which has published figures of ppo_lstm (sb3-contrib's
+RecurrentPPO) for them. The Zoo replaces velocities by 0; here they are left out. As a script this file trains recurrent and
+other policies, each seed in a fresh process. The last line of the output is one JSON object.
 """
 
 import concurrent.futures
@@ -32,20 +32,20 @@ from fastppo.envs.device import TorchVectorEnv
 
 
 class RecallState(NamedTuple):
-    """Each (N,) int64."""
+    """The state of N environments, (N,) int64 each."""
 
     cue: Tensor
-    left: Tensor  # steps until it is asked for, 0 when it is
+    left: Tensor  # steps until the agent is asked, 0 when it is asked
 
 
 @dataclass(frozen=True)
 class Recall:
-    """One of `num_cues` cues is shown, then nothing `delay` times, at the last of which the agent has to name it.
+    """The first observation shows one of `num_cues` cues, then `delay` follow without it. At the last the agent must name it.
 
-    An observation is the cue as one-hot, zeros after the first, and 1 where the agent is asked. Its action is worth 1 there if
-    it is the cue, anything else 0: the mean return is the share of episodes solved, 1 / num_cues without memory. With
-    `min_delay` the delay of each episode is drawn log-uniformly, from there to `delay`: what is learned from short ones helps
-    with the long ones, of which alone a new network has no gradient.
+    An observation is the cue as one-hot, which is zero after the first step, and a 1 if the agent is asked. The reward is 1 if
+    the agent is asked and its action is the cue, else 0. So the mean return is the share of episodes solved; without memory it
+    is 1 / num_cues. With `min_delay`, the delay of each episode is drawn log-uniformly from `min_delay` to `delay`. Short
+    delays help to learn long ones: with long delays alone a new network has no gradient.
     """
 
     delay: int = 8
@@ -70,25 +70,25 @@ class Recall:
 
     def reset(self, random: Tensor) -> tuple[RecallState, Tensor]:
         least = self.delay if self.min_delay is None else self.min_delay
-        cue = (random[:, 0] * self.num_cues).long().clamp(max=self.num_cues - 1)  # clamp: rounding
+        cue = (random[:, 0] * self.num_cues).long().clamp(max=self.num_cues - 1)  # clamp: the product may round up to num_cues
         left = (least * ((self.delay + 1) / least) ** random[:, 1]).long().clamp(least, self.delay)
-        return RecallState(cue, left), (cue[:, None] == self._places(cue)).float()
+        return RecallState(cue, left), (cue[:, None] == self._indices(cue)).float()
 
     def step(self, state: RecallState, action: Tensor, random: Tensor) -> tuple[RecallState, Tensor, Tensor, Tensor, Tensor]:
         cue, left = state
         asked = left == 0
         left = left - 1
-        obs = (left == 0)[:, None] & (self._places(cue) == self.num_cues)
+        obs = (left == 0)[:, None] & (self._indices(cue) == self.num_cues)
         right = asked & (action == cue)
         return RecallState(cue, left), obs.float(), right.float(), asked, torch.zeros_like(asked)
 
-    def _places(self, like: Tensor) -> Tensor:
-        """Of an observation's numbers: the cues', then that of being asked."""
+    def _indices(self, like: Tensor) -> Tensor:
+        """Indices of an observation's numbers: those of the cues, then that of the question."""
         return torch.arange(self.num_cues + 1, device=like.device)
 
 
 class RecallEnv(gym.Env[np.ndarray, np.int64]):
-    """One `Recall` as a plain environment, for workers and whoever else wants one alone."""
+    """One `Recall` as a plain gymnasium environment, for example for worker processes."""
 
     def __init__(self, **kwargs: Any) -> None:
         self.one = TorchVectorEnv(Recall(**kwargs), 1)
@@ -104,11 +104,11 @@ class RecallEnv(gym.Env[np.ndarray, np.int64]):
         return obs[0].numpy(), float(reward[0]), bool(terminated[0]), bool(truncated[0]), {}
 
 
-def only(env: gym.Env, kept: list[int]) -> gym.Env:
-    """`env` with these numbers of its observations."""
+def only(env: gym.Env, indices: list[int]) -> gym.Env:
+    """`env` with only these components of its observations."""
     space = env.observation_space
     return gym.wrappers.TransformObservation(
-        env, lambda obs: obs[kept], Box(space.low[kept], space.high[kept], dtype=np.float32)
+        env, lambda obs: obs[indices], Box(space.low[indices], space.high[indices], dtype=np.float32)
     )
 
 
@@ -123,7 +123,7 @@ def pendulum_without_velocity(**kwargs: Any) -> gym.Env:
 
 
 class CartPolesWithoutVelocity(gym.vector.VectorObservationWrapper):
-    """Position and angle of N of gymnasium's vector CartPole, (N, 2)."""
+    """Positions and angles of gymnasium's vector CartPole, (N, 2)."""
 
     def __init__(self, num_envs: int, **kwargs: Any) -> None:
         envs = CartPoleVectorEnv(num_envs, **kwargs)
@@ -137,7 +137,7 @@ class CartPolesWithoutVelocity(gym.vector.VectorObservationWrapper):
 
 
 def recalls(num_envs: int, **kwargs: Any) -> VectorEnv:
-    """N copies of `Recall`, on the device for --backend torch."""
+    """N copies of `Recall`; on the device with --backend torch."""
     return TorchVectorEnv(Recall(**kwargs), num_envs)
 
 
@@ -154,18 +154,18 @@ if "Recall-v0" not in gym.registry:
 
 @dataclass(frozen=True)
 class MemoryTask:
-    """What is trained, with flags of fastppo.train."""
+    """An environment, and the flags of fastppo.train for it."""
 
     env_id: str
     flags: str
-    delay: int | None = None  # of the Recall that it is evaluated with, whatever it was trained with
+    delay: int | None = None  # of the Recall environment for the evaluation; training may have other delays
 
 
-RECALL = "--num-envs 32 --gamma 0.5 --ent-coef 0.01 --env-kwargs"  # a short horizon: only the answer is worth anything
+RECALL = "--num-envs 32 --gamma 0.5 --ent-coef 0.01 --env-kwargs"  # a short horizon: only the answer has a reward
 TASKS: Mapping[str, MemoryTask] = {
     "recall8": MemoryTask("Recall-v0", f"--total-timesteps 100000 {RECALL} delay=8", 8),
     "recall64": MemoryTask("Recall-v0", f"--total-timesteps 300000 {RECALL} delay=64 min_delay=1", 64),
-    # the Zoo's settings: hyperparams/ppo_lstm.yml at 22e3ff2
+    # settings of the RL Zoo: hyperparams/ppo_lstm.yml at 22e3ff2
     "cartpole": MemoryTask(
         "CartPoleNoVel-v1",
         "--total-timesteps 500000 --num-steps 32 --num-minibatches 1 --update-epochs 20 --learning-rate 1e-3 --anneal-clip "
@@ -196,7 +196,7 @@ class MemoryConfig:
 
 
 def share_recalled(run_dir: Path, delay: int, episodes: int) -> float:
-    """Share of episodes that a run's policy solves at this delay."""
+    """Share of episodes that the policy of a run solves with this delay."""
     policy = load_policy(run_dir)
     envs = TorchVectorEnv(Recall(delay), episodes)
     obs, _ = envs.reset(seed=1_000_000)
@@ -209,7 +209,7 @@ def main(config: MemoryConfig, flags: Sequence[str]) -> int:
     """Train, print, and return the exit code."""
     import learning
 
-    root = str(Path(__file__).parents[1])  # where the runs find this file as benchmarks.memory
+    root = str(Path(__file__).parents[1])  # from here the runs import this file as benchmarks.memory
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     task = TASKS[config.task]
     env_id = f"benchmarks.memory:{task.env_id}"
@@ -240,7 +240,7 @@ def main(config: MemoryConfig, flags: Sequence[str]) -> int:
                     print(f"{config.task} {memory} seed {seed} FAILED: {error}", flush=True)
             if runs:
                 summary = learning.summarize(env_id, runs) | {"env_id": f"{config.task}, {memory}"}
-                summaries.append(summary if memory != "none" else summary | {"published": {}})  # those have a memory
+                summaries.append(summary if memory != "none" else summary | {"published": {}})  # published: recurrent ones
     print(f"\n{learning.table(summaries)}\n")
     print(json.dumps({"task": config.task, "memories": summaries, "failed": failed}))
     return 1 if failed else 0

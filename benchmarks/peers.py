@@ -1,8 +1,8 @@
-"""The peers: Stable-Baselines3's PPO, sb3-contrib's with memory and one of torchrl's pieces, timed on fastppo's workloads.
+"""Time the peers on fastppo's workloads: PPO of Stable-Baselines3, recurrent PPO of sb3-contrib, and a PPO made with torchrl.
 
-Settings are the same. Each is written as its own documentation writes it and shares no code with fastppo. The first iteration
-of every run warms up and is not timed; a step is one transition, and none counts rows in which an environment is only reset.
-For environments on the device the peers are those of jax_peers.py. All are run in turn with fastppo, round by round:
+Settings are the same. Each peer follows its own documentation and shares no code with fastppo. The first iteration of every run
+is a warm-up and not timed. A step is one transition; rows in which an environment is only reset do not count. The peers for
+environments on the device are those of jax_peers.py. Peers and fastppo run in turn, round by round:
 python benchmarks/peers.py --workload cartpole8 --total-timesteps 20000 --rounds 3
 python benchmarks/peers.py --workload device8 --jax-python jaxenv/bin/python --purejaxrl purejaxrl
 """
@@ -37,17 +37,17 @@ GAMMA, GAE_LAMBDA, CLIP_COEF, VF_COEF, MAX_GRAD_NORM = 0.99, 0.95, 0.2, 0.5, 0.5
 def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
     """Seconds of Stable-Baselines3's PPO for all iterations but the first.
 
-    make_vec_env's default, DummyVecEnv, and the CPU are what its documentation advises for PPO with an MLP. MlpPolicy's own
-    defaults are the rest of the setting: 64 64 tanh for actor and critic each, orthogonal weights, Adam's epsilon 1e-5. Atari
-    is played as its RL Zoo does: make_atari_env, four frames stacked, CnnPolicy. A recurrent workload is learned by
-    sb3-contrib's RecurrentPPO, of which each minibatch is a stretch of rows that goes on over environments and episodes.
+    Its documentation advises DummyVecEnv (the default of make_vec_env) and the CPU for PPO with an MLP. The rest are the
+    defaults of MlpPolicy: 64 64 tanh for actor and critic each, orthogonal weights, Adam's epsilon 1e-5. Atari is set up as in
+    the RL Zoo: make_atari_env, four stacked frames, CnnPolicy. A recurrent workload uses sb3-contrib's RecurrentPPO. Its
+    minibatches are contiguous rows, which continue over environments and episodes.
     """
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
-    starts: list[float] = []  # of each rollout: the second one starts as the first iteration's update has ended
+    starts: list[float] = []  # of each rollout; the second starts when the update of the first iteration has ended
 
     class Stopwatch(BaseCallback):
         def _on_rollout_start(self) -> None:
@@ -95,10 +95,11 @@ def run_sb3(workload: Workload, num_iterations: int, seed: int) -> float:
 def run_torchrl(workload: Workload, num_iterations: int, seed: int) -> float:
     """Seconds of a torchrl PPO for all iterations but the first.
 
-    It follows ppo_mujoco.py and ppo_atari.py of torchrl's sota-implementations, eager as they are by default, except where the
-    fixed setting or torchrl's gain is the reason: advantages are computed once a rollout, not once an epoch; continuous actions
-    are Gaussian and clipped by the environment, not tanh-squashed; the environments are gymnasium's, N in this process behind
-    GymWrapper, not a process each, with autoreset off as it prefers (it refuses the next-step kind, so CartPole's own too).
+    It follows ppo_mujoco.py and ppo_atari.py of torchrl's sota-implementations, which are eager by default. The differences are
+    due to the fixed setting or make torchrl faster: advantages are computed once a rollout, not once an epoch; continuous
+    actions are Gaussian and clipped by the environment, not tanh-squashed; the N environments of gymnasium run in this process
+    behind GymWrapper, not in N processes. Autoreset is off, as GymWrapper prefers: it refuses next-step autoreset, and so
+    CartPole's own vector environment.
     """
     from tensordict import TensorDict
     from tensordict.nn import AddStateIndependentNormalScale, TensorDictModule
@@ -109,7 +110,7 @@ def run_torchrl(workload: Workload, num_iterations: int, seed: int) -> float:
     from torchrl.objectives import ClipPPOLoss
     from torchrl.objectives.value import GAE
 
-    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it reports every allocation of a storage on stdout
+    logging.getLogger("torchrl").setLevel(logging.WARNING)  # it prints a line to stdout for every allocation of a storage
     torch.manual_seed(seed)
     disabled = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     vector_env = gym.make_vec(workload.env_id, workload.num_envs, vectorization_mode="sync", vector_kwargs=disabled)
@@ -161,7 +162,7 @@ def run_torchrl(workload: Workload, num_iterations: int, seed: int) -> float:
                 optimizer.step()
                 optimizer.zero_grad()
                 losses[epoch, minibatch] = loss.select("loss_objective", "loss_critic", "loss_entropy").detach()
-        for key in ("episode_reward", "step_count"):  # what torchrl's scripts log, as every peer does
+        for key in ("episode_reward", "step_count"):  # logged by torchrl's scripts; every peer logs
             data["next", key][data["next", "done"]].float().mean()
         losses.apply(lambda loss: loss.mean(), batch_size=[])
         collector.update_policy_weights_()
@@ -172,7 +173,8 @@ def run_torchrl(workload: Workload, num_iterations: int, seed: int) -> float:
     return seconds
 
 
-# Name: package, the function that times it, and whether torch.distributions checks its arguments where only it is imported.
+# Name: package, the function that times it, and whether torch.distributions checks its arguments if only this package is
+# imported.
 PEERS: dict[str, tuple[str, Callable[[Workload, int, int], float], bool]] = {
     "sb3": ("stable_baselines3", run_sb3, __debug__),
     "sb3-contrib": ("sb3_contrib", run_sb3, __debug__),
@@ -181,17 +183,17 @@ PEERS: dict[str, tuple[str, Callable[[Workload, int, int], float], bool]] = {
 
 
 def run_peer(name: str, workload: str, total_timesteps: int, num_threads: int) -> float:
-    """Steps per second of one peer, its first iteration left out; at least two iterations are run, and whole ones only.
+    """Steps per second of one peer without its first iteration. It runs at least two iterations, all of them whole.
 
-    Importing torchrl turns the checks of torch.distributions off for the process, which would make the others in it faster:
-    each peer gets the value it has in a process of its own, and the caller keeps its own, like its number of threads.
+    Importing torchrl turns off the checks of torch.distributions in the process, which would make other peers faster. So each
+    peer gets the value of its own process. Afterwards the caller's value and number of threads are restored.
     """
     package, run, validate_args = PEERS[name]
     sizes = WORKLOADS[workload]
     num_iterations = max(2, total_timesteps // sizes.batch_size)
     callers = torch.get_num_threads(), Distribution._validate_args
     try:
-        importlib.import_module(package)  # before the setting of the checks, which it may change
+        importlib.import_module(package)  # before the checks are set, since the import may change them
         torch.set_num_threads(num_threads)
         Distribution.set_default_validate_args(validate_args)
         seconds = run(sizes, num_iterations, 1)
@@ -205,7 +207,7 @@ JAX_PEERS = ("purejaxrl", "rejax")
 
 
 def peers_of(workload: Workload) -> tuple[str, ...]:
-    """Those that have it."""
+    """The peers that have this workload."""
     if workload.backend == "torch":
         return JAX_PEERS
     if workload.recurrent:
@@ -214,7 +216,7 @@ def peers_of(workload: Workload) -> tuple[str, ...]:
 
 
 def run_jax_peer(name: str, workload: str, config: "PeersConfig") -> float:
-    """Steps per second of jax_peers.py, run by the Python of its own environment."""
+    """Steps per second of a peer in jax_peers.py, which runs in its own Python environment."""
     command = [str(config.jax_python), str(Path(__file__).with_name("jax_peers.py")), "--peer", name, "--workload", workload]
     command += ["--purejaxrl", str(config.purejaxrl)] if config.purejaxrl else []
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -242,7 +244,7 @@ class PeersConfig:
 
 
 def main(config: PeersConfig) -> int:
-    """Measure, print the table and the JSON line; returns the exit code."""
+    """Measure, print the table and the JSON line, and return the exit code."""
     if min(config.total_timesteps, config.rounds, config.num_threads or 1) < 1:
         print("--total-timesteps, --rounds and --num-threads must be at least 1", file=sys.stderr)
         return 2
@@ -259,7 +261,7 @@ def main(config: PeersConfig) -> int:
         if name in JAX_PEERS and (config.jax_python is None or (name == "purejaxrl" and config.purejaxrl is None)):
             print(f"{name} needs --jax-python and, for purejaxrl, --purejaxrl: see jax_peers.py", file=sys.stderr)
             return 2
-    run_fastppo(WORKLOADS[config.workload])  # compiles where the cache has nothing: not what is measured
+    run_fastppo(WORKLOADS[config.workload])  # compile programs that are not in the cache; not measured
     measured: dict[str, list[float]] = {name: [] for name in ("fastppo", *names)}
     for _ in range(config.rounds):
         for name in names:

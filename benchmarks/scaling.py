@@ -1,17 +1,18 @@
-"""How many ranks are worth having? `python benchmarks/scaling.py`: what one costs is measured, what many would cost computed.
+"""Estimate how many ranks pay off: `python benchmarks/scaling.py` measures the cost of one rank and computes that of many.
 
-Measured, on this machine: seconds of an iteration of one rank, collecting and learning apart, by number of environments and
-width of the network, as the run's own metrics.csv tells them (`python -m fastppo.train` in a fresh process, eager and
-compiled); and seconds of a sum over 2 and 4 ranks of this machine (gloo over the loopback) by its size.
+Measured on this machine: the seconds of an iteration of one rank, by number of environments and width of the network. They come
+from the run's metrics.csv, separately for collecting and learning (`python -m fastppo.train` in a fresh process, eager and
+compiled). Also measured: the seconds of a sum over 2 and 4 ranks of this machine (gloo over the loopback), by its size.
 
-Computed: K ranks with N / K environments each, which together are one process with N. An iteration then lasts
+Computed: K ranks with N / K environments each. Together they equal one process with N. The time of an iteration is
 
     collect(N / K) + learn(N / K) + rest + (updates + STATISTICS) * latency + updates * transfer
 
-with a rank's own times as measured, on a straight line between the nearest numbers of environments where N / K was not measured
-itself; never below the smallest. A sum goes round a ring: latency = 2 (K - 1) hops, transfer = 2 (K - 1) / K * bytes /
-bandwidth (Patarasuk and Yuan, 2009). What it leaves out: ranks that wait for the slowest, networks that others use, cores that
-the ranks of one machine share. Prints tables and, as the last line, one JSON object. Knows nothing of how fastppo trains.
+The times of a rank are as measured. If N / K was not measured, they are interpolated linearly between the nearest numbers of
+environments, never below the smallest. A sum is a ring all-reduce: latency = 2 (K - 1) hops, transfer = 2 (K - 1) / K * bytes /
+bandwidth (Patarasuk and Yuan, 2009). The estimate ignores ranks that wait for the slowest, other traffic on the network, and
+cores that the ranks of one machine share. Prints tables and, as the last line, one JSON object. Knows nothing of how fastppo
+trains.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ import fastppo
 from fastppo.ranks import start_ranks
 
 STATISTICS = 5  # small exchanges before the first minibatch: counts, explained variance, advantages
-METRICS = 6  # numbers that travel with the gradient, and one more for each rank
+METRICS = 6  # numbers that are summed with the gradient, and one more for each rank
 WARMUP_ITERATIONS = 3
 WARMUP_SUMS = 5
 
@@ -84,25 +85,25 @@ class ScalingConfig:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one rank: seconds of an iteration, medians. Measured."""
+    """Measured seconds of an iteration of one rank, medians."""
 
     collect: float
     learn: float
-    rest: float  # accounts, logs and checkpoints
+    rest: float  # metrics, logs and checkpoints
     params: int
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of K ranks together, in seconds of an iteration. Computed; `speedup` against the one process that was measured."""
+    """Computed seconds of an iteration of K ranks together, and `speedup` over the measured single process."""
 
     tier: str
     width: int
     num_envs: int  # of all ranks together
     ranks: int
     gbits: float
-    own: float  # what a rank does by itself
-    interpolated: bool  # N / K was not measured itself
+    own: float  # seconds without exchanges
+    interpolated: bool  # N / K was not measured
     exchange: float
     speedup: float
 
@@ -130,10 +131,10 @@ def measure_run(config: ScalingConfig, num_envs: int, width: int, compile: str) 
         with (run_dir / "metrics.csv").open(newline="") as file:
             rows = [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
         params = fastppo.load_policy(run_dir).network.num_params
-    seen = [(row["seconds"] - before["seconds"], row) for before, row in pairwise(rows[WARMUP_ITERATIONS - 1 :])]
-    collect = statistics.median(seconds * (row["env_share"] + row["act_share"]) for seconds, row in seen)
-    learn = statistics.median(seconds * row["learn_share"] for seconds, row in seen)
-    return Cost(collect, learn, max(statistics.median(seconds for seconds, _ in seen) - collect - learn, 0.0), params)
+    timed = [(row["seconds"] - before["seconds"], row) for before, row in pairwise(rows[WARMUP_ITERATIONS - 1 :])]
+    collect = statistics.median(seconds * (row["env_share"] + row["act_share"]) for seconds, row in timed)
+    learn = statistics.median(seconds * row["learn_share"] for seconds, row in timed)
+    return Cost(collect, learn, max(statistics.median(seconds for seconds, _ in timed) - collect - learn, 0.0), params)
 
 
 def measure_sums(sizes: Sequence[int], repeats: int, ranks: int) -> dict[int, float]:
@@ -172,7 +173,7 @@ def _sum_with_others(rank: int, ranks: int, port: int, sizes: Sequence[int], rep
 
 
 def own_seconds(costs: Mapping[int, Cost], num_envs: float) -> float:
-    """Of an iteration of one rank, on a straight line between the nearest numbers of environments that were measured."""
+    """Seconds of an iteration of one rank, interpolated linearly between the nearest measured numbers of environments."""
     known = sorted((envs, cost.collect + cost.learn + cost.rest) for envs, cost in costs.items())
     below = max((point for point in known if point[0] <= num_envs), default=known[0])
     above = min((point for point in known if point[0] >= num_envs), default=known[-1])
@@ -182,7 +183,7 @@ def own_seconds(costs: Mapping[int, Cost], num_envs: float) -> float:
 
 
 def exchange_seconds(updates: int, params: int, ranks: int, gbits: float, hop_seconds: float) -> float:
-    """All that K ranks tell each other in an iteration, around a ring (see the head of this file); 0 for one."""
+    """Seconds of all exchanges of K ranks in an iteration, in a ring (see the top of this file); 0 for one rank."""
     size = 4.0 * (params + METRICS + ranks)  # bytes
     latency = 2 * (ranks - 1) * hop_seconds
     transfer = 2 * (ranks - 1) / ranks * size / (gbits * 1e9 / 8)
@@ -190,7 +191,7 @@ def exchange_seconds(updates: int, params: int, ranks: int, gbits: float, hop_se
 
 
 def predict(config: ScalingConfig, tier: str, width: int, costs: Mapping[int, Cost]) -> list[Prediction]:
-    """For every number of environments, of ranks and bandwidth for which a rank's part is not smaller than any measured."""
+    """A prediction for each number of environments, ranks and bandwidth. Skips parts N / K below the smallest measured."""
     updates, params = config.update_epochs * config.num_minibatches, next(iter(costs.values())).params
     found = []
     for num_envs in sorted(costs):
@@ -208,7 +209,7 @@ def predict(config: ScalingConfig, tier: str, width: int, costs: Mapping[int, Co
 
 
 def best_ranks(config: ScalingConfig, costs: Mapping[int, Cost], num_envs: int, gbits: float) -> int:
-    """Where adding ranks stops paying: of 1, 2, 4, ... the number with the shortest iteration."""
+    """The number of ranks, of 1, 2, 4, ..., with the shortest iteration."""
     updates, params = config.update_epochs * config.num_minibatches, next(iter(costs.values())).params
     choices = [2**k for k in range(11) if num_envs % 2**k == 0 and num_envs // 2**k >= min(costs)]
 
@@ -220,7 +221,7 @@ def best_ranks(config: ScalingConfig, costs: Mapping[int, Cost], num_envs: int, 
 
 
 def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of text, numbers to the right."""
+    """A table of text, with numbers aligned to the right."""
     table = Table(title=title)
     for column in columns:
         table.add_column(column, justify="right")
@@ -230,7 +231,7 @@ def table_of(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) 
 
 
 def _processor() -> str:
-    """Its name, where /proc/cpuinfo tells."""
+    """Name of the processor, if /proc/cpuinfo has it."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

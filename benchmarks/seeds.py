@@ -1,7 +1,7 @@
-"""What many seeds in one process are worth: `python benchmarks/seeds.py --workload device8`.
+"""Speed of many seeds in one process: `python benchmarks/seeds.py --workload device8`.
 
-Steps per second of all seeds together, by how many there are, each run the user's own command in a fresh process and counted as
-sps.py counts. Rounds are interleaved: 1, 2, 5, ... seeds, then all again. The last line of the output is one JSON object.
+Steps per second of all seeds together, by number of seeds. Each run is the user's own command in a fresh process, and steps are
+counted as in sps.py. Rounds are interleaved: 1, 2, 5, ... seeds, then all again. The last line of the output is a JSON object.
 """
 
 import json
@@ -37,7 +37,7 @@ def main(config: SeedsConfig) -> None:
     for round_ in range(config.rounds + 1):
         for number, found in speeds.items():
             run = run_fastppo(workload, "on", config.num_threads, num_seeds=number)
-            if round_ > 0:  # the first one compiles where the cache has nothing
+            if round_ > 0:  # the first round compiles programs that are not in the cache
                 found.append(run["sps"])
     alone = statistics.median(speeds[config.num_seeds[0]])
     table = Table(title=f"{config.workload}: {workload}")

@@ -1,13 +1,13 @@
-"""Does an hour of training leave anything behind? `python benchmarks/soak.py --minutes 60`; flags after `--` go to the run.
+"""Watch an hour of training for leaks: `python benchmarks/soak.py --minutes 60`; flags after `--` are passed to the run.
 
-The run is the user's own command in a process of its own, watched from outside by what /proc tells (Linux): resident memory,
-open files, threads, processes and CPU seconds, of it and its children; steps are those of its metrics.csv. Once its first rows
-are there and a warm-up is over it is watched for that long, then asked to stop (SIGTERM). The first tenth of the time is held
-against the last: memory may grow by --max-growth-mib; open files, threads and processes not at all; steps per CPU second may
-fall by a tenth. Steps per second of wall time are shown but not judged: others may want the machine. metrics.csv and
-TensorBoard's events grow by design, by a row an iteration and at most ten events a second: the table says how much.
+The run is the user's own command in its own process. It is watched from outside through /proc (Linux): resident memory, open
+files, threads, processes and CPU seconds, its children included. Steps are those of its metrics.csv. The time starts after the
+first rows and a warm-up; at its end the run gets SIGTERM. The first tenth of the time is compared with the last: memory may
+grow by --max-growth-mib; open files, threads and processes may not grow; steps per CPU second may fall by a tenth. Steps per
+second of wall time are shown but not judged, since other processes may use the machine. metrics.csv and TensorBoard's events
+grow by design, by a row an iteration and at most ten events a second. The table shows by how much.
 
-Prints a table and, as the last line, one JSON object; `--plot FILE` draws the samples. The exit code is 1 where something grew,
+Prints a table and, as the last line, one JSON object; `--plot FILE` draws the samples. The exit code is 1 if something grew,
 slowed down or failed. Knows nothing of how fastppo trains.
 """
 
@@ -54,7 +54,7 @@ class SoakConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen of the run at one moment, its children included."""
+    """The measured values of the run at one moment, its children included."""
 
     seconds: float  # since the first sample
     memory: int  # bytes
@@ -62,15 +62,15 @@ class Sample:
     threads: int
     processes: int
     cpu_seconds: float
-    steps: int  # as of the last whole row of metrics.csv
-    row_seconds: float  # of that row, by the run's own clock
+    steps: int  # in the last whole row of metrics.csv
+    row_seconds: float  # in that row, by the run's own clock
     metrics_bytes: int
     events_bytes: int
 
 
 @dataclass(frozen=True)
 class Tenth:
-    """A tenth of the time watched: medians of what is counted, rates from its first sample to its last."""
+    """A tenth of the time: medians of the counted values, and rates from its first sample to its last."""
 
     memory_mib: float
     files: float
@@ -81,19 +81,19 @@ class Tenth:
 
 
 def process_tree(pid: int) -> list[int]:
-    """The process and all below it. Raises OSError where it is gone."""
+    """The process and all its descendants. Raises OSError if it has ended."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text().split():
             try:
                 found += process_tree(int(child))
-            except OSError:  # it ended meanwhile
+            except OSError:  # it has just ended
                 continue
     return found
 
 
 def usage(pid: int) -> tuple[int, int, int, float]:
-    """(resident bytes, open files, threads, CPU seconds) of one process, CPU with that of children that have ended."""
+    """(resident bytes, open files, threads, CPU seconds) of one process, CPU including its ended children."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from the third on, see man 5 proc
     ticks = sum(int(field) for field in fields[11:15])
     return (
@@ -105,13 +105,13 @@ def usage(pid: int) -> tuple[int, int, int, float]:
 
 
 def last_row(metrics: Path) -> tuple[int, float] | None:
-    """(steps, seconds) of the last whole row; None while there is none."""
+    """(steps, seconds) of the last whole row; None if there is none yet."""
     try:
         with metrics.open("rb") as file:
             columns = file.readline().decode().strip().split(",")
             start = file.tell()
             file.seek(max(start, metrics.stat().st_size - 4096))
-            lines = file.read().decode().split("\n")[:-1]  # what follows the last line's end is half a row
+            lines = file.read().decode().split("\n")[:-1]  # the text after the last line end is a partial row
     except OSError:
         return None
     rows = [row for row in csv.reader(lines) if len(row) == len(columns)]
@@ -122,30 +122,30 @@ def last_row(metrics: Path) -> tuple[int, float] | None:
 
 
 def take_sample(pid: int, run_dir: Path, started: float) -> Sample | None:
-    """One sample; None where the run is over, or has no row yet."""
+    """One sample; None if the run has ended or has no row yet."""
     row = last_row(run_dir / "metrics.csv")
     if row is None:
         return None
-    seen = []
+    usages = []
     try:
         pids = process_tree(pid)
-        seen.append(usage(pid))
+        usages.append(usage(pid))
     except OSError:
         return None
     for child in pids[1:]:
         try:
-            seen.append(usage(child))
-        except OSError:  # it ended meanwhile
+            usages.append(usage(child))
+        except OSError:  # it has just ended
             continue
-    memory, files, threads, cpu_seconds = (sum(column) for column in zip(*seen, strict=True))
+    memory, files, threads, cpu_seconds = (sum(column) for column in zip(*usages, strict=True))
     events = sum(path.stat().st_size for path in run_dir.glob("events.out.tfevents.*"))
     metrics = (run_dir / "metrics.csv").stat().st_size
     seconds = time.monotonic() - started
-    return Sample(seconds, int(memory), int(files), int(threads), len(seen), cpu_seconds, *row, metrics, events)
+    return Sample(seconds, int(memory), int(files), int(threads), len(usages), cpu_seconds, *row, metrics, events)
 
 
 def watch(config: SoakConfig, run_dir: Path, flags: Sequence[str]) -> list[Sample]:
-    """Train and sample, at least ten samples. Raises RuntimeError with the end of its stderr where the run fails."""
+    """Train and sample, at least ten samples. Raises RuntimeError with the end of its stderr if the run fails."""
     command = [sys.executable, "-m", "fastppo.train", *FLAGS, "--run-dir", str(run_dir), *flags]
     samples: list[Sample] = []
     with tempfile.TemporaryFile("w+") as errors:
@@ -177,7 +177,7 @@ def watch(config: SoakConfig, run_dir: Path, flags: Sequence[str]) -> list[Sampl
 
 
 def tenth_of(samples: Sequence[Sample]) -> Tenth:
-    """Of at least two samples."""
+    """Medians and rates of at least two samples."""
     first, last = samples[0], samples[-1]
     steps = last.steps - first.steps
     return Tenth(
@@ -191,18 +191,18 @@ def tenth_of(samples: Sequence[Sample]) -> Tenth:
 
 
 def _rate(steps: int, seconds: float) -> float:
-    """0 where no row was written meanwhile, as on a busy machine."""
+    """Steps per second; 0 if no row was written, which happens on a busy machine."""
     return steps / seconds if seconds > 0 else 0.0
 
 
 def tenths(samples: Sequence[Sample]) -> tuple[Tenth, Tenth]:
-    """The first and the last tenth of the samples, each with the one that follows or precedes it: a rate needs two."""
+    """The first and the last tenth of the samples, each with the sample after or before it: a rate needs two."""
     count = max(len(samples) // 10, 1) + 1
     return tenth_of(samples[:count]), tenth_of(samples[-count:])
 
 
 def verdict(first: Tenth, last: Tenth, max_growth_mib: float) -> list[str]:
-    """What grew or slowed down, a line each; [] where nothing did."""
+    """A line for each value that grew or fell too much; [] if there is none."""
     found = []
     growth = last.memory_mib - first.memory_mib
     if growth > max_growth_mib:
@@ -211,14 +211,14 @@ def verdict(first: Tenth, last: Tenth, max_growth_mib: float) -> list[str]:
         before, after = getattr(first, name), getattr(last, name)
         if after > before:
             found.append(f"{name} grew from {before:g} to {after:g}")
-    kept = last.steps_per_cpu_second / first.steps_per_cpu_second if first.steps_per_cpu_second else 1.0
-    if kept < 1.0 - MAX_FALL:
-        found.append(f"steps per CPU second fell by {1.0 - kept:.0%}, more than {MAX_FALL:.0%}")
+    speed_ratio = last.steps_per_cpu_second / first.steps_per_cpu_second if first.steps_per_cpu_second else 1.0
+    if speed_ratio < 1.0 - MAX_FALL:
+        found.append(f"steps per CPU second fell by {1.0 - speed_ratio:.0%}, more than {MAX_FALL:.0%}")
     return found
 
 
 def table(first: Tenth, last: Tenth, samples: Sequence[Sample], max_growth_mib: float) -> str:
-    """The table, in Markdown."""
+    """The table in Markdown."""
     rows = [
         ("resident memory, MiB", first.memory_mib, last.memory_mib, f"grows by at most {max_growth_mib:g}", ".1f"),
         ("open files", first.files, last.files, "does not grow", "g"),
@@ -243,7 +243,7 @@ def table(first: Tenth, last: Tenth, samples: Sequence[Sample], max_growth_mib: 
 
 
 def mib_per_hour(samples: Sequence[Sample]) -> tuple[float, float]:
-    """Growth of metrics.csv and of TensorBoard's events."""
+    """Growth of metrics.csv and of TensorBoard's events, in MiB per hour."""
     first, last = samples[0], samples[-1]
     hours = (last.seconds - first.seconds) / 3600.0
     return (
@@ -253,7 +253,7 @@ def mib_per_hour(samples: Sequence[Sample]) -> tuple[float, float]:
 
 
 def draw(samples: Sequence[Sample], title: str, path: Path) -> None:
-    """Memory, what is counted, and steps per CPU second over time."""
+    """Draw memory, the counted values, and steps per CPU second over time."""
     figure = Figure(figsize=(7, 6), layout="constrained")
     FigureCanvasAgg(figure)
     memory, counts, speed = figure.subplots(3, sharex=True)

@@ -1,6 +1,6 @@
 """Wall-clock from process start, imports and compiling included, until CartPole-v1 is solved: the last 100 returns average 475.
 
-`python benchmarks/solve.py --seeds 1 2 3 4 5` prints one line a seed and, last, one JSON object with the median.
+`python benchmarks/solve.py --seeds 1 2 3 4 5` prints a line for each seed and, last, one JSON object with the median.
 """
 
 import csv
@@ -35,7 +35,7 @@ class SolveConfig:
 
 
 def solve_seconds(seed: int, config: SolveConfig) -> tuple[float, int]:
-    """(seconds from process start, transitions) until solved; inf where it never is."""
+    """(seconds from process start, transitions) until solved; inf if it is never solved."""
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
         settings = {"--compile": config.compile, "--total-timesteps": config.total_timesteps, "--seed": seed}

@@ -1,9 +1,9 @@
 """Steps per second of whole training runs: `python benchmarks/sps.py --workload cartpole8`.
 
-Each run is the user's own command in a fresh process, logging and checkpoints included; transitions are counted, autoreset
-steps are not. Warm-up (the first iterations, and what comes before compiled programs are in use) is left out and reported
-apart. `--compare` runs the yardstick in between, round by round, and gives the ratio of medians; `--against W` does so with
-another workload of ours. The last line of the output is one JSON object.
+Each run is the user's own command in a fresh process, with logging and checkpoints. Transitions count, autoreset steps do not.
+Warm-up (the first iterations, and the time until compiled programs are used) is left out and reported separately. `--compare`
+alternates with runs of the yardstick, round by round, and prints the ratio of medians. `--against W` does the same with another
+workload of fastppo. The last line of the output is one JSON object.
 """
 
 import csv
@@ -27,8 +27,8 @@ WARMUP_ITERATIONS = 3
 
 @dataclass(frozen=True)
 class Workload:
-    """One benchmark: the same settings for fastppo, the yardstick and the peers (two hidden layers of 64 tanh, actor and critic
-    apart; a Nature CNN for Atari)."""
+    """One benchmark, with the same settings for fastppo, the yardstick and the peers (two hidden layers of 64 tanh, actor and
+    critic separate; a Nature CNN for Atari)."""
 
     env_id: str
     num_envs: int
@@ -37,9 +37,9 @@ class Workload:
     update_epochs: int
     total_timesteps: int
     yardstick_timesteps: int
-    backend: str = "gymnasium"  # fastppo's; yardstick and peers step gymnasium's environments
-    normalized: bool = False  # observations and rewards by running statistics, not in the yardstick
-    recurrent: bool = False  # actor and critic each behind an LSTM of 64 of its own, not in the yardstick
+    backend: str = "gymnasium"  # of fastppo; yardstick and peers step the environments of gymnasium
+    normalized: bool = False  # observations and rewards, by running statistics; not in the yardstick
+    recurrent: bool = False  # actor and critic have an LSTM of 64 each; not in the yardstick
 
     @property
     def batch_size(self) -> int:
@@ -48,7 +48,7 @@ class Workload:
 
     @property
     def is_atari(self) -> bool:
-        """A game of ALE's, learned by a Nature CNN."""
+        """Whether it is a game of ALE, which needs a Nature CNN."""
         return self.env_id.startswith("ALE/")
 
     @property
@@ -102,9 +102,9 @@ def run_fastppo(
     launcher: Sequence[str] = ("-m", "fastppo.train"),
     num_seeds: int = 1,
 ) -> dict[str, Any]:
-    """One run in a fresh process; sps of all seeds over all iterations but the first ones, fastest_sps of one of them.
+    """One run in a fresh process: sps of all seeds over all iterations after the warm-up, fastest_sps of the fastest iteration.
 
-    launcher: Python's words before the flags.
+    launcher: arguments of Python before the flags.
     """
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
@@ -132,7 +132,7 @@ def run_fastppo(
         for path in run_dir.glob("metrics.csv" if num_seeds == 1 else "seed-*/metrics.csv"):
             with path.open(newline="") as file:
                 seeds.append(list(csv.DictReader(file)))
-    rows = min(seeds, key=len)  # up to where the first has all its steps
+    rows = min(seeds, key=len)  # of the seed that has all its steps first
     last, measured = len(rows) - 1, rows[WARMUP_ITERATIONS:]
     env_steps = sum(int(own[last]["global_step"]) - int(own[WARMUP_ITERATIONS - 1]["global_step"]) for own in seeds)
     seconds = float(rows[last]["seconds"]) - float(rows[WARMUP_ITERATIONS - 1]["seconds"])
@@ -169,7 +169,7 @@ def run_yardstick(workload: Workload, num_threads: int | None = None) -> dict[st
 def compare(
     workload: Workload, other: Workload | None, rounds: int, compile: str = "on", num_threads: int | None = None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """`rounds` runs of the workload and of the other one, or of the yardstick, interleaved."""
+    """`rounds` runs of the workload, interleaved with runs of the other workload or of the yardstick."""
     ours, theirs = [], []
     for _ in range(rounds):
         theirs.append(run_fastppo(other, compile, num_threads) if other else run_yardstick(workload, num_threads))
@@ -187,7 +187,7 @@ def main(config: SpsConfig) -> None:
     other = WORKLOADS[config.against] if config.against else None
     if config.compile == "on":
         for each in (workload, other) if other else (workload,):
-            run_fastppo(each, "on", config.num_threads)  # compiles where the cache has nothing: not what is measured
+            run_fastppo(each, "on", config.num_threads)  # compile programs that are not in the cache; not measured
     theirs: list[dict[str, Any]] = []
     if config.compare or other:
         ours, theirs = compare(workload, other, config.rounds, config.compile, config.num_threads)

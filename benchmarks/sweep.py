@@ -1,7 +1,7 @@
-"""How speed grows with the number of environments on the device: `python benchmarks/sweep.py`, CartPole-v1, T=128, E=4.
+"""Speed by number of environments on the device: `python benchmarks/sweep.py`, CartPole-v1, T=128, E=4.
 
-Prints a table and, last, one JSON object; --plot FILE draws it. GFLOP/s counts products only: 2 FLOP a weight and row forward,
-4 backward, for acting, judging the rollout and E epochs.
+Prints a table and, last, one JSON object; --plot FILE draws it. GFLOP/s counts only matrix products, for acting, evaluating the
+rollout and E epochs: 2 FLOP for each weight and row forward, 4 backward.
 """
 
 import json
@@ -23,7 +23,7 @@ from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.storage import allocate_rollout
 
-MEASURED_ITERATIONS, SECONDS = 5, 8.0  # at least so many iterations, or about so long
+MEASURED_ITERATIONS, SECONDS = 5, 8.0  # at least so many iterations, or about so many seconds
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def main(config: SweepConfig) -> None:
         steps = max(steps, int(SECONDS * min(25_000 * num_envs, 300_000)))
         workloads[num_envs] = Workload("CartPole-v1", num_envs, config.num_steps, 4, 4, steps, 0, "torch")
     runs = {num_envs: [] for num_envs in workloads}
-    for number in range(config.rounds + 1):  # the first round compiles where the cache has nothing: not what is measured
+    for number in range(config.rounds + 1):  # the first round compiles programs that are not in the cache; not measured
         for num_envs, workload in workloads.items():
             result = run_fastppo(workload)
             if number > 0:
@@ -91,7 +91,7 @@ def main(config: SweepConfig) -> None:
 
 
 def draw(points: list[dict[str, float]], path: Path) -> None:
-    """Steps per second and GFLOP/s over N."""
+    """Draw steps per second and GFLOP/s over N."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

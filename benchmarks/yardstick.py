@@ -1,8 +1,8 @@
-"""The yardstick: PPO as everyone writes it, in one eager loop over torch.nn modules and torch.optim.
+"""The yardstick: a common PPO, as one eager loop over torch.nn modules and torch.optim.
 
-A fair stand-in for CleanRL's ppo.py and ppo_continuous_action.py: the same algorithm, networks and bookkeeping, on the same
-vector environment as fastppo, written here so that both can be timed in one run on one machine. It shares no code with
-fastppo. Run it alone: python benchmarks/yardstick.py --total-timesteps 100000
+It has the algorithm, networks and bookkeeping of CleanRL's ppo.py and ppo_continuous_action.py, on the same vector environment
+as fastppo, so that both can be timed in one run on one machine. It shares no code with fastppo.
+Run it alone: python benchmarks/yardstick.py --total-timesteps 100000
 """
 
 import itertools
@@ -65,7 +65,7 @@ def mlp(inputs: int, outputs: int, std: float) -> nn.Sequential:
 
 
 class Agent(nn.Module):
-    """Actor and critic apart."""
+    """Separate networks for actor and critic."""
 
     def __init__(self, obs_size: int, action_space: gym.Space) -> None:
         super().__init__()
@@ -91,9 +91,9 @@ class Agent(nn.Module):
 
 
 def fastest_sps(seconds: Sequence[float], steps: Sequence[int]) -> float:
-    """Steps per second in the fastest iteration: what the machine gives where nobody else uses it for a moment.
+    """Steps per second in the fastest iteration: the speed while no other process uses the machine.
 
-    seconds, steps: of the clock and done in all, at the end of each iteration.
+    seconds, steps: time and number of steps so far, at the end of each iteration.
     """
     ended = list(zip(seconds, steps, strict=True))
     return max((after[1] - before[1]) / (after[0] - before[0]) for before, after in itertools.pairwise(ended))
