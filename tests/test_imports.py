@@ -102,6 +102,12 @@ def test_few_modules_name_the_compiler(path):
     assert {part for part in allowed if not any(under(name, part) for name in used)} == set()  # none that is not needed
 
 
+def test_no_two_modules_have_one_name():
+    """A file is named by its last part in speech and in tracebacks."""
+    names = [path.stem for path in FILES if path.stem != "__init__"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_every_layer_was_looked_at():
     """The walk finds the package: were it empty, everything above would pass."""
     names = {module_name(path) for path in FILES}

@@ -6,7 +6,7 @@ Pure functions of tensors. They draw no random numbers and never ask the host fo
 compiled, under torch.func.vmap or on the meta device. They know nothing of environments, nor of what a policy computes.
 
 Letters: T num_steps, N num_envs, B = T * N, M minibatch size, E update epochs, L = E * B / M minibatches, P parameters. Units,
-m of them in a minibatch, and shapes (m[, T]) are those of core/evaluation.py: rows, or sequences of a policy with memory.
+m of them in a minibatch, and shapes (m[, T]) are those of core/forward.py: rows, or sequences of a policy with memory.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
 from fastppo.core.compilable import Call, compilable, policy_call
 from fastppo.core.contracts import EAGER, Execution, LearnResult, Normalization, Policy, Schedule, normalize_obs, obs_of
-from fastppo.core.evaluation import Evaluation, by_unit, evaluate_rollout, evaluate_units, make_units
+from fastppo.core.forward import Evaluation, by_unit, evaluate_rollout, evaluate_units, make_units
 from fastppo.core.losses import (
     approximate_kl,
     clipped_policy_loss,
