@@ -76,9 +76,12 @@ def programs_dir(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """Nothing is loaded from, or left in, the user's cache of compiled programs."""
+def _own_cache(tmp_path_factory, programs_dir):
+    """Nothing is loaded from, or left in, the user's cache of programs. The fused ones are built once for all tests."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    from support.kernels import share_kernels  # here: assertions in `support` are rewritten before it is imported
+
+    share_kernels(programs_dir)
 
 
 @pytest.fixture(autouse=True, scope="session")

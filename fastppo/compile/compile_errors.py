@@ -47,9 +47,10 @@ def explain(error: BaseException, cache_dir: Path) -> str:
     if any(("omp.h" in line and "not found" in line) or "omp.h: No such file" in line for line in lines):
         return "the C++ compiler has no OpenMP: install it (libomp-dev, on macOS libomp), or name another compiler in CXX"
     first = next((line for line in lines if re.search(r"\berror: ", line)), lines[0] if lines else "no reason given")
-    # only native.cpp is compiled by a subprocess of ours
-    is_ours = isinstance(error, subprocess.CalledProcessError)
-    name = "native.cpp does not compile: " if is_ours else f"{type(error).__name__}: "
+    # only our own C++ files are compiled by a subprocess of ours
+    command = error.cmd if isinstance(error, subprocess.CalledProcessError) else []
+    file = next((Path(word).name for word in command if str(word).endswith(".cpp")), None)
+    name = f"{type(error).__name__}: " if file is None else f"{file} does not compile: "
     return (first if first.startswith(name) else name + first)[:300]
 
 

@@ -33,9 +33,13 @@ _COMPILER_VARIABLES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY
 
 def native_key() -> str:
     """The cache key of the library built from native.cpp."""
-    texts = [_digest(path.read_bytes()) for path in (native.SOURCE, Path(native.__file__))]  # the source and its build command
-    facts = (texts, _machine())
-    return f"native-{_digest(repr(facts).encode())[:25]}"
+    return library_key("native", [native.SOURCE])
+
+
+def library_key(name: str, sources: list[Path]) -> str:
+    """The cache key of a library of ours that is built from these files by `native.command`."""
+    facts = ([_digest(path.read_bytes()) for path in (*sources, Path(native.__file__))], _machine())
+    return f"{name}-{_digest(repr(facts).encode())[:25]}"
 
 
 def cache_key(program: Program, example: Example, seeds: Seeds | None = None) -> str:

@@ -147,17 +147,25 @@ def single_file(compiler: str, directory: Path) -> str:
     return str(script)
 
 
+def command(source: Path, library: Path, *flags: str) -> list[str]:
+    """The command that compiles one C++ file to a library for this processor."""
+    this_processor = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"  # clang's flag on ARM
+    optimized = ("-std=c++20", "-O3", this_processor, "-fPIC", "-shared")
+    return [*words_of(compiler()), *optimized, str(source), "-o", str(library), *flags]
+
+
 def build(library: Path) -> None:
     """Compile native.cpp for this processor in 2 s. Raises OSError, or CalledProcessError with the compiler's output."""
     torch_dir = Path(torch.__file__).parent
-    this_processor = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"  # clang's flag on ARM
-    command = [
-        *(*words_of(compiler()), "-std=c++20", "-O3", this_processor, "-fPIC", "-shared", f"-I{torch_dir / 'include'}"),
+    flags = [
+        f"-I{torch_dir / 'include'}",
         "-fno-trapping-math",  # without it, loops with a clamp are not vectorised
-        *(str(SOURCE), "-o", str(library), f"-L{torch_dir / 'lib'}", f"-Wl,-rpath,{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
+        *(f"-L{torch_dir / 'lib'}", f"-Wl,-rpath,{torch_dir / 'lib'}", "-lc10", "-ltorch_cpu"),
     ]
     environment = {**os.environ, "LC_ALL": "C"}  # errors in English
-    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace", env=environment)
+    subprocess.run(
+        command(SOURCE, library, *flags), check=True, capture_output=True, encoding="utf-8", errors="replace", env=environment
+    )
 
 
 @functools.cache

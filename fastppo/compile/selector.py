@@ -1,27 +1,30 @@
-"""Choose the eager or the compiled form of `act` and `learn`, whichever ends the run sooner.
+"""Choose the form of `act` and `learn` that ends the run soonest: fused, compiled or eager.
 
-Compiled programs are cached between runs and load in milliseconds. Building them takes up to a minute on one core. With
-`--compile auto`, a run starts with the programs in the cache and runs the others eagerly. After the first iterations it
-estimates the time left. If that is long enough, another process builds the programs, and the run switches to them between two
-iterations. Knows nothing of what the programs compute.
+Fused programs are written by hand in C++ for networks that can be foreseen (fastppo/fused). They are built once per machine in
+some seconds, for all shapes and settings. Inductor can compile all other programs: that takes up to a minute on one core, and a
+program in the cache loads in milliseconds. With `--compile auto`, a run starts with what is there and does the rest eagerly. It
+takes up fused programs once they are built. After the first iterations it estimates the time left. If that is long enough,
+another process compiles the other programs, and the run switches to them between two iterations. Each form is compared with the
+eager one when it is first used (compile/verification.py). Knows nothing of what the programs compute.
 """
 
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastppo.compile import library_cache, native
 from fastppo.compile.background import BackgroundCompile
 from fastppo.compile.compile_errors import CompileError
-from fastppo.compile.compiled_program import CompiledProgram, load_program
+from fastppo.compile.compiled_program import load_program
 from fastppo.compile.cuda_graph import GraphedProgram
 from fastppo.compile.inductor import compile_program
+from fastppo.compile.verification import TOLERANCE, Deviation, Verified
 from fastppo.core.contracts import LearnResult, Normalization
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
@@ -31,153 +34,229 @@ from fastppo.system.text import duration
 BUILD_SECONDS = 45.0  # for both programs on a busy core; measured 25 to 60 s (benchmarks/LOG.md)
 # Programs are built in the background if the eager run would take at least this multiple of BUILD_SECONDS. `collect`, which
 # includes the environments, is 15 times as fast when compiled; `act` and `learn` are 2 to 3 times (benchmarks/README.md).
-WORTH_BUILDING = {"collect": 1.2, "act": 2.0}
+WORTH_BUILDING = {"collect": 1.2, "act": 2.0, "learn": 2.0}
+TIERS = ("fused", "compiled", "cuda-graph", "eager")
 TRIAL_ITERATIONS = 3  # eager iterations before the estimate, since the first one is slow
+
+
+class Kernels(Protocol):
+    """The functions that fused programs call."""
+
+    def ready(self, wait: bool = False) -> bool:
+        """Whether they are loaded. wait: until they are. Raises CompileError if they cannot be."""
+        ...
 
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """One program of a run, in both forms."""
+    """One program of a run, in all its forms."""
 
     eager: Callable[..., Any]
     program: "partial[Any]"  # the same function with the settings for compilation
     example: tuple[Any, ...]  # arguments, with a leading axis of seeds if there are several
+    deviation: Deviation  # of a fast form's result from that of the eager one
     seeds: Seeds | None = None
+    fused: Callable[[], Any] | None = None  # makes the fused form, once the kernels are loaded
+    shorten: Callable[[Sequence[Any]], Sequence[Any]] | None = None  # arguments of a comparison that the fused form can do
 
 
 class ProgramSelector:
     """The programs of one run. `learn` and `act` are the current ones. `update` may change them between iterations."""
 
     def __init__(
-        self, mode: str, specs: Mapping[str, ProgramSpec], num_threads: int, note: Callable[[str], None], ranks: Ranks = ALONE
+        self,
+        mode: str,
+        specs: Mapping[str, ProgramSpec],
+        num_threads: int,
+        note: Callable[[str], None],
+        ranks: Ranks = ALONE,
+        kernels: Kernels | None = None,
     ) -> None:
-        """Load the programs in the cache. With mode "on", build the others now.
+        """Take the programs that are there. With mode "on" or "inductor", build the others now.
 
         Args:
-            mode: off, auto or on, the value of --compile.
+            mode: off, auto, on or inductor, the value of --compile.
             specs: by name: "learn", and "act" or "collect". Parameters are the first argument, except of an eager act.
             num_threads: torch's threads for compiled programs, set when the first of them is used.
             note: receives lines on what was chosen and why.
-            ranks: processes that share an update. All use compiled programs only if all have them in their caches. With "on",
-                one process of each machine builds them. Several processes build nothing in the background.
+            ranks: processes that share an update. All use fused or compiled programs only if all have them. With "on", one
+                process of each machine builds them. Several processes build nothing in the background.
+            kernels: for the specs with a fused form; None: there is none.
         """
-        self._ranks = ranks
+        self._ranks, self._kernels = ranks, kernels
         self.compile_seconds = 0.0
-        self.name = "eager"
+        self.deviations: dict[str, float] = {}  # of each program that has been compared with its eager form
         self._specs, self._num_threads, self._note = specs, num_threads, note
-        self._compiled: dict[str, CompiledProgram | GraphedProgram] = {}
-        self._waiting: list[str] = []  # programs still to be built
-        self._building: tuple[str, BackgroundCompile] | None = None
-        self._started = 0.0
+        self._forms: dict[str, Any] = {}  # by name: the form in use, where it is not the eager one
+        self._tiers = dict.fromkeys(specs, "eager")
+        self._to_fuse = [name for name, spec in specs.items() if spec.fused is not None and kernels is not None]
+        self._waiting: list[str] = []  # programs still to be compiled
+        self._building: dict[str, BackgroundCompile] = {}
+        self._started = time.perf_counter()
         self._decided = mode != "auto"
         if mode == "off":
             note("programs: eager (--compile off)")
             return
         if not os.environ.get("XDG_CACHE_HOME") and library_cache.home_cache() is None:
             note(f"no writable home directory: compiled programs are kept in {library_cache.cache_dir()}")
-        started = time.perf_counter()
-        failed: CompileError | None = None
-        try:
-            if specs["learn"].example[0].is_cuda:
-                self._capture()
-            else:
-                self._load(build=mode == "on" and ranks.local_rank == 0)
-        except CompileError as reason:
-            failed = reason
-        if ranks.size > 1:
-            failed = self._agree(failed)
-        if failed is not None:
-            self._give_up(failed)
-            return
-        self.compile_seconds = time.perf_counter() - started
-        if self._waiting and not native.has_compiler():
-            self._waiting.clear()
-            self._decided = True
-            note(f"programs: {self.name}; {native.NO_COMPILER}")
-        elif self._waiting:
-            note("programs: eager; the cache has no compiled ones yet")
-        else:
-            self._decided = True
-            note(f"programs: {self.name}, ready after {self.compile_seconds:.2f} s")
+        self._take(build=mode in ("on", "inductor"))
+
+    @property
+    def name(self) -> str:
+        """The forms in use: fused, compiled, cuda-graph or eager, or several of them."""
+        return " + ".join(sorted(set(self._tiers.values()), key=TIERS.index))
+
+    @property
+    def tiers(self) -> dict[str, str]:
+        """The form in use of each program."""
+        return dict(self._tiers)
 
     @property
     def may_change(self) -> bool:
         """Whether `update` may still change to another form of a program."""
-        return bool(self._waiting or self._building)
+        return bool(self._waiting or self._building or self._to_fuse)
 
     @property
     def learn(self) -> Callable[..., LearnResult]:
         """core.ppo.learn with its settings, for one seed or all seeds."""
-        return self._compiled.get("learn") or self._specs["learn"].eager
+        eager = self._specs["learn"].eager
+        form = self._forms.get("learn")
+        return eager if form is None else self._verified("learn", form, eager)
 
     def act(self, normalization: Normalization) -> Callable[..., Any]:
         """The program with the current parameters: `(obs, noise) -> action`, or `(running, noise, random) -> Collected`."""
-        if "collect" in self._specs:
-            spec = self._specs["collect"]
-            return bound(partial(self._compiled.get("collect") or spec.eager, spec.example[0], normalization))
-        compiled, spec = self._compiled.get("act"), self._specs["act"]
-        if compiled is not None:
-            params, _, *rest = spec.example
-            return bound(compiled.bind((params, normalization), tuple(rest)))
-        return bound(partial(spec.eager, normalization))
+        name = "collect" if "collect" in self._specs else "act"
+        spec, form = self._specs[name], self._forms.get(name)
+        params, _, *rest = spec.example
+        eager = partial(spec.eager, params, normalization) if name == "collect" else partial(spec.eager, normalization)
+        if form is None:
+            return bound(eager)
+        binds = hasattr(form, "bind") and name == "act"
+        fast = form.bind((params, normalization), tuple(rest)) if binds else partial(form, params, normalization)
+        return bound(self._verified(name, fast, eager))
 
     def update(self, iterations: int, seconds_left: float) -> None:
-        """Between iterations: decide whether to build, and switch to programs that are ready.
+        """Between iterations: take up programs that are ready, decide whether to compile others.
 
         iterations: number done by this process. seconds_left: time left at the present speed.
         """
+        if self._to_fuse:
+            self._fuse(wait=False)
+            return
         try:
             if not self._decided and iterations >= TRIAL_ITERATIONS:
-                self._decided = True
-                if seconds_left < WORTH_BUILDING["collect" if "collect" in self._specs else "act"] * BUILD_SECONDS:
-                    self._note(
-                        f"programs: eager until the end, {seconds_left:.0f} s left; compiling would take {BUILD_SECONDS:.0f} s "
-                        "(--compile on compiles anyway; later runs load the result)"
-                    )
-                    self._waiting.clear()
-                else:
-                    self._note(f"programs: compiling in the background, {duration(seconds_left)} left")
-                    self._started = time.perf_counter()
-            if self._decided and self._building is None and self._waiting:
+                self._decide(seconds_left)
+            while self._decided and self._waiting and len(self._building) < 2:
                 name = self._waiting.pop(0)
                 spec = self._specs[name]
                 with _threads(self._num_threads):
                     build = BackgroundCompile(spec.program, spec.example, library_cache.cache_dir(), spec.seeds)
-                    self._building = (name, build)
-            elif self._building is not None:
-                name, build = self._building
+                    self._building[name] = build
+            for name, build in list(self._building.items()):
                 with _threads(self._num_threads):
                     program = build.poll()
                 if program is not None:
-                    self._building = None
-                    self._adopt(name, program)
+                    del self._building[name]
+                    self._adopt(name, program, "compiled")
                     self.compile_seconds = time.perf_counter() - self._started
                     self._note(f"programs: {name} is compiled now, after {self.compile_seconds:.0f} s")
         except CompileError as reason:
-            self._building = None
+            self.close()
             self._give_up(reason)
 
     def close(self) -> None:
-        """Stop the build in progress, if any."""
-        if self._building is not None:
-            self._building[1].stop()
-            self._building = None
+        """Stop the builds in progress, if any."""
+        for build in self._building.values():
+            build.stop()
+        self._building.clear()
+
+    def _take(self, build: bool) -> None:
+        """Take up what is there: fused programs, captured ones on a GPU, compiled ones in the cache. build: make the rest."""
+        failed: CompileError | None = None
+        several = self._ranks.size > 1
+        on_gpu = self._specs["learn"].example[0].is_cuda
+        if on_gpu:
+            self._to_fuse.clear()
+        if self._to_fuse:
+            self._fuse(wait=build or several)
+        try:
+            if on_gpu:
+                self._capture()
+            else:
+                self._load(build=build and self._ranks.local_rank == 0)
+        except CompileError as reason:
+            failed = reason
+        if several:
+            failed = self._agree(failed)
+        if failed is not None:
+            self._give_up(failed)
+            return
+        self.compile_seconds = time.perf_counter() - self._started
+        if self._waiting and not native.has_compiler():
+            self._waiting.clear()
+            self._decided = True
+            self._note(f"programs: {self.name}; {native.NO_COMPILER}")
+        elif self._to_fuse:
+            self._note("programs: eager for some seconds, while the C++ compiler builds the fused ones, once for this machine")
+        elif self._waiting:
+            self._note(f"programs: {self.name}; the cache has no compiled {' and '.join(self._waiting)} yet")
+        else:
+            self._decided = True
+            self._note(f"programs: {self.name}, ready after {self.compile_seconds:.2f} s")
+
+    def _fuse(self, wait: bool) -> None:
+        """Take up the fused programs if their kernels are ready. If these cannot be had, Inductor may compile the programs."""
+        assert self._kernels is not None
+        try:
+            if not self._kernels.ready(wait):
+                return
+        except CompileError as reason:
+            self._note(f"programs: no fused ones: {reason}")
+            self._waiting += [name for name in self._to_fuse if native.has_compiler()]
+            self._to_fuse.clear()
+            return
+        for name in self._to_fuse:
+            fused = self._specs[name].fused
+            assert fused is not None
+            self._adopt(name, fused(), "fused")
+        self._to_fuse.clear()
+        seconds = time.perf_counter() - self._started
+        if seconds > 1.0:
+            self.compile_seconds = seconds
+            self._note(f"programs: {self.name} now, after {seconds:.0f} s")
+
+    def _decide(self, seconds_left: float) -> None:
+        self._decided = True
+        if not self._waiting:
+            return
+        if seconds_left < min(WORTH_BUILDING[name] for name in self._waiting) * BUILD_SECONDS:
+            self._note(
+                f"programs: {self.name} until the end, {seconds_left:.0f} s left; compiling would take {BUILD_SECONDS:.0f} s "
+                "(--compile on compiles anyway; later runs load the result)"
+            )
+            self._waiting.clear()
+        else:
+            names = " and ".join(self._waiting)
+            self._note(f"programs: compiling {names} in the background, {duration(seconds_left)} left")
+            self._started = time.perf_counter()
 
     def _load(self, build: bool) -> None:
         """Use the programs in the cache. Build the others, or put them on the list of programs to build."""
         for name, spec in self._specs.items():
+            if name in self._forms or name in self._to_fuse:
+                continue
             with _threads(self._num_threads):
                 loaded = load_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
                 if loaded is None and build:
                     self._note(f"compiling {name} (once: later runs load it from {library_cache.cache_dir()})")
                     loaded = compile_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
-            if loaded is None:
+            if loaded is not None:
+                self._adopt(name, loaded, "compiled")
+            elif name not in self._waiting:
                 self._waiting.append(name)
-            else:
-                self._adopt(name, loaded)
 
     def _agree(self, failed: CompileError | None) -> CompileError | None:
-        """Use compiled programs only if all processes have them. Returns the reason if they do not."""
+        """Use fused and compiled programs only if all processes have them. Returns the reason if they do not."""
         self._ranks.barrier()
         if self._waiting and failed is None:  # another process of this machine may have built them by now
             self._waiting.clear()
@@ -186,13 +265,17 @@ class ProgramSelector:
             except CompileError as reason:
                 failed = reason
         lacks, fails = self._ranks.highest(len(self._waiting), failed is not None)
-        if lacks or fails:
-            self._compiled.clear()
-            self.name = "eager"
+        codes = [number for tier in self._tiers.values() for number in (TIERS.index(tier), -TIERS.index(tier))]
+        highest = self._ranks.highest(*codes)
+        if lacks or fails or highest != codes:
+            self._forms.clear()
+            self._tiers = dict.fromkeys(self._specs, "eager")
         if fails:
             return failed or CompileError("it failed in another rank")
         cure = "--compile on builds them first" if native.has_compiler() else native.NO_COMPILER
-        return CompileError(f"not all ranks have the compiled programs in their caches ({cure})") if lacks else None
+        if lacks or highest != codes:
+            return CompileError(f"not all ranks have the compiled programs in their caches ({cure})")
+        return None
 
     def _capture(self) -> None:
         """Capture all programs as CUDA graphs. That takes one or two seconds, and nothing is cached on disk."""
@@ -201,13 +284,28 @@ class ProgramSelector:
             if spec.seeds is not None:
                 number, at_once, _ = spec.seeds
                 program = over_seeds(spec.program) if at_once > 1 else one_by_one(spec.program, number)
-            self._compiled[name] = GraphedProgram(program, spec.example)
-        self.name = "cuda-graph"
+            self._forms[name], self._tiers[name] = GraphedProgram(program, spec.example), "cuda-graph"
 
-    def _adopt(self, name: str, program: CompiledProgram) -> None:
-        torch.set_num_threads(self._num_threads)
-        self._compiled[name] = program
-        self.name = "compiled"
+    def _adopt(self, name: str, form: Any, tier: str) -> None:
+        if tier == "compiled":
+            torch.set_num_threads(self._num_threads)
+        self._forms[name], self._tiers[name] = form, tier
+
+    def _verified(self, name: str, fast: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+        """The fast form of a program, compared with the eager form once in a run."""
+        if name in self.deviations:
+            return fast
+        spec = self._specs[name]
+        shorten = spec.shorten if self._tiers[name] == "fused" else None
+        return Verified(fast, eager, spec.deviation, partial(self._judge, name), shorten)
+
+    def _judge(self, name: str, deviation: float) -> None:
+        tier = self._tiers[name]
+        self.deviations[name] = deviation
+        if deviation > TOLERANCE:
+            del self._forms[name]
+            self._tiers[name] = "eager"
+            self._note(f"programs: {name} stays eager: the {tier} one differs from it by {deviation:.2g}; please report this")
 
     def _give_up(self, reason: CompileError) -> None:
         self._waiting.clear()

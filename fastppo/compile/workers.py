@@ -21,7 +21,7 @@ from torch import Tensor
 LINE = 8  # int64 numbers per worker in the shared tensor, see native.cpp
 WORKER_FIELDS = 6
 END_SECONDS = 5.0  # for threads to stop after an error or Ctrl-C; each finishes its minibatch first
-_EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
+EXCHANGE = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
 
 
 class Exchange(Protocol):
@@ -54,7 +54,7 @@ class WorkerPool:
         self._num_outputs = num_outputs.value
         self._shared = torch.zeros(LINE * (num_workers + 1), dtype=torch.int64, device="cpu")
         self._faults: list[BaseException] = []
-        self._hook = _EXCHANGE() if exchange is None else _hook(exchange, self._faults)  # C has only its address
+        self._hook = EXCHANGE() if exchange is None else exchange_hook(exchange, self._faults)  # C has only its address
         self.workers = [
             torch.tensor(
                 [
@@ -138,7 +138,7 @@ class WorkerPool:
             raise RuntimeError(f"the compiled program returned error {code}")
 
 
-def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
+def exchange_hook(exchange: Exchange, faults: list[BaseException]) -> Any:
     """`exchange.all_reduce` as a C function that works in place. Exceptions are appended to `faults`."""
 
     def add_up(data: int, size: int) -> int:
@@ -150,7 +150,7 @@ def _hook(exchange: Exchange, faults: list[BaseException]) -> Any:
             return 1
         return 0
 
-    return _EXCHANGE(add_up)
+    return EXCHANGE(add_up)
 
 
 def _work(pool: "weakref.ref[WorkerPool]", tasks: "queue.SimpleQueue[Any]", done: "queue.SimpleQueue[Any]") -> None:

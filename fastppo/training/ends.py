@@ -119,6 +119,7 @@ def _about(job: Job) -> Mapping[str, Any]:
         "first_update_seconds": job.first_update_seconds,
         "compile_seconds": job.selector.compile_seconds,
         "tier": job.selector.name,
+        "deviations": job.selector.deviations,
         "backend": job.task.engine,
         "device": str(job.task.device),
         "peak_memory_mib": peak_memory_mib(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastppo.analysis.rendered_episodes import Recorder
 from fastppo.callbacks import Callback
-from fastppo.compile.selector import ProgramSelector
+from fastppo.compile.selector import Kernels, ProgramSelector
 from fastppo.core.adam import AdamState
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.presets import describe
@@ -142,11 +142,14 @@ class Job:
         return None if states is None else states[index]
 
 
-def start_job(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack) -> Job:
+def start_job(
+    task: Task, place: Path, callbacks: Sequence[Callback], cleanup: contextlib.ExitStack, kernels: Kernels | None = None
+) -> Job:
     """Open the runs, allocate the buffers, load or build the programs.
 
     Args:
         place: parent of the run directory, if the settings name none.
+        kernels: the functions of the fused programs; None: use none of these.
 
     Raises:
         UsageError: the directory cannot be made or reopened.
@@ -156,7 +159,7 @@ def start_job(task: Task, place: Path, callbacks: Sequence[Callback], cleanup: c
     specs = build_programs(task, buffers.learn_arguments(), buffers.noise)
     num_threads = 1 if task.workers > 1 else task.threads
     with plain():
-        selector = ProgramSelector(task.config.compile, specs, num_threads, display.note, task.ranks)
+        selector = ProgramSelector(task.config.compile, specs, num_threads, display.note, task.ranks, kernels)
     thread_watch = None
     if task.trial is not None and selector.name == "eager" and torch.get_num_threads() > 1:
         thread_watch = Watch(task.trial, display.note, task.provenance)

@@ -20,6 +20,7 @@ from torch import Tensor
 from fastppo.callbacks import Callback
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
+from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.ranks import Ranks, checked
 from fastppo.rollout.collector import Collector, start_collector
@@ -78,10 +79,21 @@ def train_in(
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         if config.num_threads is not None or is_forked():  # before the first operation that threads would share
             torch.set_num_threads(config.num_threads or 1)
-        job = start_job(prepare(config, policy, envs, cleanup), place, callbacks, cleanup)
+        kernels = start_kernels(config, policy, cleanup)  # the compiler works while the environments are made and checked
+        job = start_job(prepare(config, policy, envs, cleanup), place, callbacks, cleanup, kernels)
         with keeping_state(job, envs):
             run_iterations(job)
         return finish(job, policy, envs)
+
+
+def start_kernels(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> Kernels | None:
+    """The functions of the fused programs, loaded or being built; None where the settings rule these programs out."""
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    if policy is not None or config.rnn is not None or config.compile not in ("auto", "on") or not on_cpu:
+        return None
+    kernels = Kernels()
+    cleanup.callback(kernels.close)
+    return kernels
 
 
 def run_iterations(job: Job) -> None:

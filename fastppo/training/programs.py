@@ -1,4 +1,4 @@
-"""Which programs a run has, each in its eager form and in the form for the compiler.
+"""Which programs a run has, each in its eager form, in the form for the compiler and, where there is one, in its fused form.
 
 There is `learn`, and beside it `collect` where the environments are functions on tensors, else `act`. One function builds each:
 it starts from the program of one seed, and `SeedAxis` makes that the program of all seeds. Knows nothing of how programs are
@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastppo.compile.selector import ProgramSpec
+from fastppo.compile.verification import deviation_of_act, deviation_of_collect, deviation_of_learn, first_minibatches
 from fastppo.config import TrainConfig
 from fastppo.core import acting, ppo
 from fastppo.core.contracts import Execution, Normalization, obs_of
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.envs.device import TorchVectorEnv
+from fastppo.fused import mlp_programs
 from fastppo.policy.module_policy import ModulePolicy
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.rollout.env_step import env_step_of, pack
@@ -66,7 +68,18 @@ def learn_program(task: Task, example: tuple[Any, ...]) -> ProgramSpec:
         fast = Execution(microbatch_size=ROWS_PER_PASS, num_ranks=ranks.size, num_workers=num_workers)
         compiled = partial(learn, execution=fast)
     per_call = 1 if on_cpu or not maps_seeds(task) else axis.size
-    return ProgramSpec(axis.map(eager, maps_seeds(task)), compiled, example, axis.calls(per_call, task.workers))
+    network, fused = task.network, None
+    if on_cpu and mlp_programs.covers(network):
+        fused = partial(mlp_programs.FusedLearn, network, learn.keywords["config"], task.workers, axis, ranks)
+    return ProgramSpec(
+        axis.map(eager, maps_seeds(task)),
+        compiled,
+        example,
+        deviation_of_learn,
+        axis.calls(per_call, task.workers),
+        fused,
+        partial(first_minibatches, task.local.rows_per_minibatch // task.local.rows_per_unit),
+    )
 
 
 def collect_program(
@@ -82,7 +95,8 @@ def collect_program(
     running = (*pack(made.running), *(x.contiguous() for x in rnn_inputs(task, rollout)))
     example = (params, normalization, running, noise, made.draw(task.local.num_steps))
     per_call = -(-axis.size // task.workers) if maps_seeds(task) else 1
-    return ProgramSpec(axis.map(collect, maps_seeds(task)), compiled, example, axis.calls(per_call, task.workers))
+    eager = axis.map(collect, maps_seeds(task))
+    return ProgramSpec(eager, compiled, example, deviation_of_collect, axis.calls(per_call, task.workers))
 
 
 def act_program(
@@ -105,7 +119,11 @@ def act_program(
     mode = torch.no_grad if isinstance(network, ModulePolicy) else torch.inference_mode
     obs = tree_map(partial(first_row, task), obs_of(rollout))
     example = (params, normalization, obs, noise[0], *rnn_inputs(task, rollout))
-    return ProgramSpec(under(mode, eager), compiled, example, axis.calls(axis.size if maps_seeds(task) else 1, 1))
+    seeds = axis.calls(axis.size if maps_seeds(task) else 1, 1)
+    fused = None
+    if task.device.type == "cpu" and mlp_programs.covers(network):
+        fused = partial(mlp_programs.FusedAct, network, task.workers, axis)
+    return ProgramSpec(under(mode, eager), compiled, example, deviation_of_act, seeds, fused)
 
 
 def first_row(task: Task, x: Tensor) -> Tensor:

@@ -1,0 +1,115 @@
+"""Build the C++ functions of the fused programs once per machine, in the background, and load them from the cache."""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from fastppo.compile import library_cache, native
+from fastppo.compile.compile_errors import CompileError, explain, first_line
+from fastppo.compile.key import library_key
+from fastppo.fused import operators
+from fastppo.system.platforms import end_group, own_group
+
+FOLDER = Path(__file__).parent
+MAIN = FOLDER / "fused.cpp"
+FLAGS = ("-fno-math-errno", "-fno-trapping-math")  # without the first, a square root is a call; neither changes a result
+
+
+def key() -> str:
+    """The cache key: the source files, this file's build command, the machine."""
+    return library_key("fused", [*sorted(FOLDER.glob("*.h")), MAIN, Path(__file__)])
+
+
+class Kernels:
+    """The functions of the fused programs, from the cache or from the compiler, which takes some seconds in the background."""
+
+    def __init__(self) -> None:
+        """Load them if they are in the cache, else start the compiler. Raises nothing: `ready` reports errors."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._build_dir: tempfile.TemporaryDirectory[str] | None = None
+        self._error: CompileError | None = None
+        try:
+            if not self._load():
+                self._start()
+        except CompileError as error:
+            self._error = error
+
+    def ready(self, wait: bool = False) -> bool:
+        """Whether they are loaded. wait: until the compiler ends. Raises CompileError, at each call, if they cannot be."""
+        if self._error is not None:
+            raise self._error
+        if self._process is None:
+            return True
+        if wait:
+            self._process.wait()
+        if self._process.poll() is None:
+            return False
+        try:
+            self._keep(self._process)
+        except CompileError as error:
+            self._error = error
+            raise
+        finally:
+            self.close()
+        return True
+
+    def close(self) -> None:
+        """Stop the compiler if it runs. Safe to call more than once."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                end_group(self._process)
+                self._error = CompileError("the compiler was stopped")
+            self._process.wait()
+            self._process = None
+        if self._build_dir is not None:
+            self._build_dir.cleanup()
+            self._build_dir = None
+
+    def _load(self) -> bool:
+        """Load the library from the cache, if it is there. Raises CompileError if it does not load."""
+        cache_dir = library_cache.cache_dir()
+        library_cache.check_cache_dir(cache_dir)
+        library = library_cache.find(cache_dir, key())
+        if library is None:
+            return False
+        try:
+            operators.load(library)
+        except (OSError, RuntimeError, AttributeError) as error:
+            library_cache.remove(library)
+            raise CompileError(f"the fused programs do not load: {first_line(error)}") from error
+        library_cache.touch(library)
+        return True
+
+    def _start(self) -> None:
+        if not native.has_compiler():
+            raise CompileError(native.NO_COMPILER)
+        cache_dir = library_cache.cache_dir()
+        try:
+            self._build_dir = tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True)
+            with Path(self._build_dir.name, "errors").open("wb") as errors:
+                self._process = subprocess.Popen(
+                    native.command(MAIN, Path(self._build_dir.name, "fused.so"), *FLAGS, "-pthread"),
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    env={**os.environ, "LC_ALL": "C"},  # errors in English
+                    **own_group(),
+                )
+        except OSError as error:
+            self.close()
+            raise CompileError(explain(error, cache_dir)) from error
+
+    def _keep(self, process: "subprocess.Popen[bytes]") -> None:
+        """Move the new library into the cache and load it. Raises CompileError."""
+        assert self._build_dir is not None
+        cache_dir, folder = library_cache.cache_dir(), Path(self._build_dir.name)
+        try:
+            if process.returncode != 0:
+                errors = (folder / "errors").read_text(encoding="utf-8", errors="replace")
+                raise subprocess.CalledProcessError(process.returncode, process.args, stderr=errors)
+            about = {"program": "learn and act of multi-layer perceptrons, of any size", "torch": ""}
+            library_cache.keep(folder / "fused.so", cache_dir, key(), about)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise CompileError(explain(error, cache_dir)) from error
+        if not self._load():
+            raise CompileError(f"the fused programs vanished from {cache_dir} while they were being built")

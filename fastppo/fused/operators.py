@@ -1,0 +1,237 @@
+"""The fused programs as PyTorch operators: `fastppo::mlp_learn` and `fastppo::mlp_act`, for CPU tensors.
+
+The C++ files of this folder compute them; fused/kernels.py builds and loads those. Knows nothing of policies or settings.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS = ("tanh", "relu", "elu", "silu", "gelu")  # in the order of vector.h
+NUM_METRICS = 8  # of core.ppo.MINIBATCH_METRICS
+NUM_SUMMARY = 11  # of core.ppo.SUMMARY
+
+
+def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+def _all(kind: Any, names: str) -> dict[str, Any]:
+    return dict.fromkeys(names.split(), kind)
+
+
+_POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+NetworkShape = _structure(
+    "NetworkShape",
+    **_all(_INTEGER, "obs_size action_size num_hidden"),
+    hidden_sizes=_POINTER,
+    **_all(_INTEGER, "activation share_backbone num_choices"),
+    choices=_POINTER,
+)
+LearnCall = _structure(
+    "LearnCall",
+    network=NetworkShape,
+    **_all(_POINTER, "params exp_avg exp_avg_sq step obs final_obs action_mask action reward terminated truncated valid"),
+    **_all(_POINTER, "permutation learning_rate clip_coef ent_coef reward_scale return_mean return_std"),
+    **_all(_POINTER, "new_params new_exp_avg new_exp_avg_sq new_step minibatch_metrics explained_variance"),
+    **_all(_POINTER, "new_return_mean new_return_std summary"),
+    **_all(_INTEGER, "num_steps num_envs num_minibatches minibatch_size"),
+    **_all(_INTEGER, "monte_carlo norm_returns norm_adv clip_reward clip_vloss has_target_kl"),
+    **_all(_NUMBER, "gamma gae_lambda vf_coef max_grad_norm target_kl adam_eps"),
+    **_all(_INTEGER, "num_parts num_threads rank num_ranks"),
+    exchange=_POINTER,
+)
+ActCall = _structure(
+    "ActCall",
+    **_all(_POINTER, "obs obs_mean obs_scale action_mask noise action"),
+    **_all(_INTEGER, "num_rows num_threads"),
+)
+SWITCHES = ("monte_carlo", "norm_returns", "norm_adv", "clip_reward", "clip_vloss", "has_target_kl")
+NUMBERS = ("gamma", "gae_lambda", "vf_coef", "max_grad_norm", "target_kl", "adam_eps")
+EXECUTION = ("num_parts", "num_threads", "rank", "num_ranks", "exchange")
+
+
+class _Library:
+    """The loaded functions; None before `load`."""
+
+    functions: ctypes.CDLL | None = None
+
+
+def load(library: Path) -> None:
+    """Load the C++ functions. Raises OSError, or RuntimeError where they were built from other files than these."""
+    functions = ctypes.CDLL(str(library))  # ctypes releases the GIL during a call
+    for structure, size in ((LearnCall, functions.fastppo_size_of_learn_call), (ActCall, functions.fastppo_size_of_act_call)):
+        size.restype = _INTEGER
+        if size() != ctypes.sizeof(structure):
+            raise RuntimeError(f"{structure.__name__} of {library.name} has {size()} bytes, not {ctypes.sizeof(structure)}")
+    functions.fastppo_learn.argtypes = [_POINTER, _INTEGER, _INTEGER]
+    functions.fastppo_learn.restype = ctypes.c_int32
+    functions.fastppo_new_actors.argtypes, functions.fastppo_new_actors.restype = [_POINTER, _INTEGER], _POINTER
+    functions.fastppo_delete_actors.argtypes, functions.fastppo_delete_actors.restype = [_POINTER], None
+    functions.fastppo_set_actors.argtypes, functions.fastppo_set_actors.restype = [_POINTER, _POINTER], None
+    functions.fastppo_act.argtypes, functions.fastppo_act.restype = [_POINTER, _POINTER], None
+    _Library.functions = functions
+
+
+def functions() -> ctypes.CDLL:
+    """The loaded functions. Raises RuntimeError before `load`."""
+    if _Library.functions is None:
+        raise RuntimeError("the fused programs are not loaded: fastppo.fused.kernels builds and loads them")
+    return _Library.functions
+
+
+def network_shape(network: Sequence[int]) -> ctypes.Structure:
+    """The C structure of [obs_size, action_size, activation, share_backbone, num_hidden, *hidden_sizes, *choices].
+
+    activation: its index in ACTIVATIONS. choices: the number of logits of each choice; none for a diagonal Gaussian.
+    """
+    obs_size, action_size, activation, share_backbone, num_hidden, *sizes = network
+    numbers = (ctypes.c_int64 * max(len(sizes), 1))(*sizes)
+    start = ctypes.addressof(numbers)
+    num_choices = len(sizes) - num_hidden
+    shape = NetworkShape(
+        *(obs_size, action_size, num_hidden, start, activation, share_backbone, num_choices, start + 8 * num_hidden)
+    )
+    shape.numbers = numbers  # ctypes keeps addresses, not what lies there
+    return shape
+
+
+def _address(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """Where the tensor's numbers lie. Raises ValueError if it is not of this type and shape, contiguous and on the CPU."""
+    if x is None:
+        return None
+    if x.dtype is not dtype or tuple(x.shape) != shape or not x.is_contiguous() or x.device.type != "cpu":
+        raise ValueError(f"expected a contiguous {dtype} of shape {shape} on the CPU, got {x.dtype}, {tuple(x.shape)}")
+    return x.data_ptr()
+
+
+@torch.library.custom_op("fastppo::mlp_learn", mutates_args=(), device_types="cpu")
+def mlp_learn(
+    params: Tensor,
+    adam: Sequence[Tensor],
+    obs: Tensor,
+    final_obs: Tensor | None,
+    action_mask: Tensor | None,
+    action: Tensor,
+    steps: Sequence[Tensor],
+    permutation: Tensor,
+    schedule: Sequence[Tensor],
+    reward_scale: Tensor | None,
+    returns: Sequence[Tensor],
+    network: Sequence[int],
+    minibatch_size: int,
+    switches: Sequence[int],
+    numbers: Sequence[float],
+    execution: Sequence[int],
+) -> list[Tensor]:
+    """core.ppo.learn for a multi-layer perceptron; the tensors of its LearnResult, in their order.
+
+    Args:
+        params: (P,). adam: exp_avg (P,), exp_avg_sq (P,), step ().
+        obs: (T+1, N, D) float32, the networks' input, normalised. final_obs: the same, where environments reset within a step.
+        action_mask: (T+1, N, A) bool. action: (T+1, N, choices) int64, or (T+1, N, A) float32.
+        steps: reward float32, terminated, truncated, valid bool, (T+1, N) each.
+        permutation: (E, B) int64. schedule: learning_rate, clip_coef, ent_coef. returns: their mean and std. All () float32.
+        network: see `network_shape`. switches, numbers, execution: SWITCHES, NUMBERS and EXECUTION in their order. exchange is
+            the address of the function that sums over ranks, or 0.
+
+    Raises:
+        ValueError: a tensor of another type or shape. RuntimeError: an exchange failed, or the functions are not loaded.
+    """
+    rows, num_envs, obs_size = obs.shape
+    num_params, outputs = params.numel(), network[1]
+    choices = len(network) - 5 - network[4]
+    grid, kind = (rows, num_envs), torch.float32
+    num_minibatches = permutation.numel() // minibatch_size
+    results = _empty_results(params, num_minibatches)
+    actions = (torch.int64, *grid, choices) if choices else (kind, *grid, outputs)
+    reward, *ends = steps
+    address = [
+        *(_address(params, kind, num_params), *(_address(x, kind, num_params) for x in adam[:2]), _address(adam[2], kind)),
+        *(_address(x, kind, *grid, obs_size) for x in (obs, final_obs)),
+        *(_address(action_mask, torch.bool, *grid, outputs), _address(action, *actions)),
+        *(_address(reward, kind, *grid), *(_address(x, torch.bool, *grid) for x in ends)),
+        _address(permutation, torch.int64, *permutation.shape),
+        *(_address(x, kind) for x in (*schedule, reward_scale, *returns)),
+        *(x.data_ptr() for x in results),
+    ]
+    sizes = (rows - 1, num_envs, num_minibatches, minibatch_size)
+    shape = network_shape(network)
+    call = LearnCall(shape, *address, *sizes, *switches, *numbers, *execution[:-1], execution[-1] or None)
+    if functions().fastppo_learn(ctypes.addressof(call), 1, 1) != 0:
+        raise RuntimeError("the exchange with other processes failed")
+    return results
+
+
+def _empty_results(params: Tensor, num_minibatches: int) -> list[Tensor]:
+    """New tensors for a LearnResult, in its order."""
+    shapes = [*[params.shape] * 3, (), (num_minibatches, NUM_METRICS), (), (), (), (NUM_SUMMARY,)]
+    return [params.new_empty(shape) for shape in shapes]
+
+
+@mlp_learn.register_fake
+def _(params: Tensor, *args: Any) -> list[Tensor]:
+    permutation, minibatch_size = args[6], args[11]
+    return _empty_results(params, permutation.numel() // minibatch_size)
+
+
+class Actors:
+    """The actors of S seeds, packed for many calls of `act`. A seed's axis is there where params are (S, P)."""
+
+    def __init__(self, network: Sequence[int], num_seeds: int) -> None:
+        """network: see `network_shape`. Raises RuntimeError if the functions are not loaded."""
+        self._functions, self._shape = functions(), network_shape(network)
+        self._actors = self._functions.fastppo_new_actors(ctypes.addressof(self._shape), num_seeds)
+
+    def __del__(self) -> None:
+        if getattr(self, "_actors", None):
+            self._functions.fastppo_delete_actors(self._actors)
+
+    def set(self, params: Tensor) -> None:
+        """Pack the parameters, (P,) or (S, P), contiguous."""
+        self._functions.fastppo_set_actors(self._actors, params.data_ptr())
+
+    def act(self, call: ctypes.Structure) -> None:
+        """One call, an ActCall."""
+        self._functions.fastppo_act(self._actors, ctypes.addressof(call))
+
+
+@torch.library.custom_op("fastppo::mlp_act", mutates_args=(), device_types="cpu")
+def mlp_act(
+    params: Tensor, obs: Tensor, action_mask: Tensor | None, noise: Tensor, network: Sequence[int], num_threads: int
+) -> Tensor:
+    """core.acting.act for a multi-layer perceptron: params (P,), obs (N, D) float32, action_mask (N, A) bool, noise (N, A).
+
+    Returns action (N, choices) int64, or (N, A) float32. Packs the parameters; a run that acts often keeps `Actors`.
+
+    Raises ValueError for a tensor of another type or shape, RuntimeError if the functions are not loaded.
+    """
+    num_rows, outputs = len(obs), network[1]
+    action = empty_action(noise, network)
+    actors = Actors(network, 1)
+    _address(params, torch.float32, params.numel())
+    actors.set(params)
+    call = ActCall(
+        *(_address(obs, torch.float32, num_rows, network[0]), None, None),
+        *(_address(action_mask, torch.bool, num_rows, outputs), _address(noise, torch.float32, num_rows, outputs)),
+        *(action.data_ptr(), num_rows, num_threads),
+    )
+    actors.act(call)
+    return action
+
+
+def empty_action(noise: Tensor, network: Sequence[int]) -> Tensor:
+    """A new tensor for the actions that noise (..., A) samples: (..., choices) int64, or (..., A) float32."""
+    choices = len(network) - 5 - network[4]
+    return noise.new_empty(*noise.shape[:-1], choices, dtype=torch.int64) if choices else torch.empty_like(noise)
+
+
+@mlp_act.register_fake
+def _(
+    params: Tensor, obs: Tensor, action_mask: Tensor | None, noise: Tensor, network: Sequence[int], num_threads: int
+) -> Tensor:
+    return empty_action(noise, network)

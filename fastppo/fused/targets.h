@@ -1,0 +1,244 @@
+// What a rollout is learned towards, and what the minibatches need of it: the first half of core.ppo.learn.
+#pragma once
+
+#include <atomic>
+#include <utility>
+
+#include "loss.h"
+
+namespace fastppo {
+
+constexpr int64_t kNumMetrics = 8;  // core.ppo.MINIBATCH_METRICS
+
+using Exchange = int32_t(float* data, int64_t size);  // data becomes its sum over processes; not 0: it has failed
+
+struct LearnCall {  // as in operators.py; every field has 8 bytes
+  NetworkShape network;
+  const float *params, *exp_avg, *exp_avg_sq, *step;       // (P,) each, and ()
+  const float *obs, *final_obs;                            // (T+1, N, D), normalised; final_obs may be null
+  const uint8_t* action_mask;                              // (T+1, N, A), or null
+  const void* action;                                      // (T+1, N, choices) int64, or (T+1, N, A) float
+  const float* reward;                                     // (T+1, N)
+  const uint8_t *terminated, *truncated, *valid;           // (T+1, N)
+  const int64_t* permutation;                              // (E, B)
+  const float *learning_rate, *clip_coef, *ent_coef;       // ()
+  const float *reward_scale, *return_mean, *return_std;    // (); reward_scale may be null
+  float *new_params, *new_exp_avg, *new_exp_avg_sq, *new_step;
+  float *minibatch_metrics, *explained_variance, *new_return_mean, *new_return_std, *summary;
+  int64_t num_steps, num_envs, num_minibatches, minibatch_size;
+  int64_t monte_carlo, norm_returns, norm_adv, clip_reward, clip_vloss, has_target_kl;
+  double gamma, gae_lambda, vf_coef, max_grad_norm, target_kl, adam_eps;
+  int64_t num_parts, num_threads, rank, num_ranks;
+  Exchange* exchange;  // null with one rank
+};
+
+struct Part {  // what one part of the rows has for itself
+  explicit Part(const Network& network)
+      : block(network), gradient(network.size), turned(network.turned_size), entropies(kBlockRows * network.choices.size()),
+        kept(kBlockRows * network.action_size) {}
+  Block block;
+  Floats gradient, turned;
+  std::vector<float> entropies;
+  std::vector<uint8_t> kept;
+  LossSums sums;
+  double squares = 0.0;  // of this part's stretch of the whole gradient
+};
+
+struct Statistics {  // of a minibatch
+  double num_transitions = 0.0;
+  float advantage_mean = 0.0f, advantage_scale = 1.0f;
+};
+
+class Targets {
+ public:
+  explicit Targets(const LearnCall& call)
+      : call_(call), network_(call.network), num_rows_(call.num_steps * call.num_envs), params_(network_.size),
+        values_(num_rows_ + call.num_envs), next_values_(num_rows_), targets_(num_rows_), statistics_(call.num_minibatches) {
+    for (int64_t part = 0; part < call.num_parts; ++part) parts_.emplace_back(network_);
+    network_.pack(call.params, params_.get());
+  }
+
+ protected:
+  // This part's share of n items: [first, second).
+  std::pair<int64_t, int64_t> share_of(int64_t part, int64_t n) const {
+    return {n * part / call_.num_parts, n * (part + 1) / call_.num_parts};
+  }
+
+  const int64_t* choices_of(int64_t row) const {
+    return static_cast<const int64_t*>(call_.action) + row * static_cast<int64_t>(network_.choices.size());
+  }
+  const float* means_of(int64_t row) const { return static_cast<const float*>(call_.action) + row * network_.action_size; }
+
+  // forward.evaluate_rollout: log pi(a|s), V(s) and V(s') of this part's rows.
+  void evaluate_rollout(int64_t number) {
+    const auto [first, last] = share_of(number, num_rows_ + call_.num_envs);  // rows of step T have a value only
+    Part& part = parts_[number];
+    std::vector<int64_t> rows, ended;
+    for (int64_t from = first; from < last; from += kBlockRows) {
+      rows.clear();
+      for (int64_t row = from; row < std::min(from + kBlockRows, last); ++row) rows.push_back(row);
+      forward_rows(part, call_.obs, rows.data(), static_cast<int64_t>(rows.size()));
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const int64_t row = rows[i];
+        values_[row] = *part.block.critic.row(i);
+        if (row >= num_rows_) continue;
+        targets_[row].old_log_prob = distribution(part, i, row).log_prob;
+        if (call_.final_obs && (call_.terminated[row] || call_.truncated[row])) ended.push_back(row);
+      }
+    }
+    for (size_t from = 0; from < ended.size(); from += kBlockRows) {
+      const auto n = std::min<int64_t>(kBlockRows, static_cast<int64_t>(ended.size() - from));
+      forward_rows(part, call_.final_obs, ended.data() + from, n);
+      for (int64_t i = 0; i < n; ++i) next_values_[ended[from + i]] = *part.block.critic.row(i);
+    }
+  }
+
+  void forward_rows(Part& part, const float* obs, const int64_t* rows, int64_t n) {
+    const int64_t size = network_.obs_size;
+    for (int64_t i = 0; i < n; ++i) std::memcpy(part.block.obs.row(i), obs + rows[i] * size, size * sizeof(float));
+    forward(network_, params_.get(), n, part.block);
+  }
+
+  // Log-probability and entropy of row i of the block, which is `row` of the rollout.
+  Outcome distribution(Part& part, int64_t i, int64_t row) {
+    float* out = part.block.actor.row(i);
+    if (network_.is_gaussian()) return normal(network_.action_size, means_of(row), params_.get() + network_.log_std, out);
+    if (call_.action_mask) {
+      const int64_t size = network_.action_size;
+      mask_logits(network_.choices, call_.action_mask + row * size, out, part.kept.data() + i * size);
+    }
+    return categorical(network_.choices, choices_of(row), out, part.entropies.data() + i * network_.choices.size());
+  }
+
+  // ppo.estimate_advantages and explained_variance, for all rows.
+  void estimate_advantages() {
+    const int64_t num_steps = call_.num_steps, num_envs = call_.num_envs;
+    for (int64_t row = 0; row < num_rows_; ++row) {
+      const bool has_final = call_.final_obs && (call_.terminated[row] || call_.truncated[row]);
+      if (!has_final) next_values_[row] = values_[row + num_envs];
+      targets_[row].old_value = values_[row];
+      targets_[row].valid = call_.valid[row] ? 1.0f : 0.0f;
+    }
+    new_return_mean_ = *call_.return_mean;
+    new_return_std_ = *call_.return_std;
+    const auto gamma = static_cast<float>(call_.gamma), decay = static_cast<float>(call_.gamma * call_.gae_lambda);
+    std::vector<float> later(num_envs, 0.0f);  // of step t + 1
+    for (int64_t t = num_steps - 1; t >= 0; --t) {
+      for (int64_t env = 0; env < num_envs; ++env) {
+        const int64_t row = t * num_envs + env;
+        const bool terminated = call_.terminated[row], truncated = call_.truncated[row];
+        const float goes_on = terminated || truncated ? 0.0f : 1.0f, reward = scaled_reward(call_.reward[row]);
+        Target& target = targets_[row];
+        if (call_.monte_carlo) {  // advantages.monte_carlo_return
+          const float bootstrap = next_values_[row] * *call_.return_std + *call_.return_mean;
+          later[env] = reward + gamma * bootstrap * (truncated && !terminated ? 1.0f : 0.0f) + gamma * goes_on * later[env];
+          target.value_target = later[env];
+        } else {  // advantages.generalized_advantage
+          const float delta = reward + gamma * next_values_[row] * (terminated ? 0.0f : 1.0f) - values_[row];
+          later[env] = delta + decay * goes_on * later[env];
+          target.advantage = later[env];
+          target.value_target = later[env] + values_[row];
+        }
+      }
+    }
+    if (call_.monte_carlo) finish_returns();
+    explained_variance();
+  }
+
+  float scaled_reward(float reward) const {
+    if (call_.clip_reward) reward = static_cast<float>((reward > 0.0f) - (reward < 0.0f));
+    if (call_.reward_scale) reward = minimum(maximum(reward * *call_.reward_scale, -10.0f), 10.0f);
+    return reward;
+  }
+
+  void finish_returns() {
+    if (call_.norm_returns) {
+      const auto [mean, std] = mean_and_std([](const Target& row) { return row.value_target; });
+      new_return_mean_ = static_cast<float>(mean);
+      new_return_std_ = static_cast<float>(std);
+    }
+    for (int64_t row = 0; row < num_rows_; ++row) {
+      Target& target = targets_[row];
+      if (call_.norm_returns) target.value_target = (target.value_target - new_return_mean_) / (new_return_std_ + 1e-8f);
+      target.advantage = target.value_target - values_[row];
+    }
+  }
+
+  void explained_variance() {
+    const double error_std = mean_and_std([](const Target& row) { return row.value_target - row.old_value; }).second;
+    const double target_std = mean_and_std([](const Target& row) { return row.value_target; }).second;
+    const double ratio = error_std / target_std;
+    *call_.explained_variance = target_std > 0.0 ? static_cast<float>(1.0 - ratio * ratio) : NAN;
+  }
+
+  // losses.mean_and_std of a variable of the rows, over the valid ones of all processes.
+  template <class Variable>
+  std::pair<double, double> mean_and_std(Variable variable) {
+    double sums[2] = {0.0, 0.0}, squares = 0.0;
+    for (const Target& row : targets_) {
+      sums[0] += row.valid;
+      sums[1] += static_cast<double>(variable(row)) * row.valid;
+    }
+    total(sums, 2);
+    const double mean = sums[1] / std::max(sums[0], 1.0);
+    for (const Target& row : targets_) {
+      const double error = variable(row) - mean;
+      squares += error * error * row.valid;
+    }
+    total(&squares, 1);
+    return {mean, std::sqrt(squares / std::max(sums[0] - 1.0, 1.0))};
+  }
+
+  // losses.Total: the sums over all processes, in place.
+  void total(double* sums, int64_t n) {
+    if (call_.num_ranks == 1 || failed_) return;
+    std::vector<float> floats(sums, sums + n);
+    failed_ = failed_ || call_.exchange(floats.data(), n) != 0;
+    std::copy(floats.begin(), floats.end(), sums);
+  }
+
+  // ppo.make_minibatches: transitions, and what standardises advantages, of every stride-th minibatch.
+  void minibatch_statistics(int64_t first, int64_t stride) {
+    const int64_t n = call_.num_minibatches;
+    std::vector<double> sums(2 * n, 0.0), squares(n, 0.0);
+    for (int64_t l = first; l < n; l += stride) {
+      for_minibatch(l, [&](const Target& row) {
+        sums[2 * l] += row.valid;
+        sums[2 * l + 1] += static_cast<double>(row.advantage) * row.valid;
+      });
+    }
+    total(sums.data(), 2 * n);
+    for (int64_t l = first; l < n; l += stride) {
+      const double mean = sums[2 * l + 1] / std::max(sums[2 * l], 1.0);
+      statistics_[l].num_transitions = sums[2 * l];
+      if (!call_.norm_adv) continue;
+      statistics_[l].advantage_mean = static_cast<float>(mean);
+      for_minibatch(l, [&](const Target& row) { squares[l] += (row.advantage - mean) * (row.advantage - mean) * row.valid; });
+    }
+    if (!call_.norm_adv) return;
+    total(squares.data(), n);
+    for (int64_t l = first; l < n; l += stride) {
+      const double std = std::sqrt(squares[l] / std::max(sums[2 * l] - 1.0, 1.0));
+      statistics_[l].advantage_scale = 1.0f / (static_cast<float>(std) + 1e-8f);
+    }
+  }
+
+  template <class Body>
+  void for_minibatch(int64_t l, Body body) {
+    const int64_t* index = call_.permutation + l * call_.minibatch_size;
+    for (int64_t i = 0; i < call_.minibatch_size; ++i) body(targets_[index[i]]);
+  }
+
+  const LearnCall& call_;
+  const Network network_;
+  const int64_t num_rows_;  // B = T * N
+  Floats params_;           // packed
+  std::vector<float> values_, next_values_;  // (T+1, N), (T, N)
+  std::vector<Target> targets_;              // (T, N)
+  std::vector<Statistics> statistics_;       // (L,)
+  std::vector<Part> parts_;
+  float new_return_mean_ = 0.0f, new_return_std_ = 1.0f;
+  std::atomic<bool> failed_{false};  // an exchange with other processes
+};
+
+}  // namespace fastppo

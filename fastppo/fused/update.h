@@ -1,0 +1,238 @@
+// core.ppo.learn for a multi-layer perceptron: the same steps under the same names.
+//
+// Rows of a minibatch are cut into `num_parts` parts, each with its own sum of gradients, and the sums are added in their order. So
+// the result depends on the number of parts and not on the number of threads that share them.
+#pragma once
+
+#include "targets.h"
+#include "team.h"
+
+namespace fastppo {
+
+class Update : Targets {
+ public:
+  explicit Update(const LearnCall& call)
+      : Targets(call), exp_avg_(network_.size), exp_avg_sq_(network_.size),
+        flat_(network_.flat_size + kNumMetrics + call.num_ranks), barrier_(call.num_threads) {
+    network_.pack(call.exp_avg, exp_avg_.get());
+    network_.pack(call.exp_avg_sq, exp_avg_sq_.get());
+    coefficients_ = {*call.clip_coef, *call.ent_coef, static_cast<float>(call.vf_coef), call.clip_vloss != 0};
+  }
+
+  // 0, or 1 if an exchange with other processes has failed.
+  int32_t run() {
+    run_team(call_.num_threads, [this](int64_t thread) { work(thread); });
+    if (failed_) return 1;
+    network_.unpack(params_.get(), call_.new_params);
+    network_.unpack(exp_avg_.get(), call_.new_exp_avg);
+    network_.unpack(exp_avg_sq_.get(), call_.new_exp_avg_sq);
+    *call_.new_return_mean = new_return_mean_;
+    *call_.new_return_std = new_return_std_;
+    summarize();
+    return 0;
+  }
+
+ private:
+  struct Progress {  // what minibatches hand on, beside the parameters; every thread has the same
+    float step;      // of Adam
+    bool running = true;  // no minibatch has passed target_kl yet
+  };
+
+  // Everything that one thread does. Between two barriers no thread reads what another writes.
+  void work(int64_t thread) {
+    const auto for_parts = [&](auto body) {
+      for (int64_t part = thread; part < call_.num_parts; part += call_.num_threads) body(part);
+    };
+    for_parts([&](int64_t part) { evaluate_rollout(part); });
+    barrier_.wait();
+    if (thread == 0) estimate_advantages();
+    barrier_.wait();
+    if (call_.num_ranks == 1) {
+      for_parts([&](int64_t part) { minibatch_statistics(part, call_.num_parts); });
+    } else if (thread == 0) {
+      minibatch_statistics(0, 1);
+    }
+    barrier_.wait();
+    Progress progress{*call_.step};
+    for (int64_t l = 0; l < call_.num_minibatches; ++l) {
+      if (failed_) return;
+      for_parts([&](int64_t part) { minibatch_gradient(part, l); });
+      barrier_.wait();
+      if (call_.num_ranks > 1) {
+        if (thread == 0) sum_over_ranks();
+        barrier_.wait();
+      }
+      for_parts([&](int64_t part) { add_up(part); });
+      barrier_.wait();
+      const LossSums sums = whole_sums();
+      if (call_.has_target_kl) {
+        progress.running = progress.running && static_cast<float>(sums.approx_kl) <= static_cast<float>(call_.target_kl);
+      }
+      const bool applied = progress.running && statistics_[l].num_transitions > 0.0;
+      const auto norm = static_cast<float>(gradient_norm());
+      if (thread == 0) log_minibatch(l, sums, norm, applied);
+      if (applied) {
+        progress.step += 1.0f;
+        for_parts([&](int64_t part) { adam_step(part, norm, progress.step); });
+      }
+      barrier_.wait();
+    }
+    if (thread == 0) *call_.new_step = progress.step;
+  }
+
+  // ppo.minibatch_gradient: this part's rows of minibatch l.
+  void minibatch_gradient(int64_t number, int64_t l) {
+    Part& part = parts_[number];
+    network_.transpose_all(params_.get(), part.turned.get());
+    std::memset(part.gradient.get(), 0, network_.size * sizeof(float));
+    part.sums = LossSums();
+    const auto [first, last] = share_of(number, call_.minibatch_size);
+    const int64_t* index = call_.permutation + l * call_.minibatch_size;
+    for (int64_t from = first; from < last; from += kBlockRows) {
+      const int64_t n = std::min(kBlockRows, last - from);
+      forward_rows(part, call_.obs, index + from, n);
+      for (int64_t i = 0; i < n; ++i) loss_of_row(part, i, index[from + i], statistics_[l]);
+      for (size_t trunk = 0; trunk < network_.trunks.size(); ++trunk) {
+        backward_trunk(network_, part.turned.get(), n, part.block, trunk, part.gradient.get());
+      }
+    }
+  }
+
+  void loss_of_row(Part& part, int64_t i, int64_t row, const Statistics& statistics) {
+    Target target = targets_[row];
+    target.advantage = (target.advantage - statistics.advantage_mean) * statistics.advantage_scale;
+    const float weight = target.valid / static_cast<float>(std::max(statistics.num_transitions, 1.0));
+    const Block& block = part.block;
+    const Outcome outcome = distribution(part, i, row);
+    const RowGradient gradient = ppo_loss(outcome, *block.critic.row(i), target, weight, coefficients_, &part.sums);
+    *block.d_critic.row(i) = gradient.value;
+    const int64_t size = network_.action_size;
+    float* d_actor = block.d_actor.row(i);
+    if (network_.is_gaussian()) {
+      normal_gradient(size, block.actor.row(i), params_.get() + network_.log_std, gradient.log_prob, gradient.entropy, d_actor,
+                      part.gradient.get() + network_.log_std);
+      return;
+    }
+    categorical_gradient(network_.choices, choices_of(row), block.actor.row(i),
+                         part.entropies.data() + i * network_.choices.size(), gradient.log_prob, gradient.entropy, d_actor);
+    if (!call_.action_mask) return;
+    for (int64_t a = 0; a < size; ++a) d_actor[a] *= part.kept[i * size + a];
+  }
+
+  // The gradient and the metrics of all processes, left in those of part 0.
+  void sum_over_ranks() {
+    for (int64_t part = 1; part < call_.num_parts; ++part) {
+      for (int64_t i = 0; i < network_.size; ++i) parts_[0].gradient.get()[i] += parts_[part].gradient.get()[i];
+      std::memset(parts_[part].gradient.get(), 0, network_.size * sizeof(float));
+    }
+    LossSums sums = whole_sums();
+    network_.unpack(parts_[0].gradient.get(), flat_.data());  // packed, its order would depend on the processor
+    float* metrics = flat_.data() + network_.flat_size;
+    float* deviations = metrics + kNumMetrics;
+    std::fill(metrics, deviations + call_.num_ranks, 0.0f);
+    const double own[] = {sums.policy_loss, sums.value_loss, sums.entropy, sums.approx_kl, sums.clipfrac};
+    std::copy(own, own + 5, metrics);
+    deviations[call_.rank] = sums.deviation;  // a maximum by a sum: each process has its own place
+    if (call_.exchange(flat_.data(), static_cast<int64_t>(flat_.size())) != 0) failed_ = true;
+    network_.pack(flat_.data(), parts_[0].gradient.get());
+    sums = {metrics[0], metrics[1], metrics[2], metrics[3], metrics[4], deviations[0]};
+    for (int64_t rank = 1; rank < call_.num_ranks; ++rank) sums.deviation = maximum(sums.deviation, deviations[rank]);
+    for (Part& part : parts_) part.sums = LossSums();
+    parts_[0].sums = sums;
+  }
+
+  LossSums whole_sums() const {
+    LossSums whole;
+    for (const Part& part : parts_) {
+      whole.policy_loss += part.sums.policy_loss;
+      whole.value_loss += part.sums.value_loss;
+      whole.entropy += part.sums.entropy;
+      whole.approx_kl += part.sums.approx_kl;
+      whole.clipfrac += part.sums.clipfrac;
+      whole.deviation = maximum(whole.deviation, part.sums.deviation);
+    }
+    return whole;
+  }
+
+  // This part's stretch of the parameters, in whole registers.
+  std::pair<int64_t, int64_t> stretch_of(int64_t part) const {
+    const auto [first, last] = share_of(part, network_.size / kWidth);
+    return {first * kWidth, last * kWidth};
+  }
+
+  // The sum of all parts' gradients, in that of part 0, and its squares.
+  void add_up(int64_t number) {
+    const auto [first, last] = stretch_of(number);
+    double squares = 0.0;
+    for (int64_t from = first; from < last; from += 64 * kWidth) {  // few enough for float sums of squares
+      Vector some = {};
+      for (int64_t i = from; i < std::min(from + 64 * kWidth, last); i += kWidth) {
+        Vector sum = load(parts_[0].gradient.get() + i);
+        for (size_t part = 1; part < parts_.size(); ++part) sum += load(parts_[part].gradient.get() + i);
+        if (parts_.size() > 1) store(parts_[0].gradient.get() + i, sum);
+        some += sum * sum;
+      }
+      for (int lane = 0; lane < kWidth; ++lane) squares += some[lane];
+    }
+    parts_[number].squares = squares;
+  }
+
+  double gradient_norm() const {
+    double squares = 0.0;
+    for (const Part& part : parts_) squares += part.squares;
+    return std::sqrt(squares);
+  }
+
+  // adam.clip_by_global_norm and adam_step, on this part's stretch. step: counted from 1.
+  void adam_step(int64_t part, float norm, float step) {
+    const float clip = minimum(static_cast<float>(call_.max_grad_norm) / (norm + 1e-6f), 1.0f);
+    const float correction1 = -std::expm1(step * static_cast<float>(std::log(0.9)));
+    const float correction2 = -std::expm1(step * static_cast<float>(std::log(0.999)));
+    const float size = *call_.learning_rate / correction1, unbias = 1.0f / correction2;
+    const auto eps = static_cast<float>(call_.adam_eps);
+    const auto [first, last] = stretch_of(part);
+    float *params = params_.get(), *exp_avg = exp_avg_.get(), *exp_avg_sq = exp_avg_sq_.get();
+    for (int64_t i = first; i < last; i += kWidth) {
+      const Vector gradient = load(parts_[0].gradient.get() + i) * clip;
+      const Vector mean = load(exp_avg + i) + 0.1f * (gradient - load(exp_avg + i));
+      const Vector square = 0.999f * load(exp_avg_sq + i) + 0.001f * (gradient * gradient);
+      store(exp_avg + i, mean);
+      store(exp_avg_sq + i, square);
+      store(params + i, load(params + i) - size * mean / (sqrt(square * unbias) + eps));
+    }
+  }
+
+  void log_minibatch(int64_t l, const LossSums& sums, float norm, bool applied) {
+    const double metrics[kNumMetrics] = {sums.policy_loss, sums.value_loss, sums.entropy,   sums.approx_kl,
+                                         sums.clipfrac,    norm,            sums.deviation, applied ? 1.0 : 0.0};
+    std::copy(metrics, metrics + kNumMetrics, call_.minibatch_metrics + l * kNumMetrics);
+  }
+
+  // ppo.summarize
+  void summarize() const {
+    const int64_t n = call_.num_minibatches;
+    double updates = 0.0;
+    bool finite = true;
+    for (int64_t i = 0; i < n * kNumMetrics; ++i) finite = finite && std::isfinite(call_.minibatch_metrics[i]);
+    for (int64_t i = 0; i < network_.flat_size; ++i) finite = finite && std::isfinite(call_.new_params[i]);
+    for (int64_t l = 0; l < n; ++l) updates += call_.minibatch_metrics[l * kNumMetrics + kNumMetrics - 1];
+    for (int64_t m = 0; m < kNumMetrics; ++m) {
+      double mean = 0.0;
+      for (int64_t l = 0; l < n; ++l) {
+        const float* metrics = call_.minibatch_metrics + l * kNumMetrics;
+        mean += metrics[m] * (updates > 0.0 ? metrics[kNumMetrics - 1] / updates : 1.0 / n);
+      }
+      call_.summary[m] = static_cast<float>(mean);
+    }
+    call_.summary[kNumMetrics] = *call_.explained_variance;
+    call_.summary[kNumMetrics + 1] = static_cast<float>(updates);
+    call_.summary[kNumMetrics + 2] = finite ? 1.0f : 0.0f;
+  }
+
+  Floats exp_avg_, exp_avg_sq_;  // packed
+  std::vector<float> flat_;      // what processes exchange
+  Coefficients coefficients_;
+  Barrier barrier_;
+};
+
+}  // namespace fastppo

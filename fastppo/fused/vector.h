@@ -1,0 +1,122 @@
+// Vectors of one register's width, and the functions of them that networks need. Errors are a few units in the last place.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace fastppo {
+
+#ifdef __AVX512F__
+constexpr int kWidth = 16;  // floats in a register
+constexpr int kTileRows = 12;  // rows of a tile of sums: 12 x 2 of 32 registers
+#else
+constexpr int kWidth = 8;
+constexpr int kTileRows = 6;  // 6 x 2 of 16 registers
+#endif
+
+using Vector = float __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+using Integers = int32_t __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
+
+inline int64_t padded(int64_t n) { return (n + kWidth - 1) / kWidth * kWidth; }
+inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x); }
+inline void store(float* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
+inline Vector broadcast(float x) { return x - Vector{}; }
+
+inline Vector bits(Integers x) {
+  Vector result;
+  std::memcpy(&result, &x, sizeof result);
+  return result;
+}
+
+inline Integers bits(Vector x) {
+  Integers result;
+  std::memcpy(&result, &x, sizeof result);
+  return result;
+}
+
+// Each comparison is false for NaN and then keeps x, so that NaN passes through. One instruction each, in this order.
+inline Vector at_most(Vector x, float most) { return broadcast(most) < x ? broadcast(most) : x; }
+inline Vector at_least(Vector x, float least) { return broadcast(least) > x ? broadcast(least) : x; }
+
+// e^x = 2^n e^r with |r| <= ln(2) / 2; the polynomial for e^r is that of expf in Cephes (Moshier, 1992).
+inline Vector exp(Vector x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  x = at_least(at_most(x, 89.0f), -104.0f);  // beyond, the result is inf or 0
+  const Vector shifted = x * 1.44269504f + kRound;
+  const Vector n = shifted - kRound;
+  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Integers whole = bits(shifted) - bits(broadcast(kRound));
+  const Integers half = whole >> 1;  // in two steps: 2^n itself may overflow, or be subnormal
+  return p * bits((half + 127) << 23) * bits((whole - half + 127) << 23);
+}
+
+inline Vector sqrt(Vector x) {
+  Vector root;
+  for (int lane = 0; lane < kWidth; ++lane) root[lane] = __builtin_sqrtf(x[lane]);  // one instruction with -fno-math-errno
+  return root;
+}
+
+// A rational function of degree 13 over 6, with the coefficients of Eigen's fast float tanh; +-1 beyond 7.9.
+inline Vector tanh(Vector x) {
+  x = at_least(at_most(x, 7.90531110763549805f), -7.90531110763549805f);
+  const Vector square = x * x;
+  Vector p = square * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * square - 8.60467152213735e-11f;
+  p = p * square + 5.12229709037114e-08f;
+  p = p * square + 1.48572235717979e-05f;
+  p = p * square + 6.37261928875436e-04f;
+  p = p * square + 4.89352455891786e-03f;
+  Vector q = square * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  q = q * square + 2.26843463243900e-03f;
+  q = q * square + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
+// The standard normal distribution function, from erf by formula 7.1.26 of Abramowitz and Stegun (1964). density: e^(-x^2 / 2).
+inline Vector normal_cdf(Vector x, Vector density) {
+  const Vector size = (x < 0.0f ? -x : x) * 0.70710678f;
+  const Vector t = 1.0f / (size * 0.3275911f + 1.0f);
+  Vector p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const Vector tail = 0.5f * p * t * density;
+  return x < 0.0f ? tail : 1.0f - tail;
+}
+
+enum class Activation : int64_t { kTanh, kRelu, kElu, kSilu, kGelu };  // in the order of ACTIVATIONS in operators.py
+
+// The activation of x, and its slope there.
+template <Activation kind>
+inline Vector activate(Vector x, Vector* slope) {
+  if constexpr (kind == Activation::kTanh) {
+    const Vector y = tanh(x);
+    *slope = 1.0f - y * y;
+    return y;
+  } else if constexpr (kind == Activation::kRelu) {
+    *slope = x <= 0.0f ? Vector{} : broadcast(1.0f);
+    return x < 0.0f ? Vector{} : x;
+  } else if constexpr (kind == Activation::kElu) {
+    const Vector power = exp(x);
+    *slope = x > 0.0f ? broadcast(1.0f) : power;
+    return x > 0.0f ? x : power - 1.0f;
+  } else if constexpr (kind == Activation::kSilu) {
+    const Vector sigmoid = 1.0f / (exp(-x) + 1.0f);
+    *slope = sigmoid * (1.0f + x * (1.0f - sigmoid));
+    return x * sigmoid;
+  } else {
+    const Vector density = exp(-0.5f * x * x);
+    const Vector cdf = normal_cdf(x, density);
+    *slope = cdf + x * density * 0.39894228f;
+    return x * cdf;
+  }
+}
+
+}  // namespace fastppo

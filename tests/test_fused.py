@@ -1,0 +1,339 @@
+"""The fused `learn` and `act` in C++ equal the eager ones, for every network, space and setting that they cover."""
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastppo.core.acting import act_from_params
+from fastppo.core.adam import AdamState
+from fastppo.core.contracts import EAGER, Normalization, Schedule, obs_of
+from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY, learn
+from fastppo.core.seed_axis import SeedAxis, stack
+from fastppo.fused import operators
+from fastppo.fused.kernels import Kernels
+from fastppo.fused.mlp_programs import FusedAct, FusedLearn, ThreadCount, covers
+from fastppo.policy.actor_critic import ActorCritic
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, MultiCategorical
+from fastppo.policy.encoder import Encoder
+from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
+from fastppo.policy.spaces import ObsLeaf
+from support.learn_settings import learn_settings
+
+pytestmark = pytest.mark.usefixtures("kernels")
+
+
+@pytest.fixture(scope="module")
+def kernels(needs_compiler):
+    Kernels().ready(wait=True)
+
+
+def with_mask(mlp):
+    """The network that reads a vector and an action mask."""
+    leaves = (
+        ObsLeaf("action_mask", ("action_mask",), (mlp.action_size,), torch.bool, "mask"),
+        ObsLeaf("obs.x", ("x",), (mlp.obs_size,), torch.float32, "vector"),
+    )
+    return ActorCritic(Encoder(leaves), mlp)
+
+
+def make_rollout(network, num_steps, num_envs, generator, final_obs=False):
+    """Random transitions with ends of both kinds, rows that only reset, and whatever numbers those hold."""
+    mlp = network.mlp if isinstance(network, ActorCritic) else network
+    batch = (num_steps + 1, num_envs)
+    bools = functools.partial(torch.rand, *batch, generator=generator)
+    normal = functools.partial(torch.randn, *batch, generator=generator)
+    rollout = {"terminated": bools() < 0.1, "truncated": bools() < 0.1, "valid": bools() < 0.85}
+    rollout["reward"] = torch.where(rollout["valid"], normal(), 50.0)
+    if mlp is network:
+        rollout["obs"] = normal(mlp.obs_size)
+        if final_obs:
+            rollout["final_obs"] = normal(mlp.obs_size)
+    else:
+        rollout["obs.x"] = normal(mlp.obs_size)
+        rollout["action_mask"] = torch.rand(*batch, mlp.action_size, generator=generator) < 0.6
+        if final_obs:
+            rollout["final_obs.x"] = normal(mlp.obs_size)
+    if mlp.distribution is DIAGONAL_NORMAL:
+        rollout["action"] = normal(mlp.action_size)
+    elif mlp.distribution is CATEGORICAL:
+        rollout["action"] = torch.randint(mlp.action_size, batch, generator=generator)
+    else:
+        numbers = mlp.distribution.numbers
+        rollout["action"] = torch.stack([torch.randint(n, batch, generator=generator) for n in numbers], -1)
+    return rollout
+
+
+def arguments_of(network, num_steps=8, num_envs=4, epochs=2, seed=0, normalized=False, final_obs=False, spread=0.1):
+    """Arguments of `learn`: Adam has taken some steps, and no weight is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    params = network.init(generator) + spread * torch.randn(network.num_params, generator=generator)
+    mean, square = 0.01 * torch.randn(params.shape, generator=generator), 0.01 * torch.rand(params.shape, generator=generator)
+    adam = AdamState(mean, square, torch.tensor(7.0))
+    rollout = make_rollout(network, num_steps, num_envs, generator, final_obs)
+    permutation = torch.stack([torch.randperm(num_steps * num_envs, generator=generator) for _ in range(epochs)])
+    schedule = Schedule(torch.tensor(3e-3), torch.tensor(0.2), torch.tensor(0.01))
+    mean = scale = reward_scale = None
+    if normalized:
+        key = "obs" if "obs" in rollout else "obs.x"
+        size = rollout[key].shape[-1]
+        mean, scale = {key: torch.linspace(-1, 1, size)}, {key: torch.linspace(0.5, 2, size)}
+        reward_scale = torch.tensor(0.5)
+    normalization = Normalization(mean, scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
+    return params, adam, rollout, permutation, schedule, normalization
+
+
+def both(network, arguments, num_parts=1, **options):
+    """(fused, eager) results of one update."""
+    keywords = learn_settings(**options)
+    fused = FusedLearn(network, keywords["config"], num_parts)
+    return fused(*arguments), learn(*arguments, policy=network, execution=EAGER, config=keywords["config"])
+
+
+def assert_same(fused, eager):
+    """Equal but for rounding, in every result. A log-probability of -500 leaves 3e-5 of rounding in the ratio's deviation."""
+    column = MINIBATCH_METRICS.index("ratio_deviation")
+    for name, one, other in zip(eager._fields, fused, eager, strict=True):
+        if name in ("minibatch_metrics", "summary"):
+            torch.testing.assert_close(one[..., column], other[..., column], rtol=1e-3, atol=1e-3, equal_nan=True)
+            one, other = (torch.cat((x[..., :column], x[..., column + 1 :]), -1) for x in (one, other))
+        said = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5, equal_nan=True, msg=said)
+
+
+@st.composite
+def networks(draw):
+    kind = draw(st.sampled_from(["categorical", "multi", "normal"]))
+    numbers = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    size = draw(st.integers(1, 20))
+    family = {"categorical": CATEGORICAL, "multi": MultiCategorical(numbers), "normal": DIAGONAL_NORMAL}[kind]
+    mlp = MLPActorCritic(
+        draw(st.integers(1, 40)),
+        sum(numbers) if kind == "multi" else size,
+        family,
+        tuple(draw(st.lists(st.integers(1, 70), max_size=3))),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
+        draw(st.booleans()),
+    )
+    return with_mask(mlp) if kind != "normal" and draw(st.booleans()) else mlp
+
+
+@settings(max_examples=120)
+@given(
+    network=networks(),
+    seed=st.integers(0, 1000),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 7), st.integers(1, 3)),
+    parts=st.integers(1, 3),
+    normalized=st.booleans(),
+    final_obs=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "advantage_estimator": st.sampled_from(["gae", "monte-carlo"]),
+            "norm_returns": st.booleans(),
+            "norm_adv": st.booleans(),
+            "clip_reward": st.booleans(),
+            "clip_vloss": st.booleans(),
+            "target_kl": st.sampled_from([None, 1e-3]),
+            "max_grad_norm": st.sampled_from([0.5, 100.0]),
+            "gamma": st.sampled_from([0.9, 1.0]),
+        }
+    ),
+)
+def test_an_update_equals_the_eager_one(network, seed, shape, parts, normalized, final_obs, options):
+    """All results of `learn`, over networks, shapes, spaces, masks, ends and settings."""
+    num_steps, num_envs, epochs = shape
+    rows = num_steps * num_envs
+    divisor = next(d for d in (3, 2, 1) if rows % d == 0)
+    arguments = arguments_of(network, num_steps, num_envs, epochs, seed, normalized, final_obs)
+    assert_same(*both(network, arguments, parts, minibatch_size=rows // divisor, **options))
+
+
+WIDE = MLPActorCritic(17, 6, DIAGONAL_NORMAL, (64, 64))
+
+
+def test_many_rows_in_parts_equal_the_eager_update():
+    """Blocks, tiles and parts that do not divide the rows evenly."""
+    arguments = arguments_of(WIDE, 50, 7, spread=0.05)
+    for parts in (1, 2, 3, 5):
+        assert_same(*both(WIDE, arguments, parts, minibatch_size=175))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """Bits depend on the parts alone, so threads may come and go with the machine's load."""
+    arguments = arguments_of(WIDE, 32, 8)
+    learned = FusedLearn(WIDE, learn_settings(minibatch_size=64)["config"], 4)
+    results = []
+    for number in (1, 2, 3, 4):
+        learned.threads.number = number
+        results.append(learned._one(number, *arguments))
+    for result in results[1:]:
+        for name, one, other in zip(result._fields, result, results[0], strict=True):
+            same = all(map(torch.equal, one, other)) if isinstance(one, tuple) else torch.equal(one, other)
+            assert same, name
+
+
+def test_it_is_as_exact_as_the_eager_update():
+    """Against the same update in float64: rounding errors of the two are of one size."""
+
+    def double(x):
+        return x.double() if x.is_floating_point() else x
+
+    params, adam, rollout, permutation, schedule, normalization = arguments_of(WIDE, 32, 8)
+    exact_arguments = (
+        *(params.double(), AdamState(*map(double, adam)), {key: double(x) for key, x in rollout.items()}, permutation),
+        *(Schedule(*map(double, schedule)), normalization._replace(return_mean=torch.tensor(0.2).double())),
+    )
+    exact_arguments[-1]._replace(return_std=torch.tensor(1.5).double())
+    config = learn_settings(minibatch_size=128)["config"]
+    exact = learn(*exact_arguments, policy=WIDE, config=config).params
+    fused, eager = both(WIDE, (params, adam, rollout, permutation, schedule, normalization), minibatch_size=128)
+    errors = [float((result.params - exact).abs().max()) for result in (fused, eager)]
+    assert errors[0] < 3.0 * errors[1] + 1e-7
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["obs", "reward", "action"])
+def test_numbers_that_are_not_finite_are_seen(key, value):
+    """A nan or inf in the data makes the same results not finite as eagerly: no minimum or maximum swallows it."""
+    arguments = arguments_of(WIDE, 8, 4)
+    arguments[2][key][3, 1] = value
+    arguments[2]["valid"][3, 1] = True
+    fused, eager = both(WIDE, arguments, minibatch_size=16)
+    assert torch.equal(fused.params.isfinite(), eager.params.isfinite())
+    assert torch.equal(fused.minibatch_metrics.isfinite(), eager.minibatch_metrics.isfinite())
+    assert torch.equal(fused.summary[SUMMARY.index("finite")], eager.summary[SUMMARY.index("finite")])
+    assert fused.summary[SUMMARY.index("finite")] == 0.0
+
+
+def test_parameters_that_are_not_finite_are_seen():
+    """As above, for a weight."""
+    arguments = arguments_of(WIDE, 8, 4)
+    arguments[0][5] = math.nan
+    fused, eager = both(WIDE, arguments, minibatch_size=16)
+    assert torch.equal(fused.params.isfinite(), eager.params.isfinite())
+
+
+def test_extreme_logits():
+    """Probabilities of 0 and 1, and a ratio that overflows: the same as eagerly."""
+    network = MLPActorCritic(4, 3, CATEGORICAL, (8,))
+    arguments = arguments_of(network, 8, 4, spread=30.0)
+    assert_same(*both(network, arguments, minibatch_size=16))
+
+
+def test_a_kl_stop_stops_all_later_minibatches():
+    """After target_kl is passed nothing moves; the two agree on which minibatch that is."""
+    arguments = arguments_of(WIDE, 32, 8, epochs=6, spread=0.05)
+    fused, eager = both(WIDE, arguments, minibatch_size=32, target_kl=1e-4)
+    applied = MINIBATCH_METRICS.index("applied")
+    assert torch.equal(fused.minibatch_metrics[:, applied], eager.minibatch_metrics[:, applied])
+    assert 0 < fused.minibatch_metrics[:, applied].sum() < len(fused.minibatch_metrics)
+    assert_same(fused, eager)
+
+
+def test_a_minibatch_without_a_transition_moves_nothing():
+    """Rows that only reset: no gradient, no step of Adam."""
+    arguments = arguments_of(WIDE, 8, 4)
+    arguments[2]["valid"][:] = False
+    fused, eager = both(WIDE, arguments, minibatch_size=16)
+    assert torch.equal(fused.params, arguments[0])
+    assert_same(fused, eager)
+
+
+def test_seeds_learn_as_if_alone():
+    """Each of S seeds gets the bits of a call with its own tensors."""
+    each = [arguments_of(WIDE, 8, 4, seed=seed, normalized=True) for seed in range(3)]
+    config = learn_settings(minibatch_size=16)["config"]
+    together = FusedLearn(WIDE, config, 2, SeedAxis(3))(*stack(each))
+    for seed, arguments in enumerate(each):
+        assert torch.equal(together.params[seed], FusedLearn(WIDE, config, 1)(*arguments).params)
+
+
+@settings(max_examples=60)
+@given(networks(), st.integers(0, 1000), st.integers(1, 100), st.booleans(), st.integers(1, 2))
+def test_actions_are_the_eager_ones(network, seed, rows, normalized, threads):
+    """`act` over networks, spaces, masks and numbers of environments."""
+    params, _, rollout, _, _, normalization = arguments_of(network, 1, rows, seed=seed, normalized=normalized)
+    obs = obs_of({key: x[0] for key, x in rollout.items()})
+    size = (network.mlp if isinstance(network, ActorCritic) else network).action_size
+    noise = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed))
+    action = FusedAct(network, threads)(params, normalization, obs, noise)
+    eager = act_from_params(params, normalization, obs, noise, policy=network)
+    torch.testing.assert_close(action, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_large_calls_of_act_are_shared_by_threads():
+    """4,096 environments on two threads: the same actions."""
+    params, _, rollout, _, _, normalization = arguments_of(WIDE, 1, 4096)
+    obs, noise = rollout["obs"][0], torch.randn(4096, 6)
+    torch.testing.assert_close(
+        FusedAct(WIDE, 2)(params, normalization, obs, noise),
+        act_from_params(params, normalization, obs, noise, policy=WIDE),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_seeds_act_as_if_alone():
+    """Actions of S seeds in one call, each under its own parameters and statistics."""
+    each = [arguments_of(WIDE, 1, 5, seed=seed, normalized=True) for seed in range(3)]
+    noise = torch.randn(3, 5, 6)
+    params, obs = torch.stack([a[0] for a in each]), torch.stack([a[2]["obs"][0] for a in each])
+    normalization = stack([a[5]._replace(obs_mean={"obs": a[5].obs_mean["obs"] + seed}) for seed, a in enumerate(each)])
+    together = FusedAct(WIDE, 1, SeedAxis(3))(params, normalization, obs, noise)
+    for seed, arguments in enumerate(each):
+        own = arguments[5]._replace(obs_mean={"obs": arguments[5].obs_mean["obs"] + seed})
+        assert torch.equal(together[seed], FusedAct(WIDE, 1)(arguments[0], own, arguments[2]["obs"][0], noise[seed]))
+
+
+def operator_arguments():
+    params, adam, rollout, permutation, schedule, normalization = arguments_of(MLPActorCritic(3, 2, CATEGORICAL, (8,)), 4, 2)
+    return (
+        *(params, list(adam), rollout["obs"], None, None, rollout["action"].unsqueeze(-1)),
+        [rollout[key] for key in ("reward", "terminated", "truncated", "valid")],
+        *(permutation, list(schedule), None, [normalization.return_mean, normalization.return_std]),
+        *([3, 2, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1, 0], [0.99, 0.95, 0.5, 0.5, 0.0, 1e-5], [1, 1, 0, 1, 0]),
+    )
+
+
+def test_the_operators_are_torchs():
+    """Schema, fake tensors and dispatch, as torch itself checks them."""
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operators.mlp_learn, operator_arguments(), test_utils=checks)
+    act_arguments = (torch.randn(3 * 8 + 8 + 8 * 3 + 3), torch.randn(5, 3), None, torch.randn(5, 2), [3, 2, 0, 0, 1, 8, 2], 1)
+    torch.library.opcheck(operators.mlp_act, act_arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(("place", "tensor"), [(0, torch.zeros(3)), (2, torch.zeros(5, 2, 3).double()), (7, torch.zeros(2, 8))])
+def test_tensors_that_do_not_fit_are_refused(place, tensor):
+    """C++ checks nothing: a wrong shape or type is an error before it."""
+    arguments = list(operator_arguments())
+    arguments[place] = tensor
+    with pytest.raises(ValueError, match="expected a contiguous"):
+        operators.mlp_learn(*arguments)
+
+
+def test_images_and_modules_are_not_covered():
+    """A network with convolutions is left to the other forms."""
+    image = ObsLeaf("obs", (), (4, 84, 84), torch.uint8, "image", 1 / 255)
+    mlp = MLPActorCritic(512, 2, CATEGORICAL, ())
+    assert not covers(ActorCritic(Encoder((image,)), mlp))
+    assert covers(with_mask(MLPActorCritic(3, 2, CATEGORICAL)))
+
+
+def test_the_faster_number_of_threads_is_kept():
+    """Two threads on a quiet machine; one where two are slower; and two again once they are faster."""
+    threads, slow = ThreadCount(2), {1: 1.0, 2: 0.6}
+    numbers = []
+    for call in range(400):
+        if call == 100:
+            slow = {1: 1.0, 2: 5.0}
+        elif call == 250:
+            slow = {1: 1.0, 2: 0.6}
+        numbers.append(threads.number)
+        threads.took(slow[threads.number])
+    assert numbers[10:49] == [2] * 39
+    assert numbers[110:149] == [1] * 39
+    assert numbers[390:399] == [2] * 9
