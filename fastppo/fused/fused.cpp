@@ -94,9 +94,8 @@ class Actors {
 
 extern "C" {
 
-// The sizes of the structures, which must be those of operators.py.
-int64_t fastppo_size_of_learn_call() { return sizeof(fastppo::LearnCall); }
-int64_t fastppo_size_of_act_call() { return sizeof(fastppo::ActCall); }
+// The digest of the files that this library was built from: sources.py.
+const char* fastppo_sources() { return FASTPPO_SOURCES; }
 
 // Learn each of `number` calls, of one seed each, on as many threads. Not 0: an exchange has failed.
 int32_t fastppo_learn(const fastppo::LearnCall* calls, int64_t number, int64_t num_threads) {

@@ -1,31 +1,39 @@
-"""Build the C++ functions of the fused programs once per machine, in the background, and load them from the cache."""
+"""Find the C++ functions of the fused programs: in the package, in the cache, or from the compiler in the background.
+
+An installed package brings them for some kinds of processors (setup.py). Elsewhere they are built once per machine.
+"""
 
 import os
 import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 from fastppo.compile import library_cache, native
 from fastppo.compile.compile_errors import CompileError, explain, first_line
 from fastppo.compile.key import library_key
-from fastppo.fused import operators
+from fastppo.fused import operators, sources
 from fastppo.system.platforms import end_group, own_group
-
-FOLDER = Path(__file__).parent
-MAIN = FOLDER / "fused.cpp"
-FLAGS = ("-fno-math-errno", "-fno-trapping-math")  # without the first, a square root is a call; neither changes a result
 
 
 def key() -> str:
-    """The cache key: the source files, this file's build command, the machine."""
-    return library_key("fused", [*sorted(FOLDER.glob("*.h")), MAIN, Path(__file__)])
+    """The cache key: the source files, their build command, the machine."""
+    return library_key("fused", [*sources.files(), Path(sources.__file__)])
+
+
+def packaged() -> Path | None:
+    """The library in the package for this processor; None if there is none. It may be of older sources."""
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    name = capability if capability in sources.processors() else "generic"
+    return next(iter(sources.FOLDER.glob(f"kernels_{name}.*so")), None)
 
 
 class Kernels:
-    """The functions of the fused programs, from the cache or from the compiler, which takes some seconds in the background."""
+    """The functions of the fused programs. The compiler takes some seconds in the background where they are not there."""
 
     def __init__(self) -> None:
-        """Load them if they are in the cache, else start the compiler. Raises nothing: `ready` reports errors."""
+        """Load them if they are there, else start the compiler. Raises nothing: `ready` reports errors."""
         self._process: subprocess.Popen[bytes] | None = None
         self._build_dir: tempfile.TemporaryDirectory[str] | None = None
         self._error: CompileError | None = None
@@ -67,29 +75,38 @@ class Kernels:
             self._build_dir = None
 
     def _load(self) -> bool:
-        """Load the library from the cache, if it is there. Raises CompileError if it does not load."""
+        """Load the library from the package or the cache, if it is there. Raises CompileError if it does not load."""
+        try:
+            library = packaged()
+            if library is not None and operators.load(library, sources.digest()):
+                return True
+        except (OSError, AttributeError):  # it was built for another system
+            pass
         cache_dir = library_cache.cache_dir()
         library_cache.check_cache_dir(cache_dir)
         library = library_cache.find(cache_dir, key())
         if library is None:
             return False
         try:
-            operators.load(library)
-        except (OSError, RuntimeError, AttributeError) as error:
+            operators.load(library, sources.digest())
+        except (OSError, AttributeError) as error:
             library_cache.remove(library)
             raise CompileError(f"the fused programs do not load: {first_line(error)}") from error
         library_cache.touch(library)
         return True
 
     def _start(self) -> None:
+        if "avx2" in sources.processors() and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+            raise CompileError("this processor has no AVX2, without which eager programs are faster")
         if not native.has_compiler():
             raise CompileError(native.NO_COMPILER)
         cache_dir = library_cache.cache_dir()
         try:
             self._build_dir = tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True)
+            library = Path(self._build_dir.name, "fused.so")
             with Path(self._build_dir.name, "errors").open("wb") as errors:
                 self._process = subprocess.Popen(
-                    native.command(MAIN, Path(self._build_dir.name, "fused.so"), *FLAGS, "-pthread"),
+                    native.command(sources.MAIN, library, *sources.FLAGS, f'-DFASTPPO_SOURCES="{sources.digest()}"'),
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
                     env={**os.environ, "LC_ALL": "C"},  # errors in English

@@ -61,13 +61,15 @@ class _Library:
     functions: ctypes.CDLL | None = None
 
 
-def load(library: Path) -> None:
-    """Load the C++ functions. Raises OSError, or RuntimeError where they were built from other files than these."""
+def load(library: Path, digest: str) -> bool:
+    """Load the C++ functions. False, and nothing is kept, if they are of other files. Raises OSError, AttributeError.
+
+    digest: of the files (fused/sources.py).
+    """
     functions = ctypes.CDLL(str(library))  # ctypes releases the GIL during a call
-    for structure, size in ((LearnCall, functions.fastppo_size_of_learn_call), (ActCall, functions.fastppo_size_of_act_call)):
-        size.restype = _INTEGER
-        if size() != ctypes.sizeof(structure):
-            raise RuntimeError(f"{structure.__name__} of {library.name} has {size()} bytes, not {ctypes.sizeof(structure)}")
+    functions.fastppo_sources.restype = ctypes.c_char_p
+    if functions.fastppo_sources() != digest.encode():
+        return False
     functions.fastppo_learn.argtypes = [_POINTER, _INTEGER, _INTEGER]
     functions.fastppo_learn.restype = ctypes.c_int32
     functions.fastppo_new_actors.argtypes, functions.fastppo_new_actors.restype = [_POINTER, _INTEGER], _POINTER
@@ -75,6 +77,7 @@ def load(library: Path) -> None:
     functions.fastppo_set_actors.argtypes, functions.fastppo_set_actors.restype = [_POINTER, _POINTER], None
     functions.fastppo_act.argtypes, functions.fastppo_act.restype = [_POINTER, _POINTER], None
     _Library.functions = functions
+    return True
 
 
 def functions() -> ctypes.CDLL:

@@ -7,7 +7,7 @@
 
 namespace fastppo {
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(FASTPPO_WIDE)  // the second for tests on other processors
 constexpr int kWidth = 16;  // floats in a register
 constexpr int kTileRows = 12;  // rows of a tile of sums: 12 x 2 of 32 registers
 #else
