@@ -87,8 +87,8 @@ class SpsConfig:
     """Run this workload of fastppo too, interleaved, and give the ratio of medians: cartpole8 is recurrent8 without memory."""
     rounds: int = 3
     """Runs of each."""
-    compile: Literal["off", "auto", "on"] = "on"
-    """As fastppo.train's; on: the programs are compiled before the first step, once a machine."""
+    compile: Literal["off", "auto", "on", "inductor"] = "on"
+    """As fastppo.train's; on: the programs are built before the first step, once a machine."""
     num_threads: int | None = None
     """As fastppo.train's; the yardstick runs on one thread, its best, unless this says otherwise."""
     json: bool = False
@@ -185,9 +185,9 @@ def main(config: SpsConfig) -> None:
     if config.compare and config.against:
         sys.exit("--compare is with the yardstick, --against with a workload: one of the two")
     other = WORKLOADS[config.against] if config.against else None
-    if config.compile == "on":
+    if config.compile in ("on", "inductor"):
         for each in (workload, other) if other else (workload,):
-            run_fastppo(each, "on", config.num_threads)  # compile programs that are not in the cache; not measured
+            run_fastppo(each, config.compile, config.num_threads)  # compile programs that are not in the cache; not measured
     theirs: list[dict[str, Any]] = []
     if config.compare or other:
         ours, theirs = compare(workload, other, config.rounds, config.compile, config.num_threads)
