@@ -208,9 +208,9 @@ class TrainConfig:
     num_threads: Annotated[int | None, between(1, 4096), MAY_CHANGE] = None
     """Most CPU threads, and most processes of --vectorization grouped; default: as many as make training faster."""
     compile: Annotated[Literal["off", "auto", "on", "inductor"], MAY_CHANGE] = "auto"
-    """Fast forms of acting and learning. off: none; auto: fused ones in C++ where there are, after some seconds the first time,
-    others compiled by torch.compile's Inductor if the run is shorter with them; on: all, before training starts; inductor: as
-    on, without the fused ones."""
+    """Fast forms of acting and learning. off: none. auto: fused ones in C++ for multi-layer perceptrons, after some seconds the
+    first time; of the rest those compiled by Inductor, if the run is shorter with them. on: both, before training starts.
+    inductor: as on, without fused ones."""
 
     run_dir: Annotated[str | None, DIRECTORY, MAY_CHANGE] = None
     """Directory for everything the run writes; default runs/<env>__<seed>__<time>."""

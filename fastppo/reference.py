@@ -104,7 +104,7 @@ def _flags(kind: type) -> Iterator[tuple[str, ...]]:
             name, values = f"{name} `{flag('no_' + spec.name)}`", ""
         elif parsers:
             values = parsers[0].metavar
-        yield name, _text(values), _default(spec), _text(texts[spec.name])
+        yield name, _text(values), _default(spec), _text(" ".join(texts[spec.name].split()))
 
 
 def _default(spec: Any) -> str:

@@ -142,7 +142,8 @@ def test_the_tree_is_that_of_the_package():
         elif name:
             named.append(name if len(indent) == 6 else folder + name)
     package = Path(fastppo.__file__).parent
-    files = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    found = [path for ending in ("py", "cpp", "h") for path in package.rglob(f"*.{ending}") if path.name != "__init__.py"]
+    files = {str(path.relative_to(package)) for path in found}
     assert sorted(named) == sorted(files)
 
 

@@ -104,7 +104,7 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
         chosen = selector.ProgramSelector("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
         for name, job in jobs.items():
-            captured = chosen._compiled[name]
+            captured = chosen._forms[name]
             assert captured.device == expected.index
             given = job.example[1:] if name == "act" else job.example  # an eager `act` has its parameters already
             with torch.no_grad(), FlopCounterMode(display=False) as counter:

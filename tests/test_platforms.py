@@ -183,7 +183,11 @@ def test_clang_compiles_a_run(monkeypatch, tmp_path, capsys):
     """With OpenMP the programs are compiled; without it one line says what to install."""
     monkeypatch.setenv("CXX", "clang++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    train(TrainConfig(run_dir=str(tmp_path / "run"), num_envs=2, num_steps=16, num_iterations=2, eval_episodes=0, compile="on"))
+    train(
+        TrainConfig(
+            run_dir=str(tmp_path / "run"), num_envs=2, num_steps=16, num_iterations=2, eval_episodes=0, compile="inductor"
+        )
+    )
     told = capsys.readouterr().out
     assert "programs: compiled, ready" in told or "the C++ compiler has no OpenMP: install it" in told
 

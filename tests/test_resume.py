@@ -50,16 +50,27 @@ def test_without_exact_resume_it_differs(tmp_path, monkeypatch, capsys):
     assert differing(result_of(tmp_path / "whole")[0], result_of(tmp_path / "parted")[0]) != []
 
 
+SLOW = pytest.mark.slow  # half a minute of compiling each
+
+
 @pytest.mark.usefixtures("needs_compiler")
-@pytest.mark.slow  # half a minute of compiling each
-@pytest.mark.parametrize("case", ["device", "entry point"])
-def test_a_compiled_run_too(case, tmp_path, monkeypatch):
-    """The same for compiled programs, whose state may live elsewhere."""
-    train(settings_of(case, tmp_path / "whole", compile="on", num_envs=2, num_steps=16))
-    config = settings_of(case, tmp_path / "parted", compile="on", num_envs=2, num_steps=16)
+@pytest.mark.parametrize(
+    ("case", "compile", "tier"),
+    [
+        ("entry point", "on", "fused"),
+        ("masks", "on", "fused"),
+        ("continuous", "auto", "fused"),
+        pytest.param("device", "on", "fused + compiled", marks=SLOW),
+        pytest.param("entry point", "inductor", "compiled", marks=SLOW),
+    ],
+)
+def test_a_fast_run_too(case, compile, tier, tmp_path, monkeypatch):
+    """The same for fused and compiled programs, whose state may live elsewhere."""
+    train(settings_of(case, tmp_path / "whole", compile=compile, num_envs=2, num_steps=16))
+    config = settings_of(case, tmp_path / "parted", compile=compile, num_envs=2, num_steps=16)
     stopped_after(3, config, monkeypatch)
-    train(replace(config, resume=config.run_dir))
-    assert "compiled" in (tmp_path / "parted" / "summary.json").read_text()
+    resumed = train(replace(config, resume=config.run_dir))
+    assert resumed.summary["tier"] == tier
     assert differing(result_of(tmp_path / "whole"), result_of(tmp_path / "parted")) == []
 
 
@@ -218,7 +229,10 @@ def test_what_would_not_be_exact_is_refused(flags, tmp_path, capsys):
     ("settings", "promised"),
     [
         ({"compile": "off"}, "same seed: the same bits, with the versions"),
-        ({"compile": "auto"}, "until the run changes to compiled programs (always with --compile on or off)"),
+        (
+            {"compile": "auto", "rnn": "gru", "rnn_hidden_size": 4},
+            "until the run changes to faster programs (always with --compile on or off)",
+        ),
         ({"exact_resume": True}, "stopped and resumed: the same as without the stop"),
         ({"backend": "torch"}, "stopped and resumed: the same as without the stop"),
     ],

@@ -6,6 +6,7 @@ import pytest
 import torch
 from environments import VECTOR
 
+from fastppo.compile.compiled_program import load_program
 from fastppo.compile.inductor import compile_program
 from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
@@ -43,8 +44,17 @@ def assert_compiled(job, programs_dir, **shared):
 
 @pytest.mark.usefixtures("needs_compiler")
 def test_compiled_learn_equals_eager(programs_dir):
-    """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor."""
-    assert_compiled(functools.partial(learn_job, "lstm", target_kl=0.5), programs_dir)
+    """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor.
+
+    A run of three seeds calls the same program for one at a time, on two threads: nothing is compiled again.
+    """
+    job = functools.partial(learn_job, "lstm", target_kl=0.5)
+    assert_compiled(job, programs_dir)
+    examples = [job(seed=seed) for seed in range(3)]
+    stacked = stack([arguments for _, arguments in examples])
+    learned = load_program(examples[0][0], stacked, programs_dir, Seeds(3, 1, 2))(*stacked)
+    for seed, (program, arguments) in enumerate(examples):
+        assert_same(of_seed(learned, seed), program(*arguments))
 
 
 @pytest.mark.usefixtures("needs_compiler")

@@ -40,19 +40,24 @@ from support.seeds import SHORT, assert_alike, params_of, rows_of
         {"backend": "torch"},
         {"backend": "torch", "env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True, "target_kl": 0.003},
         {"vectorization": "entry-point"},
-        {"vectorization": "sync", "anneal_lr": True, "norm_obs": True},
+        {"vectorization": "sync", "anneal_lr": True, "norm_obs": True, "compile": "on"},
         {"vectorization": "grouped", "num_threads": 2},
         {"env_id": "Pendulum-v1", "advantage": "monte-carlo", "norm_returns": True, "reset_each_rollout": True},
+        {"env_id": "Pendulum-v1", "norm_reward": True, "target_kl": 0.003, "compile": "on"},
         {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "SameStep"}},
         {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "Disabled"}},
-        {"env_id": "environments:MaskedIdentity-v0"},
+        {"env_id": "environments:MaskedIdentity-v0", "compile": "on"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values()))[:60],
 )
 def test_each_seed_is_as_it_would_be_alone(tmp_path, settings):
-    """Three seeds together and each alone: environments, noise, minibatches, statistics and KL stop are the seed's own."""
+    """Three seeds together and each alone: environments, noise, minibatches, statistics and KL stop are the seed's own.
+
+    Eager, and with "on" fused.
+    """
     settings = {**SHORT, **settings}
-    train(tiny(tmp_path / "all", num_seeds=3, seed=5, **settings))
+    together = train(tiny(tmp_path / "all", num_seeds=3, seed=5, **settings))
+    assert together.summary["tier"] == ("fused" if settings.get("compile") == "on" else "eager")
     for seed in (5, 6, 7):
         train(tiny(tmp_path / str(seed), seed=seed, **settings))
         assert_alike(tmp_path / "all" / f"seed-{seed}", tmp_path / str(seed))

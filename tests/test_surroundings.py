@@ -143,7 +143,7 @@ def test_an_interrupt_during_the_last_evaluation(tmp_path, monkeypatch, capsys):
 
 def failed(*lines):
     """A command that said that on stderr."""
-    return subprocess.CalledProcessError(1, ["g++"], stderr="\n".join(lines))
+    return subprocess.CalledProcessError(1, ["g++", "native.cpp"], stderr="\n".join(lines))
 
 
 def from_inductor(text):
@@ -231,7 +231,7 @@ def test_a_cache_without_room_for_a_directory(tmp_path, monkeypatch, capsys):
 def test_no_process_for_the_compiler(tmp_path, monkeypatch, capsys):
     """Where no process can be started any more, training goes on eagerly."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("fastppo.compile.selector.WORTH_BUILDING", {"collect": 0.0, "act": 0.0})
+    monkeypatch.setattr("fastppo.compile.selector.WORTH_BUILDING", {"learn": 0.0, "act": 0.0})
 
     def refused(*_, **__):
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))

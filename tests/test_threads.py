@@ -201,7 +201,7 @@ def test_what_is_promised():
     """What may change the bits on the way is named with the flag that keeps it; nothing else is."""
     assert guarantees(CPU, False, True)[0].startswith("same seed: the same bits, with the versions")
     assert guarantees(CPU, True, True)[0].startswith(
-        "same seed: the same bits until the run changes to compiled programs (always with --compile on or off), with"
+        "same seed: the same bits until the run changes to faster programs (always with --compile on or off), with"
     )
     both = guarantees(CPU, True, True, True)[0]
     assert "--compile on or off and --num-threads" in both

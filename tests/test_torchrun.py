@@ -23,7 +23,7 @@ from support.resume import differing
 COMMON = ["--num-envs", "8", "--num-steps", "16", "--compile", "off", "--plain", "--eval-episodes", "0", "--no-anneal-lr"]
 COMMON += ["--no-check-env"]
 CASES = {
-    "host": ["--env-id", "CartPole-v1", "--backend", "gymnasium", "--norm-obs", "--norm-reward"],
+    "host": ["--env-id", "CartPole-v1", "--backend", "gymnasium", "--norm-obs", "--norm-reward", "--compile", "on"],
     "device": ["--env-id", "CartPole-v1", "--backend", "torch"],
 }
 FOR_EVER = ["--num-iterations", "100000", "--checkpoint-iterations", "2"]
@@ -76,7 +76,13 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_train_as_one_process_does(trained, case, size):
-    """K processes with N / K environments each are one with N: environments, noise, minibatches, statistics, episodes."""
+    """K processes with N / K environments each are one with N: environments, noise, minibatches, statistics, episodes.
+
+    Of gymnasium's environments with fused programs, which sum over the processes themselves; on the device eagerly.
+    """
+    for number in (size, 1):
+        summary = json.loads((trained(case, number)[0] / "summary.json").read_text())
+        assert summary["tier"] == ("fused" if case == "host" else "eager")
     assert_same_run(trained(case, size)[0], trained(case, 1)[0])
 
 

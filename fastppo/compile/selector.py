@@ -89,7 +89,8 @@ class ProgramSelector:
         self._specs, self._num_threads, self._note = specs, num_threads, note
         self._forms: dict[str, Any] = {}  # by name: the form in use, where it is not the eager one
         self._tiers = dict.fromkeys(specs, "eager")
-        self._to_fuse = [name for name, spec in specs.items() if spec.fused is not None and kernels is not None]
+        fuses = kernels is not None and mode in ("auto", "on")
+        self._to_fuse = [name for name, spec in specs.items() if fuses and spec.fused is not None]
         self._waiting: list[str] = []  # programs still to be compiled
         self._building: dict[str, BackgroundCompile] = {}
         self._started = time.perf_counter()
@@ -140,10 +141,10 @@ class ProgramSelector:
 
         iterations: number done by this process. seconds_left: time left at the present speed.
         """
-        if self._to_fuse:
-            self._fuse(wait=False)
-            return
         try:
+            if self._to_fuse:
+                self._fuse_now()
+                return
             if not self._decided and iterations >= TRIAL_ITERATIONS:
                 self._decide(seconds_left)
             while self._decided and self._waiting and len(self._building) < 2:
@@ -172,13 +173,13 @@ class ProgramSelector:
 
     def _take(self, build: bool) -> None:
         """Take up what is there: fused programs, captured ones on a GPU, compiled ones in the cache. build: make the rest."""
-        failed: CompileError | None = None
+        failed = unfused = None
         several = self._ranks.size > 1
         on_gpu = self._specs["learn"].example[0].is_cuda
         if on_gpu:
             self._to_fuse.clear()
         if self._to_fuse:
-            self._fuse(wait=build or several)
+            unfused = self._fuse(wait=build or several)
         try:
             if on_gpu:
                 self._capture()
@@ -188,6 +189,8 @@ class ProgramSelector:
             failed = reason
         if several:
             failed = self._agree(failed)
+        if unfused is not None and str(unfused) not in (str(failed), native.NO_COMPILER):  # those are said below
+            self._note(f"programs: no fused ones: {unfused}")
         if failed is not None:
             self._give_up(failed)
             return
@@ -204,26 +207,31 @@ class ProgramSelector:
             self._decided = True
             self._note(f"programs: {self.name}, ready after {self.compile_seconds:.2f} s")
 
-    def _fuse(self, wait: bool) -> None:
-        """Take up the fused programs if their kernels are ready. If these cannot be had, Inductor may compile the programs."""
+    def _fuse(self, wait: bool) -> CompileError | None:
+        """Take up the fused programs if their kernels are ready. Returns the reason if these cannot be had."""
         assert self._kernels is not None
         try:
             if not self._kernels.ready(wait):
-                return
+                return None
         except CompileError as reason:
-            self._note(f"programs: no fused ones: {reason}")
-            self._waiting += [name for name in self._to_fuse if native.has_compiler()]
             self._to_fuse.clear()
-            return
+            return reason
         for name in self._to_fuse:
             fused = self._specs[name].fused
             assert fused is not None
             self._adopt(name, fused(), "fused")
         self._to_fuse.clear()
-        seconds = time.perf_counter() - self._started
-        if seconds > 1.0:
-            self.compile_seconds = seconds
-            self._note(f"programs: {self.name} now, after {seconds:.0f} s")
+        return None
+
+    def _fuse_now(self) -> None:
+        """Between iterations: the same. If the kernels cannot be had, Inductor may have compiled the programs, or may do so."""
+        reason = self._fuse(wait=False)
+        if reason is not None:
+            self._note(f"programs: no fused ones: {reason}")
+            self._load(build=False)
+        elif not self._to_fuse:
+            self.compile_seconds = time.perf_counter() - self._started
+            self._note(f"programs: {self.name} now, after {self.compile_seconds:.0f} s")
 
     def _decide(self, seconds_left: float) -> None:
         self._decided = True
@@ -242,6 +250,7 @@ class ProgramSelector:
 
     def _load(self, build: bool) -> None:
         """Use the programs in the cache. Build the others, or put them on the list of programs to build."""
+        self._waiting.clear()
         for name, spec in self._specs.items():
             if name in self._forms or name in self._to_fuse:
                 continue
@@ -252,14 +261,13 @@ class ProgramSelector:
                     loaded = compile_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
             if loaded is not None:
                 self._adopt(name, loaded, "compiled")
-            elif name not in self._waiting:
+            else:
                 self._waiting.append(name)
 
     def _agree(self, failed: CompileError | None) -> CompileError | None:
         """Use fused and compiled programs only if all processes have them. Returns the reason if they do not."""
         self._ranks.barrier()
         if self._waiting and failed is None:  # another process of this machine may have built them by now
-            self._waiting.clear()
             try:
                 self._load(build=False)
             except CompileError as reason:
@@ -302,8 +310,8 @@ class ProgramSelector:
     def _judge(self, name: str, deviation: float) -> None:
         tier = self._tiers[name]
         self.deviations[name] = deviation
-        if deviation > TOLERANCE:
-            del self._forms[name]
+        if not deviation <= TOLERANCE:  # nan too
+            self._forms.pop(name, None)
             self._tiers[name] = "eager"
             self._note(f"programs: {name} stays eager: the {tier} one differs from it by {deviation:.2g}; please report this")
 

@@ -48,13 +48,13 @@ def guarantees(device: torch.device, tier_may_change: bool, exact: bool, threads
     """Lines on how closely the same settings reproduce the run.
 
     Args:
-        tier_may_change: the run may switch from eager to compiled programs.
+        tier_may_change: the run may switch from eager to fused or compiled programs.
         exact: a run that was stopped and resumed equals an uninterrupted run.
         threads_may_change: the run may reduce its threads if the machine becomes busy.
     """
     changes, cures = [], []
     if tier_may_change:
-        changes.append("the run changes to compiled programs")
+        changes.append("the run changes to faster programs")
         cures.append("--compile on or off")
     if threads_may_change:
         changes.append("the run takes fewer threads because the machine is busy")

@@ -275,7 +275,7 @@ def try_threads(
     config: TrainConfig, local: TrainConfig, found: OpenedEnvs, network: Network, params: Tensor, threads: int
 ) -> tuple[Callable[[], object] | None, str | None]:
     """Set the fastest number of threads for eager learning, if the settings leave it open. Returns the trial and a line."""
-    if threads == 1 or config.num_threads is not None or config.compile == "on" or params.device.type != "cpu":
+    if threads == 1 or config.num_threads is not None or config.compile in ("on", "inductor") or params.device.type != "cpu":
         return None, None
     rows = min(local.rows_per_minibatch, ROWS_PER_PASS) if found.obs.has_images else local.rows_per_minibatch
     trial = minibatch_of(network, params, found.obs, found.action, rows, local.num_steps)

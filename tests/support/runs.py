@@ -35,8 +35,8 @@ COLUMNS = {
 
 def tiny(run_dir, **settings):
     """The settings of a run of a moment: eager, four iterations, without evaluation."""
-    settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "update_epochs": 2, "eval_episodes": 0} | settings
-    return TrainConfig(run_dir=str(run_dir), compile="off", plain=True, **settings)
+    small = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "update_epochs": 2, "eval_episodes": 0, "compile": "off"}
+    return TrainConfig(run_dir=str(run_dir), plain=True, **small | settings)
 
 
 @contextlib.contextmanager
