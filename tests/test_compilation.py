@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import subprocess
@@ -23,11 +24,12 @@ from fastppo.compile.inductor import compile_program
 from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
 from fastppo.compile.workers import WorkerPool
-from fastppo.core.contracts import Schedule
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.seed_axis import Seeds, of_seed, stack
 from support.learn_settings import with_settings
 from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, T, assert_same, job
+
+STOPPING = {"target_kl": 0.002, "learning_rate": 0.01}  # the KL stop fires within the update
 
 
 @pytest.fixture(autouse=True)
@@ -41,11 +43,11 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory, needs_compiler):
-    """One compiled program, its cache directory, and what it was made from. The KL stop fires within it (see the test)."""
+    """One compiled program, its cache directory, and what it was made from."""
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
     cache_dir.chmod(0o700)
-    learn_eagerly, arguments = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)
+    learn_eagerly, arguments = job(CATEGORICAL_POLICY, **STOPPING)
     return compile_program(learn_eagerly, arguments, cache_dir), learn_eagerly, arguments, cache_dir
 
 
@@ -61,22 +63,45 @@ def test_compiled_categorical_learn_equals_eager_with_a_kl_stop(library):
 
 
 def test_one_program_serves_every_value_of_its_tensors(library):
-    """Other data, learning rate, clip and entropy coefficients: nothing is compiled again, the rollout may be a TensorDict."""
+    """Other data and numbers, no KL stop: nothing is compiled again, the rollout may be a TensorDict."""
     tensordict = pytest.importorskip("tensordict")
     compiled, learn_eagerly, _, _ = library
-    _, (params, adam, rollout, permutation, _, normalization) = job(CATEGORICAL_POLICY, seed=9)
-    schedule = Schedule(torch.tensor(1e-4), torch.tensor(0.1), torch.tensor(0.05))
-    as_dict = (params, adam, rollout, permutation, schedule, normalization)
-    as_tensordict = (params, adam, tensordict.TensorDict(rollout, [T + 1, N]), permutation, schedule, normalization)
+    numbers = {"learning_rate": 1e-4, "clip_coef": 0.1, "ent_coef": 0.05, "gamma": 0.9, "gae_lambda": 0.8}
+    params, adam, rollout, *rest = as_dict = job(CATEGORICAL_POLICY, seed=9, **numbers)[1]
+    as_tensordict = (params, adam, tensordict.TensorDict(rollout, [T + 1, N]), *rest)
     expected = learn_eagerly(*as_dict)
+    assert expected.minibatch_metrics[:, APPLIED].all()
     assert_same(compiled(*as_dict), expected)
     assert_same(compiled(*as_tensordict), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.003),
+        ("clip_coef", 0.02),
+        ("ent_coef", 0.5),
+        ("vf_coef", 2.0),
+        ("gamma", 0.9),
+        ("gae_lambda", 0.5),
+        ("max_grad_norm", 0.05),
+        ("target_kl", math.inf),
+        ("adam_eps", 0.1),
+    ],
+)
+def test_a_sweep_over_a_number_compiles_once(library, name, value):
+    """Each of them is an input: of another value it is the same library, which gives what eager gives for that value."""
+    _, learn_eagerly, arguments, cache_dir = library
+    other = (*arguments[:4], arguments[4]._replace(**{name: torch.tensor(value)}), arguments[5])
+    expected, before = learn_eagerly(*other), learn_eagerly(*arguments)
+    assert (expected.params - before.params).abs().max() > 1e-4  # the number counts
+    assert_same(load_program(learn_eagerly, other, cache_dir)(*other), expected)
 
 
 def test_seeds_share_the_program_of_one(library):
     """A run of three seeds calls it for one at a time, on two threads: nothing is compiled again, and each learns by itself."""
     _, learn_eagerly, _, cache_dir = library
-    examples = [job(CATEGORICAL_POLICY, seed=seed, learning_rate=0.01)[1] for seed in range(3)]
+    examples = [job(CATEGORICAL_POLICY, seed=seed, **STOPPING)[1] for seed in range(3)]
     stacked = stack(examples)
     learned = load_program(learn_eagerly, stacked, cache_dir, Seeds(3, 1, 2))(*stacked)
     for seed, example in enumerate(examples):
@@ -240,7 +265,7 @@ def test_second_process_loads_without_the_compiler(library):
     script = (
         "import sys, pathlib, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
         "from fastppo.compile.compiled_program import load_program; from support.programs import *\n"
-        "l, a = job(CATEGORICAL_POLICY, target_kl=0.002, learning_rate=0.01)\n"
+        f"l, a = job(CATEGORICAL_POLICY, **{STOPPING})\n"
         "c = load_program(l, a, pathlib.Path(sys.argv[2])); assert_same(c(*a), l(*a))\n"
         "assert 'torch._inductor.compile_fx' not in sys.modules and 'torch._dynamo' not in sys.modules\n"
     )
@@ -251,7 +276,7 @@ def test_another_setting_or_shape_is_another_program(library):
     """Settings that are baked in, threads and shapes are in the key; values of tensors are not."""
     _, learn_eagerly, arguments, cache_dir = library
     assert load_program(learn_eagerly, job(CATEGORICAL_POLICY, seed=5, learning_rate=1e-4)[1], cache_dir) is not None
-    assert load_program(with_settings(learn_eagerly, gamma=0.98), arguments, cache_dir) is None
+    assert load_program(with_settings(learn_eagerly, norm_adv=False), arguments, cache_dir) is None
     wider = dataclasses.replace(CATEGORICAL_POLICY, activation="relu")
     assert load_program(functools.partial(learn_eagerly, policy=wider), arguments, cache_dir) is None
     longer = (*arguments[:3], arguments[3].repeat(2, 1), *arguments[4:])  # twice the epochs

@@ -62,8 +62,8 @@ class Buffers:
 
     def learn_arguments(self) -> tuple[Any, ...]:
         """The arguments of `learn`."""
-        normalization, schedule = self.axis.stack(self.inputs)
-        return self.params, self.adam, self.learn_rollout, self.permutation, schedule, normalization
+        normalization, coefficients = self.axis.stack(self.inputs)
+        return self.params, self.adam, self.learn_rollout, self.permutation, coefficients, normalization
 
 
 def allocate_buffers(task: Task) -> Buffers:
