@@ -14,6 +14,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fastppo.cli import parse, run
 from fastppo.config import read_run_config
 from fastppo.errors import UsageError
+from fastppo.system.imports import lasting_imports
 from fastppo.system.paths import absolute, current_directory
 
 VideoFormat = Annotated[
@@ -67,13 +68,14 @@ def _main(args: Sequence[str]) -> None:
     # the environment's code may change the working directory
     directory = absolute(settings.run_dir, "RUN_DIR", current_directory())
     config = read_run_config(directory)
-    import torch  # here, so that --help and wrong flags do not wait for it
+    with lasting_imports():  # here, so that --help and wrong flags do not wait for it
+        import torch
 
-    from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
-    from fastppo.analysis.loading import agent_from_checkpoint
-    from fastppo.analysis.rendered_episodes import record_episodes, show_episodes
-    from fastppo.analysis.video import choose_suffix
-    from fastppo.run.checkpoint_file import load_checkpoint
+        from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
+        from fastppo.analysis.loading import agent_from_checkpoint
+        from fastppo.analysis.rendered_episodes import record_episodes, show_episodes
+        from fastppo.analysis.video import choose_suffix
+        from fastppo.run.checkpoint_file import load_checkpoint
 
     torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
     path = directory / "checkpoints" / f"{settings.checkpoint}.pt"

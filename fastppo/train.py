@@ -10,6 +10,7 @@ from fastppo.cli import parse_train, run
 from fastppo.config import default_runs
 from fastppo.envs.envpool import task_of
 from fastppo.envs.registry import find_spec, is_atari
+from fastppo.system.imports import lasting_imports
 from fastppo.system.paths import current_directory
 
 
@@ -22,7 +23,8 @@ def _main(args: Sequence[str]) -> None:
         # After each operation OpenMP's threads keep a core busy for a millisecond, which these environments' own threads need:
         # Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    from fastppo.training.loop import train_in  # imports torch: --help and wrong flags do not wait for it
+    with lasting_imports():
+        from fastppo.training.loop import train_in  # imports torch: --help and wrong flags do not wait for it
 
     train_in(runs, config)
 

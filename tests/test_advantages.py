@@ -151,11 +151,12 @@ def test_advantage_equals_torchrl(oracle, num_steps, num_envs, gamma, gae_lambda
     torch.testing.assert_close(target, expected_target, rtol=0, atol=1e-10)
 
 
-def test_advantage_in_float32_is_accurate():
-    """The doubling rounds lose no more than float32 rounding against torchrl's loop in float64."""
+@pytest.mark.parametrize("number", [float, torch.tensor], ids=["floats", "tensors"])
+def test_advantage_in_float32_is_accurate(number):
+    """The doubling rounds, and factors that are float32, lose no more than its rounding against torchrl's loop in float64."""
     rollout = random_rollout(128, 8, seed=1, dtype=torch.float32)
     reward, value, next_value, terminated, truncated = rollout
-    advantage, _ = generalized_advantage(*rollout, 0.99, 0.95)
+    advantage, _ = generalized_advantage(*rollout, number(0.99), number(0.95))
     expected, _ = generalized_advantage_estimate(
         0.99, 0.95, value.double(), next_value.double(), reward.double(), terminated | truncated, terminated
     )

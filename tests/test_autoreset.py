@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from fastppo import TrainConfig, UsageError, train
 from fastppo.core.adam import init_adam
 from fastppo.core.advantages import generalized_advantage
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Normalization
 from fastppo.core.ppo import LearnConfig, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.cartpole import SeededCartPole
@@ -22,6 +22,7 @@ from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector
 from fastppo.rollout.storage import allocate_rollout
+from support.learn_settings import coefficients
 
 MODES = (AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP, AutoresetMode.DISABLED)
 OFF = Normalization(None, None, None, torch.zeros(()), torch.ones(()))
@@ -133,7 +134,7 @@ def test_every_mode_gives_the_same_update(seed, advantage_estimator):
     assert int(by_mode["next step"]["valid"][:-1].sum()) == 24
 
     params = POLICY.init(torch.Generator().manual_seed(seed))
-    schedule = Schedule(torch.tensor(1e-2), torch.tensor(0.1), torch.tensor(0.01))
+    numbers = coefficients(learning_rate=1e-2, clip_coef=0.1, gamma=0.9, gae_lambda=0.8)
     learned = {}
     for mode, rollout in by_mode.items():
         rows = rollout["reward"].shape[0] - 1
@@ -142,22 +143,16 @@ def test_every_mode_gives_the_same_update(seed, advantage_estimator):
             init_adam(params),
             rollout,
             torch.arange(rows).repeat(3, 1),
-            schedule,
+            numbers,
             OFF,
             policy=POLICY,
             config=LearnConfig(
                 minibatch_size=rows,
-                gamma=0.9,
-                gae_lambda=0.8,
                 advantage_estimator=advantage_estimator,
                 norm_returns=advantage_estimator == "monte-carlo",
                 norm_adv=True,
                 clip_reward=False,
                 clip_vloss=True,
-                vf_coef=0.5,
-                max_grad_norm=0.5,
-                target_kl=None,
-                adam_eps=1e-5,
             ),
         )
     for mode in ("disabled", "next step"):

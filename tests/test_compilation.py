@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,6 @@ from fastppo.compile.inductor import compile_program
 from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
 from fastppo.compile.workers import WorkerPool
-from fastppo.core.contracts import Schedule
 from fastppo.core.minibatches import draw_permutation
 from support.learn_settings import with_settings
 from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, T, assert_same, job
@@ -90,15 +90,37 @@ def test_two_compiled_workers_equal_eager(library):
 
 
 def test_one_program_serves_every_value_of_its_tensors(library):
-    """Other data, learning rate, clip and entropy coefficients: nothing is compiled again, the rollout may be a TensorDict."""
+    """Other data and numbers, no KL stop: nothing is compiled again, the rollout may be a TensorDict."""
     tensordict = pytest.importorskip("tensordict")
-    _, (params, adam, rollout, permutation, _, normalization) = job(NORMAL_POLICY, seed=9, **SETTINGS)
-    schedule = Schedule(torch.tensor(1e-4), torch.tensor(0.1), torch.tensor(0.05))
-    as_dict = (params, adam, rollout, permutation, schedule, normalization)
-    as_tensordict = (params, adam, tensordict.TensorDict(rollout, [T + 1, N]), permutation, schedule, normalization)
+    numbers = {"learning_rate": 1e-4, "clip_coef": 0.1, "ent_coef": 0.05, "gamma": 0.9, "target_kl": None}
+    params, adam, rollout, *rest = as_dict = job(NORMAL_POLICY, seed=9, **(SETTINGS | numbers))[1]
+    as_tensordict = (params, adam, tensordict.TensorDict(rollout, [T + 1, N]), *rest)
     expected = library.eager(*as_dict)
+    assert expected.minibatch_metrics[:, APPLIED].all()
     assert_same(library.compiled(*as_dict), expected)
     assert_same(library.compiled(*as_tensordict), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.01),
+        ("clip_coef", 0.02),
+        ("ent_coef", 0.5),
+        ("vf_coef", 2.0),
+        ("gamma", 0.9),
+        ("max_grad_norm", 0.05),
+        ("target_kl", math.inf),
+        ("adam_eps", 0.1),
+    ],
+)
+def test_a_sweep_over_a_number_compiles_once(library, name, value):
+    """Each of them is an input: of another value it is the same library, which gives what eager gives for that value."""
+    arguments = job(NORMAL_POLICY, seed=3, **SETTINGS)[1]
+    other = (*arguments[:4], arguments[4]._replace(**{name: torch.tensor(value)}), arguments[5])
+    expected, before = library.eager(*other), library.eager(*arguments)
+    assert (expected.params - before.params).abs().max() > 1e-4  # the number counts
+    assert_same(library.load(arguments=other)(*other), expected)
 
 
 def test_a_failing_worker_is_an_error_not_a_hang(library):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastppo.core.acting import act_from_params
 from fastppo.core.adam import AdamState
-from fastppo.core.contracts import EAGER, Normalization, Schedule, obs_of
+from fastppo.core.contracts import EAGER, Coefficients, Normalization, obs_of
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY, learn
 from fastppo.core.seed_axis import SeedAxis, stack
 from fastppo.fused import operators
@@ -21,7 +21,7 @@ from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, MultiCate
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
-from support.learn_settings import learn_settings
+from support.learn_settings import coefficients, learn_settings, split
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -67,7 +67,7 @@ def make_rollout(network, num_steps, num_envs, generator, final_obs=False):
     return rollout
 
 
-def arguments_of(network, num_steps=8, num_envs=4, epochs=2, seed=0, normalized=False, final_obs=False, spread=0.1):
+def arguments_of(network, num_steps=8, num_envs=4, epochs=2, seed=0, normalized=False, final_obs=False, spread=0.1, **numbers):
     """Arguments of `learn`: Adam has taken some steps, and no weight is zero."""
     generator = torch.Generator().manual_seed(seed)
     params = network.init(generator) + spread * torch.randn(network.num_params, generator=generator)
@@ -75,7 +75,6 @@ def arguments_of(network, num_steps=8, num_envs=4, epochs=2, seed=0, normalized=
     adam = AdamState(mean, square, torch.tensor(7.0))
     rollout = make_rollout(network, num_steps, num_envs, generator, final_obs)
     permutation = torch.stack([torch.randperm(num_steps * num_envs, generator=generator) for _ in range(epochs)])
-    schedule = Schedule(torch.tensor(3e-3), torch.tensor(0.2), torch.tensor(0.01))
     mean = scale = reward_scale = None
     if normalized:
         key = "obs" if "obs" in rollout else "obs.x"
@@ -83,7 +82,7 @@ def arguments_of(network, num_steps=8, num_envs=4, epochs=2, seed=0, normalized=
         mean, scale = {key: torch.linspace(-1, 1, size)}, {key: torch.linspace(0.5, 2, size)}
         reward_scale = torch.tensor(0.5)
     normalization = Normalization(mean, scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
-    return params, adam, rollout, permutation, schedule, normalization
+    return params, adam, rollout, permutation, coefficients(**numbers), normalization
 
 
 def both(network, arguments, num_parts=1, **options):
@@ -147,8 +146,9 @@ def test_an_update_equals_the_eager_one(network, seed, shape, parts, normalized,
     num_steps, num_envs, epochs = shape
     rows = num_steps * num_envs
     divisor = next(d for d in (3, 2, 1) if rows % d == 0)
-    arguments = arguments_of(network, num_steps, num_envs, epochs, seed, normalized, final_obs)
-    assert_same(*both(network, arguments, parts, minibatch_size=rows // divisor, **options))
+    numbers, others = split(options)
+    arguments = arguments_of(network, num_steps, num_envs, epochs, seed, normalized, final_obs, **numbers)
+    assert_same(*both(network, arguments, parts, minibatch_size=rows // divisor, **others))
 
 
 WIDE = MLPActorCritic(17, 6, DIAGONAL_NORMAL, (64, 64))
@@ -181,15 +181,15 @@ def test_it_is_as_exact_as_the_eager_update():
     def double(x):
         return x.double() if x.is_floating_point() else x
 
-    params, adam, rollout, permutation, schedule, normalization = arguments_of(WIDE, 32, 8)
+    params, adam, rollout, permutation, numbers, normalization = arguments_of(WIDE, 32, 8)
     exact_arguments = (
         *(params.double(), AdamState(*map(double, adam)), {key: double(x) for key, x in rollout.items()}, permutation),
-        *(Schedule(*map(double, schedule)), normalization._replace(return_mean=torch.tensor(0.2).double())),
+        *(Coefficients(*map(double, numbers)), normalization._replace(return_mean=torch.tensor(0.2).double())),
     )
     exact_arguments[-1]._replace(return_std=torch.tensor(1.5).double())
     config = learn_settings(minibatch_size=128)["config"]
     exact = learn(*exact_arguments, policy=WIDE, config=config).params
-    fused, eager = both(WIDE, (params, adam, rollout, permutation, schedule, normalization), minibatch_size=128)
+    fused, eager = both(WIDE, (params, adam, rollout, permutation, numbers, normalization), minibatch_size=128)
     errors = [float((result.params - exact).abs().max()) for result in (fused, eager)]
     assert errors[0] < 3.0 * errors[1] + 1e-7
 
@@ -225,8 +225,8 @@ def test_extreme_logits():
 
 def test_a_kl_stop_stops_all_later_minibatches():
     """After target_kl is passed nothing moves; the two agree on which minibatch that is."""
-    arguments = arguments_of(WIDE, 32, 8, epochs=6, spread=0.05)
-    fused, eager = both(WIDE, arguments, minibatch_size=32, target_kl=1e-4)
+    arguments = arguments_of(WIDE, 32, 8, epochs=6, spread=0.05, target_kl=1e-4)
+    fused, eager = both(WIDE, arguments, minibatch_size=32)
     applied = MINIBATCH_METRICS.index("applied")
     assert torch.equal(fused.minibatch_metrics[:, applied], eager.minibatch_metrics[:, applied])
     assert 0 < fused.minibatch_metrics[:, applied].sum() < len(fused.minibatch_metrics)
@@ -289,12 +289,12 @@ def test_seeds_act_as_if_alone():
 
 
 def operator_arguments():
-    params, adam, rollout, permutation, schedule, normalization = arguments_of(MLPActorCritic(3, 2, CATEGORICAL, (8,)), 4, 2)
+    params, adam, rollout, permutation, numbers, normalization = arguments_of(MLPActorCritic(3, 2, CATEGORICAL, (8,)), 4, 2)
     return (
         *(params, list(adam), rollout["obs"], None, None, rollout["action"].unsqueeze(-1)),
         [rollout[key] for key in ("reward", "terminated", "truncated", "valid")],
-        *(permutation, list(schedule), None, [normalization.return_mean, normalization.return_std]),
-        *([3, 2, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1, 0], [0.99, 0.95, 0.5, 0.5, 0.0, 1e-5], [1, 1, 0, 1, 0]),
+        *(permutation, list(numbers), None, [normalization.return_mean, normalization.return_std]),
+        *([3, 2, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1], [1, 1, 0, 1, 0]),
     )
 
 

@@ -35,6 +35,7 @@ MAY_NAME = {
     "fastppo.compile.trace": ("torch._inductor.test_operators",),
     "fastppo.compile.decompositions": ("torch._inductor.decomposition.select_decomp_table",),
     "fastppo.compile.cuda_graph": ("torch.cuda.CUDAGraph", "torch.cuda.graph"),
+    "fastppo.system.tensordicts": ("torch.compiler",),
 }
 
 
@@ -95,11 +96,17 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_few_modules_name_the_compiler(path):
-    """Compilation wraps whole functions from outside: four modules name the compiler, each its own part."""
+    """Compilation wraps whole functions from outside: five modules name the compiler, each its own part."""
     used = {name for name in named(path.read_text()) if any(under(name, tool) for tool in (*COMPILERS, *CUDA_GRAPHS))}
     allowed = MAY_NAME.get(module_name(path), ())
     assert {name for name in used if not any(under(name, part) for part in allowed)} == set()
     assert {part for part in allowed if not any(under(name, part) for name in used)} == set()  # none that is not needed
+
+
+def test_one_module_imports_tensordict():
+    """Imported elsewhere, and first, it would load Dynamo. Those who have imported torchrl have loaded that already."""
+    users = {module_name(path) for path in FILES if any(under(name, "tensordict") for name in imported(path.read_text(), ""))}
+    assert users == {"fastppo.system.tensordicts", "fastppo.envs.torchrl"}
 
 
 def test_no_two_modules_have_one_name():

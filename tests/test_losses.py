@@ -11,7 +11,6 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from torch.distributions import Categorical, kl_divergence
 from torchrl.objectives import ClipPPOLoss
 
-from fastppo.core.contracts import Schedule
 from fastppo.core.losses import (
     approximate_kl,
     clipped_policy_loss,
@@ -24,7 +23,7 @@ from fastppo.core.losses import (
     weighted_sum,
 )
 from fastppo.core.ppo import Rows, ppo_loss
-from support.learn_settings import learn_settings
+from support.learn_settings import coefficients, learn_settings
 
 CLIP = torch.tensor(0.2)
 
@@ -186,9 +185,9 @@ def test_ppo_loss_by_hand(clip_vloss, value_loss, loss, value_gradient):
         old_value=torch.tensor([0.0, 0.0, 4.0]),
         weight=torch.tensor([0.5, 0.0, 0.5]),
     )
-    config = learn_settings(minibatch_size=3, vf_coef=0.5, clip_vloss=clip_vloss)["config"]
-    schedule = Schedule(learning_rate=torch.tensor(1.0), clip_coef=CLIP, ent_coef=torch.tensor(0.1))
-    total, (means, deviation) = ppo_loss(log_prob, value, entropy, rows, schedule, config)
+    config = learn_settings(minibatch_size=3, clip_vloss=clip_vloss)["config"]
+    numbers = coefficients(clip_coef=0.2, ent_coef=0.1, vf_coef=0.5)
+    total, (means, deviation) = ppo_loss(log_prob, value, entropy, rows, numbers, config)
     assert total.item() == pytest.approx(loss, abs=1e-6)
     assert means.tolist() == pytest.approx([-0.7, value_loss, 0.6, 0.0472674, 0.5], abs=1e-6)
     assert deviation.item() == pytest.approx(0.5, abs=1e-6)

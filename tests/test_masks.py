@@ -17,7 +17,7 @@ from fastppo.analysis.evaluation import play_episodes
 from fastppo.analysis.rendered_episodes import play
 from fastppo.core.acting import act
 from fastppo.core.adam import init_adam
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Normalization
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.factory import EnvConfig
@@ -29,7 +29,7 @@ from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.storage import allocate_rollout
 from fastppo.training.setup import info_mask_size
-from support.learn_settings import learn_settings
+from support.learn_settings import coefficients, learn_settings
 from support.runs import tiny
 
 T, N = 150, 4
@@ -113,9 +113,8 @@ def test_the_first_minibatch_has_ratio_one(mode):
     """Acting and learning see the same masks: an off-by-one would make some chosen action impossible in hindsight."""
     started = Started(made(mode, **TOLD["info"]))
     rollout = started.collect()
-    schedule = Schedule(torch.tensor(1e-3), torch.tensor(0.2), torch.tensor(0.01))
     permutation = torch.arange(T * N).unsqueeze(0)
-    arguments = (started.params, init_adam(started.params), rollout, permutation, schedule, OFF)
+    arguments = (started.params, init_adam(started.params), rollout, permutation, coefficients(learning_rate=1e-3), OFF)
     learned = learn(*arguments, policy=started.network, **learn_settings(minibatch_size=T * N))
     metrics = dict(zip(MINIBATCH_METRICS, learned.minibatch_metrics[0].tolist(), strict=True))
     assert metrics["ratio_deviation"] < 1e-4

@@ -89,6 +89,35 @@ def test_a_program_that_changes_on_its_way_is_not_built(tmp_path, monkeypatch):
         BackgroundCompile(functools.partial(program, policy=policy), example, tmp_path)
 
 
+NUMBERS = {
+    "learning_rate": 1e-4,
+    "anneal_lr": False,
+    "clip_coef": 0.3,
+    "anneal_clip": True,
+    "ent_coef": 0.2,
+    "vf_coef": 0.1,
+    "gamma": 0.9,
+    "gae_lambda": 0.8,
+    "max_grad_norm": 9.0,
+    "target_kl": 0.01,
+    "adam_eps": 1e-8,
+}
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "torch"}, {"num_seeds": 3}], ids=["act", "collect", "seeds"])
+def test_a_sweep_over_numbers_has_one_key(tmp_path, settings):
+    """PPO's plain numbers: the programs of the second trial are those that the first one left in the cache."""
+
+    def keys(**changed):
+        jobs = jobs_of(tmp_path / "-".join(["run", *changed]), **settings, **changed).values()
+        return [cache_key(one.program, one.example, one.seeds) for one in jobs]
+
+    first = keys()
+    assert keys(**NUMBERS) == first
+    for changed in ({"norm_adv": False}, {"clip_vloss": True}, {"advantage": "monte-carlo"}, {"clip_reward": True}):
+        assert keys(**changed) != first  # while what changes the program does
+
+
 def served(monkeypatch, capsys, tmp_path, key):
     """What the compiler's process answers to a job that should have this key."""
     program, example = job(CATEGORICAL_POLICY)

@@ -12,24 +12,24 @@ from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
 from fastppo.core.acting import act_recurrent_from_params, collect
 from fastppo.core.adam import init_adam
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Normalization
 from fastppo.core.ppo import learn
 from fastppo.core.seed_axis import Seeds, of_seed, stack
-from support.learn_settings import learn_settings, with_settings
+from support.learn_settings import coefficients, learn_settings, split, with_settings
 from support.programs import OFF, assert_same, make_permutation
 from support.recurrent import KINDS, USERS, Bench, make_params, make_policy, setting
 
 
-def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_envs=6, per_minibatch=3, **settings):
+def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_envs=6, per_minibatch=3, **given):
     """(learn, arguments): 12 steps, minibatches of whole environments, two epochs."""
     options = {"users": users, "layers": layers, "hidden": hidden}
     policy, _, rollout = setting(spaces, kind, num_envs=num_envs, seed=seed + 1, **options)
     params = make_params(policy, seed)
-    if settings.pop("final_obs", False):
+    if given.pop("final_obs", False):
         rollout |= {"final_" + key: x.flip(0) for key, x in rollout.items() if key.partition(".")[0] == "obs"}
-    schedule = Schedule(torch.tensor(1e-3), torch.tensor(0.2), torch.tensor(0.01))
+    numbers, settings = split({"learning_rate": 1e-3, **given})
     settings = learn_settings(**({"minibatch_size": 12 * per_minibatch} | settings))
-    arguments = (params, init_adam(params), rollout, make_permutation(2, num_envs, seed), schedule, OFF)
+    arguments = (params, init_adam(params), rollout, make_permutation(2, num_envs, seed), coefficients(**numbers), OFF)
     return functools.partial(learn, policy=policy, **settings), arguments
 
 

@@ -12,7 +12,6 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from fastppo import TrainConfig, TrainingFault, load_policy, train
 from fastppo.core.acting import act
 from fastppo.core.adam import AdamState, init_adam
-from fastppo.core.contracts import Schedule
 from fastppo.core.ppo import MINIBATCH_METRICS, LearnConfig, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
@@ -22,6 +21,7 @@ from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector
 from fastppo.rollout.storage import allocate_rollout
 from fastppo.training.setup import environment_seed
+from support.learn_settings import NUMBERS, coefficients
 
 CPU = torch.device("cpu")
 
@@ -192,7 +192,7 @@ def test_acting_and_learning_see_the_same_numbers(make, mode):
     bench = Bench(make, 16, 3, mode)
     moments = init_moments(bench.vector.single_observation_space.shape)
     adam, ratio = init_adam(bench.params), MINIBATCH_METRICS.index("ratio_deviation")
-    schedule = Schedule(torch.tensor(1e-2), torch.tensor(0.2), torch.tensor(0.0))
+    numbers = coefficients(learning_rate=1e-2, ent_coef=0.0, gamma=0.9, gae_lambda=0.9)
     for iteration in range(5):
         normalization = make_normalization({"obs": moments}, None, torch.zeros(()), torch.ones(()))
         noise = bench.collect(normalization)
@@ -204,22 +204,16 @@ def test_acting_and_learning_see_the_same_numbers(make, mode):
             adam,
             dict(bench.rollout.items()),
             torch.stack([torch.randperm(48, generator=bench.generator) for _ in range(3)]),
-            schedule,
+            numbers,
             normalization,
             policy=bench.network,
             config=LearnConfig(
                 minibatch_size=12,
-                gamma=0.9,
-                gae_lambda=0.9,
                 advantage_estimator="gae",
                 norm_returns=False,
                 clip_reward=False,
                 norm_adv=True,
                 clip_vloss=False,
-                vf_coef=0.5,
-                max_grad_norm=0.5,
-                target_kl=None,
-                adam_eps=1e-5,
             ),
         )
         deviation = learned.minibatch_metrics[:, ratio]
@@ -296,22 +290,16 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
             adam,
             dict(rollout.items()),
             torch.stack([torch.randperm(128, generator=generators["minibatches"]) for _ in range(config.update_epochs)]),
-            Schedule(torch.tensor(1e-2), torch.tensor(config.clip_coef), torch.tensor(config.ent_coef)),
+            coefficients(**{name: getattr(config, name) for name in NUMBERS} | {"learning_rate": 1e-2}),
             normalization,
             policy=policy.network,
             config=LearnConfig(
                 minibatch_size=config.rows_per_minibatch,
-                gamma=config.gamma,
-                gae_lambda=config.gae_lambda,
                 advantage_estimator=config.advantage,
                 norm_returns=config.norm_returns,
                 norm_adv=config.norm_adv,
                 clip_reward=config.clip_reward,
                 clip_vloss=config.clip_vloss,
-                vf_coef=config.vf_coef,
-                max_grad_norm=config.max_grad_norm,
-                target_kl=config.target_kl,
-                adam_eps=config.adam_eps,
             ),
         )
         params, adam = learned.params, learned.adam

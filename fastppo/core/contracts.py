@@ -132,12 +132,21 @@ class Normalization(NamedTuple):
     return_std: Tensor
 
 
-class Schedule(NamedTuple):
-    """What annealing moves between iterations, each () float32."""
+class Coefficients(NamedTuple):
+    """The settings of `learn` that are plain numbers, each () float32.
+
+    They are inputs, so that a compiled program serves all their values, annealed or chosen by a sweep.
+    """
 
     learning_rate: Tensor
     clip_coef: Tensor
     ent_coef: Tensor
+    vf_coef: Tensor
+    gamma: Tensor
+    gae_lambda: Tensor
+    max_grad_norm: Tensor
+    target_kl: Tensor  # infinity: no KL stop
+    adam_eps: Tensor
 
 
 class CollectResult(NamedTuple):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
 from fastppo.core.compilable import Call, compilable, policy_call
-from fastppo.core.contracts import EAGER, Execution, LearnResult, Normalization, Policy, Schedule, normalize_obs, obs_of
+from fastppo.core.contracts import EAGER, Coefficients, Execution, LearnResult, Normalization, Policy, normalize_obs, obs_of
 from fastppo.core.forward import Evaluation, by_unit, evaluate_rollout, evaluate_units, make_units
 from fastppo.core.losses import (
     approximate_kl,
@@ -52,20 +52,14 @@ SUMMARY = (*MINIBATCH_METRICS, "explained_variance", "updates", "finite")
 
 @dataclass(frozen=True)
 class LearnConfig:
-    """The settings of PPO that stay the same throughout a run. `Schedule` has those that are annealed."""
+    """The settings of PPO that change the program. Those that are plain numbers are its inputs: see `Coefficients`."""
 
     minibatch_size: int  # M, rows; with several ranks those of one rank
-    gamma: float
-    gae_lambda: float
     advantage_estimator: Literal["gae", "monte-carlo"]
     norm_returns: bool
     norm_adv: bool
     clip_reward: bool
     clip_vloss: bool
-    vf_coef: float
-    max_grad_norm: float
-    target_kl: float | None
-    adam_eps: float
 
 
 class Targets(NamedTuple):
@@ -107,7 +101,7 @@ def learn(
     adam: AdamState,
     rollout: Mapping[str, Tensor],
     permutation: Tensor,
-    schedule: Schedule,
+    coefficients: Coefficients,
     normalization: Normalization,
     worker: Tensor | None = None,
     *,
@@ -141,7 +135,7 @@ def learn(
     with torch.no_grad():
         obs = normalize_obs(obs_of(rollout), normalization)  # (T+1, N, ...)
         evaluation = evaluate_rollout(params, rollout, obs, normalization, policy, shard, execution)
-        targets = estimate_advantages(evaluation, rollout, normalization, config, shard)
+        targets = estimate_advantages(evaluation, rollout, coefficients, normalization, config, shard)
         valid = rollout["valid"][:-1].to(params.dtype)  # (T, N)
         variance_explained = explained_variance(evaluation.value, targets.value_target, valid, shard.sum_over_ranks)
         rows = Rows(evaluation.log_prob, targets.advantage, targets.value_target, evaluation.value, valid)
@@ -151,10 +145,10 @@ def learn(
 
     def loss(params: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         log_prob, value, entropy = evaluate_units(params, index, units, policy, execution.cells)
-        return ppo_loss(log_prob, value, entropy, Rows(*rows.unbind()), schedule, config)
+        return ppo_loss(log_prob, value, entropy, Rows(*rows.unbind()), coefficients, config)
 
     gradient = partial(minibatch_gradient, loss=loss, shard=shard, execution=execution)
-    step = partial(minibatch_step, gradient=gradient, schedule=schedule, config=config)
+    step = partial(minibatch_step, gradient=gradient, coefficients=coefficients)
     running = torch.ones((), dtype=torch.bool, device=params.device)
     (params, adam, _), (minibatch_metrics,) = execution.scan(step, (params, adam, running), tuple(minibatches))
     with torch.no_grad():
@@ -163,7 +157,12 @@ def learn(
 
 
 def estimate_advantages(
-    evaluation: Evaluation, rollout: Mapping[str, Tensor], normalization: Normalization, config: LearnConfig, shard: Shard
+    evaluation: Evaluation,
+    rollout: Mapping[str, Tensor],
+    coefficients: Coefficients,
+    normalization: Normalization,
+    config: LearnConfig,
+    shard: Shard,
 ) -> Targets:
     """Advantages and what the critic learns towards, from rewards r that are clipped and scaled as the settings say.
 
@@ -181,12 +180,12 @@ def estimate_advantages(
     return_mean, return_std = normalization.return_mean, normalization.return_std
     if config.advantage_estimator == "gae":
         advantage, value_target = generalized_advantage(
-            reward, value, next_value, terminated, truncated, config.gamma, config.gae_lambda
+            reward, value, next_value, terminated, truncated, coefficients.gamma, coefficients.gae_lambda
         )
         return Targets(advantage, value_target, return_mean, return_std)
     # the critic may speak in standardised returns: its bootstrap is translated back into rewards
     bootstrap = next_value * return_std + return_mean
-    value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, config.gamma)
+    value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, coefficients.gamma)
     if config.norm_returns:
         valid = rollout["valid"][:-1].to(value.dtype)
         return_mean, return_std = mean_and_std(value_target, valid, total=shard.sum_over_ranks)
@@ -226,7 +225,7 @@ def make_minibatches(
 
 
 def ppo_loss(
-    log_prob: Tensor, value: Tensor, entropy: Tensor, rows: Rows, schedule: Schedule, config: LearnConfig
+    log_prob: Tensor, value: Tensor, entropy: Tensor, rows: Rows, coefficients: Coefficients, config: LearnConfig
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """PPO's loss (Schulman et al., 2017, equation 9, with its sign turned), E over transitions:
 
@@ -245,16 +244,16 @@ def ppo_loss(
     # rows that are no transitions may hold anything: their ratio is 1 by definition
     log_ratio = torch.where(rows.weight > 0, log_prob - rows.old_log_prob, 0.0)
     ratio = log_ratio.exp()
-    policy_loss = clipped_policy_loss(ratio, rows.advantage, rows.weight, schedule.clip_coef)
+    policy_loss = clipped_policy_loss(ratio, rows.advantage, rows.weight, coefficients.clip_coef)
     if config.clip_vloss:
-        value_loss = clipped_value_loss(value, rows.old_value, rows.value_target, rows.weight, schedule.clip_coef)
+        value_loss = clipped_value_loss(value, rows.old_value, rows.value_target, rows.weight, coefficients.clip_coef)
     else:
         value_loss = squared_value_loss(value, rows.value_target, rows.weight)
     entropy = weighted_sum(entropy, rows.weight)
-    loss = policy_loss + config.vf_coef * value_loss - schedule.ent_coef * entropy
+    loss = policy_loss + coefficients.vf_coef * value_loss - coefficients.ent_coef * entropy
 
     deviation = (ratio.detach() - 1.0).abs()
-    clipfrac = weighted_sum(deviation > schedule.clip_coef, rows.weight)
+    clipfrac = weighted_sum(deviation > coefficients.clip_coef, rows.weight)
     approx_kl = approximate_kl(log_ratio.detach(), rows.weight)
     metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac)
     return loss, (torch.stack([metric.detach() for metric in metrics]), deviation.amax())
@@ -286,8 +285,7 @@ def minibatch_step(
     carry: tuple[Tensor, AdamState, Tensor],
     minibatch: tuple[Tensor, ...],
     gradient: Callable[..., tuple[Tensor, Tensor, Tensor]],
-    schedule: Schedule,
-    config: LearnConfig,
+    coefficients: Coefficients,
 ) -> tuple[tuple[Tensor, AdamState, Tensor], tuple[Tensor]]:
     """One step of Adam along the gradient of one minibatch, scaled to a norm of at most max_grad_norm.
 
@@ -305,11 +303,10 @@ def minibatch_step(
     index, rows, num_transitions = minibatch
     grad, means, deviation = gradient(params, index, rows)
     policy_loss, value_loss, entropy, approx_kl, clipfrac = means.unbind()
-    if config.target_kl is not None:
-        running = running & (approx_kl <= config.target_kl)
+    running = running & (approx_kl <= coefficients.target_kl)
     applied = running & (num_transitions > 0)  # a minibatch without one transition has no gradient to follow
-    clipped_grad, grad_norm = clip_by_global_norm(grad, config.max_grad_norm)
-    new_params, new_adam = adam_step(params, clipped_grad, adam, schedule.learning_rate, eps=config.adam_eps)
+    clipped_grad, grad_norm = clip_by_global_norm(grad, coefficients.max_grad_norm)
+    new_params, new_adam = adam_step(params, clipped_grad, adam, coefficients.learning_rate, eps=coefficients.adam_eps)
     params = torch.where(applied, new_params, params)
     adam = AdamState(*(torch.where(applied, new, old) for new, old in zip(new_adam, adam, strict=True)))
     metrics = (policy_loss, value_loss, entropy, approx_kl, clipfrac, grad_norm, deviation, applied.to(params.dtype))

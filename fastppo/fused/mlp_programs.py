@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastppo.compile.workers import exchange_hook
 from fastppo.core.adam import AdamState
-from fastppo.core.contracts import LearnResult, Normalization, Obs, Schedule, normalize_obs, obs_of
+from fastppo.core.contracts import Coefficients, LearnResult, Normalization, Obs, normalize_obs, obs_of
 from fastppo.core.ppo import LearnConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.fused import operators
@@ -91,12 +91,12 @@ class FusedLearn:
         adam: AdamState,
         rollout: Mapping[str, Tensor],
         permutation: Tensor,
-        schedule: Schedule,
+        coefficients: Coefficients,
         normalization: Normalization,
     ) -> LearnResult:
         """As core.ppo.learn; with an axis of S seeds in all arguments, in all results too. Raises RuntimeError."""
         started = time.perf_counter()
-        args = (params, adam, dict(rollout.items()), permutation, schedule, normalization)
+        args = (params, adam, dict(rollout.items()), permutation, coefficients, normalization)
         number = self.threads.number
         if not self.axis.shape:
             result = self._one(number, *args)
@@ -113,7 +113,7 @@ class FusedLearn:
         adam: AdamState,
         rollout: Mapping[str, Tensor],
         permutation: Tensor,
-        schedule: Schedule,
+        coefficients: Coefficients,
         normalization: Normalization,
     ) -> LearnResult:
         config, raw = self.config, obs_of(rollout)
@@ -130,13 +130,12 @@ class FusedLearn:
                 action=action.unsqueeze(-1) if self._is_one_choice else action,
                 steps=[rollout[key] for key in ("reward", "terminated", "truncated", "valid")],
                 permutation=permutation,
-                schedule=list(schedule),
+                coefficients=list(coefficients),
                 reward_scale=normalization.reward_scale,
                 returns=[normalization.return_mean, normalization.return_std],
                 network=self._description,
                 minibatch_size=config.minibatch_size,
-                switches=[int(x) for x in (*switches, config.clip_vloss, config.target_kl is not None)],
-                numbers=[float(getattr(config, name) or 0.0) for name in operators.NUMBERS],
+                switches=[int(x) for x in (*switches, config.clip_vloss)],
                 execution=[self._num_parts, num_threads, self.ranks.rank, self.ranks.size, self._address],
             )
         except RuntimeError:

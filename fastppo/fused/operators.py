@@ -24,7 +24,7 @@ def _all(kind: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), kind)
 
 
-_POINTER, _INTEGER, _NUMBER = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 NetworkShape = _structure(
     "NetworkShape",
     **_all(_INTEGER, "obs_size action_size num_hidden"),
@@ -36,12 +36,12 @@ LearnCall = _structure(
     "LearnCall",
     network=NetworkShape,
     **_all(_POINTER, "params exp_avg exp_avg_sq step obs final_obs action_mask action reward terminated truncated valid"),
-    **_all(_POINTER, "permutation learning_rate clip_coef ent_coef reward_scale return_mean return_std"),
+    **_all(_POINTER, "permutation learning_rate clip_coef ent_coef vf_coef gamma gae_lambda max_grad_norm target_kl adam_eps"),
+    **_all(_POINTER, "reward_scale return_mean return_std"),
     **_all(_POINTER, "new_params new_exp_avg new_exp_avg_sq new_step minibatch_metrics explained_variance"),
     **_all(_POINTER, "new_return_mean new_return_std summary"),
     **_all(_INTEGER, "num_steps num_envs num_minibatches minibatch_size"),
-    **_all(_INTEGER, "monte_carlo norm_returns norm_adv clip_reward clip_vloss has_target_kl"),
-    **_all(_NUMBER, "gamma gae_lambda vf_coef max_grad_norm target_kl adam_eps"),
+    **_all(_INTEGER, "monte_carlo norm_returns norm_adv clip_reward clip_vloss"),
     **_all(_INTEGER, "num_parts num_threads rank num_ranks"),
     exchange=_POINTER,
 )
@@ -50,8 +50,7 @@ ActCall = _structure(
     **_all(_POINTER, "obs obs_mean obs_scale action_mask noise action"),
     **_all(_INTEGER, "num_rows num_threads"),
 )
-SWITCHES = ("monte_carlo", "norm_returns", "norm_adv", "clip_reward", "clip_vloss", "has_target_kl")
-NUMBERS = ("gamma", "gae_lambda", "vf_coef", "max_grad_norm", "target_kl", "adam_eps")
+SWITCHES = ("monte_carlo", "norm_returns", "norm_adv", "clip_reward", "clip_vloss")
 EXECUTION = ("num_parts", "num_threads", "rank", "num_ranks", "exchange")
 
 
@@ -122,13 +121,12 @@ def mlp_learn(
     action: Tensor,
     steps: Sequence[Tensor],
     permutation: Tensor,
-    schedule: Sequence[Tensor],
+    coefficients: Sequence[Tensor],
     reward_scale: Tensor | None,
     returns: Sequence[Tensor],
     network: Sequence[int],
     minibatch_size: int,
     switches: Sequence[int],
-    numbers: Sequence[float],
     execution: Sequence[int],
 ) -> list[Tensor]:
     """core.ppo.learn for a multi-layer perceptron; the tensors of its LearnResult, in their order.
@@ -138,9 +136,9 @@ def mlp_learn(
         obs: (T+1, N, D) float32, the networks' input, normalised. final_obs: the same, where environments reset within a step.
         action_mask: (T+1, N, A) bool. action: (T+1, N, choices) int64, or (T+1, N, A) float32.
         steps: reward float32, terminated, truncated, valid bool, (T+1, N) each.
-        permutation: (E, B) int64. schedule: learning_rate, clip_coef, ent_coef. returns: their mean and std. All () float32.
-        network: see `network_shape`. switches, numbers, execution: SWITCHES, NUMBERS and EXECUTION in their order. exchange is
-            the address of the function that sums over ranks, or 0.
+        permutation: (E, B) int64. coefficients: core.contracts.Coefficients. returns: their mean and std. All () float32.
+        network: see `network_shape`. switches, execution: SWITCHES and EXECUTION in their order. exchange is the address of
+            the function that sums over ranks, or 0.
 
     Raises:
         ValueError: a tensor of another type or shape. RuntimeError: an exchange failed, or the functions are not loaded.
@@ -153,18 +151,20 @@ def mlp_learn(
     results = _empty_results(params, num_minibatches)
     actions = (torch.int64, *grid, choices) if choices else (kind, *grid, outputs)
     reward, *ends = steps
+    if permutation.numel() and not 0 <= int(permutation.amin()) <= int(permutation.amax()) < (rows - 1) * num_envs:
+        raise ValueError(f"permutation: expected numbers of {(rows - 1) * num_envs} rows")
     address = [
         *(_address(params, kind, num_params), *(_address(x, kind, num_params) for x in adam[:2]), _address(adam[2], kind)),
         *(_address(x, kind, *grid, obs_size) for x in (obs, final_obs)),
         *(_address(action_mask, torch.bool, *grid, outputs), _address(action, *actions)),
         *(_address(reward, kind, *grid), *(_address(x, torch.bool, *grid) for x in ends)),
         _address(permutation, torch.int64, *permutation.shape),
-        *(_address(x, kind) for x in (*schedule, reward_scale, *returns)),
+        *(_address(x, kind) for x in (*coefficients, reward_scale, *returns)),
         *(x.data_ptr() for x in results),
     ]
     sizes = (rows - 1, num_envs, num_minibatches, minibatch_size)
     shape = network_shape(network)
-    call = LearnCall(shape, *address, *sizes, *switches, *numbers, *execution[:-1], execution[-1] or None)
+    call = LearnCall(shape, *address, *sizes, *switches, *execution[:-1], execution[-1] or None)
     if functions().fastppo_learn(ctypes.addressof(call), 1, 1) != 0:
         raise RuntimeError("the exchange with other processes failed")
     return results

@@ -21,13 +21,12 @@ struct LearnCall {  // as in operators.py; every field has 8 bytes
   const float* reward;                                     // (T+1, N)
   const uint8_t *terminated, *truncated, *valid;           // (T+1, N)
   const int64_t* permutation;                              // (E, B)
-  const float *learning_rate, *clip_coef, *ent_coef;       // ()
+  const float *learning_rate, *clip_coef, *ent_coef, *vf_coef, *gamma, *gae_lambda, *max_grad_norm, *target_kl, *adam_eps;  // ()
   const float *reward_scale, *return_mean, *return_std;    // (); reward_scale may be null
   float *new_params, *new_exp_avg, *new_exp_avg_sq, *new_step;
   float *minibatch_metrics, *explained_variance, *new_return_mean, *new_return_std, *summary;
   int64_t num_steps, num_envs, num_minibatches, minibatch_size;
-  int64_t monte_carlo, norm_returns, norm_adv, clip_reward, clip_vloss, has_target_kl;
-  double gamma, gae_lambda, vf_coef, max_grad_norm, target_kl, adam_eps;
+  int64_t monte_carlo, norm_returns, norm_adv, clip_reward, clip_vloss;
   int64_t num_parts, num_threads, rank, num_ranks;
   Exchange* exchange;  // null with one rank
 };
@@ -121,7 +120,7 @@ class Targets {
     }
     new_return_mean_ = *call_.return_mean;
     new_return_std_ = *call_.return_std;
-    const auto gamma = static_cast<float>(call_.gamma), decay = static_cast<float>(call_.gamma * call_.gae_lambda);
+    const float gamma = *call_.gamma, decay = gamma * *call_.gae_lambda;
     std::vector<float> later(num_envs, 0.0f);  // of step t + 1
     for (int64_t t = num_steps - 1; t >= 0; --t) {
       for (int64_t env = 0; env < num_envs; ++env) {

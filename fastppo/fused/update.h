@@ -16,7 +16,7 @@ class Update : Targets {
         flat_(network_.flat_size + kNumMetrics + call.num_ranks), barrier_(call.num_threads) {
     network_.pack(call.exp_avg, exp_avg_.get());
     network_.pack(call.exp_avg_sq, exp_avg_sq_.get());
-    coefficients_ = {*call.clip_coef, *call.ent_coef, static_cast<float>(call.vf_coef), call.clip_vloss != 0};
+    coefficients_ = {*call.clip_coef, *call.ent_coef, *call.vf_coef, call.clip_vloss != 0};
   }
 
   // 0, or 1 if an exchange with other processes has failed.
@@ -65,9 +65,7 @@ class Update : Targets {
       for_parts([&](int64_t part) { add_up(part); });
       barrier_.wait();
       const LossSums sums = whole_sums();
-      if (call_.has_target_kl) {
-        progress.running = progress.running && static_cast<float>(sums.approx_kl) <= static_cast<float>(call_.target_kl);
-      }
+      progress.running = progress.running && static_cast<float>(sums.approx_kl) <= *call_.target_kl;
       const bool applied = progress.running && statistics_[l].num_transitions > 0.0;
       const auto norm = static_cast<float>(gradient_norm());
       if (thread == 0) log_minibatch(l, sums, norm, applied);
@@ -185,11 +183,11 @@ class Update : Targets {
 
   // adam.clip_by_global_norm and adam_step, on this part's stretch. step: counted from 1.
   void adam_step(int64_t part, float norm, float step) {
-    const float clip = minimum(static_cast<float>(call_.max_grad_norm) / (norm + 1e-6f), 1.0f);
+    const float clip = minimum(*call_.max_grad_norm / (norm + 1e-6f), 1.0f);
     const float correction1 = -std::expm1(step * static_cast<float>(std::log(0.9)));
     const float correction2 = -std::expm1(step * static_cast<float>(std::log(0.999)));
     const float size = *call_.learning_rate / correction1, unbias = 1.0f / correction2;
-    const auto eps = static_cast<float>(call_.adam_eps);
+    const float eps = *call_.adam_eps;
     const auto [first, last] = stretch_of(part);
     float *params = params_.get(), *exp_avg = exp_avg_.get(), *exp_avg_sq = exp_avg_sq_.get();
     for (int64_t i = first; i < last; i += kWidth) {

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from tensordict import TensorDict
 from torch import Tensor
 
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
@@ -13,6 +12,7 @@ from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.device_collector import DeviceCollector
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
 from fastppo.rollout.storage import Outcomes, Phases, RnnState, by_step
+from fastppo.system.tensordicts import TensorDict
 
 
 class Collector(Protocol):

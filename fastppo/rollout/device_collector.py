@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -18,6 +17,7 @@ from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
 from fastppo.policy.spaces import ActionSpec
 from fastppo.rollout.env_step import env_step_of, pack, states_of
 from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
+from fastppo.system.tensordicts import TensorDict
 
 
 class DeviceCollector:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
 from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
+from fastppo.system.tensordicts import TensorDict
 
 
 class StepCollector:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict
 from torch import Tensor
 
 from fastppo.errors import TrainingFault
 from fastppo.policy.spaces import ActionSpec, ObsSpec
+from fastppo.system.tensordicts import TensorDict
 
 STEP_KEYS = ("reward", "terminated", "truncated", "valid")  # the results of a step besides the observation
 

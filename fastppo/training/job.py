@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch import Tensor
 
 from fastppo.analysis.rendered_episodes import Recorder
@@ -24,6 +23,7 @@ from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
 from fastppo.system.modes import plain
+from fastppo.system.tensordicts import TensorDict
 from fastppo.training.multi_seed import make_seed_directories, reopen_seeds
 from fastppo.training.programs import build_programs
 from fastppo.training.reproducibility import guarantees
@@ -62,8 +62,8 @@ class Buffers:
 
     def learn_arguments(self) -> tuple[Any, ...]:
         """The arguments of `learn`."""
-        normalization, schedule = self.axis.stack(self.inputs)
-        return self.params, self.adam, self.learn_rollout, self.permutation, schedule, normalization
+        normalization, coefficients = self.axis.stack(self.inputs)
+        return self.params, self.adam, self.learn_rollout, self.permutation, coefficients, normalization
 
 
 def allocate_buffers(task: Task) -> Buffers:

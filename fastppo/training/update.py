@@ -3,6 +3,7 @@
 Knows nothing of files, logs or how a rollout is collected.
 """
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastppo.config import TrainConfig
-from fastppo.core.contracts import LearnResult, Normalization, Schedule
+from fastppo.core.contracts import Coefficients, LearnResult, Normalization
 from fastppo.core.losses import Total, alone
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
 from fastppo.errors import TrainingFault
@@ -25,21 +26,24 @@ class FrozenInputs(NamedTuple):
     """What programs read beside parameters and rollout. It does not change within an iteration."""
 
     normalization: Normalization
-    schedule: Schedule
+    coefficients: Coefficients
 
 
 def frozen_inputs(state: TrainState, progress: float, config: TrainConfig) -> FrozenInputs:
     """The inputs of the iteration that starts at `progress`."""
-    return FrozenInputs(normalization_of(state), schedule_at(progress, config, state.params.device))
+    return FrozenInputs(normalization_of(state), coefficients_at(progress, config, state.params.device))
 
 
-def schedule_at(progress: float, config: TrainConfig, device: torch.device) -> Schedule:
-    """Learning rate and clip range for the iteration that starts at `progress`, a share of the run."""
-    rest = 1.0 - progress
-    learning_rate = config.learning_rate * (rest if config.anneal_lr else 1.0)
-    clip_coef = config.clip_coef * (rest if config.anneal_clip else 1.0)
-    values = (learning_rate, clip_coef, config.ent_coef)
-    return Schedule(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
+def coefficients_at(progress: float, config: TrainConfig, device: torch.device) -> Coefficients:
+    """The numbers of the iteration that starts at `progress`, a share of the run: learning rate and clip range annealed."""
+    values: dict[str, float] = {name: getattr(config, name) for name in Coefficients._fields}
+    if config.anneal_lr:
+        values["learning_rate"] *= 1.0 - progress
+    if config.anneal_clip:
+        values["clip_coef"] *= 1.0 - progress
+    if config.target_kl is None:
+        values["target_kl"] = math.inf
+    return Coefficients(*torch.tensor(list(values.values()), dtype=torch.float32, device=device).unbind())
 
 
 def read_metrics(result: LearnResult) -> dict[str, float]:

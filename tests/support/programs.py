@@ -9,17 +9,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.core.adam import init_adam
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Normalization
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
-from support.learn_settings import learn_settings
+from support.learn_settings import coefficients, learn_settings, split
 
 T, N, E, M = 16, 4, 2, 16
 APPLIED = MINIBATCH_METRICS.index("applied")
 
 
-def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
+def job(policy, seed=0, normalized=False, **options):
     """(learn, arguments): a rollout with both kinds of ends and the rows after them masked, those full of absurd numbers."""
     generator = torch.Generator().manual_seed(seed)
     params = policy.init(generator)
@@ -37,7 +37,7 @@ def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
         "obs": obs, "action": action, "reward": reward, "terminated": terminated, "truncated": truncated, "valid": valid
     }  # fmt: skip
     permutation = torch.stack([torch.randperm(T * N, generator=generator) for _ in range(E)])
-    schedule = Schedule(torch.tensor(learning_rate), torch.tensor(0.2), torch.tensor(0.01))
+    numbers, settings = split(options)
     obs_mean, obs_scale = (
         ({"obs": torch.full((policy.obs_size,), 0.5)}, {"obs": torch.full((policy.obs_size,), 2.0)})
         if normalized
@@ -45,7 +45,7 @@ def job(policy, seed=0, learning_rate=3e-3, normalized=False, **settings):
     )
     reward_scale = torch.tensor(0.5) if normalized else None
     normalization = Normalization(obs_mean, obs_scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
-    arguments = (params, init_adam(params), rollout, permutation, schedule, normalization)
+    arguments = (params, init_adam(params), rollout, permutation, coefficients(**numbers), normalization)
     return functools.partial(learn, policy=policy, **learn_settings(**({"minibatch_size": M} | settings))), arguments
 
 
@@ -118,10 +118,11 @@ def update(
     policy, params, rollout, permutation, normalization=OFF, adam=None, lr=1e-2, clip_coef=0.25, ent_coef=0.02, **options
 ):
     """`learn` with settings that exercise every term, unless told otherwise; one minibatch an epoch."""
-    schedule = Schedule(*(torch.tensor(x, dtype=params.dtype, device=params.device) for x in (lr, clip_coef, ent_coef)))
-    settings = {"minibatch_size": permutation.shape[-1], "gamma": 127 / 128, "gae_lambda": 61 / 64} | options
+    numbers, settings = split({"gamma": 127 / 128, "gae_lambda": 61 / 64, **options})
+    numbers = coefficients(params.dtype, params.device, learning_rate=lr, clip_coef=clip_coef, ent_coef=ent_coef, **numbers)
+    settings = learn_settings(**{"minibatch_size": permutation.shape[-1], **settings})
     adam = init_adam(params) if adam is None else adam
-    return learn(params, adam, rollout, permutation, schedule, normalization, policy=policy, **learn_settings(**settings))
+    return learn(params, adam, rollout, permutation, numbers, normalization, policy=policy, **settings)
 
 
 def column(learned, name):

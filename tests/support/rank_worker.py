@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastppo.core.adam import init_adam
-from fastppo.core.contracts import Normalization, Schedule
+from fastppo.core.contracts import Normalization
 from fastppo.core.minibatches import draw_permutation
 from fastppo.core.ppo import learn
 from fastppo.errors import TrainingFault
@@ -20,7 +20,7 @@ from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.normalization import init_moments, update_moments
 from fastppo.ranks import Ranks, start_ranks
-from support.learn_settings import learn_settings
+from support.learn_settings import coefficients, learn_settings, split
 
 T, N, M, E, STRATA = 8, 8, 32, 3, 4
 CASES = {
@@ -63,11 +63,11 @@ def update(name, ranks=ALONE):
     rollout = {key: ranks.share(x, 1) for key, x in rollout.items()}
     permutation = torch.empty(E, T * N // ranks.size, dtype=torch.int64)
     draw_permutation(permutation, torch.Generator().manual_seed(1), T, N, M, STRATA, ranks.rank, ranks.size)
-    schedule = Schedule(torch.tensor(0.02), torch.tensor(0.2), torch.tensor(0.01))
+    numbers, given = split(given)
     normalization = Normalization(None, None, None, torch.tensor(0.2), torch.tensor(1.5))
     settings = {"minibatch_size": M // ranks.size, **given, **ranks.learn_settings()}
     program = functools.partial(learn, policy=policy, **learn_settings(**settings))
-    return program(params, init_adam(params), rollout, permutation, schedule, normalization)
+    return program(params, init_adam(params), rollout, permutation, coefficients(learning_rate=0.02, **numbers), normalization)
 
 
 def numbers(size, rank):
