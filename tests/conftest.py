@@ -49,7 +49,7 @@ def pytest_runtest_setup(item):
 
 # The files that take longest, the longest first: two workers take a file at a time, and a long one at the end would keep the
 # other worker waiting. xdist's own order is by numbers of tests and has the files that compile last.
-LONG_FILES = ["selector", "compilation", "export", "torchrun", "seeds", "sweep", "rnn_compile", "video", "faults", "collect"]
+LONG_FILES = ["selector", "compilation", "rnn_compile", "export", "torchrun", "seeds", "sweep", "video", "faults", "collect"]
 LONG_FILES += ["rnn_runs", "run", "collect_keys", "collect_runs"]
 
 

@@ -205,6 +205,18 @@ def test_ranks_take_fused_programs_only_together(compiler, mode, lacking):
             assert any("no registers left" in note for note in notes) == (rank == lacking)
 
 
+def test_ranks_keep_what_all_have(compiler):
+    """`learn` is fused in both. Neither has a compiled `collect`, which is eager then, and a line says how to build it."""
+    meeting = Meeting(2)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda rank: tiers_of("auto", "collect", Kernels(), ranks=meeting.of(rank)), range(2)))
+    for tiers, notes in made:
+        assert in_use(tiers) == ("fused", "eager")
+        assert not tiers.may_change
+        assert notes[-1].startswith("programs: fused + eager, since compiling failed: not all ranks have the compiled programs")
+        assert "--compile on builds them first" in notes[-1]
+
+
 CPU = {"device": "cpu"}
 
 

@@ -92,7 +92,7 @@ RESUMED = {
 def test_stopped_and_resumed_equals_not_interrupted(case, tmp_path, monkeypatch):
     """The same bits, what is remembered included; with --exact-resume stopped between two checkpoints."""
     base, settings = RESUMED[case]
-    settings = {"num_steps": 16, "num_iterations": 4, **settings}
+    settings = {"num_steps": 16, "num_iterations": 4, "compile": "off", **settings}
     train(settings_of(base, tmp_path / "whole", **settings))
     config = settings_of(base, tmp_path / "parted", **settings)
     assert stopped_after(3, config, monkeypatch) == 143

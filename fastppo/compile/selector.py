@@ -79,7 +79,7 @@ class ProgramSelector:
             specs: by name: "learn", and "act" or "collect". Parameters are the first argument, except of an eager act.
             num_threads: torch's threads for compiled programs, set when the first of them is used.
             note: receives lines on what was chosen and why.
-            ranks: processes that share an update. All use fused or compiled programs only if all have them. With "on", one
+            ranks: processes that share an update. All use a fused or compiled program only if all have it. With "on", one
                 process of each machine builds them. Several processes build nothing in the background.
             kernels: for the specs with a fused form; None: there is none.
         """
@@ -265,7 +265,7 @@ class ProgramSelector:
                 self._waiting.append(name)
 
     def _agree(self, failed: CompileError | None) -> CompileError | None:
-        """Use fused and compiled programs only if all processes have them. Returns the reason if they do not."""
+        """Use the fused or compiled form of a program only if all processes have it. Returns the reason if one has not."""
         self._ranks.barrier()
         if self._waiting and failed is None:  # another process of this machine may have built them by now
             try:
@@ -273,15 +273,16 @@ class ProgramSelector:
             except CompileError as reason:
                 failed = reason
         lacks, fails = self._ranks.highest(len(self._waiting), failed is not None)
-        codes = [number for tier in self._tiers.values() for number in (TIERS.index(tier), -TIERS.index(tier))]
-        highest = self._ranks.highest(*codes)
-        if lacks or fails or highest != codes:
-            self._forms.clear()
-            self._tiers = dict.fromkeys(self._specs, "eager")
+        numbers = [TIERS.index(tier) for tier in self._tiers.values()]
+        highest, lowest = self._ranks.highest(*numbers), self._ranks.highest(*(-number for number in numbers))
+        differing = [name for name, high, low in zip(self._specs, highest, lowest, strict=True) if high != -low]
+        for name in differing:
+            self._forms.pop(name, None)
+            self._tiers[name] = "eager"
         if fails:
             return failed or CompileError("it failed in another rank")
         cure = "--compile on builds them first" if native.has_compiler() else native.NO_COMPILER
-        if lacks or highest != codes:
+        if lacks or differing:
             return CompileError(f"not all ranks have the compiled programs in their caches ({cure})")
         return None
 

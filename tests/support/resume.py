@@ -16,7 +16,7 @@ TIMES = {"seconds", "sps", "env_share", "act_share", "learn_share"}
 NEEDS = {"ALE/": "ale_py", "HalfCheetah": "mujoco", "envpool": "envpool"}
 
 
-# what is trained; `restart`: gymnasium's environments, which are exact with --exact-resume only
+# what is trained; `restart`: gymnasium's environments, which are exact with --exact-resume only. Some are eager, some fused.
 CASES = {
     "device": {"backend": "torch"},
     "device, normalised": {"backend": "torch", "env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True, "num_steps": 60},
@@ -37,17 +37,39 @@ CASES = {
         "env_id": "environments:WalkVector-v0",
         "env_kwargs": {"mode": "SameStep"},
         "norm_obs": True,
+        "compile": "on",
     },
-    "continuous": {"restart": True, "env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True, "anneal_clip": True},
+    "continuous": {
+        "restart": True,
+        "env_id": "Pendulum-v1",
+        "norm_obs": True,
+        "norm_reward": True,
+        "anneal_clip": True,
+        "compile": "auto",
+    },
     "fresh rollouts": {"restart": True, "env_id": "environments:Walk-v0", "reset_each_rollout": True},
-    "monte-carlo": {"restart": True, "advantage": "monte-carlo", "norm_returns": True, "share_backbone": True},
+    "monte-carlo": {
+        "restart": True,
+        "advantage": "monte-carlo",
+        "norm_returns": True,
+        "share_backbone": True,
+        "compile": "on",
+    },
     "masks": {
         "restart": True,
+        "compile": "on",
         "env_id": "environments:AnySpacesVector-v0",
         "env_kwargs": {"observation": "masked", "action": "multi-discrete"},
     },
-    "MuJoCo": {"restart": True, "env_id": "HalfCheetah-v5", "norm_obs": True, "norm_reward": True, "num_envs": 2},
-    "EnvPool": {"restart": True, "env_id": "CartPole-v1", "backend": "envpool"},
+    "MuJoCo": {
+        "restart": True,
+        "env_id": "HalfCheetah-v5",
+        "norm_obs": True,
+        "norm_reward": True,
+        "num_envs": 2,
+        "compile": "on",
+    },
+    "EnvPool": {"restart": True, "env_id": "CartPole-v1", "backend": "envpool", "compile": "on"},
     "Atari": {"restart": True, "env_id": "ALE/Pong-v5", "num_envs": 2, "num_steps": 4, "atari_noop_max": 5, "cnn_size": 32},
 }
 
