@@ -2,15 +2,17 @@
 
 import os
 import re
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 
 from fastppo.compile import library_cache
 from fastppo.compile.compile_errors import CompileError
-from fastppo.fused import kernels, operators
+from fastppo.fused import kernels, operators, sources
 from fastppo.fused.kernels import Kernels
-from support.kernels import share_kernels
+from support.kernels import shared_library
 from support.processes import is_running
 
 TO_OUTPUT = 'while [ "$1" != -o ]; do shift; done\n'  # of the shell: the library's path is $2 then
@@ -18,8 +20,9 @@ ABOUT = {"program": "", "torch": ""}
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """The empty cache of this test."""
+def cache(library, tmp_path, monkeypatch):
+    """The empty cache of this test, where the package brings no library."""
+    monkeypatch.setattr(kernels, "packaged", lambda: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "fastppo"
 
@@ -44,12 +47,9 @@ def starts(tmp_path):
 
 
 @pytest.fixture
-def library(needs_compiler, cache, programs_dir, tmp_path):
+def library(needs_compiler, programs_dir, tmp_path):
     """A file with the functions that all tests share, outside the cache."""
-    share_kernels(programs_dir)
-    (shared,) = cache.glob("*.so")
-    shared.rename(tmp_path / "good.so")
-    return tmp_path / "good.so"
+    return Path(shutil.copy(shared_library(programs_dir), tmp_path / "good.so"))
 
 
 def put(cache, content):
@@ -108,13 +108,24 @@ def test_a_damaged_library_is_built_anew_at_once(library, compiler, cache):
     assert damaged.read_bytes() == library.read_bytes()
 
 
-def test_a_library_of_other_sources_does_not_load(library, cache, monkeypatch):
-    """Its structures have other sizes: reading them would read other memory."""
-    kept = put(cache, library.read_bytes())
-    monkeypatch.setattr(operators, "LearnCall", operators.ActCall)
-    with pytest.raises(CompileError, match=r"the fused programs do not load: .*bytes, not "):
-        Kernels().ready()
-    assert not kept.exists()
+def test_a_library_of_other_sources_does_not_load(library, monkeypatch):
+    """Its structures may have other sizes: reading them would read other memory."""
+    before = operators._Library.functions
+    assert not operators.load(library, "the digest of other files")
+    assert operators._Library.functions is before
+    assert operators.load(library, sources.digest())
+
+
+def test_the_packages_library_comes_first(library, compiler, cache, tmp_path, monkeypatch):
+    """Where installation has built one for this processor, nothing is compiled and nothing is cached. An older one is left."""
+    compiler("exit 1")
+    monkeypatch.setattr(kernels, "packaged", lambda: library)
+    assert Kernels().ready()
+    assert (starts(tmp_path), cache.exists()) == ([], False)
+    monkeypatch.setattr(sources, "digest", lambda: "that of changed files")
+    with pytest.raises(CompileError):
+        Kernels().ready(wait=True)
+    assert len(starts(tmp_path)) == 1
 
 
 def test_closing_stops_the_compiler(compiler, tmp_path, cache):
@@ -186,20 +197,22 @@ def test_a_cache_that_others_can_write_to(cache):
 
 def test_every_file_is_in_the_key(tmp_path, monkeypatch):
     """A change of any source or of the build command is another library; an unknown header cannot be missed."""
-    included = {name for path in kernels.FOLDER.glob("*.*") for name in re.findall(r'#include "(.*)"', path.read_text())}
-    files = [*kernels.FOLDER.glob("*.h"), kernels.MAIN, kernels.FOLDER / "kernels.py"]
+    files = [*sources.files(), Path(sources.__file__)]
+    included = {name for path in files for name in re.findall(r'#include "(.*)"', path.read_text())}
     assert included <= {path.name for path in files}
     for path in files:
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(kernels, "FOLDER", tmp_path)
-    monkeypatch.setattr(kernels, "MAIN", tmp_path / "fused.cpp")
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
-    keys = {kernels.key()}
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(sources, "FOLDER", tmp_path)
+    monkeypatch.setattr(sources, "MAIN", tmp_path / "fused.cpp")
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "sources.py"))
+    keys, digests = {kernels.key()}, {sources.digest()}
     assert len(keys | {kernels.key()}) == 1
     for path in files:
         with (tmp_path / path.name).open("a") as file:
             file.write("\n")
         keys.add(kernels.key())
+        digests.add(sources.digest())
     assert len(keys) == len(files) + 1
+    assert len(digests) == len(files)  # sources.py is no part of what is compiled
     monkeypatch.setenv("CXX", "another-compiler")
     assert kernels.key() not in keys

@@ -15,7 +15,7 @@ from fastppo.compile.verification import (
 )
 from fastppo.core.contracts import CollectResult
 from fastppo.core.ppo import MINIBATCH_METRICS
-from support.learn_settings import with_settings
+from support.learn_settings import split, with_settings
 from support.programs import CATEGORICAL_POLICY, NORMAL_POLICY, job
 
 POLICIES = pytest.mark.parametrize("policy", [CATEGORICAL_POLICY, NORMAL_POLICY], ids=["categorical", "normal"])
@@ -39,8 +39,10 @@ def test_another_order_of_sums_is_rounding(policy):
 )
 def test_a_wrong_term_is_none(policy, wrong):
     """A coefficient left out, another discount, no normalisation, another bound: above the tolerance each."""
+    numbers, settings = split(wrong)
     learn, arguments = job(policy, normalized=True)
-    result, eager = with_settings(learn, **wrong)(*arguments), learn(*arguments)
+    others = job(policy, normalized=True, **numbers)[1]
+    result, eager = with_settings(learn, **settings)(*others), learn(*arguments)
     assert deviation_of_learn(result, eager, arguments) > TOLERANCE
 
 
