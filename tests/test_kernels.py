@@ -54,6 +54,7 @@ def library(needs_compiler, programs_dir, tmp_path):
 
 def put(cache, content):
     """A library of these bytes in the cache, as a build by the present compiler leaves it."""
+    library_cache.check_cache_dir(cache)
     (cache / "new").write_bytes(content)
     library_cache.keep(cache / "new", cache, kernels.key(), ABOUT)
     (path,) = cache.glob("*.so")
