@@ -113,7 +113,7 @@ for env in (Room(), hidden()):
     program, example = job(env)
     assert cache_key(program, example) == cache_key(program, example)
     notes = []
-    both = ProgramSpec(program, program, example)
+    both = ProgramSpec(program, program, example, lambda *_: 0.0)
     tiers = ProgramSelector("auto", {"learn": both, "collect": both}, 1, notes.append)
     deadline = time.monotonic() + 600
     while not any("failed" in note for note in notes) and time.monotonic() < deadline:
