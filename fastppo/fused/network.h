@@ -76,25 +76,27 @@ class Network {
 
   bool is_gaussian() const { return choices.empty(); }
 
-  // Call visit(flat index, packed index) for every parameter.
+  // Call visit(flat index, step between them, packed index, number) for all stretches of parameters that follow one another packed.
   template <class Visit>
-  void for_parameters(Visit visit) const {
+  void for_stretches(Visit visit) const {
     for (const auto& layers : trunks) {
       for (const Matrix& matrix : layers) visit_matrix(matrix, visit);
     }
     visit_matrix(actor_head, visit);
     visit_matrix(critic_head, visit);
-    if (is_gaussian()) {
-      for (int64_t i = 0; i < action_size; ++i) visit(log_std_flat + i, log_std + i);
-    }
+    if (is_gaussian()) visit(log_std_flat, 1, log_std, action_size);
   }
 
   void pack(const float* flat, float* packed) const {
-    for_parameters([&](int64_t from, int64_t to) { packed[to] = flat[from]; });
+    for_stretches([=](int64_t from, int64_t step, int64_t to, int64_t number) {
+      for (int64_t i = 0; i < number; ++i) packed[to + i] = flat[from + i * step];
+    });
   }
 
   void unpack(const float* packed, float* flat) const {
-    for_parameters([&](int64_t to, int64_t from) { flat[to] = packed[from]; });
+    for_stretches([=](int64_t to, int64_t step, int64_t from, int64_t number) {
+      for (int64_t i = 0; i < number; ++i) flat[to + i * step] = packed[from + i];
+    });
   }
 
   // The transposed matrices that the backward pass multiplies by: all but those that read the observation.
@@ -128,13 +130,12 @@ class Network {
   static void visit_matrix(const Matrix& matrix, Visit visit) {
     const int64_t row_step = matrix.is_head ? 1 : matrix.columns, column_step = matrix.is_head ? matrix.inner : 1;
     for (int64_t k = 0; k < matrix.inner; ++k) {
-      for (int64_t c = 0; c < matrix.columns; ++c) {
-        visit(matrix.flat + k * row_step + c * column_step, matrix.panels + in_panels(matrix.inner, matrix.columns, k, c));
+      for (int64_t c = 0; c < matrix.columns; c += 2 * kWidth) {
+        visit(matrix.flat + k * row_step + c * column_step, column_step,
+              matrix.panels + in_panels(matrix.inner, matrix.columns, k, c), std::min<int64_t>(2 * kWidth, matrix.columns - c));
       }
     }
-    for (int64_t c = 0; c < matrix.columns; ++c) {
-      visit(matrix.flat + matrix.inner * matrix.columns + c, matrix.bias + c);
-    }
+    visit(matrix.flat + matrix.inner * matrix.columns, 1, matrix.bias, matrix.columns);
   }
 
   static void transpose_one(const Matrix& matrix, const float* packed, float* turned) {

@@ -8,7 +8,7 @@
 
 namespace fastppo {
 
-// All threads of a team wait for each other. Who waits spins some 20 us, then sleeps: on a busy machine the others need the core.
+// All threads of a team wait for each other. Who waits spins some 100 us, then sleeps: on a busy machine the others need the core.
 class Barrier {
  public:
   explicit Barrier(int64_t threads) : threads_(threads) {}
@@ -28,7 +28,7 @@ class Barrier {
   }
 
  private:
-  static constexpr int kSpins = 20000;
+  static constexpr int kSpins = 100000;
   const int64_t threads_;
   std::atomic<int64_t> arrived_{0};
   std::atomic<int32_t> round_{0};
