@@ -279,6 +279,11 @@ def _watch_connections() -> None:
                     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENT_SECONDS)
 
 
+def is_first_of_machine() -> bool:
+    """Whether this process has local rank 0; before `start_ranks` too."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def threads_per_rank(local_size: int) -> int:
     """Threads for each rank on this machine: OMP_NUM_THREADS if the user set it, else an equal part of the cores.
 

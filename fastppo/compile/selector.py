@@ -28,6 +28,7 @@ from fastppo.compile.verification import TOLERANCE, Deviation, Verified
 from fastppo.core.contracts import LearnResult, Normalization
 from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
 from fastppo.ranks import ALONE, Ranks
+from fastppo.system.cpus import available_cores
 from fastppo.system.modes import bound
 from fastppo.system.text import duration
 
@@ -147,7 +148,7 @@ class ProgramSelector:
                 return
             if not self._decided and iterations >= TRIAL_ITERATIONS:
                 self._decide(seconds_left)
-            while self._decided and self._waiting and len(self._building) < 2:
+            while self._decided and self._waiting and len(self._building) < min(available_cores(), 2):
                 name = self._waiting.pop(0)
                 spec = self._specs[name]
                 with _threads(self._num_threads):

@@ -5,12 +5,14 @@ such differences grow, since they decide whether a ratio near its bound is clipp
 minibatches. Rounding gives deviations of 1e-6 to 1e-3 there, a wrong term of the gradient 0.3 and more.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastppo.compile.compile_errors import CompileError
 from fastppo.core.contracts import CollectResult, LearnResult
 
 TOLERANCE = 0.1  # the largest deviation that counts as rounding
@@ -99,8 +101,12 @@ class Verified:
         if self._chosen is not None:
             return self._chosen(*args)
         given = args if self._shorten is None else self._shorten(args)
-        result, eager = self._fast(*given), self._eager(*given)
-        deviation = self._deviation(result, eager, given)
+        eager = self._eager(*given)
+        try:
+            result = self._fast(*given)
+            deviation = self._deviation(result, eager, given)
+        except (ValueError, CompileError):  # it refuses its arguments
+            result, deviation = eager, math.inf
         self._chosen = self._fast if deviation <= TOLERANCE else self._eager
         self._report(deviation)
         if self._shorten is not None:

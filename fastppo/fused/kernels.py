@@ -3,9 +3,12 @@
 An installed package brings them for some kinds of processors (setup.py). Elsewhere they are built once per machine.
 """
 
+import contextlib
 import os
 import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -15,6 +18,8 @@ from fastppo.compile.compile_errors import CompileError, explain, first_line
 from fastppo.compile.key import library_key
 from fastppo.fused import operators, sources
 from fastppo.system.platforms import end_group, own_group
+
+WAIT_SECONDS = 120.0  # for another process that builds them
 
 
 def key() -> str:
@@ -32,14 +37,20 @@ def packaged() -> Path | None:
 class Kernels:
     """The functions of the fused programs. The compiler takes some seconds in the background where they are not there."""
 
-    def __init__(self) -> None:
-        """Load them if they are there, else start the compiler. Raises nothing: `ready` reports errors."""
+    def __init__(self, builds: bool = True) -> None:
+        """Load them if they are there, else start the compiler. Raises nothing: `ready` reports errors.
+
+        builds: False where another process of this machine starts the compiler.
+        """
         self._process: subprocess.Popen[bytes] | None = None
         self._build_dir: tempfile.TemporaryDirectory[str] | None = None
         self._error: CompileError | None = None
+        self._waits = False
         try:
             if not self._load():
-                self._start()
+                self._waits = not builds
+                if builds:
+                    self._start()
         except CompileError as error:
             self._error = error
 
@@ -47,6 +58,12 @@ class Kernels:
         """Whether they are loaded. wait: until the compiler ends. Raises CompileError, at each call, if they cannot be."""
         if self._error is not None:
             raise self._error
+        until = time.monotonic() + (WAIT_SECONDS if wait else 0.0)
+        while self._waits and not self._load():
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.1)
+        self._waits = False
         if self._process is None:
             return True
         if wait:
@@ -96,11 +113,15 @@ class Kernels:
         return True
 
     def _start(self) -> None:
+        if sys.platform == "win32":
+            raise CompileError("fused programs are for Linux and macOS")
         if "avx2" in sources.processors() and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             raise CompileError("this processor has no AVX2, without which eager programs are faster")
         if not native.has_compiler():
             raise CompileError(native.NO_COMPILER)
         cache_dir = library_cache.cache_dir()
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            raise CompileError(library_cache.refusal(cache_dir, key()).read_text(encoding="utf-8"))
         try:
             self._build_dir = tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True)
             library = Path(self._build_dir.name, "fused.so")
@@ -128,5 +149,10 @@ class Kernels:
             library_cache.keep(folder / "fused.so", cache_dir, key(), about)
         except (OSError, subprocess.SubprocessError) as error:
             raise CompileError(explain(error, cache_dir)) from error
-        if not self._load():
+        try:
+            found = self._load()
+        except CompileError as error:  # it was just built here, so building it again would not help
+            library_cache.refuse(cache_dir, key(), str(error))
+            raise
+        if not found:
             raise CompileError(f"the fused programs vanished from {cache_dir} while they were being built")

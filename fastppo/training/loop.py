@@ -22,7 +22,7 @@ from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory
-from fastppo.ranks import Ranks, checked
+from fastppo.ranks import Ranks, checked, is_first_of_machine
 from fastppo.rollout.collector import Collector, start_collector
 from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases
 from fastppo.system.cpus import is_forked
@@ -89,9 +89,10 @@ def train_in(
 def start_kernels(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> Kernels | None:
     """The functions of the fused programs, loaded or being built; None where the settings rule these programs out."""
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    if policy is not None or config.rnn is not None or config.compile not in ("auto", "on") or not on_cpu:
+    is_covered = policy is None and config.rnn is None and not config.env_id.startswith("ALE/")  # pictures are not
+    if not is_covered or config.compile not in ("auto", "on") or not on_cpu:
         return None
-    kernels = Kernels()
+    kernels = Kernels(builds=is_first_of_machine())
     cleanup.callback(kernels.close)
     return kernels
 
