@@ -101,7 +101,10 @@ def test_on_without_kernels_compiles(compiler):
 
 @pytest.mark.parametrize("cached", [set(), {"learn", "act"}], ids=["empty cache", "cached"])
 def test_auto_without_kernels_compiles_where_it_pays(compiler, cached):
-    """The build of the kernels ends badly during the run: what Inductor has in the cache is used, else it compiles."""
+    """The build of the kernels ends badly during the run: what Inductor has in the cache is used, else it compiles.
+
+    Two cores build two programs at once.
+    """
     kernels = Kernels()
     tiers, notes = tiers_of("auto", kernels=kernels)
     compiler.cached |= cached
@@ -229,14 +232,25 @@ CPU = {"device": "cpu"}
         ({"compile": "inductor"}, False),
         ({"rnn": "gru"}, False),
         ({"device": "cuda"}, False),
+        ({"env_id": "ALE/Pong-v5"}, False),
     ],
     ids=str,
 )
 def test_which_runs_start_the_compiler(settings, starts, monkeypatch):
     """Those that may use what it builds."""
     started = []
-    monkeypatch.setattr(loop, "Kernels", lambda: started.append(1) or SimpleNamespace(close=None))
+    monkeypatch.setattr(loop, "Kernels", lambda builds: started.append(builds) or SimpleNamespace(close=None))
     cleanup = SimpleNamespace(callback=lambda _: None)
     assert (loop.start_kernels(TrainConfig(**CPU | settings), None, cleanup) is not None) == starts
     assert loop.start_kernels(TrainConfig(**CPU | settings), object(), cleanup) is None  # a module of the user's own
-    assert len(started) == starts
+    assert started == [True] * starts
+
+
+def test_one_process_of_a_machine_starts_the_compiler(monkeypatch):
+    """torchrun's local rank 0; the others wait for it."""
+    started = []
+    monkeypatch.setattr(loop, "Kernels", lambda builds: started.append(builds) or SimpleNamespace(close=None))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        loop.start_kernels(TrainConfig(**CPU), None, SimpleNamespace(callback=lambda _: None))
+    assert started == [True, False]

@@ -21,8 +21,7 @@ ABOUT = {"program": "", "torch": ""}
 
 @pytest.fixture
 def cache(library, tmp_path, monkeypatch):
-    """The empty cache of this test, where the package brings no library."""
-    monkeypatch.setattr(kernels, "packaged", lambda: None)
+    """The empty cache of this test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "fastppo"
 
@@ -170,7 +169,29 @@ def test_a_compiler_that_fails_is_one_line(lines, told, compiler, cache):
     if "does not load" not in told:
         assert "fused" in str(caught.value)
     failing.close()
-    assert list(cache.iterdir()) == []
+    assert {path.suffix for path in cache.iterdir()} == ({".refused"} if "do not load" in told else set())
+
+
+def test_a_library_that_never_loads_is_built_once(compiler, cache, tmp_path):
+    """The reason is kept, so that the next run says it without a compiler; another compiler is another key."""
+    compiler(f'{TO_OUTPUT}echo no library > "$2"')
+    reasons = []
+    for _ in range(2):
+        with pytest.raises(CompileError, match="do not load") as caught:
+            Kernels().ready(wait=True)
+        reasons.append(str(caught.value))
+    assert reasons[0] == reasons[1]
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_process_that_does_not_build_waits_for_one_that_does(library, compiler, cache, tmp_path):
+    """It looks into the cache again each time it is asked, and starts nothing."""
+    compiler("exit 1")
+    waiting = Kernels(builds=False)
+    assert not waiting.ready()
+    put(cache, library.read_bytes())
+    assert waiting.ready(wait=True)
+    assert starts(tmp_path) == []
 
 
 @pytest.mark.parametrize("compiler_is", ["missing", "no program"])

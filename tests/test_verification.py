@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastppo.compile.compile_errors import CompileError
 from fastppo.compile.verification import (
     FEW_MINIBATCHES,
     FEW_STEPS,
@@ -106,6 +107,19 @@ def test_the_form_that_was_chosen_stays(shortened, deviation):
     right = "fast" if deviation <= TOLERANCE else "eager"
     compared = (1,) if shortened else (1, 2)
     assert program(1, 2) == (right, (1, 2))
-    assert calls == [("fast", compared), ("eager", compared), *[(right, (1, 2))] * shortened]
+    assert calls == [("eager", compared), ("fast", compared), *[(right, (1, 2))] * shortened]
     assert program(3) == (right, (3,))
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("another shape"), CompileError("other threads")], ids=repr)
+def test_a_fast_form_that_refuses_its_arguments_is_dropped(error):
+    """The eager result is returned, now and later."""
+
+    def refusing(*_):
+        raise error
+
+    told = []
+    program = Verified(refusing, lambda *args: args, lambda *_: 0.0, told.append)
+    assert (program(1), program(2)) == ((1,), (2,))
+    assert told == [float("inf")]

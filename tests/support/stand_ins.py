@@ -27,6 +27,7 @@ class Compiler:
         monkeypatch.setattr("fastppo.compile.selector.compile_program", self.compile)
         monkeypatch.setattr("fastppo.compile.selector.BackgroundCompile", self.start)
         monkeypatch.setattr("fastppo.compile.native.has_compiler", lambda: self.there)
+        monkeypatch.setattr("fastppo.compile.selector.available_cores", lambda: 2)
 
     def load(self, program, example, cache_dir, seeds, exchange):
         self.threads.add(torch.get_num_threads())
