@@ -168,7 +168,7 @@ def test_the_number_of_threads_changes_no_bit():
     results = []
     for number in (1, 2, 3, 4):
         learned.threads.number = number
-        results.append(learned._one(number, *arguments))
+        results.append(learned.with_threads(number, *arguments))
     for result in results[1:]:
         for name, one, other in zip(result._fields, result, results[0], strict=True):
             same = all(map(torch.equal, one, other)) if isinstance(one, tuple) else torch.equal(one, other)

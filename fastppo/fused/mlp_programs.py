@@ -99,14 +99,14 @@ class FusedLearn:
         args = (params, adam, dict(rollout.items()), permutation, coefficients, normalization)
         number = self.threads.number
         if not self.axis.shape:
-            result = self._one(number, *args)
+            result = self.with_threads(number, *args)
         else:
             with ThreadPoolExecutor(number) as pool:
-                result = self.axis.stack(list(pool.map(lambda seed: self._one(1, *seed), self.axis.unstack(args))))
+                result = self.axis.stack(list(pool.map(lambda seed: self.with_threads(1, *seed), self.axis.unstack(args))))
         self.threads.took(time.perf_counter() - started)
         return result
 
-    def _one(
+    def with_threads(
         self,
         num_threads: int,
         params: Tensor,
@@ -116,6 +116,7 @@ class FusedLearn:
         coefficients: Coefficients,
         normalization: Normalization,
     ) -> LearnResult:
+        """The update of one seed on so many threads."""
         config, raw = self.config, obs_of(rollout)
         has_final = any(key.startswith("final_") for key in rollout)
         action = rollout["action"]
