@@ -3,12 +3,23 @@
 Without a C++ compiler the package is installed without them. A run then trains eagerly, or builds them for its own processor.
 """
 
+import os
 import runpy
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class BuildKernels(build_ext):
+    """Libraries that ctypes loads: they are no Python modules, and are not to be taken for some."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".bin"
+
 
 sources = runpy.run_path("fastppo/fused/sources.py")
 setup(
+    cmdclass={"build_ext": BuildKernels},
     ext_modules=[
         Extension(
             f"fastppo.fused.kernels_{name}",

@@ -267,7 +267,7 @@ def test_another_setting_or_shape_is_another_program(library):
     """Settings that are baked in, threads and shapes are in the key; values of tensors are not."""
     program, arguments = library.program, library.arguments
     assert library.load(arguments=job(NORMAL_POLICY, **SETTINGS | {"seed": 5, "learning_rate": 1e-4})[1]) is not None
-    assert library.load(with_settings(program, gamma=0.98)) is None
+    assert library.load(with_settings(program, norm_adv=False)) is None
     wider = dataclasses.replace(NORMAL_POLICY, activation="relu")
     assert library.load(functools.partial(program, policy=wider)) is None
     longer = (*arguments[:3], arguments[3].repeat(2, 1), *arguments[4:])  # twice the epochs

@@ -60,6 +60,8 @@ if __name__ == "__main__":  # spawned processes import this file
     import fastppo
     for module in pkgutil.walk_packages(fastppo.__path__, "fastppo."):
         importlib.import_module(module.name)
+    from fastppo.fused import kernels
+    kernels.packaged = lambda: None  # installed without a compiler
     from fastppo.evaluate import console as evaluate
     from fastppo.train import console as train
     from fastppo.run.loggers import Loggers

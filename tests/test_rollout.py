@@ -265,7 +265,7 @@ def test_iterations_replayed_from_a_checkpoint(tmp_path, env_id):
     new log-probabilities under the same statistics, whatever the actions were chosen under.)
     """
     settings = {"num_envs": 4, "num_steps": 32, "learning_rate": 1e-2, "anneal_lr": False, "norm_obs": True}
-    config = TrainConfig(env_id=env_id, run_dir=str(tmp_path), num_iterations=3, eval_episodes=0, **settings)
+    config = TrainConfig(env_id=env_id, run_dir=str(tmp_path), num_iterations=3, eval_episodes=0, compile="off", **settings)
     train(config)
     policy = load_policy(tmp_path, "last")
     before = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)

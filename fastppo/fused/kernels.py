@@ -31,7 +31,8 @@ def packaged() -> Path | None:
     """The library in the package for this processor; None if there is none. It may be of older sources."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     name = capability if capability in sources.processors() else "generic"
-    return next(iter(sources.FOLDER.glob(f"kernels_{name}.*so")), None)
+    library = sources.FOLDER / f"kernels_{name}.bin"
+    return library if library.exists() else None
 
 
 class Kernels:
