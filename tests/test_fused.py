@@ -186,7 +186,6 @@ def test_it_is_as_exact_as_the_eager_update():
         *(params.double(), AdamState(*map(double, adam)), {key: double(x) for key, x in rollout.items()}, permutation),
         *(Coefficients(*map(double, numbers)), normalization._replace(return_mean=torch.tensor(0.2).double())),
     )
-    exact_arguments[-1]._replace(return_std=torch.tensor(1.5).double())
     config = learn_settings(minibatch_size=128)["config"]
     exact = learn(*exact_arguments, policy=WIDE, config=config).params
     fused, eager = both(WIDE, (params, adam, rollout, permutation, numbers, normalization), minibatch_size=128)

@@ -133,7 +133,7 @@ class ProgramSelector:
         eager = partial(spec.eager, params, normalization) if name == "collect" else partial(spec.eager, normalization)
         if form is None:
             return bound(eager)
-        binds = hasattr(form, "bind") and name == "act"
+        binds = name == "act"  # it is called in every step
         fast = form.bind((params, normalization), tuple(rest)) if binds else partial(form, params, normalization)
         return bound(self._verified(name, fast, eager))
 

@@ -226,6 +226,11 @@ def normalize_obs(obs: Obs, normalization: Normalization) -> Obs:
     return standardized("obs", obs) if isinstance(obs, Tensor) else {key: standardized(key, x) for key, x in obs.items()}
 
 
+def has_final_obs(rollout: Mapping[str, Tensor]) -> bool:
+    """Whether the rollout has final observations: its environments reset within the step."""
+    return any(key.startswith("final_") for key in rollout.keys())  # noqa: SIM118 (a TensorDict iterates over rows)
+
+
 def obs_of(rollout: Mapping[str, Tensor], prefix: Literal["", "final_"] = "") -> Obs:
     """What was observed: the tensor under `obs` where it is alone, else the leaves, `obs.name` and `action_mask`, by key."""
     if prefix + "obs" in rollout and "action_mask" not in rollout:

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.core.contracts import Execution, Normalization, Obs, Policy, RecurrentPolicy, Weights, normalize_obs, obs_of
+from fastppo.core.contracts import (
+    Execution,
+    Normalization,
+    Obs,
+    Policy,
+    RecurrentPolicy,
+    Weights,
+    has_final_obs,
+    normalize_obs,
+    obs_of,
+)
 from fastppo.core.microbatches import scan_in_passes
 from fastppo.core.recurrence import Cells
 from fastppo.core.sharding import Shard
@@ -62,7 +72,7 @@ def evaluate_rollout(
     if remembers:
         given["episode_start"] = rollout["episode_start"]
         rnn_state = shard.mine(rollout["rnn_state"], 0)
-    if any(key.startswith("final_") for key in rollout.keys()):  # noqa: SIM118 (a TensorDict iterates over rows)
+    if has_final_obs(rollout):
         given["final_obs"] = normalize_obs(obs_of(rollout, "final_"), normalization)
     given = tree_map(lambda x: shard.mine(x, 1), given)  # (T+1, n, ...), n = N / workers
     num_rows, own_envs = given["action"].shape[:2].numel(), given["action"].shape[1]

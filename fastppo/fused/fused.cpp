@@ -52,8 +52,10 @@ class Actors {
     }
     forward_trunk(network_, packed, n, block, 0);
     apply(block.features(0), n, network_.actor_head, packed, block.actor);
+    std::vector<uint8_t> kept(call.action_mask ? outputs : 0);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = seed * call.num_rows + first + i;
+      if (call.action_mask) mask_logits(network_.choices, call.action_mask + row * outputs, block.actor.row(i), kept.data());
       sample(call, packed, row, call.noise + row * outputs, block.actor.row(i));
     }
   }
@@ -66,10 +68,6 @@ class Actors {
       float* action = static_cast<float*>(call.action) + row * size;
       for (int64_t a = 0; a < size; ++a) action[a] = out[a] + std::exp(log_std[a]) * noise[a];
       return;
-    }
-    if (call.action_mask) {
-      std::vector<uint8_t> kept(size);
-      mask_logits(network_.choices, call.action_mask + row * size, out, kept.data());
     }
     int64_t* action = static_cast<int64_t*>(call.action) + row * static_cast<int64_t>(network_.choices.size());
     for (const int64_t number : network_.choices) {
@@ -97,15 +95,8 @@ extern "C" {
 // The digest of the files that this library was built from: sources.py.
 const char* fastppo_sources() { return FASTPPO_SOURCES; }
 
-// Learn each of `number` calls, of one seed each, on as many threads. Not 0: an exchange has failed.
-int32_t fastppo_learn(const fastppo::LearnCall* calls, int64_t number, int64_t num_threads) {
-  if (number == 1) return fastppo::Update(calls[0]).run();
-  std::atomic<int32_t> failed{0};
-  fastppo::run_team(num_threads, [&](int64_t thread) {
-    for (int64_t call = thread; call < number; call += num_threads) failed |= fastppo::Update(calls[call]).run();
-  });
-  return failed;
-}
+// Not 0: an exchange with other processes has failed.
+int32_t fastppo_learn(const fastppo::LearnCall* call) { return fastppo::Update(*call).run(); }
 
 fastppo::Actors* fastppo_new_actors(const fastppo::NetworkShape* shape, int64_t num_seeds) {
   return new fastppo::Actors(*shape, num_seeds);

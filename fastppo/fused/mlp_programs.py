@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastppo.compile.workers import exchange_hook
 from fastppo.core.adam import AdamState
-from fastppo.core.contracts import Coefficients, LearnResult, Normalization, Obs, normalize_obs, obs_of
+from fastppo.core.contracts import Coefficients, LearnResult, Normalization, Obs, has_final_obs, normalize_obs, obs_of
 from fastppo.core.ppo import LearnConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.fused import operators
@@ -85,18 +85,9 @@ class FusedLearn:
         self._hook = None if ranks.size == 1 else exchange_hook(ranks, self._faults)  # C has only its address
         self._address = 0 if self._hook is None else ctypes.cast(self._hook, ctypes.c_void_p).value or 0
 
-    def __call__(
-        self,
-        params: Tensor,
-        adam: AdamState,
-        rollout: Mapping[str, Tensor],
-        permutation: Tensor,
-        coefficients: Coefficients,
-        normalization: Normalization,
-    ) -> LearnResult:
+    def __call__(self, *args: Any) -> LearnResult:
         """As core.ppo.learn; with an axis of S seeds in all arguments, in all results too. Raises RuntimeError."""
         started = time.perf_counter()
-        args = (params, adam, dict(rollout.items()), permutation, coefficients, normalization)
         number = self.threads.number
         if not self.axis.shape:
             result = self.with_threads(number, *args)
@@ -118,7 +109,6 @@ class FusedLearn:
     ) -> LearnResult:
         """The update of one seed on so many threads."""
         config, raw = self.config, obs_of(rollout)
-        has_final = any(key.startswith("final_") for key in rollout)
         action = rollout["action"]
         switches = (config.advantage_estimator == "monte-carlo", config.norm_returns, config.norm_adv, config.clip_reward)
         try:
@@ -126,7 +116,7 @@ class FusedLearn:
                 params=params,
                 adam=list(adam),
                 obs=network_input(self.network, raw, normalization),
-                final_obs=network_input(self.network, obs_of(rollout, "final_"), normalization) if has_final else None,
+                final_obs=self._final_input(rollout, normalization),
                 action_mask=mask_of(raw),
                 action=action.unsqueeze(-1) if self._is_one_choice else action,
                 steps=[rollout[key] for key in ("reward", "terminated", "truncated", "valid")],
@@ -144,6 +134,11 @@ class FusedLearn:
                 raise self._faults[0] from None
             raise
         return LearnResult.from_tensors(tensors)
+
+    def _final_input(self, rollout: Mapping[str, Tensor], normalization: Normalization) -> Tensor | None:
+        if not has_final_obs(rollout):
+            return None
+        return network_input(self.network, obs_of(rollout, "final_"), normalization)
 
 
 class ThreadCount:
@@ -171,7 +166,8 @@ class FusedAct:
 
     def __init__(self, network: Covered, num_threads: int, axis: SeedAxis = ONE) -> None:
         """num_threads: how many share a call that is large enough. axis: of seeds, in all arguments and in the action."""
-        self.network, self.axis = network, axis
+        self.network = network
+        self._to_vector = axis.map(partial(network_input, network), at_once=True)
         self._description = description(network)
         self._actors = Actors(self._description, axis.size)
         self._num_threads = num_threads
@@ -205,10 +201,9 @@ class FusedAct:
 
     def _act_on_any(self, call: Any, normalization: Normalization, obs: Obs, noise: Tensor) -> Tensor:
         """Observations that PyTorch has to turn into vectors first."""
-        to_vector = self.axis.map(partial(network_input, self.network), at_once=True)
         mask = mask_of(obs)
         call.action_mask = None if mask is None else mask.data_ptr()
-        return self._act(call, mask, to_vector(obs, normalization), noise)
+        return self._act(call, mask, self._to_vector(obs, normalization), noise)
 
     def _act(self, call: Any, _kept: Any, obs: Tensor, noise: Tensor) -> Tensor:
         """_kept: tensors that `call` points to, which live as long as this function is bound."""

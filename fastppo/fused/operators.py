@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
+
 ACTIVATIONS = ("tanh", "relu", "elu", "silu", "gelu")  # in the order of vector.h
-NUM_METRICS = 8  # of core.ppo.MINIBATCH_METRICS
-NUM_SUMMARY = 11  # of core.ppo.SUMMARY
 
 
 def _structure(name: str, **fields: Any) -> type[ctypes.Structure]:
@@ -69,8 +69,7 @@ def load(library: Path, digest: str) -> bool:
     functions.fastppo_sources.restype = ctypes.c_char_p
     if functions.fastppo_sources() != digest.encode():
         return False
-    functions.fastppo_learn.argtypes = [_POINTER, _INTEGER, _INTEGER]
-    functions.fastppo_learn.restype = ctypes.c_int32
+    functions.fastppo_learn.argtypes, functions.fastppo_learn.restype = [_POINTER], ctypes.c_int32
     functions.fastppo_new_actors.argtypes, functions.fastppo_new_actors.restype = [_POINTER, _INTEGER], _POINTER
     functions.fastppo_delete_actors.argtypes, functions.fastppo_delete_actors.restype = [_POINTER], None
     functions.fastppo_set_actors.argtypes, functions.fastppo_set_actors.restype = [_POINTER, _POINTER], None
@@ -94,12 +93,15 @@ def network_shape(network: Sequence[int]) -> ctypes.Structure:
     obs_size, action_size, activation, share_backbone, num_hidden, *sizes = network
     numbers = (ctypes.c_int64 * max(len(sizes), 1))(*sizes)
     start = ctypes.addressof(numbers)
-    num_choices = len(sizes) - num_hidden
-    shape = NetworkShape(
-        *(obs_size, action_size, num_hidden, start, activation, share_backbone, num_choices, start + 8 * num_hidden)
-    )
+    flags = (activation, share_backbone, num_choices(network))
+    shape = NetworkShape(obs_size, action_size, num_hidden, start, *flags, start + 8 * num_hidden)
     shape.numbers = numbers  # ctypes keeps addresses, not what lies there
     return shape
+
+
+def num_choices(network: Sequence[int]) -> int:
+    """The number of choices in the list that `network_shape` takes; 0 for a diagonal Gaussian."""
+    return len(network) - 5 - network[4]
 
 
 def _address(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
@@ -145,7 +147,7 @@ def mlp_learn(
     """
     rows, num_envs, obs_size = obs.shape
     num_params, outputs = params.numel(), network[1]
-    choices = len(network) - 5 - network[4]
+    choices = num_choices(network)
     grid, kind = (rows, num_envs), torch.float32
     num_minibatches = permutation.numel() // minibatch_size
     results = _empty_results(params, num_minibatches)
@@ -165,14 +167,14 @@ def mlp_learn(
     sizes = (rows - 1, num_envs, num_minibatches, minibatch_size)
     shape = network_shape(network)
     call = LearnCall(shape, *address, *sizes, *switches, *execution[:-1], execution[-1] or None)
-    if functions().fastppo_learn(ctypes.addressof(call), 1, 1) != 0:
+    if functions().fastppo_learn(ctypes.addressof(call)) != 0:
         raise RuntimeError("the exchange with other processes failed")
     return results
 
 
 def _empty_results(params: Tensor, num_minibatches: int) -> list[Tensor]:
     """New tensors for a LearnResult, in its order."""
-    shapes = [*[params.shape] * 3, (), (num_minibatches, NUM_METRICS), (), (), (), (NUM_SUMMARY,)]
+    shapes = [*[params.shape] * 3, (), (num_minibatches, len(MINIBATCH_METRICS)), (), (), (), (len(SUMMARY),)]
     return [params.new_empty(shape) for shape in shapes]
 
 
@@ -229,7 +231,7 @@ def mlp_act(
 
 def empty_action(noise: Tensor, network: Sequence[int]) -> Tensor:
     """A new tensor for the actions that noise (..., A) samples: (..., choices) int64, or (..., A) float32."""
-    choices = len(network) - 5 - network[4]
+    choices = num_choices(network)
     return noise.new_empty(*noise.shape[:-1], choices, dtype=torch.int64) if choices else torch.empty_like(noise)
 
 
