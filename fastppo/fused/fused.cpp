@@ -18,28 +18,36 @@ struct ActCall {  // as in operators.py
 // The actors of S seeds, with parameters packed once for many calls.
 class Actors {
  public:
-  Actors(const NetworkShape& shape, int64_t num_seeds) : network_(shape), num_seeds_(num_seeds), packed_(num_seeds * network_.size) {}
+  Actors(const NetworkShape& shape, int64_t num_seeds) : network_(shape), num_seeds_(num_seeds), packed_(num_seeds * network_.size),
+        turned_(num_seeds * network_.turned_size) {}
 
   void set(const float* params) {
     for (int64_t seed = 0; seed < num_seeds_; ++seed) {
-      network_.pack(params + seed * network_.flat_size, packed_.get() + seed * network_.size);
+      float* packed = packed_.get() + seed * network_.size;
+      network_.pack(params + seed * network_.flat_size, packed);
+      network_.transpose_heads(packed, turned_.get() + seed * network_.turned_size);
     }
   }
 
   void act(const ActCall& call) {
-    while (static_cast<int64_t>(blocks_.size()) < call.num_threads) blocks_.emplace_back(network_);
+    while (static_cast<int64_t>(blocks_.size()) < call.num_threads) {
+      blocks_.emplace_back(network_);
+      legal_.emplace_back(network_.action_size);
+    }
     const int64_t blocks_per_seed = (call.num_rows + kBlockRows - 1) / kBlockRows, num_blocks = num_seeds_ * blocks_per_seed;
     run_team(call.num_threads, [&](int64_t thread) {
       for (int64_t block = thread; block < num_blocks; block += call.num_threads) {
         const int64_t first = block % blocks_per_seed * kBlockRows;
-        act(call, blocks_[thread], block / blocks_per_seed, first, std::min(kBlockRows, call.num_rows - first));
+        act(call, thread, block / blocks_per_seed, first, std::min(kBlockRows, call.num_rows - first));
       }
     });
   }
 
  private:
   // core.acting.act of n rows of one seed.
-  void act(const ActCall& call, const Block& block, int64_t seed, int64_t first, int64_t n) const {
+  void act(const ActCall& call, int64_t thread, int64_t seed, int64_t first, int64_t n) const {
+    const Block& block = blocks_[thread];
+    const Columns& legal = legal_[thread];
     const int64_t inputs = network_.obs_size, outputs = network_.action_size;
     const float* packed = packed_.get() + seed * network_.size;
     for (int64_t i = 0; i < n; ++i) {
@@ -51,41 +59,43 @@ class Actors {
       for (int64_t d = 0; d < inputs; ++d) x[d] = minimum(maximum((x[d] - mean[d]) * scale[d], -10.0f), 10.0f);
     }
     forward_trunk(network_, packed, n, block, 0);
-    apply(block.features(0), n, network_.actor_head, packed, block.actor);
-    std::vector<uint8_t> kept(call.action_mask ? outputs : 0);
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t row = seed * call.num_rows + first + i;
-      if (call.action_mask) mask_logits(network_.choices, call.action_mask + row * outputs, block.actor.row(i), kept.data());
-      sample(call, packed, row, call.noise + row * outputs, block.actor.row(i));
+    apply_head(block.features(0), n, network_.actor_head, packed, turned_.get() + seed * network_.turned_size, block.actor);
+    for (int64_t i = 0; call.action_mask && i < n; ++i) {
+      const uint8_t* mask = call.action_mask + (seed * call.num_rows + first + i) * outputs;
+      for (int64_t a = 0; a < outputs; ++a) legal.column(a)[i] = mask[a] ? 1.0f : 0.0f;
     }
+    for (int64_t r = 0; call.action_mask && r < n; r += kWidth) mask_logits(network_.choices, legal, r, block.actor);
+    for (int64_t i = 0; i < n; ++i) sample(call, packed, seed * call.num_rows + first + i, block.actor, i);
   }
 
-  // distributions.normal_sample, or categorical_sample of each choice. out: means or logits.
-  void sample(const ActCall& call, const float* packed, int64_t row, const float* noise, float* out) const {
+  // distributions.normal_sample, or categorical_sample of each choice, of row i of the block. out: means or logits.
+  void sample(const ActCall& call, const float* packed, int64_t row, const Columns& out, int64_t i) const {
     const int64_t size = network_.action_size;
+    const float* noise = call.noise + row * size;
     if (network_.is_gaussian()) {
       const float* log_std = packed + network_.log_std;
       float* action = static_cast<float*>(call.action) + row * size;
-      for (int64_t a = 0; a < size; ++a) action[a] = out[a] + std::exp(log_std[a]) * noise[a];
+      for (int64_t a = 0; a < size; ++a) action[a] = out.column(a)[i] + std::exp(log_std[a]) * noise[a];
       return;
     }
     int64_t* action = static_cast<int64_t*>(call.action) + row * static_cast<int64_t>(network_.choices.size());
+    int64_t first = 0;
     for (const int64_t number : network_.choices) {
-      int64_t best = 0;
-      for (int64_t a = 1; a < number; ++a) {
-        const float gain = out[a] + noise[a], most = out[best] + noise[best];
+      int64_t best = first;
+      for (int64_t a = first + 1; a < first + number; ++a) {
+        const float gain = out.column(a)[i] + noise[a], most = out.column(best)[i] + noise[best];
         if (gain > most || (std::isnan(gain) && !std::isnan(most))) best = a;
       }
-      *action++ = best;
-      out += number;
-      noise += number;
+      *action++ = best - first;
+      first += number;
     }
   }
 
   const Network network_;
   const int64_t num_seeds_;
-  Floats packed_;
-  std::vector<Block> blocks_;
+  Floats packed_, turned_;       // of each seed: parameters, and what transpose_heads makes of them
+  std::vector<Block> blocks_;    // of each thread
+  std::vector<Columns> legal_;
 };
 
 }  // namespace fastppo

@@ -1,9 +1,7 @@
-// PPO's loss of one row and its gradient, beside their eager twins in core/ppo.py, core/losses.py and policy/distributions.py.
+// PPO's loss of rows and its gradient, beside their eager twins in core/ppo.py, core/losses.py and policy/distributions.py.
+//
+// Each function takes the kWidth rows of a block from row r on, a row a lane.
 #pragma once
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
 
 #include "network.h"
 
@@ -12,85 +10,94 @@ namespace fastppo {
 constexpr float kIllegal = -1e8f;  // distributions.ILLEGAL
 constexpr float kHalfLogTwoPi = 0.91893853320467274f;
 
-// torch.minimum and torch.maximum: NaN passes through.
-inline float minimum(float a, float b) { return a < b || std::isnan(a) ? a : b; }
-inline float maximum(float a, float b) { return a > b || std::isnan(a) ? a : b; }
-// What of a gradient goes to the smaller of two, or the larger: all, or half where they are equal, as in torch.
-inline float share(float mine, float other) { return mine < other ? 1.0f : mine == other ? 0.5f : 0.0f; }
+// What of a gradient goes to the smaller of two: all, or half where they are equal, as in torch.
+inline Vector share(Vector mine, Vector other) {
+  return mine < other ? broadcast(1.0f) : mine == other ? broadcast(0.5f) : Vector{};
+}
+
+inline Vector where(Integers condition, Vector x) { return condition ? x : Vector{}; }
 
 struct Outcome {
-  float log_prob, entropy;
+  Vector log_prob, entropy;
 };
 
 // distributions.mask_logits: the logits of illegal actions become kIllegal; a choice without a legal action keeps its logits.
-// Then `kept` (0 or 1 for each logit) is what lets a gradient through.
-inline void mask_logits(const std::vector<int64_t>& choices, const uint8_t* legal, float* logits, uint8_t* kept) {
+// Then `legal` (0 or 1 for each logit) is what lets a gradient through.
+inline void mask_logits(const std::vector<int64_t>& choices, const Columns& legal, int64_t r, const Columns& logits) {
+  int64_t first = 0;
   for (const int64_t number : choices) {
-    const bool any = std::any_of(legal, legal + number, [](uint8_t value) { return value != 0; });
-    for (int64_t a = 0; a < number; ++a) {
-      kept[a] = !any || legal[a];
-      if (!kept[a]) logits[a] = kIllegal;
+    Vector any = {};
+    for (int64_t a = first; a < first + number; ++a) any += load(legal.column(a) + r);
+    for (int64_t a = first; a < first + number; ++a) {
+      const Integers kept = (load(legal.column(a) + r) > 0.0f) | (any == 0.0f);
+      store(legal.column(a) + r, where(kept, broadcast(1.0f)));
+      store(logits.column(a) + r, kept ? load(logits.column(a) + r) : broadcast(kIllegal));
     }
-    legal += number;
-    logits += number;
-    kept += number;
+    first += number;
   }
 }
 
 // distributions.categorical_log_prob and categorical_entropy, summed over choices. `logits` become log-probabilities; `entropies`
-// gets each choice's.
-inline Outcome categorical(const std::vector<int64_t>& choices, const int64_t* action, float* logits, float* entropies) {
-  Outcome sum{0.0f, 0.0f};
+// gets each choice's. The action of a row that was not acted on may be none of them.
+inline Outcome categorical(const std::vector<int64_t>& choices, const Columns& action, int64_t r, const Columns& logits,
+                           const Columns& entropies) {
+  Outcome sum{};
+  int64_t first = 0;
   for (size_t k = 0; k < choices.size(); ++k) {
-    const int64_t number = choices[k];
-    const float largest = *std::max_element(logits, logits + number);
-    float total = 0.0f, entropy = 0.0f;
-    for (int64_t a = 0; a < number; ++a) total += std::exp(logits[a] - largest);
-    const float log_sum = largest + std::log(total);
-    const bool known = action[k] >= 0 && action[k] < number;  // the action of a row that was not acted on may be anything
-    sum.log_prob += (known ? logits[action[k]] : 0.0f) - log_sum;
-    for (int64_t a = 0; a < number; ++a) {
-      logits[a] -= log_sum;
-      entropy -= std::exp(logits[a]) * logits[a];
+    const int64_t end = first + choices[k];
+    Vector largest = load(logits.column(first) + r), total = {}, entropy = {};
+    for (int64_t a = first + 1; a < end; ++a) largest = maximum(largest, load(logits.column(a) + r));
+    for (int64_t a = first; a < end; ++a) total += exp(load(logits.column(a) + r) - largest);
+    const Vector log_sum = largest + log(total), chosen = load(action.column(k) + r);
+    for (int64_t a = first; a < end; ++a) {
+      const Vector log_prob = load(logits.column(a) + r) - log_sum;
+      store(logits.column(a) + r, log_prob);
+      sum.log_prob += where(chosen == static_cast<float>(a - first), log_prob);
+      entropy -= exp(log_prob) * log_prob;
     }
-    entropies[k] = entropy;
+    store(entropies.column(k) + r, entropy);
     sum.entropy += entropy;
-    logits += number;
+    first = end;
   }
   return sum;
 }
 
 // d/d logits of d_log_prob * log_prob + d_entropy * entropy:
 //   d log_prob / d logit[a] = [a is the action] - p[a],   d entropy / d logit[a] = -p[a] (log p[a] + entropy)
-inline void categorical_gradient(const std::vector<int64_t>& choices, const int64_t* action, const float* log_probs,
-                                 const float* entropies, float d_log_prob, float d_entropy, float* d_logits) {
+inline void categorical_gradient(const std::vector<int64_t>& choices, const Columns& action, int64_t r, const Columns& log_probs,
+                                 const Columns& entropies, Vector d_log_prob, Vector d_entropy, const Columns& d_logits) {
+  int64_t first = 0;
   for (size_t k = 0; k < choices.size(); ++k) {
-    for (int64_t a = 0; a < choices[k]; ++a) {
-      const float p = std::exp(log_probs[a]);
-      d_logits[a] = d_log_prob * ((a == action[k] ? 1.0f : 0.0f) - p) - d_entropy * p * (log_probs[a] + entropies[k]);
+    const int64_t end = first + choices[k];
+    const Vector chosen = load(action.column(k) + r), entropy = load(entropies.column(k) + r);
+    for (int64_t a = first; a < end; ++a) {
+      const Vector log_prob = load(log_probs.column(a) + r), p = exp(log_prob);
+      const Vector is_action = where(chosen == static_cast<float>(a - first), broadcast(1.0f));
+      store(d_logits.column(a) + r, d_log_prob * (is_action - p) - d_entropy * p * (log_prob + entropy));
     }
-    log_probs += choices[k];
-    d_logits += choices[k];
+    first = end;
   }
 }
 
 // distributions.normal_log_prob and normal_entropy. `mean` becomes the standardised action z.
-inline Outcome normal(int64_t size, const float* action, const float* log_std, float* mean) {
-  Outcome sum{0.0f, 0.0f};
+inline Outcome normal(int64_t size, const Columns& action, int64_t r, const float* log_std, const Columns& mean) {
+  Outcome sum{};
   for (int64_t a = 0; a < size; ++a) {
-    mean[a] = (action[a] - mean[a]) * std::exp(-log_std[a]);
-    sum.log_prob += -0.5f * mean[a] * mean[a] - log_std[a] - kHalfLogTwoPi;
+    const Vector z = (load(action.column(a) + r) - load(mean.column(a) + r)) * std::exp(-log_std[a]);
+    store(mean.column(a) + r, z);
+    sum.log_prob += -0.5f * z * z - log_std[a] - kHalfLogTwoPi;
     sum.entropy += log_std[a] + kHalfLogTwoPi + 0.5f;
   }
   return sum;
 }
 
-// d log_prob / d mean = z / std,   d log_prob / d log_std = z^2 - 1,   d entropy / d log_std = 1
-inline void normal_gradient(int64_t size, const float* z, const float* log_std, float d_log_prob, float d_entropy, float* d_mean,
-                            float* d_log_std) {
+// d log_prob / d mean = z / std,   d log_prob / d log_std = z^2 - 1,   d entropy / d log_std = 1. counted: which lanes are rows.
+inline void normal_gradient(int64_t size, const Columns& z, int64_t r, const float* log_std, Integers counted, Vector d_log_prob,
+                            Vector d_entropy, const Columns& d_mean, float* d_log_std) {
   for (int64_t a = 0; a < size; ++a) {
-    d_mean[a] = d_log_prob * z[a] * std::exp(-log_std[a]);
-    d_log_std[a] += d_log_prob * (z[a] * z[a] - 1.0f) + d_entropy;
+    const Vector value = load(z.column(a) + r);
+    store(d_mean.column(a) + r, d_log_prob * value * std::exp(-log_std[a]));
+    d_log_std[a] += static_cast<float>(sum(where(counted, d_log_prob * (value * value - 1.0f) + d_entropy)));
   }
 }
 
@@ -98,6 +105,7 @@ struct Target {  // what the loss takes of a row beside the outputs of the netwo
   float old_log_prob, advantage, value_target, old_value, valid;
   float unused[3];  // two rows fill a cache line
 };
+constexpr int64_t kTargetSize = 5;
 
 struct Coefficients {
   float clip_coef, ent_coef, vf_coef;
@@ -109,47 +117,49 @@ struct LossSums {  // over rows: MINIBATCH_METRICS of core/ppo.py
   float deviation = 0.0f;  // max |ratio - 1|
 };
 
-struct RowGradient {
-  float log_prob, entropy, value;
+struct RowLosses {  // the same of each row, weighted
+  Vector policy_loss, value_loss, entropy, approx_kl, clipfrac, deviation;
 };
 
-// core.ppo.ppo_loss of one row, added to `sums`; returns its gradient.
-inline RowGradient ppo_loss(Outcome outcome, float value, const Target& row, float weight, const Coefficients& c, LossSums* sums) {
-  const float log_ratio = weight > 0.0f ? outcome.log_prob - row.old_log_prob : 0.0f;
-  const float ratio = std::exp(log_ratio);
+struct RowGradients {
+  Vector log_prob, entropy, value;
+};
+
+// losses.squared_value_loss or clipped_value_loss, and its slope.
+inline Vector value_loss(Vector value, Vector old_value, Vector target, const Coefficients& c, Vector* slope) {
+  const Vector error = value - target, loss = error * error;
+  *slope = 2.0f * error;
+  if (!c.clip_vloss) return loss;
+  const Vector clip = broadcast(c.clip_coef), change = value - old_value, floored = maximum(change, -clip);
+  const Vector clipped_error = old_value + minimum(floored, clip) - target, clipped_loss = clipped_error * clipped_error;
+  const Vector d_change = share(-change, clip) * share(floored, clip);
+  *slope = *slope * share(-loss, -clipped_loss) + 2.0f * clipped_error * d_change * share(-clipped_loss, -loss);
+  return maximum(loss, clipped_loss);
+}
+
+// core.ppo.ppo_loss. weight: of each row, 0 for one that does not count. target: the fields of Target.
+inline RowGradients ppo_loss(Outcome outcome, Vector value, const Columns& target, int64_t r, Vector weight, const Coefficients& c,
+                             RowLosses* losses) {
+  const auto field = [&](int64_t number) { return load(target.column(number) + r); };
+  const Vector advantage = field(1), log_ratio = where(weight > 0.0f, outcome.log_prob - field(0));
+  Vector approx_kl;  // losses.approximate_kl
+  const Vector ratio = exp(log_ratio, &approx_kl);
 
   // losses.clipped_policy_loss
-  const float low = 1.0f - c.clip_coef, high = 1.0f + c.clip_coef;
-  const float raised = maximum(ratio, low), clipped = minimum(raised, high);
-  const float plain_gain = ratio * row.advantage, clipped_gain = clipped * row.advantage;
-  const float policy_loss = -minimum(plain_gain, clipped_gain);
-  const float through_clip = share(-ratio, -low) * share(raised, high);
-  const float d_ratio = -row.advantage * (share(plain_gain, clipped_gain) + share(clipped_gain, plain_gain) * through_clip);
+  const Vector low = broadcast(1.0f - c.clip_coef), high = broadcast(1.0f + c.clip_coef);
+  const Vector raised = maximum(ratio, low), clipped = minimum(raised, high);
+  const Vector plain_gain = ratio * advantage, clipped_gain = clipped * advantage;
+  const Vector through_clip = share(-ratio, -low) * share(raised, high);
+  const Vector d_ratio = -advantage * (share(plain_gain, clipped_gain) + share(clipped_gain, plain_gain) * through_clip);
 
-  // losses.squared_value_loss or clipped_value_loss
-  const float error = value - row.value_target;
-  float value_loss = error * error, d_value = 2.0f * error;
-  if (c.clip_vloss) {
-    const float change = value - row.old_value, floored = maximum(change, -c.clip_coef);
-    const float clipped_error = row.old_value + minimum(floored, c.clip_coef) - row.value_target;
-    const float clipped_loss = clipped_error * clipped_error;
-    const float d_change = share(-change, c.clip_coef) * share(floored, c.clip_coef);
-    d_value = d_value * share(-value_loss, -clipped_loss) +
-              2.0f * clipped_error * d_change * share(-clipped_loss, -value_loss);
-    value_loss = maximum(value_loss, clipped_loss);
-  }
-
-  const float deviation = std::fabs(ratio - 1.0f);
-  sums->policy_loss += weight * policy_loss;
-  sums->value_loss += weight * value_loss;
-  sums->entropy += weight * outcome.entropy;
-  sums->approx_kl += weight * (std::expm1(log_ratio) - log_ratio);  // losses.approximate_kl
-  sums->clipfrac += deviation > c.clip_coef ? weight : 0.0f;
-  sums->deviation = maximum(sums->deviation, deviation);
+  Vector d_value;
+  const Vector of_value = value_loss(value, field(3), field(2), c, &d_value);
+  const Vector deviation = ratio > 1.0f ? ratio - 1.0f : 1.0f - ratio;
+  *losses = {-weight * minimum(plain_gain, clipped_gain), weight * of_value, weight * outcome.entropy, weight * approx_kl,
+             where(deviation > c.clip_coef, weight), deviation};
 
   // loss = policy_loss + vf_coef value_loss - ent_coef entropy; d ratio / d log_prob = ratio
-  const float d_log_prob = weight > 0.0f ? weight * d_ratio * ratio : 0.0f;
-  return {d_log_prob, -c.ent_coef * weight, c.vf_coef * weight * d_value};
+  return {where(weight > 0.0f, weight * d_ratio * ratio), -c.ent_coef * weight, c.vf_coef * weight * d_value};
 }
 
 }  // namespace fastppo

@@ -38,12 +38,12 @@ class Floats {
   std::unique_ptr<float, Free> data_;
 };
 
+// Of a layer: (inputs, outputs). A head is kept transposed, (outputs, inputs), as in the flat buffer: it may have few outputs.
 struct Matrix {
   int64_t inner, columns;
-  int64_t panels, bias;  // places among the packed parameters
-  int64_t turned;        // place of the transposed panels
-  int64_t flat;          // place in the flat buffer: the matrix, then its bias
-  bool is_head;          // the flat buffer has heads transposed
+  int64_t panels, bias, bias_size;  // places among the packed parameters
+  int64_t turned;                   // place of the transposed panels
+  int64_t flat;                     // place in the flat buffer: the matrix, then its bias
 };
 
 class Network {
@@ -58,14 +58,14 @@ class Network {
       std::vector<Matrix> layers;
       int64_t inner = obs_size;
       for (int64_t layer = 0; layer < shape.num_hidden; ++layer) {
-        layers.push_back(add(inner, shape.hidden_sizes[layer], false));
+        layers.push_back(add(inner, shape.hidden_sizes[layer], shape.hidden_sizes[layer]));
         inner = shape.hidden_sizes[layer];
       }
       trunks.push_back(layers);
       num_features = inner;
     }
-    actor_head = add(num_features, action_size, true);
-    critic_head = add(num_features, 1, true);
+    actor_head = add(action_size, num_features, action_size);
+    critic_head = add(1, num_features, 1);
     log_std = size;
     log_std_flat = flat_size;
     if (is_gaussian()) {
@@ -75,8 +75,9 @@ class Network {
   }
 
   bool is_gaussian() const { return choices.empty(); }
+  int64_t num_action_columns() const { return is_gaussian() ? action_size : static_cast<int64_t>(choices.size()); }
 
-  // Call visit(flat index, step between them, packed index, number) for all stretches of parameters that follow one another packed.
+  // Call visit(flat index, packed index, number) for all stretches of parameters that follow one another packed.
   template <class Visit>
   void for_stretches(Visit visit) const {
     for (const auto& layers : trunks) {
@@ -84,29 +85,30 @@ class Network {
     }
     visit_matrix(actor_head, visit);
     visit_matrix(critic_head, visit);
-    if (is_gaussian()) visit(log_std_flat, 1, log_std, action_size);
+    if (is_gaussian()) visit(log_std_flat, log_std, action_size);
   }
 
   void pack(const float* flat, float* packed) const {
-    for_stretches([=](int64_t from, int64_t step, int64_t to, int64_t number) {
-      for (int64_t i = 0; i < number; ++i) packed[to + i] = flat[from + i * step];
-    });
+    for_stretches([=](int64_t from, int64_t to, int64_t number) { std::copy_n(flat + from, number, packed + to); });
   }
 
   void unpack(const float* packed, float* flat) const {
-    for_stretches([=](int64_t to, int64_t step, int64_t from, int64_t number) {
-      for (int64_t i = 0; i < number; ++i) flat[to + i * step] = packed[from + i];
-    });
+    for_stretches([=](int64_t to, int64_t from, int64_t number) { std::copy_n(packed + from, number, flat + to); });
   }
 
-  // The transposed matrices that the backward pass multiplies by: all but those that read the observation.
-  void transpose_all(const float* packed, float* turned) const {
+  // A head of few outputs is multiplied as it is kept, others transposed.
+  static bool is_narrow(const Matrix& head) { return 2 * head.inner <= kWidth; }
+
+  // The transposed matrices that the forward pass multiplies by.
+  void transpose_heads(const float* packed, float* turned) const {
+    if (!is_narrow(actor_head)) transpose_one(actor_head, packed, turned);
+  }
+
+  // Those of the backward pass: all but those that read the observation.
+  void transpose_layers(const float* packed, float* turned) const {
     for (const auto& layers : trunks) {
       for (size_t layer = 1; layer < layers.size(); ++layer) transpose_one(layers[layer], packed, turned);
     }
-    if (trunks[0].empty()) return;
-    transpose_one(actor_head, packed, turned);
-    transpose_one(critic_head, packed, turned);
   }
 
   int64_t obs_size, action_size, num_features = 0;
@@ -118,24 +120,23 @@ class Network {
   int64_t size = 0, flat_size = 0, turned_size = 0;
 
  private:
-  Matrix add(int64_t inner, int64_t columns, bool is_head) {
-    Matrix matrix{inner, columns, size, size + padded(columns) * inner, turned_size, flat_size, is_head};
-    size += padded(columns) * (inner + 1);
-    flat_size += columns * (inner + 1);
+  Matrix add(int64_t inner, int64_t columns, int64_t bias_size) {
+    Matrix matrix{inner, columns, size, size + padded(columns) * inner, bias_size, turned_size, flat_size};
+    size += padded(columns) * inner + padded(bias_size);
+    flat_size += columns * inner + bias_size;
     turned_size += padded(inner) * columns;
     return matrix;
   }
 
   template <class Visit>
   static void visit_matrix(const Matrix& matrix, Visit visit) {
-    const int64_t row_step = matrix.is_head ? 1 : matrix.columns, column_step = matrix.is_head ? matrix.inner : 1;
     for (int64_t k = 0; k < matrix.inner; ++k) {
       for (int64_t c = 0; c < matrix.columns; c += 2 * kWidth) {
-        visit(matrix.flat + k * row_step + c * column_step, column_step,
-              matrix.panels + in_panels(matrix.inner, matrix.columns, k, c), std::min<int64_t>(2 * kWidth, matrix.columns - c));
+        visit(matrix.flat + k * matrix.columns + c, matrix.panels + in_panels(matrix.inner, matrix.columns, k, c),
+              std::min<int64_t>(2 * kWidth, matrix.columns - c));
       }
     }
-    visit(matrix.flat + matrix.inner * matrix.columns, 1, matrix.bias, matrix.columns);
+    visit(matrix.flat + matrix.inner * matrix.columns, matrix.bias, matrix.bias_size);
   }
 
   static void transpose_one(const Matrix& matrix, const float* packed, float* turned) {
@@ -151,38 +152,62 @@ struct Rows {
   float* row(int64_t r) const { return data.get() + r * step; }
 };
 
+// Numbers of those rows, column after column, so that kWidth rows lie in a register.
+struct Columns {
+  Floats data;
+  Columns(int64_t columns) : data(columns * kBlockRows) {}
+  float* column(int64_t c) const { return data.get() + c * kBlockRows; }
+};
+
 struct Block {
   explicit Block(const Network& network)
-      : obs(network.obs_size), actor(network.action_size), critic(1), d_actor(network.action_size), d_critic(1) {
-    int64_t widest = 1;
+      : obs(network.obs_size), actor(network.action_size), critic(1), d_actor(network.action_size), d_critic(1),
+        both(network.trunks.size() == 1 ? network.num_features : 0) {
     for (const auto& layers : network.trunks) {
       hidden.emplace_back();
       slope.emplace_back();
       for (const Matrix& matrix : layers) {
         hidden.back().emplace_back(matrix.columns);
         slope.back().emplace_back(matrix.columns);
-        widest = std::max(widest, matrix.columns);
       }
     }
-    delta.emplace_back(widest);
-    delta.emplace_back(widest);
   }
 
   const Rows& features(int64_t trunk) const { return hidden[trunk].empty() ? obs : hidden[trunk].back(); }
 
-  Rows obs, actor, critic;                       // input; logits or means; values, in column 0
+  Rows obs;
+  Columns actor, critic;                         // logits or means; values
   Rows d_actor, d_critic;                        // the gradient of the loss with respect to them
-  std::vector<std::vector<Rows>> hidden, slope;  // by trunk and layer: outputs, and the activation's slope
-  std::vector<Rows> delta;                       // the gradient with respect to a layer's sums, of two layers in turn
+  std::vector<std::vector<Rows>> hidden, slope;  // by trunk and layer: outputs, and the activation's slope there, which `backward`
+                                                 // turns into the gradient with respect to the layer's sums
+  Rows both;                                     // what the actor's head adds to a shared trunk's gradient
 };
 
 // Below, what inner loops use is captured by value: a store through Vector may alias everything that lies in memory.
 
-inline void apply(const Rows& x, int64_t n, const Matrix& matrix, const float* packed, const Rows& out) {
+// put(row, column, sum) for each register of a product. `to` is a copy, not a member of something that a store may have changed.
+inline auto put_rows(const Rows& out) {
+  return [to = out.row(0), step = out.step](int64_t r, int64_t c, Vector sum) { store(to + r * step + c, sum); };
+}
+
+inline void apply_layer(const Rows& x, int64_t n, const Matrix& matrix, const float* packed, const Rows& out) {
   multiply(
       x.row(0), x.step, n, packed + matrix.panels, matrix.inner, matrix.columns,
-      [bias = packed + matrix.bias](int64_t c) { return load(bias + c); },
-      [to = out.row(0), step = out.step](int64_t r, int64_t c, Vector sum) { store(to + r * step + c, sum); });
+      [bias = packed + matrix.bias](int64_t c) { return load(bias + c); }, put_rows(out));
+}
+
+inline void apply_head(const Rows& x, int64_t n, const Matrix& head, const float* packed, const float* turned, const Columns& out) {
+  const float* bias = packed + head.bias;
+  if (Network::is_narrow(head)) {
+    multiply_few(x.row(0), x.step, n, packed + head.panels, head.inner, head.columns,
+                 [&](int64_t r, int64_t a, Vector sum) { store(out.column(a) + r, sum + bias[a]); });
+    return;
+  }
+  multiply(
+      x.row(0), x.step, n, turned + head.turned, head.columns, head.inner, [=](int64_t c) { return load(bias + c); },
+      [&](int64_t r, int64_t c, Vector sum) {
+        for (int64_t lane = 0; lane < std::min<int64_t>(kWidth, head.inner - c); ++lane) out.column(c + lane)[r] = sum[lane];
+      });
 }
 
 // The activation of n rows of sums, in place, and its slope there. By itself: within `multiply` its many instructions keep the sums
@@ -202,7 +227,7 @@ void forward_trunk(const std::vector<Matrix>& layers, const float* packed, int64
   const Rows* x = &block.obs;
   for (size_t layer = 0; layer < layers.size(); ++layer) {
     const Rows& hidden = block.hidden[trunk][layer];
-    apply(*x, n, layers[layer], packed, hidden);
+    apply_layer(*x, n, layers[layer], packed, hidden);
     activate<kind>(n, hidden, block.slope[trunk][layer]);
     x = &hidden;
   }
@@ -219,53 +244,58 @@ inline void forward_trunk(const Network& network, const float* packed, int64_t n
   }
 }
 
-// block.actor and block.critic of the n rows in block.obs.
-inline void forward(const Network& network, const float* packed, int64_t n, const Block& block) {
+// block.actor and block.critic of the n rows in block.obs. turned: from transpose_heads.
+inline void forward(const Network& network, const float* packed, const float* turned, int64_t n, const Block& block) {
   const auto last = static_cast<int64_t>(network.trunks.size()) - 1;
   for (int64_t trunk = 0; trunk <= last; ++trunk) forward_trunk(network, packed, n, block, trunk);
-  apply(block.features(0), n, network.actor_head, packed, block.actor);
-  apply(block.features(last), n, network.critic_head, packed, block.critic);
+  apply_head(block.features(0), n, network.actor_head, packed, turned, block.actor);
+  apply_head(block.features(last), n, network.critic_head, packed, turned, block.critic);
+}
+
+// gradient (packed) += that of n rows of one head, whose output has the gradient `d_out`.
+inline void backward_head(const Matrix& head, const Rows& x, const Rows& d_out, int64_t n, float* gradient) {
+  add_outer_products(d_out.row(0), d_out.step, x.row(0), x.step, n, head.inner, head.columns, gradient + head.panels);
+  add_rows(d_out.row(0), d_out.step, n, head.inner, gradient + head.bias);
 }
 
 // gradient (packed) += that of n rows of one trunk, from block.d_actor and block.d_critic of the heads on it, after `forward`.
-inline void backward_trunk(const Network& network, const float* turned, int64_t n, const Block& block, size_t trunk, float* gradient) {
-  const auto add = [&](const Matrix& matrix, const Rows& x, const Rows& delta) {
-    add_outer_products(x.row(0), x.step, delta.row(0), delta.step, n, matrix.inner, matrix.columns, gradient + matrix.panels);
-    add_rows(delta.row(0), delta.step, n, matrix.columns, gradient + matrix.bias);
+// turned: from transpose_layers.
+inline void backward_trunk(const Network& network, const float* packed, const float* turned, int64_t n, const Block& block,
+                           size_t trunk, float* gradient) {
+  const auto back = [&](const Rows& delta, const float* panels, int64_t inner, int64_t columns, auto put) {
+    multiply(delta.row(0), delta.step, n, panels, inner, columns, [](int64_t) { return Vector{}; }, put);
   };
-  const auto back = [&](const Matrix& matrix, const Rows& delta, auto put) {  // put(row, column, delta times transposed matrix)
-    multiply(
-        delta.row(0), delta.step, n, turned + matrix.turned, matrix.columns, matrix.inner, [](int64_t) { return Vector{}; }, put);
-  };
-  const auto into = [](const Rows& out, const Rows& slope) {  // the sums times a layer's slope
-    return [to = out.row(0), slopes = slope.row(0), step = out.step, slope_step = slope.step](int64_t r, int64_t c, Vector sum) {
-      store(to + r * step + c, sum * load(slopes + r * slope_step + c));
+  const auto times = [](const Rows& slope) {  // the sums times a layer's slope, in its place
+    return [to = slope.row(0), step = slope.step](int64_t r, int64_t c, Vector sum) {
+      float* place = to + r * step + c;
+      store(place, sum * load(place));
     };
   };
   const auto& layers = network.trunks[trunk];
+  const auto& slopes = block.slope[trunk];
   const bool shared = network.trunks.size() == 1, is_actor = trunk == 0;
-  const Matrix& head = is_actor ? network.actor_head : network.critic_head;
-  const Rows& d_head = is_actor ? block.d_actor : block.d_critic;
-  add(head, block.features(trunk), d_head);
-  if (shared) add(network.critic_head, block.features(trunk), block.d_critic);
+  const Matrix& head = shared || !is_actor ? network.critic_head : network.actor_head;
+  const Rows& d_head = shared || !is_actor ? block.d_critic : block.d_actor;
+  backward_head(head, block.features(trunk), d_head, n, gradient);
+  if (shared) backward_head(network.actor_head, block.features(trunk), block.d_actor, n, gradient);
   if (layers.empty()) return;
-  const Rows *delta = &block.delta[0], *next = &block.delta[1];
   if (shared) {
-    const Rows& slope = block.slope[trunk].back();
-    back(head, d_head, [to = delta->row(0), step = delta->step](int64_t r, int64_t c, Vector sum) { store(to + r * step + c, sum); });
-    back(network.critic_head, block.d_critic,
-         [to = delta->row(0), step = delta->step, put = into(*delta, slope)](int64_t r, int64_t c, Vector sum) {
-           put(r, c, sum + load(to + r * step + c));
+    const Matrix& actor_head = network.actor_head;
+    back(block.d_actor, packed + actor_head.panels, actor_head.inner, actor_head.columns, put_rows(block.both));
+    back(d_head, packed + head.panels, head.inner, head.columns,
+         [from = block.both.row(0), step = block.both.step, put = times(slopes.back())](int64_t r, int64_t c, Vector sum) {
+           put(r, c, sum + load(from + r * step + c));
          });
   } else {
-    back(head, d_head, into(*delta, block.slope[trunk].back()));
+    back(d_head, packed + head.panels, head.inner, head.columns, times(slopes.back()));
   }
-  for (size_t layer = layers.size() - 1; layer > 0; --layer) {
-    add(layers[layer], block.hidden[trunk][layer - 1], *delta);
-    back(layers[layer], *delta, into(*next, block.slope[trunk][layer - 1]));
-    std::swap(delta, next);
+  for (size_t layer = layers.size(); layer-- > 0;) {
+    const Matrix& matrix = layers[layer];
+    const Rows &x = layer > 0 ? block.hidden[trunk][layer - 1] : block.obs, &delta = slopes[layer];
+    add_outer_products(x.row(0), x.step, delta.row(0), delta.step, n, matrix.inner, matrix.columns, gradient + matrix.panels);
+    add_rows(delta.row(0), delta.step, n, matrix.columns, gradient + matrix.bias);
+    if (layer > 0) back(delta, turned + matrix.turned, matrix.columns, matrix.inner, times(slopes[layer - 1]));
   }
-  add(layers[0], block.obs, *delta);
 }
 
 }  // namespace fastppo

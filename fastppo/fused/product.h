@@ -123,17 +123,35 @@ inline void add_rows(const float* y, int64_t y_step, int64_t n, int64_t columns,
   }
 }
 
+// y = x B^T for n rows, where B (inner, columns) in panels has few rows: put(row, column, sums) takes kWidth rows of a column at a
+// time. x has memory for whole registers of rows; what is in those after n has no meaning.
+template <class Put>
+inline void multiply_few(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Put put) {
+  for (int64_t r = 0; r < n; r += kWidth) {
+    for (int64_t k = 0; k < inner; ++k) {
+      Vector sum[kWidth] = {};
+      for_panels(columns, [&]<int kVectors>(int64_t c) {
+        for (int v = 0; v < kVectors; ++v) {
+          const Vector right = load(panels + c * inner + (k * kVectors + v) * kWidth);
+          const int64_t step = opaque(x_step);
+          for (int i = 0; i < kWidth; ++i) sum[i] += load(x + (r + i) * step + c + v * kWidth) * right;
+        }
+      });
+      put(r, k, totals(sum));
+    }
+  }
+}
+
 // The panels of B^T (columns, inner), from those of B (inner, columns). What fills up rows stays as it is: zero.
 inline void transpose(const float* panels, int64_t inner, int64_t columns, float* out) {
-  for_panels(inner, [&]<int kVectors>(int64_t first) {
-    const int64_t number = std::min<int64_t>(kVectors * kWidth, inner - first);
-    float* to = out + first * columns;
-    for (int64_t c = 0; c < columns; ++c, to += kVectors * kWidth) {
-      const int64_t start = in_panels(inner, columns, first, c), step = in_panels(inner, columns, 1, c) - in_panels(inner, columns, 0, c);
-      const float* from = panels + start;
-      for (int64_t k = 0; k < number; ++k) to[k] = from[k * step];
+  for (int64_t k = 0; k < inner; k += kWidth) {
+    for (int64_t c = 0; c < columns; c += kWidth) {
+      Vector x[kWidth] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, inner - k); ++i) x[i] = load(panels + in_panels(inner, columns, k + i, c));
+      transpose(x);
+      for (int64_t i = 0; i < std::min<int64_t>(kWidth, columns - c); ++i) store(out + in_panels(columns, inner, c + i, k), x[i]);
     }
-  });
+  }
 }
 
 }  // namespace fastppo

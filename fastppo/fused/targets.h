@@ -33,12 +33,11 @@ struct LearnCall {  // as in operators.py; every field has 8 bytes
 
 struct Part {  // what one part of the rows has for itself
   explicit Part(const Network& network)
-      : block(network), gradient(network.size), turned(network.turned_size), entropies(kBlockRows * network.choices.size()),
-        kept(kBlockRows * network.action_size) {}
+      : block(network), gradient(network.size), turned(network.turned_size), action(network.num_action_columns()),
+        legal(network.action_size), d_actor(network.action_size), entropies(network.choices.size()), target(kTargetSize) {}
   Block block;
   Floats gradient, turned;
-  std::vector<float> entropies;
-  std::vector<uint8_t> kept;
+  Columns action, legal, d_actor, entropies, target;  // of the block's rows
   LossSums sums;
   double squares = 0.0;  // of this part's stretch of the whole gradient
 };
@@ -63,58 +62,69 @@ class Targets {
     return {n * part / call_.num_parts, n * (part + 1) / call_.num_parts};
   }
 
-  const int64_t* choices_of(int64_t row) const {
-    return static_cast<const int64_t*>(call_.action) + row * static_cast<int64_t>(network_.choices.size());
-  }
-  const float* means_of(int64_t row) const { return static_cast<const float*>(call_.action) + row * network_.action_size; }
-
   // forward.evaluate_rollout: log pi(a|s), V(s) and V(s') of this part's rows.
   void evaluate_rollout(int64_t number) {
     const auto [first, last] = share_of(number, num_rows_ + call_.num_envs);  // rows of step T have a value only
     Part& part = parts_[number];
+    network_.transpose_heads(params_.get(), part.turned.get());
     std::vector<int64_t> rows, ended;
     for (int64_t from = first; from < last; from += kBlockRows) {
       rows.clear();
       for (int64_t row = from; row < std::min(from + kBlockRows, last); ++row) rows.push_back(row);
-      forward_rows(part, call_.obs, rows.data(), static_cast<int64_t>(rows.size()));
-      for (size_t i = 0; i < rows.size(); ++i) {
-        const int64_t row = rows[i];
-        values_[row] = *part.block.critic.row(i);
-        if (row >= num_rows_) continue;
-        targets_[row].old_log_prob = distribution(part, i, row).log_prob;
-        if (call_.final_obs && (call_.terminated[row] || call_.truncated[row])) ended.push_back(row);
+      const auto n = static_cast<int64_t>(rows.size());
+      forward_rows(part, call_.obs, rows.data(), n);
+      read_actions(part, rows.data(), n);
+      for (int64_t i = 0; i < n; ++i) {
+        values_[rows[i]] = part.block.critic.column(0)[i];
+        if (rows[i] < num_rows_ && has_final(rows[i])) ended.push_back(rows[i]);
+      }
+      for (int64_t r = 0; r < n; r += kWidth) {
+        const Vector log_prob = distribution(part, r).log_prob;
+        for (int64_t i = r; i < std::min(r + kWidth, n) && rows[i] < num_rows_; ++i) targets_[rows[i]].old_log_prob = log_prob[i - r];
       }
     }
     for (size_t from = 0; from < ended.size(); from += kBlockRows) {
       const auto n = std::min<int64_t>(kBlockRows, static_cast<int64_t>(ended.size() - from));
       forward_rows(part, call_.final_obs, ended.data() + from, n);
-      for (int64_t i = 0; i < n; ++i) next_values_[ended[from + i]] = *part.block.critic.row(i);
+      for (int64_t i = 0; i < n; ++i) next_values_[ended[from + i]] = part.block.critic.column(0)[i];
     }
   }
+
+  bool has_final(int64_t row) const { return call_.final_obs && (call_.terminated[row] || call_.truncated[row]); }
 
   void forward_rows(Part& part, const float* obs, const int64_t* rows, int64_t n) {
     const int64_t size = network_.obs_size;
     for (int64_t i = 0; i < n; ++i) std::memcpy(part.block.obs.row(i), obs + rows[i] * size, size * sizeof(float));
-    forward(network_, params_.get(), n, part.block);
+    forward(network_, params_.get(), part.turned.get(), n, part.block);
   }
 
-  // Log-probability and entropy of row i of the block, which is `row` of the rollout.
-  Outcome distribution(Part& part, int64_t i, int64_t row) {
-    float* out = part.block.actor.row(i);
-    if (network_.is_gaussian()) return normal(network_.action_size, means_of(row), params_.get() + network_.log_std, out);
-    if (call_.action_mask) {
-      const int64_t size = network_.action_size;
-      mask_logits(network_.choices, call_.action_mask + row * size, out, part.kept.data() + i * size);
+  // Actions, and which are legal, of n rows of the rollout; the last row also fills what is left of a register.
+  void read_actions(Part& part, const int64_t* rows, int64_t n) {
+    const int64_t size = network_.action_size, columns = network_.num_action_columns();
+    for (int64_t i = 0; i < padded(n); ++i) {
+      const int64_t row = rows[std::min(i, n - 1)];
+      for (int64_t c = 0; c < columns; ++c) {
+        part.action.column(c)[i] = network_.is_gaussian() ? static_cast<const float*>(call_.action)[row * columns + c]
+                                                          : static_cast<float>(static_cast<const int64_t*>(call_.action)[row * columns + c]);
+      }
+      if (!call_.action_mask) continue;
+      for (int64_t a = 0; a < size; ++a) part.legal.column(a)[i] = call_.action_mask[row * size + a] ? 1.0f : 0.0f;
     }
-    return categorical(network_.choices, choices_of(row), out, part.entropies.data() + i * network_.choices.size());
+  }
+
+  // Log-probability and entropy of kWidth rows of the block.
+  Outcome distribution(Part& part, int64_t r) {
+    const Columns& out = part.block.actor;
+    if (network_.is_gaussian()) return normal(network_.action_size, part.action, r, params_.get() + network_.log_std, out);
+    if (call_.action_mask) mask_logits(network_.choices, part.legal, r, out);
+    return categorical(network_.choices, part.action, r, out, part.entropies);
   }
 
   // ppo.estimate_advantages and explained_variance, for all rows.
   void estimate_advantages() {
     const int64_t num_steps = call_.num_steps, num_envs = call_.num_envs;
     for (int64_t row = 0; row < num_rows_; ++row) {
-      const bool has_final = call_.final_obs && (call_.terminated[row] || call_.truncated[row]);
-      if (!has_final) next_values_[row] = values_[row + num_envs];
+      if (!has_final(row)) next_values_[row] = values_[row + num_envs];
       targets_[row].old_value = values_[row];
       targets_[row].valid = call_.valid[row] ? 1.0f : 0.0f;
     }

@@ -81,7 +81,8 @@ class Update : Targets {
   // ppo.minibatch_gradient: this part's rows of minibatch l.
   void minibatch_gradient(int64_t number, int64_t l) {
     Part& part = parts_[number];
-    network_.transpose_all(params_.get(), part.turned.get());
+    network_.transpose_heads(params_.get(), part.turned.get());
+    network_.transpose_layers(params_.get(), part.turned.get());
     std::memset(part.gradient.get(), 0, network_.size * sizeof(float));
     part.sums = LossSums();
     const auto [first, last] = share_of(number, call_.minibatch_size);
@@ -89,32 +90,66 @@ class Update : Targets {
     for (int64_t from = first; from < last; from += kBlockRows) {
       const int64_t n = std::min(kBlockRows, last - from);
       forward_rows(part, call_.obs, index + from, n);
-      for (int64_t i = 0; i < n; ++i) loss_of_row(part, i, index[from + i], statistics_[l]);
+      loss_gradient(part, index + from, n, statistics_[l]);
       for (size_t trunk = 0; trunk < network_.trunks.size(); ++trunk) {
-        backward_trunk(network_, part.turned.get(), n, part.block, trunk, part.gradient.get());
+        backward_trunk(network_, params_.get(), part.turned.get(), n, part.block, trunk, part.gradient.get());
       }
     }
   }
 
-  void loss_of_row(Part& part, int64_t i, int64_t row, const Statistics& statistics) {
-    Target target = targets_[row];
-    target.advantage = (target.advantage - statistics.advantage_mean) * statistics.advantage_scale;
-    const float weight = target.valid / static_cast<float>(std::max(statistics.num_transitions, 1.0));
+  // ppo_loss of n rows of the rollout, added to part.sums, and its gradient with respect to the outputs of the networks.
+  void loss_gradient(Part& part, const int64_t* rows, int64_t n, const Statistics& statistics) {
     const Block& block = part.block;
-    const Outcome outcome = distribution(part, i, row);
-    const RowGradient gradient = ppo_loss(outcome, *block.critic.row(i), target, weight, coefficients_, &part.sums);
-    *block.d_critic.row(i) = gradient.value;
-    const int64_t size = network_.action_size;
-    float* d_actor = block.d_actor.row(i);
-    if (network_.is_gaussian()) {
-      normal_gradient(size, block.actor.row(i), params_.get() + network_.log_std, gradient.log_prob, gradient.entropy, d_actor,
-                      part.gradient.get() + network_.log_std);
-      return;
+    read_actions(part, rows, n);
+    read_targets(part, rows, n, statistics);
+    const float scale = 1.0f / static_cast<float>(std::max(statistics.num_transitions, 1.0));
+    for (int64_t r = 0; r < n; r += kWidth) {
+      RowLosses losses;
+      const Outcome outcome = distribution(part, r);
+      const RowGradients gradients = ppo_loss(outcome, load(block.critic.column(0) + r), part.target, r,
+                                              load(part.target.column(4) + r) * scale, coefficients_, &losses);
+      const Integers counted = lanes() < static_cast<int32_t>(n - r);
+      add(losses, counted, &part.sums);
+      actor_gradient(part, r, counted, gradients);
+      for (int64_t i = 0; i < kWidth; ++i) *block.d_critic.row(r + i) = gradients.value[i];
     }
-    categorical_gradient(network_.choices, choices_of(row), block.actor.row(i),
-                         part.entropies.data() + i * network_.choices.size(), gradient.log_prob, gradient.entropy, d_actor);
-    if (!call_.action_mask) return;
-    for (int64_t a = 0; a < size; ++a) d_actor[a] *= part.kept[i * size + a];
+  }
+
+  // The fields of Target; the last row also fills what is left of a register.
+  void read_targets(Part& part, const int64_t* rows, int64_t n, const Statistics& statistics) {
+    for (int64_t i = 0; i < padded(n); ++i) {
+      const Target& target = targets_[rows[std::min(i, n - 1)]];
+      const float fields[kTargetSize] = {target.old_log_prob,
+                                         (target.advantage - statistics.advantage_mean) * statistics.advantage_scale,
+                                         target.value_target, target.old_value, target.valid};
+      for (int64_t f = 0; f < kTargetSize; ++f) part.target.column(f)[i] = fields[f];
+    }
+  }
+
+  static void add(const RowLosses& losses, Integers counted, LossSums* sums) {
+    sums->policy_loss += sum(where(counted, losses.policy_loss));
+    sums->value_loss += sum(where(counted, losses.value_loss));
+    sums->entropy += sum(where(counted, losses.entropy));
+    sums->approx_kl += sum(where(counted, losses.approx_kl));
+    sums->clipfrac += sum(where(counted, losses.clipfrac));
+    const Vector deviation = where(counted, losses.deviation);
+    for (int64_t lane = 0; lane < kWidth; ++lane) sums->deviation = maximum(sums->deviation, deviation[lane]);
+  }
+
+  void actor_gradient(Part& part, int64_t r, Integers counted, const RowGradients& gradients) {
+    const Columns &out = part.block.actor, &d_out = part.d_actor;
+    const int64_t size = network_.action_size;
+    if (network_.is_gaussian()) {
+      normal_gradient(size, out, r, params_.get() + network_.log_std, counted, gradients.log_prob, gradients.entropy, d_out,
+                      part.gradient.get() + network_.log_std);
+    } else {
+      categorical_gradient(network_.choices, part.action, r, out, part.entropies, gradients.log_prob, gradients.entropy, d_out);
+    }
+    for (int64_t a = 0; a < size; ++a) {
+      Vector gradient = load(d_out.column(a) + r);
+      if (call_.action_mask) gradient *= load(part.legal.column(a) + r);
+      for (int64_t i = 0; i < kWidth; ++i) part.block.d_actor.row(r + i)[a] = gradient[i];
+    }
   }
 
   // The gradient and the metrics of all processes, left in those of part 0.

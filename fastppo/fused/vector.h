@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace fastppo {
 
@@ -23,6 +24,12 @@ inline Vector load(const float* x) { return *reinterpret_cast<const Vector*>(x);
 inline void store(float* x, Vector value) { *reinterpret_cast<Vector*>(x) = value; }
 inline Vector broadcast(float x) { return x - Vector{}; }
 
+inline Integers lanes() {
+  Integers result;
+  for (int lane = 0; lane < kWidth; ++lane) result[lane] = lane;
+  return result;
+}
+
 inline Vector bits(Integers x) {
   Vector result;
   std::memcpy(&result, &x, sizeof result);
@@ -35,26 +42,106 @@ inline Integers bits(Vector x) {
   return result;
 }
 
+// Lanes of a and b in turns of `step`: a's first `step` lanes, b's first `step`, a's third ...; and the same from the second on.
+// So low<1> of (a0 a1 a2 a3) and (b0 b1 b2 b3) is a0 b0 a2 b2, and high<1> is a1 b1 a3 b3.
+#ifdef __clang__
+#define FASTPPO_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
+#else
+#define FASTPPO_SHUFFLE(a, b, index) __builtin_shuffle(a, b, Integers{(index)...})
+#endif
+
+template <int step>
+inline Vector low(Vector a, Vector b) {
+  return [=]<int... lane>(std::integer_sequence<int, lane...>) {
+    return FASTPPO_SHUFFLE(a, b, lane & step ? kWidth + lane - step : lane);
+  }(std::make_integer_sequence<int, kWidth>());
+}
+
+template <int step>
+inline Vector high(Vector a, Vector b) {
+  return [=]<int... lane>(std::integer_sequence<int, lane...>) {
+    return FASTPPO_SHUFFLE(a, b, lane & step ? kWidth + lane : lane + step);
+  }(std::make_integer_sequence<int, kWidth>());
+}
+
+// Register i becomes lane i of all.
+template <int step = 1>
+inline void transpose(Vector (&x)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i) {
+    if (i & step) continue;
+    const Vector first = x[i], second = x[i + step];
+    x[i] = low<step>(first, second);
+    x[i + step] = high<step>(first, second);
+  }
+  if constexpr (2 * step < kWidth) transpose<2 * step>(x);
+}
+
+// Lane i becomes the sum of register i.
+template <int step = 1>
+inline Vector totals(Vector (&x)[kWidth]) {
+  for (int i = 0; i < kWidth; i += 2 * step) x[i] = low<step>(x[i], x[i + step]) + high<step>(x[i], x[i + step]);
+  if constexpr (2 * step < kWidth) return totals<2 * step>(x);
+  return x[0];
+}
+
+inline double sum(Vector x) {
+  double total = 0.0;
+  for (int lane = 0; lane < kWidth; ++lane) total += x[lane];
+  return total;
+}
+
+// torch.minimum and torch.maximum: NaN passes through.
+inline float minimum(float a, float b) { return a < b || a != a ? a : b; }
+inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
+inline Vector minimum(Vector a, Vector b) { return (a < b) | (a != a) ? a : b; }
+inline Vector maximum(Vector a, Vector b) { return (a > b) | (a != a) ? a : b; }
+
 // Each comparison is false for NaN and then keeps x, so that NaN passes through. One instruction each, in this order.
 inline Vector at_most(Vector x, float most) { return broadcast(most) < x ? broadcast(most) : x; }
 inline Vector at_least(Vector x, float least) { return broadcast(least) > x ? broadcast(least) : x; }
 
 // e^x = 2^n e^r with |r| <= ln(2) / 2; the polynomial for e^r is that of expf in Cephes (Moshier, 1992).
-inline Vector exp(Vector x) {
+// remainder: e^x - 1 - x, exact for small x too.
+inline Vector exp(Vector x, Vector* remainder) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
-  x = at_least(at_most(x, 89.0f), -104.0f);  // beyond, the result is inf or 0
-  const Vector shifted = x * 1.44269504f + kRound;
+  const Vector bounded = at_least(at_most(x, 89.0f), -104.0f);  // beyond, the result is inf or 0
+  const Vector shifted = bounded * 1.44269504f + kRound;
   const Vector n = shifted - kRound;
-  const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vector r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
+  p = p * r * r;
   const Integers whole = bits(shifted) - bits(broadcast(kRound));
   const Integers half = whole >> 1;  // in two steps: 2^n itself may overflow, or be subnormal
-  return p * bits((half + 127) << 23) * bits((whole - half + 127) << 23);
+  const Vector power = (p + r + 1.0f) * bits((half + 127) << 23) * bits((whole - half + 127) << 23);
+  *remainder = n == 0.0f ? p : power - 1.0f - x;
+  return power;
+}
+
+inline Vector exp(Vector x) {
+  Vector remainder;
+  return exp(x, &remainder);
+}
+
+// The logarithm of positive numbers, or NaN. log(2^n f) with 0.7 <= f < 1.41; the polynomial is that of logf in Cephes.
+inline Vector log(Vector x) {
+  constexpr int32_t kHalfRoot = 0x3f3504f3;  // the bits of sqrt(0.5)
+  const Integers exponent = (bits(x) - kHalfRoot) >> 23;
+  const Vector n = __builtin_convertvector(exponent, Vector), f = bits(bits(x) - (exponent << 23)) - 1.0f;
+  Vector p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vector square = f * f;
+  const Vector result = (p * square * f - n * 2.12194440e-4f - 0.5f * square) + f + n * 0.693359375f;
+  return x != x ? x : result;
 }
 
 inline Vector sqrt(Vector x) {
