@@ -57,59 +57,54 @@ inline void for_tiles(int64_t n, Body body) {
 // y = x B for n rows: `put(row, column, sum)` takes each register of the result. x (n, x_step), B (inner, columns) in panels.
 // begin(column) is what sums start from: a bias.
 template <class Begin, class Put>
-inline void multiply(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Begin begin,
+FASTPPO_FLAT inline void multiply(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Begin begin,
                      Put put) {
   for_panels(columns, [&]<int kVectors>(int64_t c) {
     const float* panel = panels + c * inner;
     for_tiles(n, [&]<int kRows>(int64_t r) {
       Vector sum[kRows][kVectors];
-      for (int v = 0; v < kVectors; ++v) {
+      unrolled<kVectors>([&](auto v) {
         const Vector start = begin(c + v * kWidth);
-        for (int i = 0; i < kRows; ++i) sum[i][v] = start;
-      }
-      const float* rows[(kRows + 2) / 3];  // every third: the others are reached by an address with the step in it
-      for (int i = 0; i < kRows; i += 3) rows[i / 3] = x + (r + i) * x_step;
+        unrolled<kRows>([&](auto i) { sum[i][v] = start; });
+      });
+      constexpr int kThirds = (kRows + 2) / 3;
+      const float* rows[kThirds];  // every third: the others are reached by an address with the step in it
+      unrolled<kThirds>([&](auto i) { rows[i] = x + (r + 3 * i) * x_step; });
       const float* b = panel;
       for (int64_t k = 0; k < inner; ++k, b += kVectors * kWidth) {
         const int64_t step = opaque(x_step);
         Vector right[kVectors];
-        for (int v = 0; v < kVectors; ++v) right[v] = load(b + v * kWidth);
-        for (int i = 0; i < kRows; ++i) {
+        unrolled<kVectors>([&](auto v) { right[v] = load(b + v * kWidth); });
+        unrolled<kRows>([&](auto i) {
           const Vector left = broadcast(*(rows[i / 3] + i % 3 * step));
-          for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
-        }
-        for (int i = 0; i < kRows; i += 3) ++rows[i / 3];
+          unrolled<kVectors>([&](auto v) { sum[i][v] += left * right[v]; });
+        });
+        unrolled<kThirds>([&](auto i) { ++rows[i]; });
       }
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) put(r + i, c + v * kWidth, sum[i][v]);
-      }
+      unrolled<kRows>([&](auto i) { unrolled<kVectors>([&](auto v) { put(r + i, c + v * kWidth, sum[i][v]); }); });
     });
   });
 }
 
 // G += x^T y over n rows, G (inner, columns) in panels: the gradient of a matrix. x (n, x_step), y (n, y_step).
-inline void add_outer_products(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n, int64_t inner,
+FASTPPO_FLAT inline void add_outer_products(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n, int64_t inner,
                                int64_t columns, float* panels) {
   for_panels(columns, [&]<int kVectors>(int64_t c) {
     for_tiles(inner, [&]<int kRows>(int64_t k) {
       float* out = panels + c * inner + k * kVectors * kWidth;
       Vector sum[kRows][kVectors];
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = load(out + (i * kVectors + v) * kWidth);
-      }
+      unrolled<kRows>([&](auto i) { unrolled<kVectors>([&](auto v) { sum[i][v] = load(out + (i * kVectors + v) * kWidth); }); });
       const float* left_row = x + k;
       const float* right_row = y + c;
       for (int64_t r = 0; r < n; ++r, left_row += x_step, right_row += y_step) {
         Vector right[kVectors];
-        for (int v = 0; v < kVectors; ++v) right[v] = load(right_row + v * kWidth);
-        for (int i = 0; i < kRows; ++i) {
+        unrolled<kVectors>([&](auto v) { right[v] = load(right_row + v * kWidth); });
+        unrolled<kRows>([&](auto i) {
           const Vector left = broadcast(left_row[i]);
-          for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
-        }
+          unrolled<kVectors>([&](auto v) { sum[i][v] += left * right[v]; });
+        });
       }
-      for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) store(out + (i * kVectors + v) * kWidth, sum[i][v]);
-      }
+      unrolled<kRows>([&](auto i) { unrolled<kVectors>([&](auto v) { store(out + (i * kVectors + v) * kWidth, sum[i][v]); }); });
     });
   });
 }
@@ -126,15 +121,16 @@ inline void add_rows(const float* y, int64_t y_step, int64_t n, int64_t columns,
 // y = x B^T for n rows, where B (inner, columns) in panels has few rows: put(row, column, sums) takes kWidth rows of a column at a
 // time. x has memory for whole registers of rows; what is in those after n has no meaning.
 template <class Put>
-inline void multiply_few(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Put put) {
+FASTPPO_FLAT inline void multiply_few(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Put put) {
   for (int64_t r = 0; r < n; r += kWidth) {
     for (int64_t k = 0; k < inner; ++k) {
-      Vector sum[kWidth] = {};
+      Vector sum[kWidth];
+      unrolled<kWidth>([&](auto i) { sum[i] = Vector{}; });
       for_panels(columns, [&]<int kVectors>(int64_t c) {
         for (int v = 0; v < kVectors; ++v) {
           const Vector right = load(panels + c * inner + (k * kVectors + v) * kWidth);
           const int64_t step = opaque(x_step);
-          for (int i = 0; i < kWidth; ++i) sum[i] += load(x + (r + i) * step + c + v * kWidth) * right;
+          unrolled<kWidth>([&](auto i) { sum[i] += load(x + (r + i) * step + c + v * kWidth) * right; });
         }
       });
       put(r, k, totals(sum));
@@ -143,13 +139,20 @@ inline void multiply_few(const float* x, int64_t x_step, int64_t n, const float*
 }
 
 // The panels of B^T (columns, inner), from those of B (inner, columns). What fills up rows stays as it is: zero.
-inline void transpose(const float* panels, int64_t inner, int64_t columns, float* out) {
+FASTPPO_FLAT inline void transpose(const float* panels, int64_t inner, int64_t columns, float* out) {
   for (int64_t k = 0; k < inner; k += kWidth) {
+    const bool whole = k + kWidth <= inner;
     for (int64_t c = 0; c < columns; c += kWidth) {
-      Vector x[kWidth] = {};
-      for (int64_t i = 0; i < std::min<int64_t>(kWidth, inner - k); ++i) x[i] = load(panels + in_panels(inner, columns, k + i, c));
+      const float* from = panels + in_panels(inner, columns, k, c);
+      float* to = out + in_panels(columns, inner, c, k);
+      const int64_t from_step = in_panels(inner, columns, 1, c) - in_panels(inner, columns, 0, c);
+      const int64_t to_step = in_panels(columns, inner, 1, k) - in_panels(columns, inner, 0, k);
+      Vector x[kWidth];
+      unrolled<kWidth>([&](auto i) { x[i] = whole || k + i < inner ? load(from + i * from_step) : Vector{}; });
       transpose(x);
-      for (int64_t i = 0; i < std::min<int64_t>(kWidth, columns - c); ++i) store(out + in_panels(columns, inner, c + i, k), x[i]);
+      unrolled<kWidth>([&](auto i) {
+        if (c + i < columns) store(to + i * to_step, x[i]);
+      });
     }
   }
 }

@@ -64,22 +64,35 @@ inline Vector high(Vector a, Vector b) {
   }(std::make_integer_sequence<int, kWidth>());
 }
 
+// Call body(i) for i in [0, n), each a constant, so that an array that it indexes is a set of registers. The compiler unrolls a loop
+// too late for that. The functions that use it are FASTPPO_FLAT: all calls within them are inlined.
+#define FASTPPO_FLAT __attribute__((flatten))
+
+template <int n, class Body>
+inline void unrolled(Body body) {
+  [&]<int... i>(std::integer_sequence<int, i...>) { (body(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, n>());
+}
+
 // Register i becomes lane i of all.
 template <int step = 1>
 inline void transpose(Vector (&x)[kWidth]) {
-  for (int i = 0; i < kWidth; ++i) {
-    if (i & step) continue;
-    const Vector first = x[i], second = x[i + step];
-    x[i] = low<step>(first, second);
-    x[i + step] = high<step>(first, second);
-  }
+  unrolled<kWidth>([&](auto i) {
+    if constexpr ((i & step) == 0) {
+      const Vector first = x[i], second = x[i + step];
+      x[i] = low<step>(first, second);
+      x[i + step] = high<step>(first, second);
+    }
+  });
   if constexpr (2 * step < kWidth) transpose<2 * step>(x);
 }
 
 // Lane i becomes the sum of register i.
 template <int step = 1>
 inline Vector totals(Vector (&x)[kWidth]) {
-  for (int i = 0; i < kWidth; i += 2 * step) x[i] = low<step>(x[i], x[i + step]) + high<step>(x[i], x[i + step]);
+  unrolled<kWidth / (2 * step)>([&](auto i) {
+    constexpr int first = i * 2 * step;
+    x[first] = low<step>(x[first], x[first + step]) + high<step>(x[first], x[first + step]);
+  });
   if constexpr (2 * step < kWidth) return totals<2 * step>(x);
   return x[0];
 }
