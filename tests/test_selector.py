@@ -283,15 +283,34 @@ def test_what_the_cache_lacks_is_built(compiler):
     assert compiler.started == ["act"]
 
 
+def test_on_builds_two_at_once(compiler):
+    """The first in this process, the second in another."""
+    tiers, notes = tiers_of("on")
+    assert (compiler.compiled, compiler.started, compiler.stopped) == (["learn"], ["act"], [])
+    assert in_use(tiers) == ("compiled", "compiled")
+    assert len(notes) == 2
+    assert notes[0].startswith("compiling learn and act (once")
+    assert (torch.get_num_threads(), compiler.threads, tiers.may_change) == (2, {2}, False)
+
+
+@pytest.mark.parametrize("reason", ["one core", "a class of the script"])
+def test_on_builds_one_after_the_other_where_it_must(compiler, reason):
+    """Where there is one core, and where another process cannot have the program."""
+    compiler.cores, compiler.alone = (1, False) if reason == "one core" else (2, True)
+    tiers, _ = tiers_of("on")
+    assert compiler.compiled == ["learn", "act"]
+    assert in_use(tiers) == ("compiled", "compiled")
+
+
 @pytest.mark.parametrize("second", ["act", "collect"])
 def test_on_without_success_is_eager(compiler, second):
-    """The reason is said, and no second attempt is made."""
+    """The reason is said, no second attempt is made, and the other process is stopped."""
     compiler.broken = True
     tiers, notes = tiers_of("on", second)
     for _ in range(2):
         tiers.update(TRIAL_ITERATIONS, LONG)
     assert in_use(tiers) == ("eager", "eager")
-    assert (compiler.started, tiers.name, torch.get_num_threads()) == ([], "eager", 1)
+    assert (compiler.stopped, tiers.name, torch.get_num_threads()) == ([second], "eager", 1)
     assert notes[-1] == "programs: eager, since compiling failed: it broke"
 
 

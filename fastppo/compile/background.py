@@ -79,6 +79,17 @@ class BackgroundCompile:
             raise CompileError(reason or f"the compiler's process ended with code {self._process.returncode}")
         return loaded
 
+    def wait(self) -> CompiledProgram:
+        """The program, when it is built. Raises CompileError if the build failed."""
+        try:
+            self._process.wait()
+        except BaseException:  # Ctrl-C
+            self.stop()
+            raise
+        program = self.poll()
+        assert program is not None
+        return program
+
     def stop(self) -> None:
         """Stop the build. Safe to call at any time and more than once."""
         if self._process.poll() is None:

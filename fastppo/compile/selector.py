@@ -21,7 +21,7 @@ import torch
 from fastppo.compile import library_cache, native
 from fastppo.compile.background import BackgroundCompile
 from fastppo.compile.compile_errors import CompileError
-from fastppo.compile.compiled_program import load_program
+from fastppo.compile.compiled_program import CompiledProgram, load_program
 from fastppo.compile.cuda_graph import GraphedProgram
 from fastppo.compile.inductor import compile_program
 from fastppo.compile.verification import TOLERANCE, Deviation, Verified
@@ -150,10 +150,7 @@ class ProgramSelector:
                 self._decide(seconds_left)
             while self._decided and self._waiting and len(self._building) < min(available_cores(), 2):
                 name = self._waiting.pop(0)
-                spec = self._specs[name]
-                with _threads(self._num_threads):
-                    build = BackgroundCompile(spec.program, spec.example, library_cache.cache_dir(), spec.seeds)
-                    self._building[name] = build
+                self._building[name] = self._start(name)
             for name, build in list(self._building.items()):
                 with _threads(self._num_threads):
                     program = build.poll()
@@ -257,13 +254,42 @@ class ProgramSelector:
                 continue
             with _threads(self._num_threads):
                 loaded = load_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
-                if loaded is None and build:
-                    self._note(f"compiling {name} (once: later runs load it from {library_cache.cache_dir()})")
-                    loaded = compile_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
             if loaded is not None:
                 self._adopt(name, loaded, "compiled")
             else:
                 self._waiting.append(name)
+        if build and self._waiting:
+            self._build()
+
+    def _build(self) -> None:
+        """Compile the programs that are waiting: one here, and the other in a process at the same time if there is a core."""
+        names = " and ".join(self._waiting)
+        self._note(f"compiling {names} (once: later runs load the result from {library_cache.cache_dir()})")
+        try:
+            if self._ranks.size == 1 and native.has_compiler() and available_cores() > 1:
+                for name in self._waiting[1:]:
+                    with contextlib.suppress(CompileError):  # a class of the script itself: then it is compiled here
+                        self._building[name] = self._start(name)
+            while self._waiting:
+                self._adopt(self._waiting[0], self._built(self._waiting[0]), "compiled")
+                del self._waiting[0]
+        finally:
+            self.close()
+
+    def _built(self, name: str) -> CompiledProgram:
+        """The program, when it is compiled. Raises CompileError."""
+        spec = self._specs[name]
+        with _threads(self._num_threads):
+            if name in self._building:
+                with contextlib.suppress(CompileError):
+                    return self._building.pop(name).wait()
+            return compile_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
+
+    def _start(self, name: str) -> BackgroundCompile:
+        """Compile the program in another process. Raises CompileError."""
+        spec = self._specs[name]
+        with _threads(self._num_threads):
+            return BackgroundCompile(spec.program, spec.example, library_cache.cache_dir(), spec.seeds)
 
     def _agree(self, failed: CompileError | None) -> CompileError | None:
         """Use the fused or compiled form of a program only if all processes have it. Returns the reason if one has not."""
