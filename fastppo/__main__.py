@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from fastppo.cli import run
 from fastppo.errors import UsageError, nearest
@@ -21,6 +22,9 @@ VERBS = {
 def console(args: Sequence[str] | None = None) -> int:
     """Entry point: the exit code."""
     verb, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if verb in ("-V", "--version"):
+        print(f"fastppo {version('fastppo')}")
+        return 0
     if verb in VERBS:
         return importlib.import_module(f"fastppo.{verb}").console(rest)
     return run(_no_verb, [verb])

@@ -26,11 +26,25 @@ from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.run.files import is_inside
 from fastppo.system.paths import absolute, current_directory, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
-from fastppo.system.text import printable
+from fastppo.system.text import printable, whole_number
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
 MAX_LETTERS = 250  # of a value that is quoted in an error
+HABITS = {  # flags of CleanRL, Stable-Baselines3 and its zoo, for the hint in an error
+    "--env": "--env-id",
+    "--gym-id": "--env-id",
+    "--n-timesteps": "--total-timesteps",
+    "--n-envs": "--num-envs",
+    "--n-steps": "--num-steps",
+    "--n-epochs": "--update-epochs",
+    "--batch-size": "--minibatch-size",
+    "--lr": "--learning-rate",
+    "--clip-range": "--clip-coef",
+    "--policy-kwargs": "--hidden-sizes",
+    "--track": "--tracker",
+    "--cuda": "--device",
+}
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a closed terminal
 
 
@@ -96,7 +110,7 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Settings from the flags of `fastppo.train`, which override the preset's or the resumed run's."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
-    args = [_with_current_name(arg) for arg in args]
+    args = _with_newest_run([_with_current_name(arg) for arg in args])
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
@@ -128,6 +142,30 @@ def _with_current_name(arg: str) -> str:
     name, equals, text = arg.partition("=")
     old = next((old for old in OLD_NAMES if name.replace("_", "-") == flag(old)), None)
     return arg if old is None else flag(OLD_NAMES[old]) + equals + text
+
+
+def _with_newest_run(args: Sequence[str]) -> list[str]:
+    """The arguments, with the newest run after a --resume without a value."""
+    args = list(args)
+    for position, arg in enumerate(args):
+        if arg == "--resume" and args[position + 1 : position + 2] in ([], *([rest] for rest in args if rest.startswith("--"))):
+            args.insert(position + 1, chosen_run(None, "--resume"))
+    return args
+
+
+def chosen_run(given: str | None, name: str = "RUN_DIR") -> str:
+    """The run directory that was given, else the newest one in runs/, which is printed. Raises UsageError if there is none."""
+    if given is not None:
+        return given
+    try:
+        found = [(path.stat().st_mtime, path.parent) for path in Path("runs").glob("*/config.json")]
+    except OSError as error:
+        raise UsageError(f"runs cannot be read ({error.strerror}): give {name}") from None
+    if not found:
+        raise UsageError(f"which run? There is none in runs/ here: give {name}")
+    newest = str(max(found)[1])
+    print(printable(f"the newest run: {newest}"), flush=True)
+    return newest
 
 
 def _restarted(args: Sequence[str]) -> str | None:
@@ -163,12 +201,32 @@ def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfi
     if given in (None, "None") or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
         return start
     text = _value_of("--num-envs", args) or str(start.num_envs)
-    num_envs = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    try:
+        num_envs = whole_number(text)
+    except ValueError:  # reported when it is parsed
+        return start
     most = min(start.minibatches_per_epoch, num_envs)
     count = next((number for number in range(most, 0, -1) if num_envs % number == 0), None)
     if count is None:
         return start
     return replace(start, num_envs=num_envs, minibatch_size=None, num_minibatches=count)
+
+
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _whole_numbers(type_info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[int] | None:
+    """Read each int by `whole_number`."""
+    if type_info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda given: whole_number(given[0]),
+        is_instance=lambda instance: isinstance(instance, int) and not isinstance(instance, bool),
+        str_from_instance=lambda instance: [str(instance)],
+    )
 
 
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -177,12 +235,12 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
     try:
         with contextlib.redirect_stderr(console):
             if default is None:
-                return tyro.cli(kind, args=list(args), prog=prog)
-            return tyro.cli(kind, args=list(args), prog=prog, default=default)
+                return tyro.cli(kind, args=list(args), prog=prog, registry=REGISTRY)
+            return tyro.cli(kind, args=list(args), prog=prog, default=default, registry=REGISTRY)
     except SystemExit as exit_:
         if not exit_.code:  # --help
             raise
-        raise UsageError(_fold(console.getvalue())) from None
+        raise UsageError(_fold(console.getvalue(), args)) from None
 
 
 def help_texts(kind: type) -> dict[str, str]:
@@ -216,8 +274,8 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
     return value
 
 
-def _fold(box: str) -> str:
-    """The first paragraph of tyro's framed report, and the nearest flag if it names one."""
+def _fold(box: str, args: Sequence[str]) -> str:
+    """The first paragraph of tyro's framed report, and the nearest flag if it names one, or one that others call so."""
     paragraphs: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is the frame's title
         text = line.strip("│╰╯ ")
@@ -233,6 +291,9 @@ def _fold(box: str) -> str:
     message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
+    habit = next((HABITS[name] for arg in args if (name := arg.partition("=")[0].replace("_", "-")) in HABITS), None)
+    if habit is not None and message.startswith("Unrecognized"):
+        return f"{message}; here it is {habit} (all flags: --help)"
     for text in texts[1:]:
         if text.startswith("Perhaps you meant"):
             message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastppo.cli import parse, run
+from fastppo.cli import chosen_run, parse, run
 from fastppo.config import read_run_config
 from fastppo.errors import UsageError
 from fastppo.system.imports import lasting_imports
@@ -33,8 +33,8 @@ VideoFormat = Annotated[
 class EvaluateConfig:
     """Play episodes with a run's policy; the last line of the output is one JSON object."""
 
-    run_dir: Annotated[str, tyro.conf.Positional]
-    """Directory of the run."""
+    run_dir: Annotated[str | None, tyro.conf.Positional] = None
+    """Directory of the run. Default: the newest one in runs/."""
     episodes: int = 20
     """Episodes to play."""
     checkpoint: Literal["best", "last"] = "best"
@@ -66,7 +66,7 @@ class EvaluateConfig:
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
     # the environment's code may change the working directory
-    directory = absolute(settings.run_dir, "RUN_DIR", current_directory())
+    directory = absolute(chosen_run(settings.run_dir), "RUN_DIR", current_directory())
     config = read_run_config(directory)
     with lasting_imports():  # here, so that --help and wrong flags do not wait for it
         import torch

@@ -10,7 +10,7 @@ import tyro
 
 from fastppo.analysis.export_formats import SUFFIXES, check_output
 from fastppo.analysis.policy_export import Exported, export_policy
-from fastppo.cli import parse, run
+from fastppo.cli import chosen_run, parse, run
 from fastppo.system.paths import absolute, current_directory
 
 __all__ = ["ExportConfig", "Exported", "console", "export_policy"]
@@ -28,8 +28,8 @@ class ExportConfig:
     zeros. At each step give back the last `next_memory`, with zeros in the rows where a new episode begins.
     """
 
-    run_dir: Annotated[str, tyro.conf.Positional]
-    """Directory of the run."""
+    run_dir: Annotated[str | None, tyro.conf.Positional] = None
+    """Directory of the run. Default: the newest one in runs/."""
     format: Literal["onnx", "torch"] = "onnx"
     """onnx: for onnxruntime and others, a .onnx file; torch: for torch.export.load, a .pt2 file."""
     output: str | None = None
@@ -40,7 +40,8 @@ class ExportConfig:
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(ExportConfig, args, prog="python -m fastppo.export")
-    output = settings.output or str(Path(settings.run_dir) / f"policy{SUFFIXES[settings.format]}")
+    run_dir = chosen_run(settings.run_dir)
+    output = settings.output or str(Path(run_dir) / f"policy{SUFFIXES[settings.format]}")
     if settings.output is not None:
         check_output(absolute(output, "--output", current_directory()), settings.format)
     import torch  # here, so that --help and wrong flags do not wait for it
@@ -48,7 +49,7 @@ def _main(args: Sequence[str]) -> None:
     from fastppo.analysis.loading import load_policy
 
     torch.set_num_threads(1)
-    print(export_policy(load_policy(settings.run_dir, settings.checkpoint), output, settings.format))
+    print(export_policy(load_policy(run_dir, settings.checkpoint), output, settings.format))
 
 
 def console(args: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import tyro
 
 from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, render
 from fastppo.analysis.run_groups import Group, read_groups
-from fastppo.cli import parse, run
+from fastppo.cli import chosen_run, parse, run
 from fastppo.errors import UsageError, nearest
 from fastppo.run.files import file_name, replace_file
 from fastppo.system.paths import absolute, current_directory
@@ -22,16 +22,12 @@ from fastppo.system.text import printable
 class PlotConfig:
     """Draw learning curves as PNG and SVG: a row for each environment, a colour for each setting. Losses: a second page."""
 
-    run_dirs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Directories of runs, or directories that hold some."""
+    run_dirs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Directories of runs, or directories that hold some. Default: the newest run in runs/."""
     output: str | None = None
     """Name of the files: OUTPUT.png, OUTPUT.svg, OUTPUT-losses.png, OUTPUT-losses.svg. Default: curves-<env>."""
     metric: str = RETURN
     """Column of metrics.csv on the first page."""
-
-    def __post_init__(self) -> None:
-        if not self.run_dirs:
-            raise UsageError("which runs? fastppo plot RUN_DIR ..., or a directory that holds some: fastppo plot runs")
 
 
 def _default_output(groups: Sequence[Group], metric: str) -> str:
@@ -44,7 +40,7 @@ def _default_output(groups: Sequence[Group], metric: str) -> str:
 def _main(args: Sequence[str]) -> None:
     settings = parse(PlotConfig, args, prog="python -m fastppo.plot")
     notes: list[str] = []
-    groups = read_groups(settings.run_dirs, notes.append)
+    groups = read_groups(settings.run_dirs or (chosen_run(None),), notes.append)
     known = list(dict.fromkeys(name for group in groups for one in group.runs for name in one.columns))
     if settings.metric not in known:
         raise UsageError(f"--metric {settings.metric} is no column of metrics.csv{nearest(settings.metric, known)}")

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from fastppo.analysis.report_page import report_page
-from fastppo.cli import help_texts, parse, run
+from fastppo.cli import chosen_run, help_texts, parse, run
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
 from fastppo.run.files import replace_file
@@ -20,14 +20,15 @@ from fastppo.system.text import printable
 class ReportConfig:
     """Write RUN_DIR/report.html: the run as one page that needs no network, no script and no other file."""
 
-    run_dir: Annotated[str, tyro.conf.Positional]
-    """Directory of the run, finished or not."""
+    run_dir: Annotated[str | None, tyro.conf.Positional] = None
+    """Directory of the run, finished or not. Default: the newest one in runs/."""
 
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(ReportConfig, args, prog="python -m fastppo.report")
-    path = Path(settings.run_dir) / "report.html"
-    page = report_page(Path(settings.run_dir), help_texts(TrainConfig))
+    run_dir = Path(chosen_run(settings.run_dir))
+    path = run_dir / "report.html"
+    page = report_page(run_dir, help_texts(TrainConfig))
     try:
         replace_file(path, page.encode())
     except OSError as error:
