@@ -83,7 +83,7 @@ class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
     preset: str = "none"
-    """Settings to start from, overridden by other flags: auto (by env_id), none, a name or a .json file; see preset_for."""
+    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
     env_id: str = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
     env_kwargs: EnvKwargs = field(default_factory=dict)

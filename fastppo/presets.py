@@ -315,9 +315,16 @@ def load_preset(path: str | Path) -> TrainConfig:
 
 
 def read_preset(path: str) -> Preset:
-    """The preset in a file, checked like config.json. Its name is the path. Raises UsageError as `load_preset`."""
+    """The preset in a file, or the settings of a run: its directory or its config.json. Its name is the path.
+
+    Raises UsageError as `load_preset`.
+    """
+    if Path(path).is_dir():
+        return _run_preset(path, Path(path, "config.json"))
     form = '{"settings": {"gamma": 0.98}}'
-    data = read_json(Path(path), f"a preset, {form} for example", "--preset takes a name or a .json file")
+    data = read_json(Path(path), f"a preset, {form} for example", "--preset takes a name, a .json file or a run")
+    if "settings" not in data and {"env_id", "num_envs"} <= data.keys():
+        return _run_preset(path, Path(path))
     _known(path, data, FILE_KEYS, "key of a preset file")
     settings, source, env_id = data.get("settings"), data.get("source", "a file"), data.get("env_id", TrainConfig.env_id)
     if not isinstance(settings, dict):
@@ -334,6 +341,13 @@ def read_preset(path: str) -> Preset:
     return preset
 
 
+def _run_preset(name: str, path: Path) -> Preset:
+    """All settings in a run's config.json: the same command again, in a new directory."""
+    config = TrainConfig.from_json(path)
+    settings = {spec.name: getattr(config, spec.name) for spec in fields(config) if spec.name not in NOT_IN_FILES}
+    return Preset(name, config.env_id, "the settings of that run", settings)
+
+
 def _known(path: str, data: Mapping[str, Any], names: Iterable[str], what: str) -> None:
     """Raise UsageError for the first name in `data` that is not in `names`."""
     unknown = next((name for name in data if name not in names), None)
@@ -342,13 +356,16 @@ def _known(path: str, data: Mapping[str, Any], names: Iterable[str], what: str) 
 
 
 def find_preset(name: str) -> Preset:
-    """The preset with that name, or in that file if it ends in .json or has a /. Raises UsageError if there is none."""
-    if name.endswith(".json") or "/" in name:
+    """The preset with that name, else in that file, or the settings of the run in that directory.
+
+    A name that ends in .json or has a / is a path. Raises UsageError if there is none.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    if name.endswith(".json") or "/" in name or Path(name).is_dir():
         return read_preset(name)
-    if name not in PRESETS:
-        known = ("auto", *PRESETS)
-        raise UsageError(f"--preset must be a .json file or one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
-    return PRESETS[name]
+    known = ("auto", *PRESETS)
+    raise UsageError(f"--preset must be a .json file, a run or one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
 
 
 def describe(config: TrainConfig) -> str | None:

@@ -214,7 +214,6 @@ def test_a_strangers_runs_are_data(tmp_path, monkeypatch, capsys, columns, retur
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ([], ["which runs?"]),
         (["nowhere"], ["nowhere does not exist"]),
         (["file"], ["file is no directory"]),
         (["bare"], ["bare holds no run"]),

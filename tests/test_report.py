@@ -220,7 +220,7 @@ def test_links_out_are_not_followed(run, tmp_path):
 
 @pytest.mark.parametrize(
     ("args", "word"),
-    [([], "Directory of the run"), (["nowhere"], "nowhere/config.json cannot be read"), (["run", "--ouput"], "--ouput")],
+    [([], "which run?"), (["nowhere"], "nowhere/config.json cannot be read"), (["run", "--ouput"], "--ouput")],
 )
 def test_wrong_use(args, word, run, tmp_path, monkeypatch, capsys):
     """Exit code 2, one or two lines, no page."""

@@ -101,8 +101,7 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
         result = results[0]
         if job.top is not None:
             result = save_joint_results(job.top, task.config, results, [run.config.seed for run in failed], note)
-        steps, seconds, sps = (result.summary[key] for key in ("global_step", "seconds", "sps"))
-        note(f"{steps:,} steps in {seconds:.1f} s, {sps:,.0f} steps/s; results in {result.run_dir}")
+        note(_last_line(result, task.config.resume is not None, stop.received is not None))
     if stop.received:
         note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
         _leave_together(task.ranks)
@@ -110,6 +109,16 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
     if failed:
         raise TrainingFault("\n".join(f"seed {run.config.seed}: {run.fault}" for run in failed))
     return result
+
+
+def _last_line(result: TrainResult, is_resumed: bool, is_stopped: bool) -> str:
+    """How far the run came, how fast, and where the results are."""
+    steps, seconds, sps = (result.summary[key] for key in ("global_step", "seconds", "sps"))
+    if is_resumed and sps == 0.0 and not is_stopped:
+        more = "--total-timesteps or --num-iterations asks for more"
+        return f"nothing left to train: the run has all its {steps:,} steps ({more}); results in {result.run_dir}"
+    speed = f"{sps:,.0f} steps/s{' since it was resumed' if is_resumed else ''}"
+    return f"{steps:,} steps in {seconds:.1f} s, {speed}; results in {result.run_dir}"
 
 
 def _about(job: Job) -> Mapping[str, Any]:
