@@ -352,7 +352,7 @@ def test_the_default_is_in_the_run_directory(run_dir, capfd):
         (["{run}", "--format", "onxx"], ["onnx", "torch"]),
         (["{run}", "--checkpoint", "first"], ["best", "last"]),
         (["{run}", "--ouput", "x"], ["--output"]),
-        ([], ["Directory of the run"]),
+        ([], ["which run?"]),
     ],
 )
 def test_wrong_use(flags, named, run_dir, tmp_path, capsys):
