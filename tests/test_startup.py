@@ -47,21 +47,30 @@ def note(name):
     loaded[name] = [name for name in {COMPILER} if name in sys.modules]
 
 note("import")
-run_dir = sys.argv[1]
-train(TrainConfig(run_dir=run_dir, num_envs=2, num_steps=16, total_timesteps=64, compile="off", plain=True, eval_episodes=1))
+run_dir, compile = sys.argv[1:]
+sizes = dict(num_envs=2, num_steps=16, total_timesteps=64, eval_episodes=1)
+result = train(TrainConfig(run_dir=run_dir, compile=compile, plain=True, **sizes))
 note("train")
 assert evaluate.console([run_dir, "--episodes", "1"]) == 0
 note("evaluate")
 policy = load_policy(run_dir)
 policy.act([0.0] * 4)
 note("load_policy")
+loaded["tier"] = result.summary["tier"]
 print(json.dumps(loaded))
 """
 
 
-def test_what_compiles_nothing_imports_no_compiler(tmp_path):
-    """Dynamo and Inductor take longer to import than all else together. Fails if tensordict, or ours, asks for them again."""
-    assert in_fresh_interpreter(WORK, tmp_path / "run") == {"import": [], "train": [], "evaluate": [], "load_policy": []}
+@pytest.mark.parametrize("tier", ["eager", "fused"])
+def test_what_compiles_nothing_imports_no_compiler(tier, tmp_path, request):
+    """Dynamo and Inductor take longer to import than all else together.
+
+    Fails if tensordict, an operator of torch.library, or ours, asks for them again.
+    """
+    if tier == "fused":
+        request.getfixturevalue("needs_compiler")
+    loaded = in_fresh_interpreter(WORK, tmp_path / "run", {"eager": "off", "fused": "on"}[tier])
+    assert loaded == {"import": [], "train": [], "evaluate": [], "load_policy": [], "tier": tier}
 
 
 @pytest.fixture(scope="module")

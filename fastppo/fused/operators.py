@@ -4,7 +4,7 @@ The C++ files of this folder compute them; fused/kernels.py builds and loads tho
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,16 @@ def _address(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
     return x.data_ptr()
 
 
-@torch.library.custom_op("fastppo::mlp_learn", mutates_args=(), device_types="cpu")
+def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as an operator of PyTorch, for CPU tensors. With torch.library.custom_op its first call imports Dynamo, 2 s."""
+    name = f"fastppo::{function.__name__}"
+    torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(name, "cpu", function)
+    operator: Callable[..., Any] = getattr(torch.ops.fastppo, function.__name__).default
+    return operator
+
+
+@_operator
 def mlp_learn(
     params: Tensor,
     adam: Sequence[Tensor],
@@ -178,10 +187,12 @@ def _empty_results(params: Tensor, num_minibatches: int) -> list[Tensor]:
     return [params.new_empty(shape) for shape in shapes]
 
 
-@mlp_learn.register_fake
-def _(params: Tensor, *args: Any) -> list[Tensor]:
+def _fake_learn(params: Tensor, *args: Any) -> list[Tensor]:
     permutation, minibatch_size = args[6], args[11]
     return _empty_results(params, permutation.numel() // minibatch_size)
+
+
+torch.library.register_fake("fastppo::mlp_learn", _fake_learn)
 
 
 class Actors:
@@ -205,7 +216,7 @@ class Actors:
         self._functions.fastppo_act(self._actors, ctypes.addressof(call))
 
 
-@torch.library.custom_op("fastppo::mlp_act", mutates_args=(), device_types="cpu")
+@_operator
 def mlp_act(
     params: Tensor, obs: Tensor, action_mask: Tensor | None, noise: Tensor, network: Sequence[int], num_threads: int
 ) -> Tensor:
@@ -235,8 +246,10 @@ def empty_action(noise: Tensor, network: Sequence[int]) -> Tensor:
     return noise.new_empty(*noise.shape[:-1], choices, dtype=torch.int64) if choices else torch.empty_like(noise)
 
 
-@mlp_act.register_fake
-def _(
-    params: Tensor, obs: Tensor, action_mask: Tensor | None, noise: Tensor, network: Sequence[int], num_threads: int
+def _fake_act(
+    params: Tensor, obs: Tensor, action_mask: Tensor | None, noise: Tensor, network: Sequence[int], *_: Any
 ) -> Tensor:
     return empty_action(noise, network)
+
+
+torch.library.register_fake("fastppo::mlp_act", _fake_act)
