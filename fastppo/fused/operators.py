@@ -114,7 +114,7 @@ def _address(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
 
 
 def _operator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function as an operator of PyTorch, for CPU tensors. With torch.library.custom_op its first call imports Dynamo, 2 s."""
+    """The function as an operator of PyTorch for CPU tensors. torch.library.custom_op imports Dynamo at its first call, 2 s."""
     name = f"fastppo::{function.__name__}"
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
     torch.library.impl(name, "cpu", function)
