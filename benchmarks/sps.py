@@ -8,6 +8,7 @@ workload of fastppo. The last line of the output is one JSON object.
 
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,8 @@ class SpsConfig:
     """Runs of each."""
     compile: Literal["off", "auto", "on", "inductor"] = "on"
     """As fastppo.train's; on and inductor: the programs are built before the first step, once a machine."""
+    empty_cache: bool = False
+    """Each run finds an empty cache of programs, as the first run on a machine does. With --compile auto."""
     num_threads: int | None = None
     """As fastppo.train's; the yardstick runs on one thread, its best, unless this says otherwise."""
     json: bool = False
@@ -101,10 +104,11 @@ def run_fastppo(
     num_threads: int | None = None,
     launcher: Sequence[str] = ("-m", "fastppo.train"),
     num_seeds: int = 1,
+    empty_cache: bool = False,
 ) -> dict[str, Any]:
     """One run in a fresh process: sps of all seeds over all iterations after the warm-up, fastest_sps of the fastest iteration.
 
-    launcher: arguments of Python before the flags.
+    launcher: arguments of Python before the flags. empty_cache: let it find no compiled programs.
     """
     with tempfile.TemporaryDirectory() as directory:
         run_dir = Path(directory, "run")
@@ -126,7 +130,8 @@ def run_fastppo(
         words += ["--norm-obs", "--norm-reward"] * workload.normalized
         words += ["--rnn", "lstm", "--rnn-hidden-size", "64"] * workload.recurrent
         words += ["--clip-reward", "--clip-coef", "0.1", "--learning-rate", "2.5e-4"] * workload.is_atari
-        subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL)
+        env = {**os.environ, "XDG_CACHE_HOME": directory} if empty_cache else None
+        subprocess.run([sys.executable, *launcher, "--plain", *words], check=True, stdout=subprocess.DEVNULL, env=env)
         summary = json.loads((run_dir / "summary.json").read_text())
         seeds = []
         for path in run_dir.glob("metrics.csv" if num_seeds == 1 else "seed-*/metrics.csv"):
@@ -166,15 +171,18 @@ def run_yardstick(workload: Workload, num_threads: int | None = None) -> dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare(
-    workload: Workload, other: Workload | None, rounds: int, compile: str = "on", num_threads: int | None = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """`rounds` runs of the workload, interleaved with runs of the other workload or of the yardstick."""
+def compare(workload: Workload, other: Workload | None, config: SpsConfig) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rounds of the workload, interleaved with runs of the other workload or of the yardstick."""
     ours, theirs = [], []
-    for _ in range(rounds):
-        theirs.append(run_fastppo(other, compile, num_threads) if other else run_yardstick(workload, num_threads))
-        ours.append(run_fastppo(workload, compile, num_threads))
+    for _ in range(config.rounds):
+        theirs.append(run_as(config, other) if other else run_yardstick(workload, config.num_threads))
+        ours.append(run_as(config, workload))
     return ours, theirs
+
+
+def run_as(config: SpsConfig, workload: Workload) -> dict[str, Any]:
+    """`run_fastppo` as the flags say."""
+    return run_fastppo(workload, config.compile, config.num_threads, empty_cache=config.empty_cache)
 
 
 def main(config: SpsConfig) -> None:
@@ -185,14 +193,16 @@ def main(config: SpsConfig) -> None:
     if config.compare and config.against:
         sys.exit("--compare is with the yardstick, --against with a workload: one of the two")
     other = WORKLOADS[config.against] if config.against else None
+    if config.empty_cache and config.compile != "auto":
+        sys.exit("--empty-cache is for --compile auto: with on and inductor the programs are built before the first step")
     if config.compile in ("on", "inductor"):
         for each in (workload, other) if other else (workload,):
             run_fastppo(each, config.compile, config.num_threads)  # compile programs that are not in the cache; not measured
     theirs: list[dict[str, Any]] = []
     if config.compare or other:
-        ours, theirs = compare(workload, other, config.rounds, config.compile, config.num_threads)
+        ours, theirs = compare(workload, other, config)
     else:
-        ours = [run_fastppo(workload, config.compile, config.num_threads) for _ in range(config.rounds)]
+        ours = [run_as(config, workload) for _ in range(config.rounds)]
     speeds = sorted(run["sps"] for run in ours)
     middle = sorted(ours, key=lambda run: run["sps"])[len(ours) // 2]
     result: dict[str, Any] = {"workload": config.workload, **middle, "sps_spread": [speeds[0], speeds[-1]]}
