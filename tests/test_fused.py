@@ -215,6 +215,27 @@ def test_parameters_that_are_not_finite_are_seen():
     assert torch.equal(fused.params.isfinite(), eager.params.isfinite())
 
 
+def test_an_infinite_observation_that_saturates_units_does_no_harm():
+    """tanh of inf is 1: values and actions stay finite, as eagerly, where the layer does not fill its registers."""
+    network = MLPActorCritic(4, 2, DIAGONAL_NORMAL, (5,))
+    arguments = arguments_of(network, 8, 4)
+    arguments[2]["obs"][8, 1, 2] = math.inf  # the step after the rollout, which no minibatch learns from
+    assert_same(*both(network, arguments, minibatch_size=16))
+    obs, noise = arguments[2]["obs"][8], torch.zeros(4, 2)
+    action = FusedAct(network, 1)(arguments[0], arguments[5], obs, noise)
+    torch.testing.assert_close(action, act_from_params(arguments[0], arguments[5], obs, noise, policy=network))
+
+
+def test_a_huge_action_of_a_step_that_only_resets_does_no_harm():
+    """Its square is inf, and its weight is 0: together they are 0, not NaN."""
+    arguments = arguments_of(WIDE, 8, 4)
+    arguments[2]["valid"][3, 1] = False
+    arguments[2]["action"][3, 1] = 1e30
+    fused, eager = both(WIDE, arguments, minibatch_size=16)
+    assert eager.params.isfinite().all()
+    assert_same(fused, eager)
+
+
 def test_extreme_logits():
     """Probabilities of 0 and 1, and a ratio that overflows: the same as eagerly."""
     network = MLPActorCritic(4, 3, CATEGORICAL, (8,))

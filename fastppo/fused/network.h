@@ -31,7 +31,7 @@ class Floats {
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  static size_t bytes(int64_t size) { return static_cast<size_t>(size + 16) * sizeof(float); }
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(float); }
   struct Free {
     void operator()(float* data) const { ::operator delete(data, kAlignment); }
   };
@@ -222,6 +222,11 @@ void activate(int64_t n, const Rows& x, const Rows& slope) {
   }
 }
 
+// What fills up n rows becomes zero again. An infinite input has made it NaN: inf times the zeros that fill up a matrix.
+inline void clear_padding(const Rows& x, int64_t n, int64_t columns) {
+  for (int64_t r = 0; r < n && columns < x.step; ++r) std::fill(x.row(r) + columns, x.row(r) + x.step, 0.0f);
+}
+
 template <Activation kind>
 void forward_trunk(const std::vector<Matrix>& layers, const float* packed, int64_t n, const Block& block, int64_t trunk) {
   const Rows* x = &block.obs;
@@ -231,6 +236,7 @@ void forward_trunk(const std::vector<Matrix>& layers, const float* packed, int64
     activate<kind>(n, hidden, block.slope[trunk][layer]);
     x = &hidden;
   }
+  if (!layers.empty()) clear_padding(*x, n, layers.back().columns);
 }
 
 inline void forward_trunk(const Network& network, const float* packed, int64_t n, const Block& block, int64_t trunk) {
