@@ -2,6 +2,8 @@
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from fastppo.core.acting import act_from_params
 from fastppo.core.adam import AdamState
 from fastppo.core.contracts import EAGER, Coefficients, Normalization, obs_of
+from fastppo.core.minibatches import draw_permutation
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY, learn
 from fastppo.core.seed_axis import SeedAxis, stack
 from fastppo.fused import operators
@@ -22,6 +25,7 @@ from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
 from support.learn_settings import coefficients, learn_settings, split
+from support.programs import Rendezvous
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -187,10 +191,14 @@ def test_it_is_as_exact_as_the_eager_update():
         *(Coefficients(*map(double, numbers)), normalization._replace(return_mean=torch.tensor(0.2).double())),
     )
     config = learn_settings(minibatch_size=128)["config"]
-    exact = learn(*exact_arguments, policy=WIDE, config=config).params
+    exact = learn(*exact_arguments, policy=WIDE, config=config)
     fused, eager = both(WIDE, (params, adam, rollout, permutation, numbers, normalization), minibatch_size=128)
-    errors = [float((result.params - exact).abs().max()) for result in (fused, eager)]
+    errors = [float((result.params - exact.params).abs().max()) for result in (fused, eager)]
     assert errors[0] < 3.0 * errors[1] + 1e-7
+    # a difference of numbers near 1 would be wrong by 1e-8 and more
+    kl = [result.minibatch_metrics[:, MINIBATCH_METRICS.index("approx_kl")] for result in (fused, eager, exact)]
+    assert 0 < kl[2].max() < 1e-3
+    assert (kl[0] - kl[2]).abs().max() < 3.0 * (kl[1] - kl[2]).abs().max() + 1e-9
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -269,6 +277,55 @@ def test_seeds_learn_as_if_alone():
     together = FusedLearn(WIDE, config, 2, SeedAxis(3))(*stack(each))
     for seed, arguments in enumerate(each):
         assert torch.equal(together.params[seed], FusedLearn(WIDE, config, 1)(*arguments).params)
+
+
+@pytest.mark.parametrize(
+    "options", [{"advantage_estimator": "monte-carlo", "norm_returns": True}, {"target_kl": 3e-3}], ids=str
+)
+def test_ranks_learn_as_one_does(options):
+    """Three processes with a third of the environments each, in two parts: one update of all rows, and equal bits in each."""
+    ranks, steps, envs, size = 3, 16, 6, 24
+    numbers, others = split(options)
+    params, adam, rollout, _, *rest = arguments_of(WIDE, steps, envs, spread=0.05, learning_rate=0.03, **numbers)
+    meeting = Rendezvous(ranks)
+
+    def permutation(**of_rank):
+        out = torch.empty(2, steps * envs // of_rank.get("num_ranks", 1), dtype=torch.int64)
+        draw_permutation(out, torch.Generator().manual_seed(3), steps, envs, size, ranks, **of_rank)
+        return out
+
+    def work(rank):
+        own = {key: x.chunk(ranks, 1)[rank].contiguous() for key, x in rollout.items()}
+        config = learn_settings(minibatch_size=size // ranks, **others)["config"]
+        learned = FusedLearn(WIDE, config, 2, ranks=meeting.of(rank))
+        return learned(params, adam, own, permutation(rank=rank, num_ranks=ranks), *rest)
+
+    config = learn_settings(minibatch_size=size, **others)["config"]
+    expected = learn(params, adam, rollout, permutation(), *rest, policy=WIDE, config=config)
+    with ThreadPoolExecutor(ranks) as pool:
+        results = list(pool.map(work, range(ranks)))
+    assert ("target_kl" in options) == (expected.summary[SUMMARY.index("updates")] < len(expected.minibatch_metrics))
+    for result in results:
+        assert_same(result, expected)
+        assert torch.equal(result.params, results[0].params)
+        assert torch.equal(result.minibatch_metrics, results[0].minibatch_metrics)
+
+
+def test_a_process_that_is_gone_is_the_error_that_the_exchange_raised():
+    """At whichever exchange: none goes on with the sums of some."""
+    arguments = arguments_of(WIDE, 8, 4)
+    config = learn_settings(minibatch_size=16)["config"]
+    for number in (0, 1, 3, 6, 7):
+        calls = iter(range(number))
+
+        def all_reduce(x, calls=calls):
+            if next(calls, None) is None:
+                raise ConnectionError("rank 1 is gone")
+            return x + x
+
+        ranks = SimpleNamespace(rank=0, size=2, all_reduce=all_reduce)
+        with pytest.raises(ConnectionError, match="rank 1 is gone"):
+            FusedLearn(WIDE, config, 2, ranks=ranks)(*arguments)
 
 
 @settings(max_examples=60)

@@ -13,6 +13,7 @@
 namespace fastppo {
 
 constexpr int64_t kBlockRows = 48;  // rows that go through all layers at once: what they leave behind stays in the cache
+static_assert(kBlockRows % kWidth == 0);  // a block's last rows are read by whole registers
 
 struct NetworkShape {  // as in operators.py
   int64_t obs_size, action_size, num_hidden;
@@ -24,7 +25,7 @@ struct NetworkShape {  // as in operators.py
 // Memory for floats, aligned to cache lines and zero.
 class Floats {
  public:
-  explicit Floats(int64_t size = 0) : data_(static_cast<float*>(::operator new(bytes(size), kAlignment))) {
+  explicit Floats(int64_t size) : data_(static_cast<float*>(::operator new(bytes(size), kAlignment))) {
     std::memset(data_.get(), 0, bytes(size));
   }
   float* get() const { return data_.get(); }
