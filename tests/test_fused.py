@@ -264,6 +264,21 @@ def test_the_slope_of_a_sum_of_zero_is_torchs(activation):
     assert_same(*both(network, arguments, minibatch_size=16))
 
 
+def test_ratios_and_values_are_clipped_from_above_and_below():
+    """Steps so large that many rows leave the clip range on either side."""
+    network, clip = MLPActorCritic(4, 3, DIAGONAL_NORMAL, (8,)), 0.02
+    arguments = arguments_of(network, 16, 8, epochs=3, learning_rate=0.05, clip_coef=clip, gamma=0.0)
+    arguments[2]["reward"].clamp_(-2.0, 2.0)
+    fused, eager = both(network, arguments, minibatch_size=64)
+    obs, action = arguments[2]["obs"], arguments[2]["action"]
+    before, after = (network.actor_critic(network.weights(params), obs) for params in (arguments[0], eager.params))
+    log_ratio = DIAGONAL_NORMAL.log_prob(after[0], action) - DIAGONAL_NORMAL.log_prob(before[0], action)
+    for change in (log_ratio, after[1] - before[1]):
+        assert (change < -clip).float().mean() > 0.15
+        assert (change > clip).float().mean() > 0.15
+    assert_same(fused, eager)
+
+
 def test_extreme_logits():
     """Probabilities of 0 and 1, and a ratio that overflows: the same as eagerly."""
     network = MLPActorCritic(4, 3, CATEGORICAL, (8,))
