@@ -28,7 +28,7 @@ from fastppo.compile.trace import trace
 from fastppo.compile.workers import WorkerPool
 from fastppo.core.minibatches import draw_permutation
 from support.learn_settings import with_settings
-from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, T, assert_same, job
+from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, Rendezvous, T, assert_same, job
 
 
 @pytest.fixture(autouse=True)
@@ -132,24 +132,6 @@ def test_a_failing_worker_is_an_error_not_a_hang(library):
     spoilt._run = lambda given: run([None] if given is inputs[1] else given)  # no tensor: the second one fails at once
     with pytest.raises(RuntimeError, match="worker"):
         spoilt.run(inputs)
-
-
-class Rendezvous:
-    """The exchange of processes that are threads here: `of(rank)` is what each of them is given."""
-
-    def __init__(self, size):
-        self.barrier, self.places, self.calls = threading.Barrier(size, timeout=60), [None] * size, 0
-
-    def of(self, rank):
-        def all_reduce(x):
-            self.places[rank] = x.clone()
-            self.barrier.wait()
-            total = torch.stack(self.places).sum(0)
-            self.calls += rank == 0
-            self.barrier.wait()
-            return total
-
-        return types.SimpleNamespace(rank=rank, all_reduce=all_reduce)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The fused `learn` and `act` in C++ equal the eager ones, for every network, space and setting that they cover."""
 
-import functools
-import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo.core.acting import act_from_params
-from fastppo.core.adam import AdamState
-from fastppo.core.contracts import EAGER, Coefficients, Normalization, obs_of
+from fastppo.core.contracts import obs_of
+from fastppo.core.minibatches import draw_permutation
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY, learn
 from fastppo.core.seed_axis import SeedAxis, stack
 from fastppo.fused import operators
@@ -21,7 +21,9 @@ from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, MultiCate
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
-from support.learn_settings import coefficients, learn_settings, split
+from support.fused import WIDE, arguments_of, assert_same, both, with_mask
+from support.learn_settings import learn_settings, split
+from support.programs import Rendezvous
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -29,78 +31,6 @@ pytestmark = pytest.mark.usefixtures("kernels")
 @pytest.fixture(scope="module")
 def kernels(needs_compiler):
     Kernels().ready(wait=True)
-
-
-def with_mask(mlp):
-    """The network that reads a vector and an action mask."""
-    leaves = (
-        ObsLeaf("action_mask", ("action_mask",), (mlp.action_size,), torch.bool, "mask"),
-        ObsLeaf("obs.x", ("x",), (mlp.obs_size,), torch.float32, "vector"),
-    )
-    return ActorCritic(Encoder(leaves), mlp)
-
-
-def make_rollout(network, num_steps, num_envs, generator, final_obs=False):
-    """Random transitions with ends of both kinds, rows that only reset, and whatever numbers those hold."""
-    mlp = network.mlp if isinstance(network, ActorCritic) else network
-    batch = (num_steps + 1, num_envs)
-    bools = functools.partial(torch.rand, *batch, generator=generator)
-    normal = functools.partial(torch.randn, *batch, generator=generator)
-    rollout = {"terminated": bools() < 0.1, "truncated": bools() < 0.1, "valid": bools() < 0.85}
-    rollout["reward"] = torch.where(rollout["valid"], normal(), 50.0)
-    if mlp is network:
-        rollout["obs"] = normal(mlp.obs_size)
-        if final_obs:
-            rollout["final_obs"] = normal(mlp.obs_size)
-    else:
-        rollout["obs.x"] = normal(mlp.obs_size)
-        rollout["action_mask"] = torch.rand(*batch, mlp.action_size, generator=generator) < 0.6
-        if final_obs:
-            rollout["final_obs.x"] = normal(mlp.obs_size)
-    if mlp.distribution is DIAGONAL_NORMAL:
-        rollout["action"] = normal(mlp.action_size)
-    elif mlp.distribution is CATEGORICAL:
-        rollout["action"] = torch.randint(mlp.action_size, batch, generator=generator)
-    else:
-        numbers = mlp.distribution.numbers
-        rollout["action"] = torch.stack([torch.randint(n, batch, generator=generator) for n in numbers], -1)
-    return rollout
-
-
-def arguments_of(network, num_steps=8, num_envs=4, epochs=2, seed=0, normalized=False, final_obs=False, spread=0.1, **numbers):
-    """Arguments of `learn`: Adam has taken some steps, and no weight is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    params = network.init(generator) + spread * torch.randn(network.num_params, generator=generator)
-    mean, square = 0.01 * torch.randn(params.shape, generator=generator), 0.01 * torch.rand(params.shape, generator=generator)
-    adam = AdamState(mean, square, torch.tensor(7.0))
-    rollout = make_rollout(network, num_steps, num_envs, generator, final_obs)
-    permutation = torch.stack([torch.randperm(num_steps * num_envs, generator=generator) for _ in range(epochs)])
-    mean = scale = reward_scale = None
-    if normalized:
-        key = "obs" if "obs" in rollout else "obs.x"
-        size = rollout[key].shape[-1]
-        mean, scale = {key: torch.linspace(-1, 1, size)}, {key: torch.linspace(0.5, 2, size)}
-        reward_scale = torch.tensor(0.5)
-    normalization = Normalization(mean, scale, reward_scale, torch.tensor(0.2), torch.tensor(1.5))
-    return params, adam, rollout, permutation, coefficients(**numbers), normalization
-
-
-def both(network, arguments, num_parts=1, **options):
-    """(fused, eager) results of one update."""
-    keywords = learn_settings(**options)
-    fused = FusedLearn(network, keywords["config"], num_parts)
-    return fused(*arguments), learn(*arguments, policy=network, execution=EAGER, config=keywords["config"])
-
-
-def assert_same(fused, eager):
-    """Equal but for rounding, in every result. A log-probability of -500 leaves 3e-5 of rounding in the ratio's deviation."""
-    column = MINIBATCH_METRICS.index("ratio_deviation")
-    for name, one, other in zip(eager._fields, fused, eager, strict=True):
-        if name in ("minibatch_metrics", "summary"):
-            torch.testing.assert_close(one[..., column], other[..., column], rtol=1e-3, atol=1e-3, equal_nan=True)
-            one, other = (torch.cat((x[..., :column], x[..., column + 1 :]), -1) for x in (one, other))
-        said = functools.partial("{}: {}".format, name)
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5, equal_nan=True, msg=said)
 
 
 @st.composite
@@ -151,9 +81,6 @@ def test_an_update_equals_the_eager_one(network, seed, shape, parts, normalized,
     assert_same(*both(network, arguments, parts, minibatch_size=rows // divisor, **others))
 
 
-WIDE = MLPActorCritic(17, 6, DIAGONAL_NORMAL, (64, 64))
-
-
 def test_many_rows_in_parts_equal_the_eager_update():
     """Blocks, tiles and parts that do not divide the rows evenly."""
     arguments = arguments_of(WIDE, 50, 7, spread=0.05)
@@ -173,53 +100,6 @@ def test_the_number_of_threads_changes_no_bit():
         for name, one, other in zip(result._fields, result, results[0], strict=True):
             same = all(map(torch.equal, one, other)) if isinstance(one, tuple) else torch.equal(one, other)
             assert same, name
-
-
-def test_it_is_as_exact_as_the_eager_update():
-    """Against the same update in float64: rounding errors of the two are of one size."""
-
-    def double(x):
-        return x.double() if x.is_floating_point() else x
-
-    params, adam, rollout, permutation, numbers, normalization = arguments_of(WIDE, 32, 8)
-    exact_arguments = (
-        *(params.double(), AdamState(*map(double, adam)), {key: double(x) for key, x in rollout.items()}, permutation),
-        *(Coefficients(*map(double, numbers)), normalization._replace(return_mean=torch.tensor(0.2).double())),
-    )
-    config = learn_settings(minibatch_size=128)["config"]
-    exact = learn(*exact_arguments, policy=WIDE, config=config).params
-    fused, eager = both(WIDE, (params, adam, rollout, permutation, numbers, normalization), minibatch_size=128)
-    errors = [float((result.params - exact).abs().max()) for result in (fused, eager)]
-    assert errors[0] < 3.0 * errors[1] + 1e-7
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("key", ["obs", "reward", "action"])
-def test_numbers_that_are_not_finite_are_seen(key, value):
-    """A nan or inf in the data makes the same results not finite as eagerly: no minimum or maximum swallows it."""
-    arguments = arguments_of(WIDE, 8, 4)
-    arguments[2][key][3, 1] = value
-    arguments[2]["valid"][3, 1] = True
-    fused, eager = both(WIDE, arguments, minibatch_size=16)
-    assert torch.equal(fused.params.isfinite(), eager.params.isfinite())
-    assert torch.equal(fused.minibatch_metrics.isfinite(), eager.minibatch_metrics.isfinite())
-    assert torch.equal(fused.summary[SUMMARY.index("finite")], eager.summary[SUMMARY.index("finite")])
-    assert fused.summary[SUMMARY.index("finite")] == 0.0
-
-
-def test_parameters_that_are_not_finite_are_seen():
-    """As above, for a weight."""
-    arguments = arguments_of(WIDE, 8, 4)
-    arguments[0][5] = math.nan
-    fused, eager = both(WIDE, arguments, minibatch_size=16)
-    assert torch.equal(fused.params.isfinite(), eager.params.isfinite())
-
-
-def test_extreme_logits():
-    """Probabilities of 0 and 1, and a ratio that overflows: the same as eagerly."""
-    network = MLPActorCritic(4, 3, CATEGORICAL, (8,))
-    arguments = arguments_of(network, 8, 4, spread=30.0)
-    assert_same(*both(network, arguments, minibatch_size=16))
 
 
 def test_a_kl_stop_stops_all_later_minibatches():
@@ -248,6 +128,55 @@ def test_seeds_learn_as_if_alone():
     together = FusedLearn(WIDE, config, 2, SeedAxis(3))(*stack(each))
     for seed, arguments in enumerate(each):
         assert torch.equal(together.params[seed], FusedLearn(WIDE, config, 1)(*arguments).params)
+
+
+@pytest.mark.parametrize(
+    "options", [{"advantage_estimator": "monte-carlo", "norm_returns": True}, {"target_kl": 3e-3}], ids=str
+)
+def test_ranks_learn_as_one_does(options):
+    """Three processes with a third of the environments each, in two parts: one update of all rows, and equal bits in each."""
+    ranks, steps, envs, size = 3, 16, 6, 24
+    numbers, others = split(options)
+    params, adam, rollout, _, *rest = arguments_of(WIDE, steps, envs, spread=0.05, learning_rate=0.03, **numbers)
+    meeting = Rendezvous(ranks)
+
+    def permutation(**of_rank):
+        out = torch.empty(2, steps * envs // of_rank.get("num_ranks", 1), dtype=torch.int64)
+        draw_permutation(out, torch.Generator().manual_seed(3), steps, envs, size, ranks, **of_rank)
+        return out
+
+    def work(rank):
+        own = {key: x.chunk(ranks, 1)[rank].contiguous() for key, x in rollout.items()}
+        config = learn_settings(minibatch_size=size // ranks, **others)["config"]
+        learned = FusedLearn(WIDE, config, 2, ranks=meeting.of(rank))
+        return learned(params, adam, own, permutation(rank=rank, num_ranks=ranks), *rest)
+
+    config = learn_settings(minibatch_size=size, **others)["config"]
+    expected = learn(params, adam, rollout, permutation(), *rest, policy=WIDE, config=config)
+    with ThreadPoolExecutor(ranks) as pool:
+        results = list(pool.map(work, range(ranks)))
+    assert ("target_kl" in options) == (expected.summary[SUMMARY.index("updates")] < len(expected.minibatch_metrics))
+    for result in results:
+        assert_same(result, expected)
+        assert torch.equal(result.params, results[0].params)
+        assert torch.equal(result.minibatch_metrics, results[0].minibatch_metrics)
+
+
+def test_a_process_that_is_gone_is_the_error_that_the_exchange_raised():
+    """At whichever exchange: none goes on with the sums of some."""
+    arguments = arguments_of(WIDE, 8, 4)
+    config = learn_settings(minibatch_size=16)["config"]
+    for number in (0, 1, 3, 6, 7):
+        calls = iter(range(number))
+
+        def all_reduce(x, calls=calls):
+            if next(calls, None) is None:
+                raise ConnectionError("rank 1 is gone")
+            return x + x
+
+        ranks = SimpleNamespace(rank=0, size=2, all_reduce=all_reduce)
+        with pytest.raises(ConnectionError, match="rank 1 is gone"):
+            FusedLearn(WIDE, config, 2, ranks=ranks)(*arguments)
 
 
 @settings(max_examples=60)

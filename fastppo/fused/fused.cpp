@@ -1,7 +1,7 @@
 // The functions that operators.py calls: PPO's update and acting, for multi-layer perceptrons on the CPU.
 //
-// From the bottom: vector.h (one register), product.h (matrices), network.h (forward and backward), loss.h (a row's loss),
-// targets.h (a rollout's values and advantages), update.h (epochs of minibatches). Knows nothing of Python or PyTorch.
+// From the bottom: vector.h (one register), product.h (matrices), network.h (forward and backward), loss.h (the loss of rows),
+// targets.h (a rollout's values and advantages), team.h (threads), update.h (epochs of minibatches). Knows nothing of Python or PyTorch.
 
 #include "update.h"
 

@@ -92,12 +92,13 @@ inline Outcome normal(int64_t size, const Columns& action, int64_t r, const floa
 }
 
 // d log_prob / d mean = z / std,   d log_prob / d log_std = z^2 - 1,   d entropy / d log_std = 1. counted: which lanes are rows.
+// Where d_log_prob is 0, z may be so large that z^2 is inf.
 inline void normal_gradient(int64_t size, const Columns& z, int64_t r, const float* log_std, Integers counted, Vector d_log_prob,
                             Vector d_entropy, const Columns& d_mean, float* d_log_std) {
   for (int64_t a = 0; a < size; ++a) {
     const Vector value = load(z.column(a) + r);
     store(d_mean.column(a) + r, d_log_prob * value * std::exp(-log_std[a]));
-    d_log_std[a] += static_cast<float>(sum(where(counted, d_log_prob * (value * value - 1.0f) + d_entropy)));
+    d_log_std[a] += static_cast<float>(sum(where(counted, d_log_prob * value * value - d_log_prob + d_entropy)));
   }
 }
 

@@ -13,6 +13,7 @@
 namespace fastppo {
 
 constexpr int64_t kBlockRows = 48;  // rows that go through all layers at once: what they leave behind stays in the cache
+static_assert(kBlockRows % kWidth == 0);  // a block's last rows are read by whole registers
 
 struct NetworkShape {  // as in operators.py
   int64_t obs_size, action_size, num_hidden;
@@ -24,14 +25,14 @@ struct NetworkShape {  // as in operators.py
 // Memory for floats, aligned to cache lines and zero.
 class Floats {
  public:
-  explicit Floats(int64_t size = 0) : data_(static_cast<float*>(::operator new(bytes(size), kAlignment))) {
+  explicit Floats(int64_t size) : data_(static_cast<float*>(::operator new(bytes(size), kAlignment))) {
     std::memset(data_.get(), 0, bytes(size));
   }
   float* get() const { return data_.get(); }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  static size_t bytes(int64_t size) { return static_cast<size_t>(size + 16) * sizeof(float); }
+  static size_t bytes(int64_t size) { return static_cast<size_t>(size) * sizeof(float); }
   struct Free {
     void operator()(float* data) const { ::operator delete(data, kAlignment); }
   };
@@ -222,6 +223,11 @@ void activate(int64_t n, const Rows& x, const Rows& slope) {
   }
 }
 
+// What fills up n rows becomes zero again. An infinite input has made it NaN: inf times the zeros that fill up a matrix.
+inline void clear_padding(const Rows& x, int64_t n, int64_t columns) {
+  for (int64_t r = 0; r < n && columns < x.step; ++r) std::fill(x.row(r) + columns, x.row(r) + x.step, 0.0f);
+}
+
 template <Activation kind>
 void forward_trunk(const std::vector<Matrix>& layers, const float* packed, int64_t n, const Block& block, int64_t trunk) {
   const Rows* x = &block.obs;
@@ -231,6 +237,7 @@ void forward_trunk(const std::vector<Matrix>& layers, const float* packed, int64
     activate<kind>(n, hidden, block.slope[trunk][layer]);
     x = &hidden;
   }
+  if (!layers.empty()) clear_padding(*x, n, layers.back().columns);
 }
 
 inline void forward_trunk(const Network& network, const float* packed, int64_t n, const Block& block, int64_t trunk) {

@@ -17,7 +17,8 @@ inline int64_t in_panels(int64_t inner, int64_t columns, int64_t row, int64_t co
   return first * inner + row * width + column - first;
 }
 
-// The same number, of which the compiler does not know that. It would keep an address for each row, more than there are registers.
+// The same number, hidden from the compiler: if it knew that a step never changes, it would keep an address for each row, which is
+// more than there are registers.
 inline int64_t opaque(int64_t number) {
   asm("" : "+r"(number));
   return number;
@@ -57,8 +58,8 @@ inline void for_tiles(int64_t n, Body body) {
 // y = x B for n rows: `put(row, column, sum)` takes each register of the result. x (n, x_step), B (inner, columns) in panels.
 // begin(column) is what sums start from: a bias.
 template <class Begin, class Put>
-FASTPPO_FLAT inline void multiply(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Begin begin,
-                     Put put) {
+FASTPPO_FLAT inline void multiply(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns,
+                                  Begin begin, Put put) {
   for_panels(columns, [&]<int kVectors>(int64_t c) {
     const float* panel = panels + c * inner;
     for_tiles(n, [&]<int kRows>(int64_t r) {
@@ -87,8 +88,8 @@ FASTPPO_FLAT inline void multiply(const float* x, int64_t x_step, int64_t n, con
 }
 
 // G += x^T y over n rows, G (inner, columns) in panels: the gradient of a matrix. x (n, x_step), y (n, y_step).
-FASTPPO_FLAT inline void add_outer_products(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n, int64_t inner,
-                               int64_t columns, float* panels) {
+FASTPPO_FLAT inline void add_outer_products(const float* x, int64_t x_step, const float* y, int64_t y_step, int64_t n,
+                                            int64_t inner, int64_t columns, float* panels) {
   for_panels(columns, [&]<int kVectors>(int64_t c) {
     for_tiles(inner, [&]<int kRows>(int64_t k) {
       float* out = panels + c * inner + k * kVectors * kWidth;
@@ -121,7 +122,8 @@ inline void add_rows(const float* y, int64_t y_step, int64_t n, int64_t columns,
 // y = x B^T for n rows, where B (inner, columns) in panels has few rows: put(row, column, sums) takes kWidth rows of a column at a
 // time. x has memory for whole registers of rows; what is in those after n has no meaning.
 template <class Put>
-FASTPPO_FLAT inline void multiply_few(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner, int64_t columns, Put put) {
+FASTPPO_FLAT inline void multiply_few(const float* x, int64_t x_step, int64_t n, const float* panels, int64_t inner,
+                                      int64_t columns, Put put) {
   for (int64_t r = 0; r < n; r += kWidth) {
     for (int64_t k = 0; k < inner; ++k) {
       Vector sum[kWidth];
@@ -138,7 +140,7 @@ FASTPPO_FLAT inline void multiply_few(const float* x, int64_t x_step, int64_t n,
   }
 }
 
-// The panels of B^T (columns, inner), from those of B (inner, columns). What fills up rows stays as it is: zero.
+// The panels of B^T (columns, inner), from those of B (inner, columns). Rows of `out` are filled up with zeros.
 FASTPPO_FLAT inline void transpose(const float* panels, int64_t inner, int64_t columns, float* out) {
   for (int64_t k = 0; k < inner; k += kWidth) {
     const bool whole = k + kWidth <= inner;

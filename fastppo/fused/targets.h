@@ -104,8 +104,9 @@ class Targets {
     for (int64_t i = 0; i < padded(n); ++i) {
       const int64_t row = rows[std::min(i, n - 1)];
       for (int64_t c = 0; c < columns; ++c) {
-        part.action.column(c)[i] = network_.is_gaussian() ? static_cast<const float*>(call_.action)[row * columns + c]
-                                                          : static_cast<float>(static_cast<const int64_t*>(call_.action)[row * columns + c]);
+        const int64_t place = row * columns + c;
+        part.action.column(c)[i] = network_.is_gaussian() ? static_cast<const float*>(call_.action)[place]
+                                                          : static_cast<float>(static_cast<const int64_t*>(call_.action)[place]);
       }
       if (!call_.action_mask) continue;
       for (int64_t a = 0; a < size; ++a) part.legal.column(a)[i] = call_.action_mask[row * size + a] ? 1.0f : 0.0f;

@@ -1,4 +1,5 @@
-// Vectors of one register's width, and the functions of them that networks need. Errors are a few units in the last place.
+// Vectors of one register's width, and the functions of them that networks need. Their errors are below 3e-7, or 3e-7 of results
+// above 1.
 #pragma once
 
 #include <cmath>
@@ -42,8 +43,8 @@ inline Integers bits(Vector x) {
   return result;
 }
 
-// Lanes of a and b in turns of `step`: a's first `step` lanes, b's first `step`, a's third ...; and the same from the second on.
-// So low<1> of (a0 a1 a2 a3) and (b0 b1 b2 b3) is a0 b0 a2 b2, and high<1> is a1 b1 a3 b3.
+// Groups of `step` lanes, by turns of a and of b: low takes the first of each two groups, high the second. With four lanes,
+//   low<1>: a0 b0 a2 b2,   high<1>: a1 b1 a3 b3,   low<2>: a0 a1 b0 b1,   high<2>: a2 a3 b2 b3.
 #ifdef __clang__
 #define FASTPPO_SHUFFLE(a, b, index) __builtin_shufflevector(a, b, (index)...)
 #else
@@ -97,6 +98,7 @@ inline Vector totals(Vector (&x)[kWidth]) {
   return x[0];
 }
 
+// Of all lanes, in float64.
 inline double sum(Vector x) {
   double total = 0.0;
   for (int lane = 0; lane < kWidth; ++lane) total += x[lane];

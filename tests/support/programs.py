@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -153,6 +154,24 @@ def updates_of(workers, *args, **options):
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, range(workers)))
+
+
+class Rendezvous:
+    """The exchange of processes that are threads here: `of(rank)` is what each of them is given."""
+
+    def __init__(self, size):
+        self.barrier, self.places, self.calls = threading.Barrier(size, timeout=60), [None] * size, 0
+
+    def of(self, rank):
+        def all_reduce(x):
+            self.places[rank] = x.clone()
+            self.barrier.wait()
+            total = torch.stack(self.places).sum(0)
+            self.calls += rank == 0
+            self.barrier.wait()
+            return total
+
+        return types.SimpleNamespace(rank=rank, size=len(self.places), all_reduce=all_reduce)
 
 
 def assert_together(results, expected, **tolerance):
