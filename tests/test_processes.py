@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -249,7 +250,7 @@ def test_the_users_generators_are_left_alone(tmp_path):
     """Whatever is tried before training puts them back: a run in one process goes on where the user's seeds stand."""
     before = streams.states_of_streams()
     for which in KINDS[:3]:
-        try_copy("OfGlobal-v0", {"which": which}, 4)
+        try_copy(partial(gym.make, "OfGlobal-v0", which=which), 4)
         assert streams.moved_streams(before, streams.states_of_streams()) == []
     envs = GroupedVectorEnv([Walk] * 2, 2)
     envs.reset(seed=3)
@@ -271,10 +272,10 @@ class Seeding(OfGlobal):
 @pytest.mark.parametrize("which", KINDS[:3])
 def test_what_cannot_be_repeated_is_said(which):
     """The generator is named; not where the environment seeds it."""
-    lines = [finding.line for finding in try_copy("OfGlobal-v0", {"which": which}, 2).findings]
+    lines = [finding.line for finding in try_copy(partial(gym.make, "OfGlobal-v0", which=which), 2).findings]
     said = f"it draws from {which}, which --seed does not reach, so a run cannot be repeated: draw from self.np_random"
     assert lines == [said]
-    assert not any("--seed" in finding.line for finding in try_copy("Seeding-v0", {"which": which}, 2).findings)
+    assert not any("--seed" in finding.line for finding in try_copy(partial(gym.make, "Seeding-v0", which=which), 2).findings)
 
 
 # --- how many there are

@@ -30,7 +30,7 @@ from fastppo.envs.check_ends import leaves
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.numbered import NumberedVectorEnv
+from fastppo.envs.numbered import EnvFn, NumberedVectorEnv
 from fastppo.envs.registry import INSTALL, default_vectorization, find_spec, first_line, import_module_of, is_atari
 from fastppo.envs.streams import untouched_streams
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, brief, located, nearest
@@ -187,7 +187,7 @@ def choose_vectorization(
     num_groups = num_processes(config.num_envs, config.num_threads)
     if num_groups == 1:
         return VectorizationChoice("sync", "one core")
-    copy = try_copy(config.env_id, config.env_kwargs, config.num_envs, deadline) if tried is None else tried()
+    copy = try_copy(env_maker(config), config.num_envs, deadline) if tried is None else tried()
     sync = config.num_envs * copy.step_seconds
     if sync == float("inf"):
         return VectorizationChoice("sync", "a trial step failed")
@@ -295,16 +295,22 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
 
 def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> VectorEnv:
     """As `make_gymnasium_envs`, for one vectorization; raises what the environment raises."""
-    num_envs, kwargs = config.num_envs, config.env_kwargs
+    num_envs = config.num_envs
     if config.vectorization == "entry-point":
-        envs = gym.make_vec(config.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+        spec, mode = find_spec(config.env_id), "vector_entry_point"
+        envs = gym.make_vec(spec, num_envs=num_envs, vectorization_mode=mode, **config.env_kwargs)
         return SeededCartPole(envs) if type(envs) is CartPoleVectorEnv else envs
-    # the spec and not its id, which a process without this one's imports may not know; envs/check.py replaces the checker
-    env_fns = [partial(gym.make, find_spec(config.env_id), disable_env_checker=True, **kwargs)] * num_envs
+    env_fns = [env_maker(config)] * num_envs
     if config.vectorization == "sync":
         return NumberedVectorEnv(env_fns)
     num_groups = num_envs if config.vectorization == "async" else num_processes(num_envs, config.num_threads)
     return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial)
+
+
+def env_maker(config: EnvConfig) -> EnvFn:
+    """A function that makes one environment, here or in another process. Raises UsageError for an unknown id."""
+    # the spec and not its id, which a process without this one's imports may not know; envs/check.py replaces the checker
+    return partial(gym.make, find_spec(config.env_id), disable_env_checker=True, **config.env_kwargs)
 
 
 def _remedy(spec: gym.envs.registration.EnvSpec, error: gym.error.DependencyNotInstalled) -> str:

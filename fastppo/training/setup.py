@@ -22,7 +22,7 @@ from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.factory import make_training_envs
+from fastppo.envs.factory import env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.render import make_render_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
@@ -255,7 +255,7 @@ def open_environments(
     tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
     mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
     obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
-    findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
+    findings = check_envs(made, config.env_id, engine, deadline, tried) if checks else []
     if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
         findings.append(COPIED_GENERATOR)
     return OpenedEnvs(envs, engine, why, obs, action, tuple(findings), tried is None or tried.was_made)
@@ -332,7 +332,7 @@ class Copy:
         """The result of the trial."""
         if self.result is None:
             config = self.config
-            self.result = try_copy(config.env_id, config.env_kwargs, config.num_envs * config.num_seeds, self.deadline)
+            self.result = try_copy(env_maker(config.env_config), config.num_envs * config.num_seeds, self.deadline)
         return self.result
 
 
