@@ -85,7 +85,7 @@ class TrainConfig:
     preset: str = "none"
     """Settings to start from, overridden by other flags: auto (by env_id), none, a name or a .json file; see preset_for."""
     env_id: str = "CartPole-v1"
-    """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
+    """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
     env_kwargs: EnvKwargs = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"

@@ -19,6 +19,7 @@ from fastppo.config import TrainConfig
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.factory import make_envs
+from fastppo.envs.functions import naming
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environment_fault
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
@@ -141,12 +142,14 @@ def evaluate_config(
     plan: EvaluationPlan,
     envs: VectorEnv[Any, Any, Any] | None = None,
     note: Note = print,
+    env_fn: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Play the plan's episodes in a run's environment: `return_mean return_std episodes`; nan, nan, 0 if no episode ended.
 
     Args:
         envs: environments to play in; they are not closed. None: make them as for training.
         note: prints lines for the user: the number of episodes, the progress, and episodes that did not end.
+        env_fn: the `env_fn` argument of `train`, if it could not be imported.
 
     Raises:
         UsageError: the environment cannot be made.
@@ -166,7 +169,9 @@ def evaluate_config(
             if envs is None:
                 playing.close()
 
-    with contextlib.closing(Deadline(config.env_timeout)) as deadline:
+    named = contextlib.nullcontext(config.env_id) if env_fn is None else naming(env_fn)
+    with named as env_id, contextlib.closing(Deadline(config.env_timeout)) as deadline:
+        config = replace(config, env_id=env_id)
         try:
             try:
                 result = played(config)

@@ -60,7 +60,7 @@ class EnvConfig:
     """Which environments, how many, and who steps them."""
 
     env_id: str
-    """A registered id, or module:Id to import the module that registers it."""
+    """A registered id; module:Id, to import the module that registers it; or module:function."""
     num_envs: int = 1
     """N, of each seed."""
     vectorization: str = "auto"
@@ -355,7 +355,7 @@ def make_device_envs(config: EnvConfig, device: "torch.device | str", render_mod
 
 def _registered_device_env(config: EnvConfig, name: str, built_in: list[str]) -> "DeviceEnv":
     """The `DeviceEnv` that the vector entry point of a registered id wraps."""
-    spec = gym.registry.get(name)
+    spec = find_spec(config.env_id) if ":" in config.env_id else gym.registry.get(name)
     if spec is not None and spec.vector_entry_point is not None:
         envs = make_gymnasium_envs(replace(config, vectorization="entry-point"))
         envs.close()
