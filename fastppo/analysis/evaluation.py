@@ -190,7 +190,7 @@ def evaluate_config(
 def time_limit(config: TrainConfig, envs: VectorEnv[Any, Any, Any] | None = None) -> int | None:
     """The environment's time limit in steps; None: the environment declares none."""
     spec = getattr(envs, "spec", None) or gym.registry.get(config.env_id.rpartition(":")[2])
-    limit = config.env_kwargs.get("max_episode_steps") or getattr(spec, "max_episode_steps", None)
+    limit = config.env_config.env_kwargs.get("max_episode_steps") or getattr(spec, "max_episode_steps", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 

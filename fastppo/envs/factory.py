@@ -23,7 +23,7 @@ import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from fastppo.envs.atari import AtariSettings, make_ale, make_rgb_ale
+from fastppo.envs.atari import AtariSettings, make_ale, make_rgb_ale, refuse_wrappers
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.check import ONE_BY_ONE, Tried, try_copy
 from fastppo.envs.check_ends import leaves
@@ -31,8 +31,10 @@ from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import EnvFn, NumberedVectorEnv
-from fastppo.envs.registry import INSTALL, default_vectorization, find_spec, first_line, import_module_of, is_atari
+from fastppo.envs.preprocessing import Preprocessing
+from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari
 from fastppo.envs.streams import untouched_streams
+from fastppo.envs.wrappers import wrapped
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, brief, located, nearest
 from fastppo.random_streams import Stream, environment_seed, seed_of
 from fastppo.system.cpus import available_cores
@@ -67,7 +69,9 @@ class EnvConfig:
     """"entry-point" (the environment's own vector class), "sync" (one process), "grouped" (as many as `num_processes` says),
     "async" (a process each) or "auto". For gymnasium's environments; ALE's games have only their own vector class."""
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the environment's constructor."""
+    """Keyword arguments of the environment's constructor; `max_episode_steps` is a time limit."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    """Wrappers of each environment, for those that are made one by one."""
     backend: str = "auto"
     """"torch", on the device; "envpool"; "gymnasium", stepped by calls from Python whatever the class; "auto": "torch" where
     the id's own vector class is a `TorchVectorEnv`, else "gymnasium"."""
@@ -110,6 +114,7 @@ def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline:
     if config.backend == "envpool":
         return make_envpool(config.env_id, config.num_envs, config.env_kwargs, config.atari)
     if is_atari(config.env_id):
+        refuse_wrappers(config.env_id, config.env_kwargs, config.preprocessing)
         if config.vectorization not in ("auto", "entry-point"):
             raise UsageError(
                 f"--vectorization {config.vectorization} is not for {config.env_id}: "
@@ -180,7 +185,7 @@ def choose_vectorization(
         return VectorizationChoice(config.vectorization, "as --vectorization asks")
     if is_atari(config.env_id):
         return VectorizationChoice("entry-point", "ALE's own vector environment")
-    if default_vectorization(config.env_id) == "entry-point":
+    if default_vectorization(config) == "entry-point":
         return VectorizationChoice("entry-point", "the environment's own vector class")
     if config.num_envs == 1:
         return VectorizationChoice("sync", "one environment")
@@ -270,7 +275,12 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
         UsageError: as `make_envs`.
     """
     env_id, spec = config.env_id, find_spec(config.env_id)
-    vectorization = default_vectorization(env_id) if config.vectorization == "auto" else config.vectorization
+    vectorization = default_vectorization(config) if config.vectorization == "auto" else config.vectorization
+    for flag in config.preprocessing.flags if vectorization == "entry-point" else ():
+        raise UsageError(
+            f"{flag} wraps environments one by one, and {env_id} steps all in its own vector class: "
+            + ("leave it off" if spec.entry_point is None else "use --vectorization auto, or leave it off")
+        )
     if vectorization == "entry-point" and spec.vector_entry_point is None:
         raise UsageError(
             f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, grouped or auto"
@@ -307,10 +317,24 @@ def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> Ve
     return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial)
 
 
+def default_vectorization(config: EnvConfig) -> str:
+    """What "auto" is without a trial: "entry-point" where the environment has a vector class of its own, else "sync".
+
+    Wrappers need environments that are made one by one, if there are such.
+    """
+    spec = find_spec(config.env_id)
+    wraps = spec.entry_point is not None and config.preprocessing.flags
+    return "sync" if spec.vector_entry_point is None or wraps else "entry-point"
+
+
 def env_maker(config: EnvConfig) -> EnvFn:
     """A function that makes one environment, here or in another process. Raises UsageError for an unknown id."""
     # the spec and not its id, which a process without this one's imports may not know; envs/check.py replaces the checker
-    return partial(gym.make, find_spec(config.env_id), disable_env_checker=True, **config.env_kwargs)
+    return partial(_make_one, find_spec(config.env_id), config.env_kwargs, config.preprocessing)
+
+
+def _make_one(spec: gym.envs.registration.EnvSpec, kwargs: Mapping[str, Any], settings: Preprocessing) -> gym.Env[Any, Any]:
+    return wrapped(gym.make(spec, disable_env_checker=True, **kwargs), settings)
 
 
 def _remedy(spec: gym.envs.registration.EnvSpec, error: gym.error.DependencyNotInstalled) -> str:

@@ -72,11 +72,6 @@ def is_atari(env_id: str) -> bool:
         return False
 
 
-def default_vectorization(env_id: str) -> str:
-    """What "auto" is without a trial: "entry-point" where the environment has a vector class of its own, else "sync"."""
-    return "sync" if find_spec(env_id).vector_entry_point is None else "entry-point"
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message; its type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

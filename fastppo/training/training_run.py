@@ -327,7 +327,7 @@ class TrainingRun:
             self._has_noted_endless = True
             self.note(
                 f"no episode has ended in {state.global_step:,} steps, so there is no episodic_return_mean yet "
-                "(for a time limit: --env-kwargs max_episode_steps=1000)"
+                "(for a time limit: --max-episode-steps 1000)"
             )
 
     def checkpoint_if_due(self, environments: Callable[[], Environments | None]) -> None:
