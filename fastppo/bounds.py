@@ -45,6 +45,7 @@ PIXELS = Bound(
     lambda sizes: sizes == (0,) or (len(sizes) in (1, 2) and all(1 <= size <= MAX_PIXELS for size in sizes)),
     f"0, or one or two whole numbers between 1 and {MAX_PIXELS}",
 )  # height and width
+WEIGHTS = Bound(lambda weights: weights and all(map(math.isfinite, weights)), "one or more numbers")
 DEVICE = Bound(lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x), "auto, cpu, cuda or cuda:N")
 DIRECTORY = Bound(str.strip, "the name of a directory")
 

@@ -22,6 +22,7 @@ from fastppo.bounds import (
     PIXELS,
     POSITIVE,
     POSITIVE_OR_INFINITE,
+    WEIGHTS,
     WIDTH,
     WIDTHS,
     Bound,
@@ -174,6 +175,8 @@ class TrainConfig:
     """Normalise observations by their running mean and standard deviation."""
     norm_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return."""
+    reward_weights: Annotated[tuple[float, ...] | None, WEIGHTS] = None
+    """Learn from the weighted sum of a reward that is a vector: a weight for each part. metrics.csv has each part's return."""
     clip_reward: bool = False
     """Learn from the sign of each reward, -1, 0 or 1; logged returns are unclipped."""
 

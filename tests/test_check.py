@@ -217,7 +217,7 @@ ERRORS = {
     ),
     "two rewards": (
         stepping(lambda obs, reward, *rest: (obs, np.ones(2), *rest)),
-        "reward has shape (2,); it has to be a number",
+        "reward has shape (2,); it has to be a number: --reward-weights 1 1 trains on the sum of its parts",
     ),
     "an infinite reward": (
         stepping(lambda obs, reward, *rest: (obs, -np.inf, *rest)),

@@ -198,7 +198,7 @@ def test_every_verb_applies_them(tmp_path, capsys):
     """All at once: recorded, trained, evaluated, filmed, exported with a line, resumed, and not changed on --resume."""
     run_dir = str(tmp_path / "run")
     flags = ["--env-id", "test_wrappers:Film-v0", "--num-envs", "2", "--num-steps", "8", "--num-iterations", "2", "--plain"]
-    flags += ["--eval-episodes", "2", "--compile", "off", "--update-epochs", "1", "--run-dir", run_dir]
+    flags += ["--eval-episodes", "2", "--compile", "off", "--update-epochs", "1", "--cnn-size", "8", "--run-dir", run_dir]
     asked = ["--frame-skip", "3", "--grayscale", "--resize", "40", "44", "--frame-stack", "2"]
     assert console(["train", *flags, *asked, "--record-every", "2"]) == 0
     said = capsys.readouterr().out
@@ -219,7 +219,7 @@ def test_every_verb_applies_them(tmp_path, capsys):
 def test_large_pictures_are_resized_by_themselves(vectorization, tmp_path, capsys):
     """A line says so; config.json has the size; a Python caller may resume with the default."""
     settings = {"env_id": "Film-v0", "env_kwargs": {"height": 100, "width": 120}, "num_steps": 8, "num_iterations": 1}
-    settings |= {"vectorization": vectorization, "num_threads": 2}
+    settings |= {"vectorization": vectorization, "num_threads": 2, "cnn_size": 8, "update_epochs": 1}
     result = train(tiny(tmp_path / "run", **settings))
     assert "pictures of 100 x 120 pixels are resized to 84 x 84 (--resize 0 keeps them)" in capsys.readouterr().out
     config = read_run_config(tmp_path / "run")
@@ -228,14 +228,6 @@ def test_large_pictures_are_resized_by_themselves(vectorization, tmp_path, capsy
     check_resumable(config, TrainConfig(**{**vars(config), "resize": None}))
     kept = train(tiny(tmp_path / "kept", **{**settings, "resize": (0,)}))
     assert kept.policy.act(np.zeros((100, 120, 3), np.uint8)).shape == ()
-
-
-def test_a_run_of_an_older_version_keeps_its_pictures(tmp_path):
-    """Its config.json does not have the setting."""
-    data = json.loads(TrainConfig().to_json())
-    del data["resize"]
-    (tmp_path / "config.json").write_text(json.dumps(data))
-    assert read_run_config(tmp_path).resize == (0,)
 
 
 def test_an_environment_with_a_vector_class():

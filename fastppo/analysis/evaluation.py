@@ -6,7 +6,7 @@ Knows nothing of command lines, of run directories, or of rendering.
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,12 +51,14 @@ class EvaluationResult:
     wanted: int  # number of episodes that were to be played
     steps: int  # of all environments, without those after an environment's last episode
     reward: float  # sum over these steps
+    part_returns: Sequence[NDArray[Any]] = ()  # (K,) of each episode that ended, if rewards are weighted sums
 
     @property
     def report(self) -> dict[str, Any]:
-        """`return_mean return_std episodes`; nan, nan, 0 if no episode ended."""
+        """`return_mean return_std episodes`; nan, nan, 0 if no episode ended. `return_parts`, if rewards are weighted sums."""
         mean, std = (float(np.mean(self.returns)), float(np.std(self.returns))) if self.returns else (math.nan, math.nan)
-        return {"return_mean": mean, "return_std": std, "episodes": len(self.returns)}
+        parts = {"return_parts": np.mean(self.part_returns, 0).tolist()} if self.part_returns else {}
+        return {"return_mean": mean, "return_std": std, "episodes": len(self.returns), **parts}
 
     @property
     def remark(self) -> str | None:
@@ -106,6 +108,7 @@ def play_episodes(
     running, left = np.zeros(envs.num_envs), quota.copy()
     most = MAX_EPISODE_STEPS * episodes if max_steps is None else max_steps
     steps, reward_sum, noted = 0, 0.0, time.monotonic()
+    parts, part_returns = np.zeros((envs.num_envs, 0)), list[NDArray[Any]]()
     valid = np.ones(envs.num_envs, bool)
     agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
     agent.reset()
@@ -116,19 +119,23 @@ def play_episodes(
         reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
         counted = valid & (left > 0)
         running += np.where(counted, reward, 0.0)
+        if step.reward_parts is not None:
+            parts = (parts if parts.size else 0.0) + np.where(counted[:, None], _to_host(step.reward_parts), 0.0)
         steps, reward_sum = steps + int(counted.sum()), reward_sum + float(reward[counted].sum())
         done = np.logical_or(terminated, truncated) & valid
         over = done if step.game_over is None else done & _to_host(step.game_over)
         for index in np.flatnonzero(over & (left > 0)):
             returns[index].append(float(running[index]))
-            running[index], left[index] = 0.0, left[index] - 1
+            if parts.size:
+                part_returns.append(parts[index].copy())
+            running[index], parts[index], left[index] = 0.0, 0.0, left[index] - 1
         agent.reset(done if envs.keeps_final_obs else ~valid)  # environments whose next observation is the first of an episode
         valid = ~done if not envs.keeps_final_obs else valid
         if note is not None and time.monotonic() - noted >= PROGRESS_SECONDS:
             note(f"evaluating: {episodes - left.sum()} of {episodes} episodes, {steps:,} of at most {most:,} steps")
             noted = time.monotonic()
     agent.reset()
-    return EvaluationResult([value for played in returns for value in played], episodes, steps, reward_sum)
+    return EvaluationResult([value for played in returns for value in played], episodes, steps, reward_sum, part_returns)
 
 
 def _to_host(batch: Any) -> NDArray[Any]:

@@ -3,7 +3,7 @@
 Costs no gymnasium.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class Preprocessing:
     time_aware: bool = False
     """The observation includes the share of the time limit that has passed."""
 
+    reward_weights: tuple[float, ...] | None = None
+    """The reward is the weighted sum of the parts of a vector; None: it is a number."""
+
     @property
     def flags(self) -> list[str]:
         """The flags of the settings that ask for a wrapper."""
@@ -31,9 +34,9 @@ class Preprocessing:
 
     @property
     def words(self) -> str:
-        """The flags with their values, for a line of text; '' without any."""
+        """The flags for observations and actions with their values, for a line of text; '' without any."""
         words = []
-        for name in self.flags:
+        for name in replace(self, reward_weights=None).flags:
             value = getattr(self, name[2:].replace("-", "_"))
             words += [name, *([] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)])]
         return " ".join(words)

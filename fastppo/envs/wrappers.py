@@ -1,8 +1,8 @@
 """Preprocessing of one environment, by gymnasium's wrappers where these fit. Does not import torch.
 
-From the environment outwards: time (TimeAwareObservation), frame skip, greyscale, resize, frame stack (FrameStackObservation),
-rescaled actions (RescaleAction). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI baselines. The time limit
-(TimeLimit, by gymnasium.make) is inside all of them and counts the environment's own steps.
+From the environment outwards: time (TimeAwareObservation), frame skip, reward weights, greyscale, resize, frame stack
+(FrameStackObservation), rescaled actions (RescaleAction). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI
+baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them and counts the environment's own steps.
 
 Greyscale and resize apply to every picture of a Dict or Tuple observation. Stacked pictures are joined to one with more
 channels, channels first; a stacked array of numbers to one vector. The first observation of an episode fills its stack.
@@ -18,6 +18,7 @@ from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
 from fastppo.envs.masks import has_mask
+from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.errors import UsageError
 
@@ -35,6 +36,8 @@ def wrapped(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[Any, Any
         env = _time_aware(env)
     if settings.frame_skip > 1:
         env = FrameSkip(env, settings.frame_skip)
+    if settings.reward_weights is not None:
+        env = WeightedReward(env, settings.reward_weights)
     is_automatic = settings.resize is None and any(map(_is_large, _pictures(env.observation_space)))
     if settings.grayscale or settings.resize not in (None, (0,)) or is_automatic:
         env = PictureObservation(env, settings)
@@ -62,10 +65,41 @@ class FrameSkip(gym.Wrapper[Any, Any, Any, Any]):
         total: Any = 0.0
         for _ in range(self.skip):
             obs, reward, terminated, truncated, info = self.env.step(action)
-            total = total + reward
+            total = total + np.asarray(reward)  # a vector, where it has parts
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info
+
+
+class WeightedReward(gym.Wrapper[Any, Any, Any, Any]):
+    """The weighted sum of a vector of rewards (linear scalarisation). The info has the vector, under REWARD_PARTS.
+
+    mo-gymnasium's environments say in `reward_space` how many parts there are; others are known at the first step.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], weights: tuple[float, ...]) -> None:
+        super().__init__(env)
+        self.weights = np.array(weights, np.float64)
+        space = env.get_wrapper_attr("reward_space") if env.has_wrapper_attr("reward_space") else None
+        if isinstance(space, Box):
+            self._check(space.shape)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        """Raise UsageError unless there is a weight for each part of the reward."""
+        if shape == ():
+            raise UsageError("--reward-weights: the reward is one number; leave it off")
+        if shape != self.weights.shape:
+            parts = "x".join(map(str, shape))
+            raise UsageError(
+                f"--reward-weights takes a number for each of the {parts} parts of the reward, got {len(self.weights)}"
+            )
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        parts = np.array(reward, np.float64)
+        if parts.shape != self.weights.shape:
+            self._check(parts.shape)
+        return obs, float(parts @ self.weights), terminated, truncated, {**info, REWARD_PARTS: parts}
 
 
 class PictureObservation(gym.ObservationWrapper[Any, Any, Any]):

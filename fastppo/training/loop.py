@@ -222,9 +222,10 @@ def global_outcomes(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
     """The outcomes of the rollouts of all processes: (T, N)."""
     if ranks.size == 1:
         return outcomes
-    rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:-1]]), 2)  # (5, T, N): one exchange
+    rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:5]]), 2)  # (5, T, N): one exchange
     terminated, truncated, valid, episode_end = rows[1:] > 0
-    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut))
+    parts = None if outcomes.reward_parts is None else ranks.gather(outcomes.reward_parts.astype(np.float32), 2)
+    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut), parts)
 
 
 def global_steps(rollout: dict[str, Tensor], outcomes: Outcomes, ranks: Ranks) -> dict[str, Tensor]:
