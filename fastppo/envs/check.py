@@ -36,6 +36,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,14 @@ def _no_trace() -> Iterator[None]:
         yield
 
 
-def try_copy(make: EnvFn, num_envs: int, deadline: Deadline = NO_DEADLINE) -> Tried:
-    """Make one environment of a run of `num_envs`, check it, and close it. Its failures are findings."""
+def try_copy(
+    make: EnvFn, num_envs: int, deadline: Deadline = NO_DEADLINE, cleanup: contextlib.ExitStack | None = None
+) -> Tried:
+    """Make one environment of a run of `num_envs` and check it. Its failures are findings.
+
+    cleanup: closes it after the run. Closed before, it may take with it what a package shares between all of its environments,
+    as pygame's display. None: it is closed here.
+    """
     copies: VectorEnv | None = None
     try:
         with _no_trace(), deadline:
@@ -166,10 +173,15 @@ def try_copy(make: EnvFn, num_envs: int, deadline: Deadline = NO_DEADLINE) -> Tr
         return Tried((Finding(line, is_error=False),), was_made=False)
     finally:
         if copies is not None:
-            # a failure to close is seen where those that train are closed
-            with contextlib.suppress(*ENVIRONMENT_ERRORS), untouched_streams(), deadline:
-                copies.close()
-            copies.closed = True  # gymnasium before 1.4 tries again, and prints what is raised, when they are collected
+            close = partial(_close, copies, deadline)
+            close() if cleanup is None else cleanup.callback(close)
+
+
+def _close(copies: VectorEnv, deadline: Deadline) -> None:
+    # a failure to close is seen where those that train are closed
+    with contextlib.suppress(*ENVIRONMENT_ERRORS), untouched_streams(), deadline:
+        copies.close()
+    copies.closed = True  # gymnasium before 1.4 tries again, and prints what is raised, when they are collected
 
 
 def _tried(copies: VectorEnv, checker: "CallChecker", num_envs: int) -> Tried:

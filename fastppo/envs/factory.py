@@ -1,7 +1,7 @@
 """Which environments a run has and who steps them: the one place where environments are chosen and made.
 
 `EnvConfig` says which environment, how many of it, and the engine. `make_envs` makes them. `make_training_envs` decides by
-short trials what --vectorization auto means, then makes them. `make_rgb_env` makes one whose `render` returns an image.
+short trials what --vectorization auto means, then makes them.
 
 An environment without a vector class of its own runs in one process or in several. One copy of it says how long a step takes
 and whether it computes or waits (envs/check.py). Where processes promise to be faster, the run's environments are made in
@@ -23,7 +23,7 @@ import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from fastppo.envs.atari import AtariSettings, make_ale, make_rgb_ale, refuse_wrappers
+from fastppo.envs.atari import AtariSettings, make_ale, refuse_wrappers
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.check import ONE_BY_ONE, Tried, try_copy
 from fastppo.envs.check_ends import leaves
@@ -122,7 +122,7 @@ def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline:
             )
         return make_ale(config.env_id, config.num_envs, config.env_kwargs, config.atari)
     envs = make_gymnasium_envs(config, deadline)
-    if not _is_on_device(envs.unwrapped):
+    if not is_on_device(envs.unwrapped):
         return envs
     if config.backend == "gymnasium":
         return VectorWrapper(envs)  # no longer an instance of TorchVectorEnv
@@ -160,7 +160,7 @@ def make_training_envs(
 
 def engine_name(envs: VectorEnv, config: EnvConfig) -> str:
     """ "torch", "envpool", "ale" or "gymnasium/VECTORIZATION": what steps the environments that were made from `config`."""
-    if _is_on_device(envs):
+    if is_on_device(envs):
         return "torch"
     if config.backend == "envpool":
         return "envpool"
@@ -383,7 +383,7 @@ def _registered_device_env(config: EnvConfig, name: str, built_in: list[str]) ->
     if spec is not None and spec.vector_entry_point is not None:
         envs = make_gymnasium_envs(replace(config, vectorization="entry-point"))
         envs.close()
-        if _is_on_device(envs.unwrapped):
+        if is_on_device(envs.unwrapped):
             return envs.unwrapped.env
     hint = "" if spec is not None else nearest(name, [key for key, value in gym.registry.items() if _is_custom_vector(value)])
     raise UsageError(
@@ -397,7 +397,7 @@ def _is_custom_vector(spec: gym.envs.registration.EnvSpec) -> bool:
     return spec.vector_entry_point is not None and not str(spec.vector_entry_point).startswith("gymnasium.")
 
 
-def _is_on_device(envs: Any) -> "TypeGuard[TorchVectorEnv]":
+def is_on_device(envs: Any) -> "TypeGuard[TorchVectorEnv]":
     """Whether `envs` is a `TorchVectorEnv`; does not import torch."""
     module = sys.modules.get("fastppo.envs.device")
     return module is not None and isinstance(envs, module.TorchVectorEnv)
@@ -409,34 +409,3 @@ def _on_device(
     from fastppo.envs.device import TorchVectorEnv
 
     return TorchVectorEnv(env, num_envs, device, render_mode)
-
-
-# --- one environment that renders
-
-
-def make_rgb_env(config: EnvConfig) -> VectorEnv:
-    """One environment of the run's kind whose `render` returns an image, from another engine where its own renders nothing.
-
-    Raises:
-        UsageError: no engine renders it; says which render modes it has.
-    """
-    kwargs = {name: value for name, value in config.env_kwargs.items() if name != "render_mode"}
-    config = replace(config, num_envs=1, env_kwargs=kwargs)
-    if config.backend == "torch":
-        return make_device_envs(config, "cpu", "rgb_array")
-    if is_atari(config.env_id):
-        return make_rgb_ale(config.env_id, kwargs, config.atari)
-    if config.backend == "envpool":
-        raise UsageError(f"--env-id {config.env_id} cannot be rendered: EnvPool has no render modes")
-    config = replace(config, vectorization="entry-point" if find_spec(config.env_id).entry_point is None else "sync")
-    envs = make_gymnasium_envs(config)
-    modes = envs.metadata.get("render_modes") or ()
-    envs.close()
-    if _is_on_device(envs.unwrapped):
-        return make_device_envs(config, "cpu", "rgb_array")
-    if "rgb_array" not in modes:
-        has = ", ".join(map(str, modes)) or "none"
-        raise UsageError(
-            f"--env-id {config.env_id} cannot be rendered: it has no render mode rgb_array; its render modes: {has}"
-        )
-    return make_gymnasium_envs(replace(config, env_kwargs={**kwargs, "render_mode": "rgb_array"}))

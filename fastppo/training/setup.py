@@ -21,7 +21,7 @@ from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.factory import env_maker, make_training_envs
+from fastppo.envs.factory import MadeEnvs, env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.render import make_render_env
 from fastppo.envs.wrappers import DEFAULT_SIZE, RESIZED
@@ -240,9 +240,9 @@ def open_environments(
     cleanup: contextlib.ExitStack,
 ) -> OpenedEnvs:
     """Make this process's environments, or use the given ones, and check them. Raises UsageError."""
-    copy = Copy(local, deadline)
+    copy = Copy(local, deadline, cleanup)
     if given is None:
-        made, engine, why = make_training_envs(local.env_config, device, deadline, copy.tried)
+        made, engine, why = copy.beside(lambda: make_training_envs(local.env_config, device, deadline, copy.tried))
         envs = AutoresetEnvs(made, deadline)
         cleanup.callback(envs.close)
     else:
@@ -338,16 +338,29 @@ def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, 
 class Copy:
     """One more environment to try out, beside those of the run. It is made once, at the first call of `tried`."""
 
-    def __init__(self, config: TrainConfig, deadline: Deadline) -> None:
+    def __init__(self, config: TrainConfig, deadline: Deadline, cleanup: contextlib.ExitStack) -> None:
+        """cleanup: closes it, after the run."""
         self.config, self.deadline = config, deadline
         self.result: Tried | None = None
+        self._open = cleanup.enter_context(contextlib.ExitStack())
 
     def tried(self) -> Tried:
         """The result of the trial."""
         if self.result is None:
             config = self.config
-            self.result = try_copy(env_maker(config.env_config), config.num_envs * config.num_seeds, self.deadline)
+            number = config.num_envs * config.num_seeds
+            self.result = try_copy(env_maker(config.env_config), number, self.deadline, self._open)
         return self.result
+
+    def beside(self, make: Callable[[], MadeEnvs]) -> MadeEnvs:
+        """The result of `make`; of a second call, with the copy closed, if there can be no more environments beside it."""
+        try:
+            return make()
+        except UsageError:
+            if self.result is None or not self.result.was_made:
+                raise
+            self._open.close()
+            return make()
 
 
 def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
