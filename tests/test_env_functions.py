@@ -1,5 +1,6 @@
 """--env-id my_module:make_env: functions and classes without registration, from the command line and from Python."""
 
+import contextlib
 import json
 import re
 import subprocess
@@ -17,6 +18,8 @@ from fastppo.__main__ import console
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.config import read_run_config
 from fastppo.envs import grouped
+from fastppo.envs.classic import CartPole
+from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import EnvConfig, make_envs
 from fastppo.envs.functions import env_id_of, naming
 from fastppo.envs.registry import find_spec
@@ -159,6 +162,21 @@ def test_a_function_that_takes_no_render_mode(inside, tmp_path, capsys):
     assert console(["train", "--env-id", "some_env:Pictured", "--run-dir", str(tmp_path / "seen"), *FLAGS]) == 0
     assert console(["evaluate", str(tmp_path / "seen"), "--episodes", "1", "--video", "gif"]) == 0
     assert [path.suffix for path in (tmp_path / "seen" / "videos").iterdir()] == [".gif"]
+
+
+def on_device(num_envs):
+    """Environments on the device, without registration."""
+    return TorchVectorEnv(CartPole(), num_envs)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_functions_of_tensors(backend):
+    """A function of num_envs may make them; they stay on the device."""
+    with contextlib.closing(make_envs(EnvConfig("test_env_functions:on_device", 3, backend=backend))) as envs:
+        assert isinstance(envs, TorchVectorEnv)
+        assert envs.num_envs == 3
+    with pytest.raises(UsageError, match="--backend torch has no limited; it has: Acrobot-v1"):
+        make_envs(EnvConfig("test_env_functions:limited", 3, backend="torch"))
 
 
 # --- from Python
