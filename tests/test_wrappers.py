@@ -278,8 +278,11 @@ def test_what_does_not_fit(flags, message, tmp_path, capsys):
 
 def test_environments_of_your_own(tmp_path):
     """They have been made already."""
-    with pytest.raises(UsageError, match="--frame-stack wraps environments that are made from --env-id, which yours were not"):
-        train(tiny(tmp_path / "run", frame_stack=2), envs=gym.make_vec("CartPole-v1", 2))
+    for name in ("frame_stack", "max_episode_steps"):
+        with pytest.raises(
+            UsageError, match=f"--{name.replace('_', '-')} wraps environments that are made from --env-id, which"
+        ):
+            train(tiny(tmp_path / "run", **{name: 2}), envs=gym.make_vec("CartPole-v1", 2))
 
 
 def test_without_opencv(monkeypatch):

@@ -160,8 +160,9 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     if given is not None:
-        for flag_ in config.preprocessing.flags:
-            raise UsageError(f"{flag_} wraps environments that are made from --env-id, which yours were not: leave it off")
+        asked = [*config.preprocessing.flags, *(["--max-episode-steps"] if config.max_episode_steps else [])]
+        if asked:
+            raise UsageError(f"{asked[0]} wraps environments that are made from --env-id, which yours were not: leave it off")
         config = named_after(given, config)
     with checked(ranks):
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
