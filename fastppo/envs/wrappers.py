@@ -102,7 +102,7 @@ class WeightedReward(gym.Wrapper[Any, Any, Any, Any]):
         return obs, float(parts @ self.weights), terminated, truncated, {**info, REWARD_PARTS: parts}
 
 
-class PictureObservation(gym.ObservationWrapper[Any, Any, Any]):
+class PictureObservation(gym.Wrapper[Any, Any, Any, Any]):
     """Gymnasium's GrayscaleObservation and ResizeObservation for every picture of an observation."""
 
     def __init__(self, env: gym.Env[Any, Any], settings: Preprocessing) -> None:
@@ -120,8 +120,13 @@ class PictureObservation(gym.ObservationWrapper[Any, Any, Any]):
             height, width = _sides(large[0])
             self.metadata = {**env.metadata, RESIZED: f"{height} x {width}"}
 
-    def observation(self, observation: Any) -> Any:
-        return self._change(observation)
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(**kwargs)
+        return self._change(obs), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return self._change(obs), reward, terminated, truncated, info
 
 
 class _Picture(gym.Env[Any, Any]):
