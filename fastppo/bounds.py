@@ -39,7 +39,13 @@ NOT_NEGATIVE = Bound(lambda x: math.isfinite(x) and x >= 0, "a number of at leas
 FRACTION = within(0, 1)
 MAX_WIDTH = 2**16  # two such layers have 16 GiB of weights
 WIDTH = between(1, MAX_WIDTH)  # of a layer
-WIDTHS = Bound(lambda sizes: all(size <= MAX_WIDTH for size in sizes), f"whole numbers between 1 and {MAX_WIDTH}")
+WIDTHS = Bound(lambda sizes: all(1 <= size <= MAX_WIDTH for size in sizes), f"whole numbers between 1 and {MAX_WIDTH}")
+MAX_PIXELS = 4096
+PIXELS = Bound(
+    lambda sizes: sizes == (0,) or (len(sizes) in (1, 2) and all(1 <= size <= MAX_PIXELS for size in sizes)),
+    f"0, or one or two whole numbers between 1 and {MAX_PIXELS}",
+)  # height and width
+WEIGHTS = Bound(lambda weights: weights and all(map(math.isfinite, weights)), "one or more numbers")
 DEVICE = Bound(lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x), "auto, cpu, cuda or cuda:N")
 DIRECTORY = Bound(str.strip, "the name of a directory")
 
@@ -63,7 +69,7 @@ def is_of_type(kind: Any, value: Any) -> bool:
     if get_origin(kind) is Literal:
         return isinstance(value, str) and value in get_args(kind)
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(is_of_type(int, part) and part >= 1 for part in value)
+        return isinstance(value, tuple) and all(is_of_type(get_args(kind)[0], part) for part in value)
     if get_origin(kind) is dict:
         return isinstance(value, dict) and _is_json(value)
     if kind in (int, float):

@@ -24,7 +24,7 @@ from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.run.files import is_inside
-from fastppo.system.paths import absolute, current_directory, leave_deleted_directory
+from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable, whole_number
 
@@ -60,7 +60,8 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str], needs_outp
             print_any_letter()
             leave_deleted_directory()
             logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home directory it warns of its font cache
-            verb(args)
+            with importable(current_directory()):
+                verb(args)
         finally:  # --help leaves with SystemExit
             _flush_stdout(needs_output)
     except UsageError as error:

@@ -23,6 +23,13 @@ def check_combinations(config: "TrainConfig") -> None:
             f"--vectorization {config.vectorization} is for --backend gymnasium; "
             f"{config.backend} steps all at once: leave it off"
         )
+    for name in config.preprocessing.flags if config.backend in ("torch", "envpool") else ():
+        raise UsageError(
+            f"{name} wraps environments one by one, and --backend {config.backend} steps all at once: "
+            "leave it off, or use --backend gymnasium"
+        )
+    if config.max_episode_steps is not None and "max_episode_steps" in config.env_kwargs:
+        raise UsageError("--max-episode-steps and --env-kwargs max_episode_steps are the same time limit: give one of them")
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)

@@ -19,8 +19,10 @@ from fastppo.bounds import (
     FINITE,
     FRACTION,
     NOT_NEGATIVE,
+    PIXELS,
     POSITIVE,
     POSITIVE_OR_INFINITE,
+    WEIGHTS,
     WIDTH,
     WIDTHS,
     Bound,
@@ -33,6 +35,7 @@ from fastppo.bounds import (
     within,
 )
 from fastppo.combinations import check_combinations
+from fastppo.envs.preprocessing import Preprocessing
 from fastppo.errors import UsageError, nearest
 from fastppo.system.json_files import read_json
 from fastppo.system.paths import absolute
@@ -85,9 +88,23 @@ class TrainConfig:
     preset: str = "none"
     """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
     env_id: str = "CartPole-v1"
-    """Gymnasium id; module:EnvId-v0 imports the module that registers the environment first."""
+    """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
     env_kwargs: EnvKwargs = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
+    max_episode_steps: Annotated[int | None, at_least(1)] = None
+    """Time limit of an episode in the environment's own steps, told as truncation; default: the registered one."""
+    frame_skip: Annotated[int, at_least(1)] = 1
+    """Steps that each action is repeated for; their rewards are summed."""
+    grayscale: bool = False
+    """Greyscale pictures instead of colour."""
+    resize: Annotated[tuple[int, ...] | None, PIXELS] = None
+    """Height and width of pictures in pixels, or one number for both; 0: as they are. Default: 84 if larger than 96."""
+    frame_stack: Annotated[int, at_least(1)] = 1
+    """Last observations in one."""
+    rescale_action: bool = False
+    """Continuous actions from -1 to 1, mapped linearly to the environment's bounds."""
+    time_aware: bool = False
+    """Add the share of the time limit that has passed to the observation."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
     """How N environments are run: their own vector class, one process, one per core, one each. auto: fastest in a trial."""
     env_timeout: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 300.0
@@ -158,6 +175,8 @@ class TrainConfig:
     """Normalise observations by their running mean and standard deviation."""
     norm_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return."""
+    reward_weights: Annotated[tuple[float, ...] | None, WEIGHTS] = None
+    """Learn from the weighted sum of a reward that is a vector: a weight for each part. metrics.csv has each part's return."""
     clip_reward: bool = False
     """Learn from the sign of each reward, -1, 0 or 1; logged returns are unclipped."""
 
@@ -264,16 +283,23 @@ class TrainConfig:
         return 1 if self.rnn is None else self.num_steps
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """The wrappers of each environment."""
+        return Preprocessing(**{spec.name: getattr(self, spec.name) for spec in fields(Preprocessing)})
+
+    @property
     def env_config(self) -> "EnvConfig":
         """The environments of this run; the one place where settings become those of envs/factory.py."""
         from fastppo.envs.atari import AtariSettings  # here: settings alone do not wait for gymnasium
         from fastppo.envs.factory import EnvConfig
 
+        limit = self.max_episode_steps
         return EnvConfig(
             env_id=self.env_id,
             num_envs=self.num_envs,
             num_seeds=self.num_seeds,
-            env_kwargs=self.env_kwargs,
+            env_kwargs=self.env_kwargs | ({} if limit is None else {"max_episode_steps": limit}),
+            preprocessing=self.preprocessing,
             backend=self.backend,
             vectorization=self.vectorization,
             num_threads=self.num_threads,
@@ -306,6 +332,7 @@ class TrainConfig:
         Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
+        data = {"resize": (0,), **data}  # older versions kept large pictures
         unknown = next((name for name in data if name not in _TYPES), None)
         if unknown is not None:
             raise UsageError(
@@ -375,7 +402,8 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
     for spec in fields(TrainConfig):
         old, new = getattr(before, spec.name), getattr(after, spec.name)
         resumable = spec.name in RESUMABLE and not (spec.name == "checkpoint_iterations" and before.exact_resume)
-        if old != new and not resumable:
+        by_default = spec.name == "resize" and new is None  # config.json has the size that was chosen
+        if old != new and not resumable and not by_default:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):
         raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run continues in {after.resume}")

@@ -104,7 +104,8 @@ def _in_words(result: Mapping[str, Any]) -> str:
         return "no return; --max-steps allows more steps"
     if episodes == 1:
         return f"return {mean:.2f} in 1 episode"
-    return f"return {mean:.2f} +- {std / math.sqrt(episodes):.2f} (standard error of {episodes} episodes)"
+    parts = "".join(f", part {index}: {value:.2f}" for index, value in enumerate(result.get("return_parts", ())))
+    return f"return {mean:.2f} +- {std / math.sqrt(episodes):.2f} (standard error of {episodes} episodes){parts}"
 
 
 def console(args: Sequence[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import tyro
 from fastppo.analysis.export_formats import SUFFIXES, check_output
 from fastppo.analysis.policy_export import Exported, export_policy
 from fastppo.cli import chosen_run, parse, run
+from fastppo.config import read_run_config
 from fastppo.system.paths import absolute, current_directory
 
 __all__ = ["ExportConfig", "Exported", "console", "export_policy"]
@@ -50,6 +51,9 @@ def _main(args: Sequence[str]) -> None:
 
     torch.set_num_threads(1)
     print(export_policy(load_policy(run_dir, settings.checkpoint), output, settings.format))
+    preprocessing = read_run_config(Path(run_dir)).preprocessing.words
+    if preprocessing:
+        print(f"the file does not contain {preprocessing}: prepare observations and actions as training did")
 
 
 def console(args: Sequence[str] | None = None) -> int:

@@ -76,6 +76,9 @@ def _lines() -> Iterator[str]:
     yield from ("", "## metrics.csv", "")
     yield "A row every `--log-interval` iterations. TensorBoard and trackers get the same values, under CleanRL's tags."
     yield from ("", *_table(("column", "tag", "what it is"), _metrics()))
+    yield ""
+    yield "With `--reward-weights` there are further columns, `episodic_return_0` and so on (`charts/episodic_return_0`)."
+    yield "Each is the mean return of one part of the reward, without its weight, in the episodes of `episodic_return_mean`."
     yield from ("", "## summary.json", "", "Written when training has ended, and again after the evaluation.", "")
     yield from _table(("key", "what it is"), ((f"`{key}`", _text(text)) for key, text in SUMMARY.items()))
     yield from ("", "## summary.json of many seeds", "")

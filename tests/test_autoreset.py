@@ -14,9 +14,8 @@ from fastppo.core.contracts import Normalization
 from fastppo.core.ppo import LearnConfig, learn
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.cartpole import SeededCartPole
-from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
+from fastppo.envs.factory import EnvConfig, default_vectorization, make_gymnasium_envs
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.registry import default_vectorization
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import action_spec, obs_spec
@@ -231,7 +230,7 @@ def test_modes_without_resetting_rows_train(tmp_path, mode):
 
 def test_cartpoles_own_vector_environment():
     """After an end comes one invalid row that holds the final observation, then a fresh episode near the upright."""
-    assert default_vectorization("CartPole-v1") == "entry-point"
+    assert default_vectorization(EnvConfig("CartPole-v1")) == "entry-point"
     envs = make_gymnasium_envs(EnvConfig("CartPole-v1", 4))
     assert isinstance(envs, SeededCartPole)
     (rollout,) = collected_cartpole(AutoresetEnvs(envs))

@@ -3,6 +3,7 @@
 environment gives none, and trains to the same bits whether it was tried or not.
 """
 
+import contextlib
 import multiprocessing
 import re
 import subprocess
@@ -19,8 +20,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.envs import check_calls, check_trial
-from fastppo.envs.check import Finding, check_envs, find
-from fastppo.envs.factory import EnvConfig, make_envs, make_gymnasium_envs
+from fastppo.envs.check import Finding, check_envs, find, try_copy
+from fastppo.envs.factory import EnvConfig, env_maker, make_envs, make_gymnasium_envs
 from fastppo.train import console
 
 
@@ -216,7 +217,7 @@ ERRORS = {
     ),
     "two rewards": (
         stepping(lambda obs, reward, *rest: (obs, np.ones(2), *rest)),
-        "reward has shape (2,); it has to be a number",
+        "reward has shape (2,); it has to be a number: --reward-weights 1 1 trains on the sum of its parts",
     ),
     "an infinite reward": (
         stepping(lambda obs, reward, *rest: (obs, -np.inf, *rest)),
@@ -266,11 +267,11 @@ gym.register("Checked-v0", entry_point=lambda which=None: Sound() if which is No
 
 def found(env_id, num_envs=3, vectorization="sync", **env_kwargs):
     """The findings, with the environments themselves as training has them."""
-    envs = make_gymnasium_envs(EnvConfig(env_id, num_envs, vectorization, env_kwargs=env_kwargs))
-    try:
-        return find(envs, env_id, env_kwargs, f"gymnasium/{vectorization}")
-    finally:
-        envs.close()
+    config = EnvConfig(env_id, num_envs, vectorization, env_kwargs=env_kwargs)
+    if vectorization != "entry-point":
+        return list(try_copy(env_maker(config), num_envs).findings)
+    with contextlib.closing(make_gymnasium_envs(config)) as envs:
+        return find(envs, "gymnasium/entry-point")
 
 
 @pytest.mark.parametrize("which", ERRORS)
@@ -540,7 +541,7 @@ def test_other_engines(env_id, backend, package):
     pytest.importorskip(package)
     envs = make_envs(EnvConfig(env_id, 2, backend=backend))
     engine = "ale" if env_id.startswith("ALE/") else backend
-    assert find(envs, env_id, {}, engine) == []
+    assert find(envs, engine) == []
     envs.close()
 
 
@@ -567,9 +568,10 @@ def test_several_errors():
     """A line each, those of warnings left for another time."""
     both = stepping(lambda obs, *rest: (obs + 9, "much", None, *rest[2:]))
     BROKEN["both"] = (both, "")
-    envs = make_gymnasium_envs(EnvConfig("Checked-v0", 2, "sync", env_kwargs={"which": "both"}))
+    config = EnvConfig("Checked-v0", 2, "sync", env_kwargs={"which": "both"})
+    envs, tried = make_gymnasium_envs(config), try_copy(env_maker(config), 2)
     with pytest.raises(UsageError) as raised:
-        check_envs(envs, "Checked-v0", {"which": "both"}, "gymnasium/sync")
+        check_envs(envs, "Checked-v0", "gymnasium/sync", tried=tried)
     first, second = str(raised.value).splitlines()
     assert first == "--env-id Checked-v0: reward is 'much', not a number"
     assert second == "--env-id Checked-v0: terminated is None, not True or False"
@@ -640,9 +642,8 @@ def test_a_slow_environment_is_not_waited_for(monkeypatch):
 
 def test_a_copy_that_cannot_be_made():
     """An environment that is there only once is trained on as it is, and the line says so."""
-    envs = make_gymnasium_envs(EnvConfig("Checked-v0", 1, "sync"))
     BROKEN["only one"] = (lambda: 1 / 0, "")
-    (finding,) = find(envs, "Checked-v0", {"which": "only one"}, "gymnasium/sync")
+    (finding,) = found("Checked-v0", which="only one")
     assert not finding.is_error
     assert re.sub(r"[\w/]+\.py:\d+", "PLACE", finding.line) == (
         "left out, since a copy of the environment to try out cannot be made: ZeroDivisionError: division by zero (PLACE)"

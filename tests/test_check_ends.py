@@ -1,5 +1,7 @@
 """The ends of episodes, as vector classes of others tell them: what is not declared, what is overwritten, what is not kept."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -115,9 +117,9 @@ def test_a_reset_within_the_step_that_nothing_tells(tensors, tmp_path):
 
 def test_gymnasiums_default_need_not_be_declared(tmp_path):
     """A class that resets in the step after the end is trained on without a word, a key of its own environments included."""
-    assert check.find(NextStep(), "Mine", {}, "given") == []
+    assert check.find(NextStep(), "given") == []
     declared = Drift(key="final_info", metadata={"autoreset_mode": AutoresetMode.NEXT_STEP})
-    assert check.find(declared, "Mine", {}, "given") == []  # what it declares is believed
+    assert check.find(declared, "given") == []  # what it declares is believed
 
 
 def test_what_is_not_declared_and_could_not_be_tried_is_told():
@@ -129,16 +131,14 @@ def test_what_is_not_declared_and_could_not_be_tried_is_told():
             self.elapsed -= 1000
             return result
 
-    (finding,) = check.find(Long(key=None), "Mine", {}, "given")
+    (finding,) = check.find(Long(key=None), "given")
     assert "so NEXT_STEP is taken" in finding.line
     assert not finding.is_error
 
 
 def test_the_class_of_many_seeds_is_checked_as_one_is():
     """What joins the environments of several seeds copies their observations, which hid an overwritten one."""
-    (finding,) = check.find(
-        many(lambda n: Drift(n, metadata=SAME_STEP, shares=True), 4, 2), "Mine", {}, "gymnasium/entry-point"
-    )
+    (finding,) = check.find(many(lambda n: Drift(n, metadata=SAME_STEP, shares=True), 4, 2), "gymnasium/entry-point")
     assert finding.line.startswith("final_obs is overwritten")
 
 
@@ -183,7 +183,7 @@ def test_a_reset_within_the_step_is_found_in_many_seeds():
 def test_a_declared_reset_within_the_step(key, tensors, tmp_path):
     """All rows count; the older key is read as well."""
     envs = Drift(key=key, metadata=SAME_STEP, tensors=tensors)
-    assert check.find(envs, "Mine", {}, "given") == []
+    assert check.find(envs, "given") == []
     assert train(tiny(tmp_path / "run", num_envs=4), envs=envs).summary["global_step"] == 4 * 16 * 4
 
 
@@ -210,7 +210,7 @@ def test_a_missing_final_observation_is_refused(final):
 )
 def test_a_final_observation_that_is_overwritten(envs):
     """It is the next episode's first one: truncated episodes would be bootstrapped from there."""
-    (finding,) = [finding for finding in check.find(envs(), "Mine", {}, "given") if finding.is_error]
+    (finding,) = [finding for finding in check.find(envs(), "given") if finding.is_error]
     assert finding.line.startswith("final_obs is overwritten")
 
 
@@ -222,7 +222,7 @@ def test_final_observations_that_are_equal_for_another_reason():
             obs, *rest, info = super().step(actions)
             return obs, *rest, {name: obs.copy() for name in info}
 
-    (finding,) = check.find(Home(metadata=SAME_STEP), "Mine", {}, "given")
+    (finding,) = check.find(Home(metadata=SAME_STEP), "given")
     assert finding.line.startswith("final_obs equals the next episode's first observation in all")
     assert not finding.is_error
 
@@ -230,14 +230,14 @@ def test_final_observations_that_are_equal_for_another_reason():
         def _told(self, x):
             return np.ones_like(x)
 
-    assert [f for f in check.find(Constant(metadata=SAME_STEP), "Mine", {}, "given") if "final" in f.line] == []
+    assert [f for f in check.find(Constant(metadata=SAME_STEP), "given") if "final" in f.line] == []
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode), ids=str)
 def test_reused_buffers_are_no_fault(mode):
     """Environments that return one buffer, written to by the next step: training copies what it keeps, in every mode."""
     envs = SyncVectorEnv([lambda: Buffered(resets_it=False)] * 4, copy=False, autoreset_mode=mode)
-    assert check.find(envs, "Mine", {}, "given") == []
+    assert check.find(envs, "given") == []
 
 
 # --- statistics that are lost
@@ -275,7 +275,7 @@ def test_running_statistics_of_a_wrapper_are_told(which):
     """They are not kept with the run: the line names the wrapper and the flag that keeps ours."""
     make, wrapper, flag = STATISTICS[which]
     envs = make()
-    (line,) = lines_on_statistics(check.find(envs, "Mine", {}, "given"))
+    (line,) = lines_on_statistics(check.find(envs, "given"))
     assert line.startswith(f"the environment is inside {wrapper}, whose running statistics are not kept")
     assert line.endswith(f"use {flag}")
     envs.close()
@@ -284,12 +284,12 @@ def test_running_statistics_of_a_wrapper_are_told(which):
 def test_running_statistics_of_environments_by_their_id():
     """Found on the copies that the check makes; statistics that are frozen are nobody's to keep."""
     envs = gym.make_vec("NormalisedInside-v0", 2, "sync")
-    assert len(lines_on_statistics(check.find(envs, "NormalisedInside-v0", {}, "gymnasium/sync"))) == 1
+    assert len(lines_on_statistics(check.try_copy(partial(gym.make, "NormalisedInside-v0"), 2).findings)) == 1
     for env in envs.envs:
         while not isinstance(env, OBS):
             env = env.env
         env.update_running_mean = False
-    assert lines_on_statistics(check.find(envs, "Mine", {}, "given")) == []
+    assert lines_on_statistics(check.find(envs, "given")) == []
     envs.close()
 
 

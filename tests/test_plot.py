@@ -48,6 +48,9 @@ def test_runs_that_differ_in_seed_alone_are_one_group(tmp_path):
         ({"hidden_sizes": (8, 8)}, {}, ["hidden_sizes=8 8", "hidden_sizes=none"]),
         ({"env_kwargs": {"b": 1, "a": "x"}}, {"env_kwargs": {"a": "x", "b": 1}}, [""]),
         ({"env_kwargs": {"g": 9.81}}, {}, ['env_kwargs={"g": 9.81}', "env_kwargs={}"]),
+        ({"reward_weights": (1, 0.5)}, {"reward_weights": (1.0, 0.5)}, [""]),
+        ({"resize": (0,)}, {}, [""]),  # of an older version, or without large pictures
+        ({"resize": (84, 84)}, {"resize": (0,)}, ["resize=0", "resize=84 84"]),
         ({"checkpoint_iterations": 3}, {}, [""]),
         ({"total_timesteps": 1000}, {}, ["total_timesteps=1000", "total_timesteps=100000"]),  # annealing is another
         ({"exact_resume": True, "checkpoint_iterations": 3}, {"exact_resume": True}, 2),  # cuts episodes

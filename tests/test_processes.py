@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -249,7 +250,7 @@ def test_the_users_generators_are_left_alone(tmp_path):
     """Whatever is tried before training puts them back: a run in one process goes on where the user's seeds stand."""
     before = streams.states_of_streams()
     for which in KINDS[:3]:
-        try_copy("OfGlobal-v0", {"which": which}, 4)
+        try_copy(partial(gym.make, "OfGlobal-v0", which=which), 4)
         assert streams.moved_streams(before, streams.states_of_streams()) == []
     envs = GroupedVectorEnv([Walk] * 2, 2)
     envs.reset(seed=3)
@@ -271,10 +272,10 @@ class Seeding(OfGlobal):
 @pytest.mark.parametrize("which", KINDS[:3])
 def test_what_cannot_be_repeated_is_said(which):
     """The generator is named; not where the environment seeds it."""
-    lines = [finding.line for finding in try_copy("OfGlobal-v0", {"which": which}, 2).findings]
+    lines = [finding.line for finding in try_copy(partial(gym.make, "OfGlobal-v0", which=which), 2).findings]
     said = f"it draws from {which}, which --seed does not reach, so a run cannot be repeated: draw from self.np_random"
     assert lines == [said]
-    assert not any("--seed" in finding.line for finding in try_copy("Seeding-v0", {"which": which}, 2).findings)
+    assert not any("--seed" in finding.line for finding in try_copy(partial(gym.make, "Seeding-v0", which=which), 2).findings)
 
 
 # --- how many there are
@@ -323,6 +324,61 @@ def test_environments_are_made_and_reset_once(vectorization, num_seeds, made, re
     settings = {"num_envs": 8 // num_seeds, "num_seeds": num_seeds, "num_steps": 2, "num_iterations": 1, "num_minibatches": 1}
     train(tiny(tmp_path / "run", env_id="Counted-v0", vectorization=vectorization, **settings))
     assert [(tmp_path / f"count.{what}").stat().st_size for what in ("made", "reset")] == [made, resets]
+
+
+class Together(Walk):
+    """Of a package with global state, as pygame's display: what one environment closes is closed for all that there are.
+
+    There can be `most` of them at a time.
+    """
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    opened, alive = 0, 0
+
+    def __init__(self, most=99, render_mode=None):
+        if Together.alive >= most:
+            raise RuntimeError("no more of them")
+        Together.alive += 1
+        self.own, self.render_mode = Together.opened, render_mode
+
+    def reset(self, **kwargs):
+        assert self.own == Together.opened, "Surface is not initialized"
+        return super().reset(**kwargs)
+
+    def step(self, action):
+        assert self.own == Together.opened, "Surface is not initialized"
+        return super().step(action)
+
+    def render(self):
+        return np.zeros((16, 16, 3), np.uint8)
+
+    def close(self):
+        Together.opened += 1
+        Together.alive -= 1
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "auto"])
+def test_one_that_closes_for_all(vectorization, tmp_path, monkeypatch):
+    """The check's copy, and the environment for videos, close nothing that the run needs; in the end all are closed."""
+    use_two_cores(monkeypatch)
+    monkeypatch.setattr(Together, "opened", 0)
+    monkeypatch.setattr(Together, "alive", 0)
+    result = train(tiny(tmp_path / "run", env_id="Together-v0", vectorization=vectorization, eval_episodes=2))
+    assert result.summary["eval_episodes"] == 2
+    assert Together.alive == 0
+    train(tiny(tmp_path / "seen", env_id="Together-v0", vectorization=vectorization, record_every=2))
+    assert len(list((tmp_path / "seen" / "videos").iterdir())) == 2
+    assert Together.alive == 0
+
+
+def test_as_many_as_there_can_be(tmp_path, monkeypatch):
+    """A copy that was tried first makes room for the run's environments."""
+    use_two_cores(monkeypatch)
+    monkeypatch.setattr(Together, "opened", 0)
+    monkeypatch.setattr(Together, "alive", 0)
+    result = train(tiny(tmp_path / "run", env_id="Together-v0", env_kwargs={"most": 2}, vectorization="auto"))
+    assert result.summary["backend"] == "gymnasium/sync"
+    assert Together.alive == 0
 
 
 class OnlyOne(Walk):
@@ -382,6 +438,7 @@ for _id, _entry in {
     "Seeding-v0": Seeding,
     "Counted-v0": Counted,
     "OnlyOne-v0": OnlyOne,
+    "Together-v0": Together,
     "InProcesses-v0": Pooled,
     "RecordedTwice-v0": recorded_twice,
 }.items():

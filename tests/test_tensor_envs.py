@@ -19,8 +19,7 @@ from torchrl.envs import CatTensors, Compose, EnvBase, PendulumEnv, StepCounter,
 
 from fastppo import TrainConfig, TrainingFault, UsageError, train
 from fastppo.envs.deadline import Deadline
-from fastppo.envs.factory import EnvConfig, make_gymnasium_envs
-from fastppo.envs.registry import default_vectorization
+from fastppo.envs.factory import EnvConfig, default_vectorization, make_gymnasium_envs
 from fastppo.envs.torchrl import TorchRLVectorEnv
 from fastppo.policy.spaces import action_spec
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
@@ -389,7 +388,7 @@ def test_wrong_use(tmp_path):
 
 def test_the_entry_point_is_chosen_by_itself():
     """An id with nothing but a vector entry point works with --vectorization auto and entry-point."""
-    assert default_vectorization("TensorTwin-v0") == "entry-point"
+    assert default_vectorization(EnvConfig("TensorTwin-v0")) == "entry-point"
     for wanted in ("auto", "entry-point"):
         envs = make_gymnasium_envs(EnvConfig("TensorTwin-v0", 2, wanted, env_kwargs={"mode": "Disabled"}))
         assert isinstance(envs, TensorTwin)

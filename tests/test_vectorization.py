@@ -25,6 +25,7 @@ from fastppo.envs.factory import (
     PROBE_STEPS,
     EnvConfig,
     choose_vectorization,
+    env_maker,
     start_alike,
     step_seconds,
 )
@@ -148,7 +149,7 @@ def test_a_copy_tells_waiting_from_computing():
             return self.observation_space.sample(), 0.0, False, False, {}
 
     gym.register("Computes-v0", Computes, disable_env_checker=True)
-    waits, computes = try_copy("Slow-v0", {}, 4), try_copy("Computes-v0", {}, 4)
+    waits, computes = (try_copy(env_maker(EnvConfig(env_id)), 4) for env_id in ("Slow-v0", "Computes-v0"))
     assert waits.computing < 0.5
     assert waits.step_seconds >= 0.003
     assert computes.step_seconds >= 0.002

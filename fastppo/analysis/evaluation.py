@@ -6,7 +6,7 @@ Knows nothing of command lines, of run directories, or of rendering.
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastppo.config import TrainConfig
 from fastppo.envs.autoreset import AutoresetEnvs, is_tensor
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.factory import make_envs
+from fastppo.envs.functions import naming
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environment_fault
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
@@ -50,12 +51,14 @@ class EvaluationResult:
     wanted: int  # number of episodes that were to be played
     steps: int  # of all environments, without those after an environment's last episode
     reward: float  # sum over these steps
+    part_returns: Sequence[NDArray[Any]] = ()  # (K,) of each episode that ended, if rewards are weighted sums
 
     @property
     def report(self) -> dict[str, Any]:
-        """`return_mean return_std episodes`; nan, nan, 0 if no episode ended."""
+        """`return_mean return_std episodes`; nan, nan, 0 if no episode ended. `return_parts`, if rewards are weighted sums."""
         mean, std = (float(np.mean(self.returns)), float(np.std(self.returns))) if self.returns else (math.nan, math.nan)
-        return {"return_mean": mean, "return_std": std, "episodes": len(self.returns)}
+        parts = {"return_parts": np.mean(self.part_returns, 0).tolist()} if self.part_returns else {}
+        return {"return_mean": mean, "return_std": std, "episodes": len(self.returns), **parts}
 
     @property
     def remark(self) -> str | None:
@@ -105,6 +108,7 @@ def play_episodes(
     running, left = np.zeros(envs.num_envs), quota.copy()
     most = MAX_EPISODE_STEPS * episodes if max_steps is None else max_steps
     steps, reward_sum, noted = 0, 0.0, time.monotonic()
+    parts, part_returns = np.zeros((envs.num_envs, 0)), list[NDArray[Any]]()
     valid = np.ones(envs.num_envs, bool)
     agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
     agent.reset()
@@ -115,19 +119,23 @@ def play_episodes(
         reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
         counted = valid & (left > 0)
         running += np.where(counted, reward, 0.0)
+        if step.reward_parts is not None:
+            parts = (parts if parts.size else 0.0) + np.where(counted[:, None], _to_host(step.reward_parts), 0.0)
         steps, reward_sum = steps + int(counted.sum()), reward_sum + float(reward[counted].sum())
         done = np.logical_or(terminated, truncated) & valid
         over = done if step.game_over is None else done & _to_host(step.game_over)
         for index in np.flatnonzero(over & (left > 0)):
             returns[index].append(float(running[index]))
-            running[index], left[index] = 0.0, left[index] - 1
+            if parts.size:
+                part_returns.append(parts[index].copy())
+            running[index], parts[index], left[index] = 0.0, 0.0, left[index] - 1
         agent.reset(done if envs.keeps_final_obs else ~valid)  # environments whose next observation is the first of an episode
         valid = ~done if not envs.keeps_final_obs else valid
         if note is not None and time.monotonic() - noted >= PROGRESS_SECONDS:
             note(f"evaluating: {episodes - left.sum()} of {episodes} episodes, {steps:,} of at most {most:,} steps")
             noted = time.monotonic()
     agent.reset()
-    return EvaluationResult([value for played in returns for value in played], episodes, steps, reward_sum)
+    return EvaluationResult([value for played in returns for value in played], episodes, steps, reward_sum, part_returns)
 
 
 def _to_host(batch: Any) -> NDArray[Any]:
@@ -141,12 +149,14 @@ def evaluate_config(
     plan: EvaluationPlan,
     envs: VectorEnv[Any, Any, Any] | None = None,
     note: Note = print,
+    env_fn: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """Play the plan's episodes in a run's environment: `return_mean return_std episodes`; nan, nan, 0 if no episode ended.
 
     Args:
         envs: environments to play in; they are not closed. None: make them as for training.
         note: prints lines for the user: the number of episodes, the progress, and episodes that did not end.
+        env_fn: the `env_fn` argument of `train`, if it could not be imported.
 
     Raises:
         UsageError: the environment cannot be made.
@@ -166,7 +176,9 @@ def evaluate_config(
             if envs is None:
                 playing.close()
 
-    with contextlib.closing(Deadline(config.env_timeout)) as deadline:
+    named = contextlib.nullcontext(config.env_id) if env_fn is None else naming(env_fn)
+    with named as env_id, contextlib.closing(Deadline(config.env_timeout)) as deadline:
+        config = replace(config, env_id=env_id)
         try:
             try:
                 result = played(config)
@@ -185,7 +197,7 @@ def evaluate_config(
 def time_limit(config: TrainConfig, envs: VectorEnv[Any, Any, Any] | None = None) -> int | None:
     """The environment's time limit in steps; None: the environment declares none."""
     spec = getattr(envs, "spec", None) or gym.registry.get(config.env_id.rpartition(":")[2])
-    limit = config.env_kwargs.get("max_episode_steps") or getattr(spec, "max_episode_steps", None)
+    limit = config.env_config.env_kwargs.get("max_episode_steps") or getattr(spec, "max_episode_steps", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
 

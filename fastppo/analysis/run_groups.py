@@ -195,6 +195,7 @@ def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Gro
 def _texts(config: TrainConfig) -> tuple[str, ...]:
     """The values of SETTINGS as strings."""
     shown = {name: setting_text(getattr(config, name)) for name in SETTINGS}
+    shown["resize"] = setting_text(config.resize or (0,))  # none: no picture was large enough to be resized
     if not config.exact_resume:  # then checkpoints do not change what is learned
         shown["checkpoint_iterations"] = ""
     return tuple(shown.values())
@@ -207,7 +208,7 @@ def setting_text(value: Any) -> str:
     if isinstance(value, float):
         return repr(value).removesuffix(".0")
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
+        return " ".join(map(setting_text, value))
     return printable(value if isinstance(value, str) else json.dumps(value, sort_keys=True))
 
 

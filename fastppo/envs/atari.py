@@ -11,7 +11,6 @@ Knows nothing of networks or learning. Does not import torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -19,7 +18,9 @@ import numpy as np
 from gymnasium.vector import SyncVectorEnv, VectorEnv, VectorWrapper
 from numpy.typing import NDArray
 
+from fastppo.envs.preprocessing import Preprocessing
 from fastppo.envs.registry import find_spec, first_line
+from fastppo.envs.wrappers import join_channels
 from fastppo.errors import UsageError, brief
 from fastppo.system.cpus import engine_threads
 
@@ -31,6 +32,13 @@ NO_FIRE = {
     "lost_luggage", "ms_pacman", "pacman", "skiing", "surround", "tutankham", "video_checkers",
 }  # fmt: skip
 NOOP, FIRE = 0, 1
+# the flags for games that do what those for other environments do
+OWN_FLAGS = {
+    "--frame-skip": "--atari-frame-skip",
+    "--grayscale": "--atari-grayscale",
+    "--resize": "--atari-screen-size",
+    "--frame-stack": "--atari-frame-stack",
+}
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,15 @@ class _Start(gym.Wrapper[Any, Any, Any, Any]):
         return obs, info
 
 
+def refuse_wrappers(env_id: str, env_kwargs: Mapping[str, Any], preprocessing: Preprocessing) -> None:
+    """Raise UsageError for a flag that is for other environments than games; names the one for games."""
+    for name in preprocessing.flags:
+        instead = f"use {OWN_FLAGS[name]} instead" if name in OWN_FLAGS else "leave it off"
+        raise UsageError(f"{name} is not for {env_id}, since Atari's games have preprocessing of their own: {instead}")
+    if "max_episode_steps" in env_kwargs:
+        raise UsageError(f"--max-episode-steps is not for {env_id}: use --env-kwargs max_num_frames_per_episode=108000 instead")
+
+
 def refuse_own(env_id: str, env_kwargs: Mapping[str, Any], own: tuple[str, ...]) -> None:
     """Raise UsageError for an argument that fastppo sets itself."""
     for name in own:
@@ -180,14 +197,8 @@ def _channels_first(envs: VectorEnv) -> VectorEnv:
     from gymnasium.wrappers.vector import TransformObservation  # here: 0.2 s
 
     stack, height, width, channels = envs.single_observation_space.shape or ()
-    join = partial(_join_channels, shape=(-1, stack * channels, height, width))
-    return TransformObservation(
-        envs, join, single_observation_space=gym.spaces.Box(0, 255, (stack * channels, height, width), np.uint8)
-    )
-
-
-def _join_channels(obs: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return obs.transpose(0, 1, 4, 2, 3).reshape(shape)
+    joined = gym.spaces.Box(0, 255, (stack * channels, height, width), np.uint8)
+    return TransformObservation(envs, join_channels, single_observation_space=joined)
 
 
 class EpisodicLife(VectorWrapper):

@@ -30,6 +30,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import MaskSource, source_of
+from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
@@ -55,6 +56,7 @@ class Step(NamedTuple):
     final_obs: Structure | None
     action_mask: Batch | None = None  # (N, A): legal under `obs`, all True where an episode ended; None: there are no masks
     game_over: Batch | None = None  # (N,): the end is that of a game, not of one life; None where every end is
+    reward_parts: Batch | None = None  # (N, K): the parts whose weighted sum is the reward; None where it is a number
 
 
 class AutoresetEnvs:
@@ -119,7 +121,7 @@ class AutoresetEnvs:
                 return Step(obs, reward, terminated, truncated, _final_obs(obs, done, info), mask, game_over)
             mask = self._mask(info, done, "step")
         if self.mode is AutoresetMode.NEXT_STEP:
-            return Step(obs, reward, terminated, truncated, None, mask, game_over)
+            return Step(obs, reward, terminated, truncated, None, mask, game_over, info.get(REWARD_PARTS))
         final_obs = obs
         if done.any():  # sync: the caller resets
             # copies, since an environment may keep what it returned and write to it when it resets

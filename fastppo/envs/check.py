@@ -34,8 +34,9 @@ import math
 import re
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from fastppo.envs import check_trial
 from fastppo.envs.check_calls import CallChecker, CheckedEnv, CheckedVectorEnv, Finding
 from fastppo.envs.check_trial import run_trial, sampled_space
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.envs.numbered import EnvFn
 from fastppo.envs.streams import untouched_streams
 from fastppo.errors import ENVIRONMENT_ERRORS, NoAnswer, UsageError, located
 
@@ -94,12 +96,7 @@ class Tried:
 
 
 def check_envs(
-    envs: VectorEnv,
-    env_id: str,
-    env_kwargs: Mapping[str, Any],
-    engine: str,
-    deadline: Deadline = NO_DEADLINE,
-    tried: Tried | None = None,
+    envs: VectorEnv, env_id: str, engine: str, deadline: Deadline = NO_DEADLINE, tried: Tried | None = None
 ) -> list[str]:
     """Check the environments of a run before it starts.
 
@@ -107,7 +104,7 @@ def check_envs(
         envs: the environments of the run.
         engine: what steps them, as fastppo.envs.factory.engine_name returns it.
         deadline: for the whole check.
-        tried: the result of `try_copy`, if it has been called already.
+        tried: the result of `try_copy`, for environments that are made one by one.
 
     Returns:
         A line for each warning.
@@ -120,7 +117,7 @@ def check_envs(
     else:
         try:
             with deadline:
-                findings = find(envs, env_id, env_kwargs, engine)
+                findings = find(envs, engine)
         except NoAnswer as error:
             findings = [_no_answer(error)]
     errors = [finding for finding in findings if finding.is_error]
@@ -134,10 +131,8 @@ def _no_answer(error: NoAnswer) -> Finding:
     return Finding(f"tried before training, it gives {located(error)}", is_error=True)
 
 
-def find(envs: VectorEnv, env_id: str, env_kwargs: Mapping[str, Any], engine: str) -> list[Finding]:
-    """Findings on the environments of `check_envs`. Prints nothing and starts no process."""
-    if engine in ONE_BY_ONE:
-        return list(try_copy(env_id, env_kwargs, envs.num_envs).findings)
+def find(envs: VectorEnv, engine: str) -> list[Finding]:
+    """Findings on vector environments that are not made one by one. Prints nothing and starts no process."""
     parts = getattr(envs, "envs", ())
     if parts and isinstance(parts[0], VectorEnv):  # of several seeds: joining copies what the class itself returns
         envs = parts[0]
@@ -156,12 +151,18 @@ def _no_trace() -> Iterator[None]:
         yield
 
 
-def try_copy(env_id: str, env_kwargs: Mapping[str, Any], num_envs: int, deadline: Deadline = NO_DEADLINE) -> Tried:
-    """Make one environment as in a run of `num_envs`, check it, and close it. Its failures are findings."""
+def try_copy(
+    make: EnvFn, num_envs: int, deadline: Deadline = NO_DEADLINE, cleanup: contextlib.ExitStack | None = None
+) -> Tried:
+    """Make one environment of a run of `num_envs` and check it. Its failures are findings.
+
+    cleanup: closes it after the run. Closed before, it may take with it what a package shares between all of its environments,
+    as pygame's display. None: it is closed here.
+    """
     copies: VectorEnv | None = None
     try:
         with _no_trace(), deadline:
-            env = gym.make(env_id, disable_env_checker=True, **env_kwargs)
+            env = make()
             checker = CallChecker(env.observation_space, ())
             copies = SyncVectorEnv([lambda: CheckedEnv(env, checker)])
             return _tried(copies, checker, num_envs)
@@ -172,10 +173,15 @@ def try_copy(env_id: str, env_kwargs: Mapping[str, Any], num_envs: int, deadline
         return Tried((Finding(line, is_error=False),), was_made=False)
     finally:
         if copies is not None:
-            # a failure to close is seen where those that train are closed
-            with contextlib.suppress(*ENVIRONMENT_ERRORS), untouched_streams(), deadline:
-                copies.close()
-            copies.closed = True  # gymnasium before 1.4 tries again, and prints what is raised, when they are collected
+            close = partial(_close, copies, deadline)
+            close() if cleanup is None else cleanup.callback(close)
+
+
+def _close(copies: VectorEnv, deadline: Deadline) -> None:
+    # a failure to close is seen where those that train are closed
+    with contextlib.suppress(*ENVIRONMENT_ERRORS), untouched_streams(), deadline:
+        copies.close()
+    copies.closed = True  # gymnasium before 1.4 tries again, and prints what is raised, when they are collected
 
 
 def _tried(copies: VectorEnv, checker: "CallChecker", num_envs: int) -> Tried:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastppo.envs.autoreset import is_tensor
 from fastppo.envs.check_ends import numbers
-from fastppo.errors import located, shown_place
+from fastppo.errors import UsageError, located, shown_place
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
@@ -96,7 +96,8 @@ class CallChecker:
             return call()
         except Exception as error:
             hint = f"; it has to be {self.signature}" if "unexpected keyword" in str(error) else ""
-            self.error("raises", f"{what} raised {located(error)}{hint}")
+            ours = isinstance(error, UsageError)  # of a wrapper, and names its flag
+            self.error("raises", str(error) if ours else f"{what} raised {located(error)}{hint}")
             raise RefusedError from error
 
     def _info(self, what: str, info: Any) -> None:
@@ -108,7 +109,10 @@ class CallChecker:
         if array is None:
             self.error("reward", f"reward is {describe(reward)}, not a number")
         elif array.shape != self.lead:
-            self.error("reward", f"reward has shape {array.shape}; it has to be {self.lead or 'a number'}")
+            line = f"reward has shape {array.shape}; it has to be {self.lead or 'a number'}"
+            if array.ndim == 1 and len(array) > 1 and not self.lead:
+                line += f": --reward-weights{' 1' * len(array)} trains on the sum of its parts"
+            self.error("reward", line)
         elif (unusable := _unusable(array)) is not None:
             self.error("reward", f"reward {unusable} {self.when}")
 

@@ -163,7 +163,8 @@ def make_envpool(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], sett
         if is_atari:
             own = envpool_arguments(settings)
             refuse_own(env_id, env_kwargs, tuple(own))
-            envs = EnvPoolVectorEnv(task, num_envs, max_episode_steps=MAX_FRAMES // settings.frame_skip, **own, **env_kwargs)
+            own["max_episode_steps"] = MAX_FRAMES // settings.frame_skip
+            envs = EnvPoolVectorEnv(task, num_envs, **{**own, **env_kwargs})
     except UsageError:
         raise
     except (TypeError, ValueError, AssertionError) as error:

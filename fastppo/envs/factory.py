@@ -1,7 +1,7 @@
 """Which environments a run has and who steps them: the one place where environments are chosen and made.
 
 `EnvConfig` says which environment, how many of it, and the engine. `make_envs` makes them. `make_training_envs` decides by
-short trials what --vectorization auto means, then makes them. `make_rgb_env` makes one whose `render` returns an image.
+short trials what --vectorization auto means, then makes them.
 
 An environment without a vector class of its own runs in one process or in several. One copy of it says how long a step takes
 and whether it computes or waits (envs/check.py). Where processes promise to be faster, the run's environments are made in
@@ -23,16 +23,18 @@ import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from fastppo.envs.atari import AtariSettings, make_ale, make_rgb_ale
+from fastppo.envs.atari import AtariSettings, make_ale, refuse_wrappers
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.check import ONE_BY_ONE, Tried, try_copy
 from fastppo.envs.check_ends import leaves
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.numbered import NumberedVectorEnv
-from fastppo.envs.registry import INSTALL, default_vectorization, find_spec, first_line, import_module_of, is_atari
+from fastppo.envs.numbered import EnvFn, NumberedVectorEnv
+from fastppo.envs.preprocessing import Preprocessing
+from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari
 from fastppo.envs.streams import untouched_streams
+from fastppo.envs.wrappers import wrapped
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, brief, located, nearest
 from fastppo.random_streams import Stream, environment_seed, seed_of
 from fastppo.system.cpus import available_cores
@@ -60,14 +62,16 @@ class EnvConfig:
     """Which environments, how many, and who steps them."""
 
     env_id: str
-    """A registered id, or module:Id to import the module that registers it."""
+    """A registered id; module:Id, to import the module that registers it; or module:function."""
     num_envs: int = 1
     """N, of each seed."""
     vectorization: str = "auto"
     """"entry-point" (the environment's own vector class), "sync" (one process), "grouped" (as many as `num_processes` says),
     "async" (a process each) or "auto". For gymnasium's environments; ALE's games have only their own vector class."""
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the environment's constructor."""
+    """Keyword arguments of the environment's constructor; `max_episode_steps` is a time limit."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    """Wrappers of each environment, for those that are made one by one."""
     backend: str = "auto"
     """"torch", on the device; "envpool"; "gymnasium", stepped by calls from Python whatever the class; "auto": "torch" where
     the id's own vector class is a `TorchVectorEnv`, else "gymnasium"."""
@@ -110,6 +114,7 @@ def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline:
     if config.backend == "envpool":
         return make_envpool(config.env_id, config.num_envs, config.env_kwargs, config.atari)
     if is_atari(config.env_id):
+        refuse_wrappers(config.env_id, config.env_kwargs, config.preprocessing)
         if config.vectorization not in ("auto", "entry-point"):
             raise UsageError(
                 f"--vectorization {config.vectorization} is not for {config.env_id}: "
@@ -117,7 +122,7 @@ def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline:
             )
         return make_ale(config.env_id, config.num_envs, config.env_kwargs, config.atari)
     envs = make_gymnasium_envs(config, deadline)
-    if not _is_on_device(envs.unwrapped):
+    if not is_on_device(envs.unwrapped):
         return envs
     if config.backend == "gymnasium":
         return VectorWrapper(envs)  # no longer an instance of TorchVectorEnv
@@ -155,7 +160,7 @@ def make_training_envs(
 
 def engine_name(envs: VectorEnv, config: EnvConfig) -> str:
     """ "torch", "envpool", "ale" or "gymnasium/VECTORIZATION": what steps the environments that were made from `config`."""
-    if _is_on_device(envs):
+    if is_on_device(envs):
         return "torch"
     if config.backend == "envpool":
         return "envpool"
@@ -180,14 +185,14 @@ def choose_vectorization(
         return VectorizationChoice(config.vectorization, "as --vectorization asks")
     if is_atari(config.env_id):
         return VectorizationChoice("entry-point", "ALE's own vector environment")
-    if default_vectorization(config.env_id) == "entry-point":
+    if default_vectorization(config) == "entry-point":
         return VectorizationChoice("entry-point", "the environment's own vector class")
     if config.num_envs == 1:
         return VectorizationChoice("sync", "one environment")
     num_groups = num_processes(config.num_envs, config.num_threads)
     if num_groups == 1:
         return VectorizationChoice("sync", "one core")
-    copy = try_copy(config.env_id, config.env_kwargs, config.num_envs, deadline) if tried is None else tried()
+    copy = try_copy(env_maker(config), config.num_envs, deadline) if tried is None else tried()
     sync = config.num_envs * copy.step_seconds
     if sync == float("inf"):
         return VectorizationChoice("sync", "a trial step failed")
@@ -270,7 +275,12 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
         UsageError: as `make_envs`.
     """
     env_id, spec = config.env_id, find_spec(config.env_id)
-    vectorization = default_vectorization(env_id) if config.vectorization == "auto" else config.vectorization
+    vectorization = default_vectorization(config) if config.vectorization == "auto" else config.vectorization
+    for flag in config.preprocessing.flags if vectorization == "entry-point" else ():
+        raise UsageError(
+            f"{flag} wraps environments one by one, and {env_id} steps all in its own vector class: "
+            + ("leave it off" if spec.entry_point is None else "use --vectorization auto, or leave it off")
+        )
     if vectorization == "entry-point" and spec.vector_entry_point is None:
         raise UsageError(
             f"--vectorization entry-point: {env_id} has no vector entry point of its own; use sync, grouped or auto"
@@ -295,16 +305,36 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
 
 def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> VectorEnv:
     """As `make_gymnasium_envs`, for one vectorization; raises what the environment raises."""
-    num_envs, kwargs = config.num_envs, config.env_kwargs
+    num_envs = config.num_envs
     if config.vectorization == "entry-point":
-        envs = gym.make_vec(config.env_id, num_envs=num_envs, vectorization_mode="vector_entry_point", **kwargs)
+        spec, mode = find_spec(config.env_id), "vector_entry_point"
+        envs = gym.make_vec(spec, num_envs=num_envs, vectorization_mode=mode, **config.env_kwargs)
         return SeededCartPole(envs) if type(envs) is CartPoleVectorEnv else envs
-    # the spec and not its id, which a process without this one's imports may not know; envs/check.py replaces the checker
-    env_fns = [partial(gym.make, find_spec(config.env_id), disable_env_checker=True, **kwargs)] * num_envs
+    env_fns = [env_maker(config)] * num_envs
     if config.vectorization == "sync":
         return NumberedVectorEnv(env_fns)
     num_groups = num_envs if config.vectorization == "async" else num_processes(num_envs, config.num_threads)
     return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial)
+
+
+def default_vectorization(config: EnvConfig) -> str:
+    """What "auto" is without a trial: "entry-point" where the environment has a vector class of its own, else "sync".
+
+    Wrappers need environments that are made one by one, if there are such.
+    """
+    spec = find_spec(config.env_id)
+    wraps = spec.entry_point is not None and config.preprocessing.flags
+    return "sync" if spec.vector_entry_point is None or wraps else "entry-point"
+
+
+def env_maker(config: EnvConfig) -> EnvFn:
+    """A function that makes one environment, here or in another process. Raises UsageError for an unknown id."""
+    # the spec and not its id, which a process without this one's imports may not know; envs/check.py replaces the checker
+    return partial(_make_one, find_spec(config.env_id), config.env_kwargs, config.preprocessing)
+
+
+def _make_one(spec: gym.envs.registration.EnvSpec, kwargs: Mapping[str, Any], settings: Preprocessing) -> gym.Env[Any, Any]:
+    return wrapped(gym.make(spec, disable_env_checker=True, **kwargs), settings)
 
 
 def _remedy(spec: gym.envs.registration.EnvSpec, error: gym.error.DependencyNotInstalled) -> str:
@@ -349,11 +379,11 @@ def make_device_envs(config: EnvConfig, device: "torch.device | str", render_mod
 
 def _registered_device_env(config: EnvConfig, name: str, built_in: list[str]) -> "DeviceEnv":
     """The `DeviceEnv` that the vector entry point of a registered id wraps."""
-    spec = gym.registry.get(name)
+    spec = find_spec(config.env_id) if ":" in config.env_id else gym.registry.get(name)
     if spec is not None and spec.vector_entry_point is not None:
         envs = make_gymnasium_envs(replace(config, vectorization="entry-point"))
         envs.close()
-        if _is_on_device(envs.unwrapped):
+        if is_on_device(envs.unwrapped):
             return envs.unwrapped.env
     hint = "" if spec is not None else nearest(name, [key for key, value in gym.registry.items() if _is_custom_vector(value)])
     raise UsageError(
@@ -367,7 +397,7 @@ def _is_custom_vector(spec: gym.envs.registration.EnvSpec) -> bool:
     return spec.vector_entry_point is not None and not str(spec.vector_entry_point).startswith("gymnasium.")
 
 
-def _is_on_device(envs: Any) -> "TypeGuard[TorchVectorEnv]":
+def is_on_device(envs: Any) -> "TypeGuard[TorchVectorEnv]":
     """Whether `envs` is a `TorchVectorEnv`; does not import torch."""
     module = sys.modules.get("fastppo.envs.device")
     return module is not None and isinstance(envs, module.TorchVectorEnv)
@@ -379,34 +409,3 @@ def _on_device(
     from fastppo.envs.device import TorchVectorEnv
 
     return TorchVectorEnv(env, num_envs, device, render_mode)
-
-
-# --- one environment that renders
-
-
-def make_rgb_env(config: EnvConfig) -> VectorEnv:
-    """One environment of the run's kind whose `render` returns an image, from another engine where its own renders nothing.
-
-    Raises:
-        UsageError: no engine renders it; says which render modes it has.
-    """
-    kwargs = {name: value for name, value in config.env_kwargs.items() if name != "render_mode"}
-    config = replace(config, num_envs=1, env_kwargs=kwargs)
-    if config.backend == "torch":
-        return make_device_envs(config, "cpu", "rgb_array")
-    if is_atari(config.env_id):
-        return make_rgb_ale(config.env_id, kwargs, config.atari)
-    if config.backend == "envpool":
-        raise UsageError(f"--env-id {config.env_id} cannot be rendered: EnvPool has no render modes")
-    config = replace(config, vectorization="entry-point" if find_spec(config.env_id).entry_point is None else "sync")
-    envs = make_gymnasium_envs(config)
-    modes = envs.metadata.get("render_modes") or ()
-    envs.close()
-    if _is_on_device(envs.unwrapped):
-        return make_device_envs(config, "cpu", "rgb_array")
-    if "rgb_array" not in modes:
-        has = ", ".join(map(str, modes)) or "none"
-        raise UsageError(
-            f"--env-id {config.env_id} cannot be rendered: it has no render mode rgb_array; its render modes: {has}"
-        )
-    return make_gymnasium_envs(replace(config, env_kwargs={**kwargs, "render_mode": "rgb_array"}))

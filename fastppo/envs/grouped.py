@@ -17,6 +17,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -49,7 +50,7 @@ from fastppo.envs.group_process import (
 )
 from fastppo.envs.numbered import EnvFn, NumberedVectorEnv
 from fastppo.envs.shared_rows import allocated_space, copy_into, exchanged_space, reset_group, rows_of, step_group
-from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, ForkHangs, UsageError
+from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, ForkHangs, UsageError, brief
 from fastppo.system.platforms import START_METHOD, interrupts_held, kill_group, poller, receive_byte, send_byte
 
 NAME_SECONDS = 1.0  # beyond the deadline, for a process to say which environment exceeded its own deadline
@@ -232,8 +233,14 @@ class GroupProcess:
             name=f"fastppo-environments-{rows.start}",
             daemon=False,  # environments may start processes of their own
         )
-        with interrupts_held():
-            self._process.start()
+        try:
+            with interrupts_held():
+                self._process.start()
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise UsageError(
+                "--vectorization grouped and async start processes, to which its function or --env-kwargs cannot be sent: "
+                f"{brief(error)}; use --vectorization sync"
+            ) from None
         # runs before multiprocessing waits for the process at the interpreter's exit
         self._at_exit = util.Finalize(self, _end, (self._process, self._commands), exitpriority=100)
         commands.close()  # only the other process has these ends now, so the pipe of answers ends with it

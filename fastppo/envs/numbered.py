@@ -16,8 +16,9 @@ from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, loca
 
 EnvFn = Callable[[], gym.Env[Any, Any]]
 
+REWARD_PARTS = "fastppo_reward_parts"  # (K,) the parts of a vector reward (envs/wrappers.py)
 # The infos that are read (envs/autoreset.py). Gathering others would take time, a seventh of a step for HalfCheetah's.
-INFO_KEYS = ("action_mask",)
+INFO_KEYS = ("action_mask", REWARD_PARTS)
 
 
 class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type arguments

@@ -1,22 +1,32 @@
-"""From an environment id to its registered spec, or a UsageError that names the nearest known ids. Does not import torch."""
+"""From --env-id to a spec, or a UsageError that names the nearest known ids. Does not import torch.
+
+`module:NAME` imports the module. If an id NAME is registered then, it is that environment, as in gymnasium. Otherwise NAME is a
+function or class of the module (envs/functions.py).
+"""
 
 import importlib
+from pathlib import Path
 
 import gymnasium as gym
 
+from fastppo.envs.functions import given_spec, imported_spec, is_nameless
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
 
 INSTALL = "pip install 'fastppo[{}]'"
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """The registered spec of `env_id`, which may be module:Id; raises UsageError with the nearest known ids."""
+    """The spec of an id, of module:Id or of module:function. Raises UsageError with the nearest known names."""
+    if is_nameless(env_id):
+        return given_spec(env_id)
     name = import_module_of(env_id)
     if name not in gym.registry and (name.startswith("ALE/") or "NoFrameskip-v" in name):
         _register_atari(name)
     try:
         return gym.spec(name)
     except gym.error.Error as error:
+        if name != env_id and _is_dotted(name):
+            return imported_spec(env_id)
         reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
         raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
 
@@ -28,8 +38,27 @@ def import_module_of(env_id: str) -> str:
         try:
             importlib.import_module(module)
         except ENVIRONMENT_ERRORS as error:  # a user's module may raise anything; a script exits
-            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {located(error)}") from None
+            is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+            reason = _where_to_find(module) if is_missing or not _is_dotted(module) else located(error)
+            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {reason}") from None
     return name
+
+
+def _is_dotted(name: str) -> bool:
+    return all(map(str.isidentifier, name.split(".")))
+
+
+def _where_to_find(module: str) -> str:
+    """What to do about a module that Python does not find."""
+    dotted = module.removesuffix(".py").strip("./").replace("/", ".")
+    if dotted != module:
+        return f"write it with dots and without .py, as {dotted}"
+    top = module.partition(".")[0]
+    here = [path.stem for path in Path().glob("*.py")]
+    return (
+        f"it is neither installed nor in this folder{nearest(module, here)}; start in the folder of {top}, "
+        "or add that folder to PYTHONPATH"
+    )
 
 
 def is_atari(env_id: str) -> bool:
@@ -41,11 +70,6 @@ def is_atari(env_id: str) -> bool:
         return find_spec(env_id).entry_point == "ale_py.env:AtariEnv"
     except UsageError:
         return False
-
-
-def default_vectorization(env_id: str) -> str:
-    """What "auto" is without a trial: "entry-point" where the environment has a vector class of its own, else "sync"."""
-    return "sync" if find_spec(env_id).vector_entry_point is None else "entry-point"
 
 
 def first_line(error: BaseException) -> str:

@@ -1,15 +1,22 @@
 """One environment for videos and windows, and the images that it renders. Knows nothing of videos or windows themselves."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+from fastppo.envs.atari import make_rgb_ale
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.envs.factory import EnvConfig, make_rgb_env
+from fastppo.envs.factory import EnvConfig, is_on_device, make_device_envs, make_gymnasium_envs
+from fastppo.envs.registry import find_spec, is_atari
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
 
 Frame = NDArray[np.uint8]  # (H, W, 3)
@@ -34,6 +41,47 @@ def make_render_env(config: EnvConfig, deadline: Deadline = NO_DEADLINE) -> Auto
         reason = str(error) if isinstance(error, UsageError) else located(error)
         raise UsageError(f"--env-id {config.env_id} cannot be rendered: {reason}") from None
     return envs
+
+
+def make_rgb_env(config: EnvConfig) -> VectorEnv:
+    """One environment of the run's kind whose `render` returns an image, from another engine where its own renders nothing.
+
+    Raises:
+        UsageError: no engine renders it; says which render modes it has.
+    """
+    kwargs = {name: value for name, value in config.env_kwargs.items() if name != "render_mode"}
+    config = replace(config, num_envs=1, env_kwargs=kwargs)
+    if config.backend == "torch":
+        return make_device_envs(config, "cpu", "rgb_array")
+    if is_atari(config.env_id):
+        return make_rgb_ale(config.env_id, kwargs, config.atari)
+    if config.backend == "envpool":
+        raise UsageError(f"--env-id {config.env_id} cannot be rendered: EnvPool has no render modes")
+    config = replace(config, vectorization="entry-point" if find_spec(config.env_id).entry_point is None else "sync")
+    rendered = replace(config, env_kwargs={**kwargs, "render_mode": "rgb_array"})
+    if "rgb_array" in _declared_modes(find_spec(config.env_id)):
+        return make_gymnasium_envs(rendered)
+    envs = make_gymnasium_envs(config)
+    modes = envs.metadata.get("render_modes") or ()
+    envs.close()
+    if is_on_device(envs.unwrapped):
+        return make_device_envs(config, "cpu", "rgb_array")
+    if "rgb_array" not in modes:
+        has = ", ".join(map(str, modes)) or "none"
+        raise UsageError(
+            f"--env-id {config.env_id} cannot be rendered: it has no render mode rgb_array; its render modes: {has}"
+        )
+    return make_gymnasium_envs(rendered)
+
+
+def _declared_modes(spec: gym.envs.registration.EnvSpec) -> Collection[str]:
+    """The render modes that an environment's class declares; () where only an environment tells."""
+    maker: Any = spec.entry_point
+    if isinstance(maker, str):
+        with contextlib.suppress(*ENVIRONMENT_ERRORS):  # met again when it is made
+            maker = gym.envs.registration.load_env_creator(maker)
+    metadata = getattr(maker, "metadata", None)
+    return (metadata.get("render_modes") or ()) if isinstance(metadata, dict) else ()
 
 
 def render_frame(envs: AutoresetEnvs) -> Frame:

@@ -38,6 +38,7 @@ class StepCollector:
         self.storage = self._written()
         self.rows = {key: tuple(written) for key, written in self.storage.items()}
         self.game_over: NDArray[Any] | None = None  # (T, N), if the environments report it
+        self.reward_parts: NDArray[Any] | None = None  # (K, T, N), if rewards are weighted sums
         self.cut: Any = None  # (N,) bool, see Outcomes
 
     def _written(self) -> Mapping[str, Any]:
@@ -111,6 +112,10 @@ class StepCollector:
             if self.game_over is None:
                 self.game_over = np.zeros(self.storage["terminated"][:-1].shape, bool)
             self.game_over[t] = self._by_seed(step.game_over)
+        if step.reward_parts is not None:
+            if self.reward_parts is None:
+                self.reward_parts = np.zeros((step.reward_parts.shape[1], *self.storage["reward"][:-1].shape))
+            self.reward_parts[:, t] = np.moveaxis(self._by_seed(step.reward_parts), -1, 0)
         if self.rnn_state is not None:
             ended = self.rows["terminated"][t] | self.rows["truncated"][t]
             if self.envs.keeps_final_obs:
@@ -141,7 +146,7 @@ class StepCollector:
 
     def outcomes(self) -> Outcomes:
         """Rewards and ends of the last rollout; views if it is on the CPU."""
-        return outcomes_of(self.storage, self.cut, self.game_over)
+        return outcomes_of(self.storage, self.cut, self.game_over, self.reward_parts)
 
     def snapshot(self) -> dict[str, Tensor]:
         """The rollout up to the current step, on the CPU."""

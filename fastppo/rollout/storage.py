@@ -103,17 +103,29 @@ class Outcomes(NamedTuple):
     valid: NDArray[Any]
     episode_end: NDArray[Any]  # bool: end of a whole game if each of its lives is an episode for the policy
     cut: NDArray[Any]  # (N,) bool: the collector's `cut` ended the episode in row T-1
+    reward_parts: NDArray[Any] | None = None  # (K, T, N), if the rewards are weighted sums
 
 
 # In the functions below `rows` are arrays or tensors (T+1, N, ...) by key of the rollout.
 
 
-def outcomes_of(rows: Mapping[str, Any], cut: Any = None, game_over: NDArray[Any] | None = None) -> Outcomes:
-    """The outcomes of a rollout. cut: the result of `cut_episodes`. game_over: (T, N), if each life of a game is an episode."""
+def outcomes_of(
+    rows: Mapping[str, Any],
+    cut: Any = None,
+    game_over: NDArray[Any] | None = None,
+    reward_parts: NDArray[Any] | None = None,
+) -> Outcomes:
+    """The outcomes of a rollout.
+
+    Args:
+        cut: the result of `cut_episodes`.
+        game_over: (T, N), if each life of a game is an episode.
+        reward_parts: (K, T, N), if the rewards are weighted sums.
+    """
     reward, terminated, truncated, valid = (_to_array(rows[key][:-1]) for key in STEP_KEYS)  # sync: once
     over = terminated if game_over is None else terminated & game_over
     cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
-    return Outcomes(reward, terminated, truncated, valid, over | truncated, cut_rows)
+    return Outcomes(reward, terminated, truncated, valid, over | truncated, cut_rows, reward_parts)
 
 
 def cut_episodes(rows: Mapping[str, Any]) -> Any:

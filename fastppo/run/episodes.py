@@ -21,11 +21,14 @@ class Finished(NamedTuple):
 class EpisodeStatistics:
     """Undiscounted, unnormalised episode returns. Unfinished episodes are carried over to the next rollout."""
 
-    def __init__(self, num_envs: int) -> None:
+    def __init__(self, num_envs: int, num_parts: int = 0) -> None:
+        """num_parts: K, if rewards are weighted sums of K parts."""
         self.returns: deque[float] = deque(maxlen=WINDOW)
         self.lengths: deque[int] = deque(maxlen=WINDOW)
         self.episodes = 0
         self.finished = Finished(np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))  # in the last rollout
+        self.parts: list[deque[float]] = [deque(maxlen=WINDOW) for _ in range(num_parts)]  # returns of each part
+        self._running_parts = np.zeros((num_parts, num_envs))
         self._running_return = np.zeros(num_envs)
         self._running_length = np.zeros(num_envs, np.int64)
 
@@ -34,8 +37,12 @@ class EpisodeStatistics:
         """(N,) steps of each environment's unfinished episode."""
         return self._running_length
 
-    def update(self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]) -> int:
+    def update(
+        self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any], reward_parts: NDArray[Any] | None = None
+    ) -> int:
         """Count the episodes of one rollout, (T, N) each; rows that are not valid are ignored. Returns the number finished.
+
+        reward_parts: (K, T, N), if rewards are weighted sums.
 
         There is no Python loop over steps or environments: episode ends cut the steps into segments, and these are summed.
         """
@@ -51,12 +58,17 @@ class EpisodeStatistics:
         closing = np.append(opening[1:], len(first)) - 1  # and its last one, which the next rollout may continue
         by_time = np.argsort(last[finished] % num_steps, kind="stable")
         ended_with: list[NDArray[Any]] = []
-        for rows, running in ((np.where(valid, reward, 0.0), self._running_return), (valid, self._running_length)):
+        counted = [(np.where(valid, reward, 0.0), self._running_return), (valid, self._running_length)]
+        if reward_parts is not None:
+            counted += zip(np.where(valid, reward_parts, 0.0), self._running_parts, strict=True)
+        for rows, running in counted:
             totals = np.add.reduceat(rows.T.ravel(), first, dtype=running.dtype)
             totals[opening] += running
             ended_with.append(totals[finished][by_time])
             running[:] = np.where(finished[closing], 0, totals[closing])
-        self.finished = Finished(first[finished][by_time] // num_steps, *ended_with)
+        self.finished = Finished(first[finished][by_time] // num_steps, *ended_with[:2])
+        for returns, ended_parts in zip(self.parts, ended_with[2:], strict=reward_parts is not None):
+            returns.extend(ended_parts.tolist())
         self.returns.extend(self.finished.returns.tolist())
         self.lengths.extend(self.finished.lengths.tolist())
         self.episodes += len(by_time)
@@ -68,17 +80,24 @@ class EpisodeStatistics:
         return math.fsum(self.returns) / len(self.returns) if self.returns else math.nan
 
     @property
+    def part_means(self) -> list[float]:
+        """Mean return of each part of the reward in these episodes."""
+        return [math.fsum(returns) / len(returns) if returns else math.nan for returns in self.parts]
+
+    @property
     def length_mean(self) -> float:
         """Mean length of the last 100 episodes, in steps; nan before the first has ended."""
         return sum(self.lengths) / len(self.lengths) if self.lengths else math.nan
 
     def forget_running(self) -> None:
         """Drop unfinished episodes: the environments start new ones."""
-        self._running_return[:], self._running_length[:] = 0.0, 0
+        self._running_return[:], self._running_length[:], self._running_parts[:] = 0.0, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """As plain data: finished episodes, and return and length so far of unfinished ones."""
+        parts = {"parts": list(map(list, self.parts)), "running_parts": self._running_parts.tolist()}
         return {
+            **(parts if self.parts else {}),
             "returns": list(self.returns),
             "lengths": list(self.lengths),
             "episodes": self.episodes,
@@ -96,3 +115,9 @@ class EpisodeStatistics:
         if running_return.shape != self._running_return.shape or running_length.shape != running_return.shape:
             raise ValueError(f"episodes of {len(running_return)} environments, not {len(self._running_return)}")
         self._running_return, self._running_length = running_return, running_length
+        if self.parts:
+            running_parts = np.array(state["running_parts"], np.float64)
+            if running_parts.shape != self._running_parts.shape or len(state["parts"]) != len(self.parts):
+                raise ValueError(f"returns of {len(state['parts'])} parts of the reward, not {len(self.parts)}")
+            self.parts = [deque(map(float, returns), maxlen=WINDOW) for returns in state["parts"]]
+            self._running_parts = running_parts

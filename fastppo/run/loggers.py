@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastppo.errors import brief
 from fastppo.run.files import utf8_name
-from fastppo.run.metrics import METRICS, Row
+from fastppo.run.metrics import Row, tag_of
 from fastppo.run.metrics_file import MetricsFile
 from fastppo.run.tracking import Tracker
 
@@ -167,7 +167,7 @@ class _Guarded:
         row, self._pending, self._last = self._pending, None, time.monotonic()
         if row is not None:
             step = int(row["global_step"])
-            tagged = {tag: value for key, value in row.items() if (tag := METRICS[key].tag)}
+            tagged = {tag: value for key, value in row.items() if (tag := tag_of(key))}
             self.do(lambda logger: logger.log(tagged, step))
 
     def _give_up(self, error: Exception) -> None:

@@ -128,17 +128,32 @@ METRICS: Mapping[str, Metric] = {
 }
 
 
+PART = "episodic_return_"  # of the names of further columns, one for each part of a reward that is a weighted sum
+
+
+def part_name(index: int) -> str:
+    """The column with the mean return of one part of the reward."""
+    return f"{PART}{index}"
+
+
+def tag_of(name: str) -> str | None:
+    """The tag of a column."""
+    return METRICS[name].tag if name in METRICS else f"charts/{name}"
+
+
 def ordered_row(values: Row) -> dict[str, int | float]:
-    """The values in the order of METRICS. Raises ValueError where a metric is missing or unknown."""
-    if values.keys() != METRICS.keys():
-        raise ValueError(f"not the metrics of an iteration: {sorted(values.keys() ^ METRICS.keys())}")
-    return {name: values[name] for name in METRICS}
+    """The values in the order of METRICS, then the parts of the reward. Raises ValueError if one is missing or unknown."""
+    parts = [part_name(index) for index in range(len(values) - len(METRICS))]
+    if values.keys() != {*METRICS, *parts}:
+        raise ValueError(f"not the metrics of an iteration: {sorted(values.keys() ^ {*METRICS, *parts})}")
+    return {name: values[name] for name in (*METRICS, *parts)}
 
 
 def joint_row(rows: Sequence[Row]) -> dict[str, int | float]:
     """One row from those of several seeds, each metric combined as METRICS says."""
     combine: dict[str, Callable[[Sequence[float]], int | float]] = {"mean": _mean, "sum": sum, "max": max}
-    return {metric.name: combine[metric.seeds]([row[metric.name] for row in rows]) for metric in METRICS.values()}
+    how = {name: METRICS[name].seeds if name in METRICS else "mean" for name in rows[0]}
+    return {name: combine[how[name]]([row[name] for row in rows]) for name in how}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,6 +1,9 @@
 """The user's paths, relative to the working directory in which a command was started."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastppo.errors import UsageError
@@ -49,3 +52,16 @@ def leave_deleted_directory() -> None:
     except FileNotFoundError:
         os.chdir(os.path.abspath(os.sep))
         _deleted = True
+
+
+@contextlib.contextmanager
+def importable(place: Path | None) -> Iterator[None]:
+    """Context in which modules of the folder `place` can be imported, after all that are installed."""
+    added = None if place is None or str(place) in sys.path else str(place)
+    if added is not None:
+        sys.path.append(added)
+    try:
+        yield
+    finally:
+        if added is not None and added in sys.path:
+            sys.path.remove(added)

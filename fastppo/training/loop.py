@@ -7,10 +7,11 @@ environments and programs are one.
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from fastppo.callbacks import Callback
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
+from fastppo.envs.functions import naming
+from fastppo.errors import UsageError
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.ranks import Ranks, checked, is_first_of_machine
@@ -44,6 +47,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     envs: VectorEnv | None = None,
+    env_fn: Callable[..., Any] | None = None,
 ) -> TrainResult:
     """Train an agent as `config` says and keep everything in its run directory; with num_seeds S agents at once.
 
@@ -53,6 +57,9 @@ def train(
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
         envs: a vector environment of your own instead of one made from env_id, trained and evaluated on, and left open. The run
             is named after the id it was registered with, or its class, unless env_id is set.
+        env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
+            makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
+            cannot be imported (a lambda) has to be given again.
 
     Raises:
         UsageError: a setting is not possible. Nothing has been written.
@@ -62,7 +69,15 @@ def train(
     """
     place = current_directory()  # before the code of an environment changes it
     config = with_absolute_paths(config, place)
-    return train_in(default_runs(config, place), config, policy, callbacks, envs)
+    if env_fn is None:
+        return train_in(default_runs(config, place), config, policy, callbacks, envs)
+    if envs is not None:
+        raise UsageError("envs and env_fn both say what to train on: give one of them")
+    with naming(env_fn) as env_id:
+        if config.env_id not in (TrainConfig.env_id, env_id):
+            raise UsageError(f"env_id {config.env_id} and env_fn both say what to train on: give one of them")
+        config = replace(config, env_id=env_id)
+        return train_in(default_runs(config, place), config, policy, callbacks)
 
 
 def train_in(
@@ -207,9 +222,10 @@ def global_outcomes(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
     """The outcomes of the rollouts of all processes: (T, N)."""
     if ranks.size == 1:
         return outcomes
-    rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:-1]]), 2)  # (5, T, N): one exchange
+    rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:5]]), 2)  # (5, T, N): one exchange
     terminated, truncated, valid, episode_end = rows[1:] > 0
-    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut))
+    parts = None if outcomes.reward_parts is None else ranks.gather(outcomes.reward_parts.astype(np.float32), 2)
+    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut), parts)
 
 
 def global_steps(rollout: dict[str, Tensor], outcomes: Outcomes, ranks: Ranks) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ Knows nothing of the training loop or of the files in run directories.
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,16 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from fastppo import random_streams
-from fastppo.bounds import flag
 from fastppo.config import TrainConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.factory import make_training_envs
+from fastppo.envs.factory import MadeEnvs, env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.render import make_render_env
+from fastppo.envs.wrappers import DEFAULT_SIZE, RESIZED
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
@@ -32,13 +32,14 @@ from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
 from fastppo.random_streams import Stream, seed_of
-from fastppo.ranks import TIMEOUT_SECONDS, Ranks, check_shares, checked, start_ranks
+from fastppo.ranks import TIMEOUT_SECONDS, Ranks, checked, start_ranks
 from fastppo.rollout.env_step import states_of
 from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain
 from fastppo.training.reproducibility import made_with, versions
+from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
 from fastppo.training.thread_trial import choose, minibatch_of
 
@@ -159,9 +160,13 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     local = share_of(config, ranks)
     deadline = cleanup.enter_context(contextlib.closing(Deadline(config.env_timeout)))
     if given is not None:
+        asked = [*config.preprocessing.flags, *(["--max-episode-steps"] if config.max_episode_steps else [])]
+        if asked:
+            raise UsageError(f"{asked[0]} wraps environments that are made from --env-id, which yours were not: leave it off")
         config = named_after(given, config)
     with checked(ranks):
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
+    config, local, resized = with_size(config, local, found)
     render_env = None
     if config.record_every is not None and ranks.is_main:
         render_env = make_recorded(config, given, deadline)
@@ -192,7 +197,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (note, thread_note) if line is not None),
+        notes=tuple(line for line in (resized, note, thread_note) if line is not None),
         render_env=render_env,
         **vars(found),
     )
@@ -236,9 +241,9 @@ def open_environments(
     cleanup: contextlib.ExitStack,
 ) -> OpenedEnvs:
     """Make this process's environments, or use the given ones, and check them. Raises UsageError."""
-    copy = Copy(local, deadline)
+    copy = Copy(local, deadline, cleanup)
     if given is None:
-        made, engine, why = make_training_envs(local.env_config, device, deadline, copy.tried)
+        made, engine, why = copy.beside(lambda: make_training_envs(local.env_config, device, deadline, copy.tried))
         envs = AutoresetEnvs(made, deadline)
         cleanup.callback(envs.close)
     else:
@@ -255,10 +260,20 @@ def open_environments(
     tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
     mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
     obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
-    findings = check_envs(made, config.env_id, config.env_kwargs, engine, deadline, tried) if checks else []
+    findings = check_envs(made, config.env_id, engine, deadline, tried) if checks else []
     if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
         findings.append(COPIED_GENERATOR)
     return OpenedEnvs(envs, engine, why, obs, action, tuple(findings), tried is None or tried.was_made)
+
+
+def with_size(config: TrainConfig, local: TrainConfig, found: OpenedEnvs) -> tuple[TrainConfig, TrainConfig, str | None]:
+    """The settings with the size of pictures that were resized by default, and a line that says so."""
+    before = found.envs.envs.metadata.get(RESIZED)
+    if before is None:
+        return config, local, None
+    height, width = DEFAULT_SIZE
+    note = f"pictures of {before} pixels are resized to {height} x {width} (--resize 0 keeps them)"
+    return replace(config, resize=DEFAULT_SIZE), replace(local, resize=DEFAULT_SIZE), note
 
 
 def make_networks(
@@ -324,16 +339,29 @@ def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, 
 class Copy:
     """One more environment to try out, beside those of the run. It is made once, at the first call of `tried`."""
 
-    def __init__(self, config: TrainConfig, deadline: Deadline) -> None:
+    def __init__(self, config: TrainConfig, deadline: Deadline, cleanup: contextlib.ExitStack) -> None:
+        """cleanup: closes it, after the run."""
         self.config, self.deadline = config, deadline
         self.result: Tried | None = None
+        self._open = cleanup.enter_context(contextlib.ExitStack())
 
     def tried(self) -> Tried:
         """The result of the trial."""
         if self.result is None:
             config = self.config
-            self.result = try_copy(config.env_id, config.env_kwargs, config.num_envs * config.num_seeds, self.deadline)
+            number = config.num_envs * config.num_seeds
+            self.result = try_copy(env_maker(config.env_config), number, self.deadline, self._open)
         return self.result
+
+    def beside(self, make: Callable[[], MadeEnvs]) -> MadeEnvs:
+        """The result of `make`; of a second call, with the copy closed, if there can be no more environments beside it."""
+        try:
+            return make()
+        except UsageError:
+            if self.result is None or not self.result.was_made:
+                raise
+            self._open.close()
+            return make()
 
 
 def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
@@ -354,44 +382,6 @@ def info_mask_size(envs: AutoresetEnvs) -> int | None:
         _, mask = envs.reset_and_mask(None)  # with a seed, EnvPool would rebuild all its environments
         return None if mask is None else math.prod(mask.shape[1:])
     return None
-
-
-def check_same(config: TrainConfig, rank_zero: TrainConfig, ranks: Ranks) -> None:
-    """Check that the settings equal those of rank 0. Raises UsageError."""
-    for spec in fields(TrainConfig):
-        own, other = getattr(config, spec.name), getattr(rank_zero, spec.name)
-        is_path = spec.name in ("run_dir", "resume")  # machines may mount it under different paths
-        if own != other and not (is_path and own and other):
-            raise UsageError(
-                f"rank {ranks.rank} was started with {flag(spec.name)} {own}, rank 0 with {other}: "
-                "give torchrun the same command on all machines"
-            )
-
-
-def with_shards(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | None]:
-    """`config` with its number of shards (core/minibatches.py), and a line if a resumed run changes that number.
-
-    Raises UsageError if environments or minibatches cannot be split equally.
-    """
-    if ranks.size > 1 and config.num_seeds > 1:
-        raise UsageError(
-            f"--num-seeds {config.num_seeds} is for one process, and torchrun has started {ranks.size}: use one of them"
-        )
-    num_shards, note = config.minibatch_shards or ranks.size, None
-    if config.resume and num_shards % ranks.size:
-        note = f"minibatches have equal shares of {ranks.size} groups of environments from here on; before: of {num_shards}"
-        num_shards = ranks.size
-    rows, unit = config.rows_per_minibatch, config.rows_per_unit
-    check_shares(config.num_envs, config.num_steps, rows, num_shards, ranks.size, unit)
-    return config if num_shards == 1 else replace(config, minibatch_shards=num_shards), note
-
-
-def share_of(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The settings of this process: N / K environments, M / K rows of a minibatch."""
-    if ranks.size == 1:
-        return config
-    minibatch_size = None if config.minibatch_size is None else config.minibatch_size // ranks.size
-    return replace(config, num_envs=config.num_envs // ranks.size, minibatch_size=minibatch_size)
 
 
 def alike(one: Network, other: Network) -> bool:

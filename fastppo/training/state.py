@@ -102,7 +102,7 @@ def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torc
         generators={
             name: torch.Generator(device).manual_seed(seed_of(config.seed, stream)) for name, stream in drawn_from.items()
         },
-        episodes=EpisodeStatistics(config.num_envs),
+        episodes=EpisodeStatistics(config.num_envs, len(config.reward_weights or ())),
         best=BestPolicy(config.num_envs, start),
         wide=start.wide,
     )

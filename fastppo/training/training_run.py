@@ -21,7 +21,7 @@ from fastppo.rollout.storage import Outcomes
 from fastppo.run.directory import RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
-from fastppo.run.metrics import ordered_row
+from fastppo.run.metrics import ordered_row, part_name
 from fastppo.run.tracking import Tracker
 from fastppo.training.checkpoints import Checkpoints
 from fastppo.training.setup import Task
@@ -244,7 +244,7 @@ class TrainingRun:
         restart = self.checkpoints.restarts_at(state.iteration + 1)
         if restart and not self.config.reset_each_rollout:
             outcomes.episode_end[-1] &= ~outcomes.cut  # an episode that the restart cuts off does not count
-        state.episodes.update(outcomes.reward, outcomes.episode_end, outcomes.valid)
+        state.episodes.update(outcomes.reward, outcomes.episode_end, outcomes.valid, outcomes.reward_parts)
         if restart:
             state.episodes.forget_running()
         state.iteration += 1
@@ -260,7 +260,7 @@ class TrainingRun:
         self, outcomes: Outcomes, metrics: Mapping[str, float], learning_rate: Tensor, times: Times
     ) -> dict[str, int | float]:
         state, config = self.state, self.config
-        _, terminated, truncated, valid, _, _ = outcomes
+        terminated, truncated, valid = outcomes.terminated, outcomes.truncated, outcomes.valid
         return ordered_row(
             {
                 "iteration": state.iteration,
@@ -278,6 +278,7 @@ class TrainingRun:
                 "env_share": times.env / times.total,
                 "act_share": times.act / times.total,
                 "learn_share": times.learn / times.total,
+                **{part_name(index): mean for index, mean in enumerate(state.episodes.part_means)},
             }
         )
 
@@ -327,7 +328,7 @@ class TrainingRun:
             self._has_noted_endless = True
             self.note(
                 f"no episode has ended in {state.global_step:,} steps, so there is no episodic_return_mean yet "
-                "(for a time limit: --env-kwargs max_episode_steps=1000)"
+                "(for a time limit: --max-episode-steps 1000)"
             )
 
     def checkpoint_if_due(self, environments: Callable[[], Environments | None]) -> None:

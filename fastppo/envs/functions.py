@@ -1,0 +1,130 @@
+"""Environments that a function or class makes, without an id in gymnasium's registry: `my_module:make_env`.
+
+Such a function becomes an EnvSpec, so everything that works with a registered id works with it. A function with an argument
+`num_envs`, or a VectorEnv class, makes all environments at once. Does not import torch.
+"""
+
+import contextlib
+import importlib
+import inspect
+import operator
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
+from gymnasium.vector import VectorEnv
+
+from fastppo.errors import UsageError, nearest
+
+Function = Callable[..., Any]
+
+_given: dict[str, Function] = {}  # functions that cannot be imported, by their env_id, while `naming` is open
+
+
+@contextlib.contextmanager
+def naming(function: Function) -> Iterator[str]:
+    """Context in which the returned env_id means `function`.
+
+    It is module:name where that imports the function. Else the name is in angle brackets, and means nothing afterwards.
+    """
+    env_id = env_id_of(function)
+    if not is_nameless(env_id):
+        yield env_id
+        return
+    before = _given.get(env_id)
+    _given[env_id] = function
+    try:
+        yield env_id
+    finally:
+        del _given[env_id]
+        if before is not None:
+            _given[env_id] = before
+
+
+def env_id_of(function: Function) -> str:
+    """The env_id that is recorded for a function: 'my_module:make_env', or 'my_module:<make_env>' if it cannot be imported."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    module, name = str(named.__module__), str(named.__qualname__)
+    if module != "__main__" and name not in gym.registry:
+        with contextlib.suppress(Exception):
+            if operator.attrgetter(name)(importlib.import_module(module)) is function:
+                return f"{module}:{name}"
+    return f"{module}:{name}" if "<" in name else f"{module}:<{name}>"
+
+
+def is_nameless(env_id: str) -> bool:
+    """Whether the env_id is that of a function that cannot be imported."""
+    return "<" in env_id
+
+
+def given_spec(env_id: str) -> EnvSpec:
+    """The spec of a function that cannot be imported. Raises UsageError outside of `naming`."""
+    if env_id not in _given:
+        raise UsageError(
+            f"--env-id {env_id}: the environment was made by a function that cannot be imported: move it to a module, "
+            "or evaluate and resume from Python, with env_fn (docs/environments.md)"
+        )
+    return _spec(env_id, _given[env_id])
+
+
+def imported_spec(env_id: str) -> EnvSpec:
+    """The spec of module:name, whose module has been imported. Raises UsageError unless `name` is a function or class in it."""
+    module_name, _, name = env_id.rpartition(":")
+    module = importlib.import_module(module_name)
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError:
+        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UsageError(
+            f"--env-id {env_id}: {_place(module)} registers no environment {name!r} and has no such function or class"
+            f"{nearest(name, [*gym.registry, *names])}"
+        ) from None
+    if isinstance(found, gym.Env | VectorEnv):
+        raise UsageError(f"--env-id {env_id}: {name} is one environment; name a function or class that makes one")
+    if not callable(found):
+        raise UsageError(f"--env-id {env_id}: {name} is of type {type(found).__name__}, not a function or class")
+    return _spec(env_id, found)
+
+
+def _place(module: Any) -> str:
+    """The name of a module and its file."""
+    file = getattr(module, "__file__", None)
+    return module.__name__ if file is None else f"{module.__name__} ({file})"
+
+
+def _spec(env_id: str, function: Function) -> EnvSpec:
+    """A function or class as gymnasium takes it."""
+    name = re.sub(r"[^\w:.-]", "_", env_id)  # as the letters of a registered id
+    makes_many = issubclass(function, VectorEnv) if isinstance(function, type) else "num_envs" in _arguments(function)
+    entry_point: Any = partial(_make, function, VectorEnv if makes_many else gym.Env)
+    entry_point.__module__ = getattr(function, "__module__", "")  # presets are by package
+    if isinstance(metadata := getattr(function, "metadata", None), dict):
+        entry_point.metadata = metadata
+    return EnvSpec(name, None if makes_many else entry_point, vector_entry_point=entry_point if makes_many else None)
+
+
+def _make(function: Function, kind: type, **kwargs: Any) -> Any:
+    """Call a function with --env-kwargs. Raises UsageError if it returns something else than an environment."""
+    arguments = _arguments(function)
+    if "render_mode" in kwargs and "render_mode" not in arguments and not any(map(_takes_all, arguments.values())):
+        raise UsageError("it cannot be rendered, since it has no argument render_mode")
+    made = function(**kwargs)
+    if not isinstance(made, kind):
+        what = "None" if made is None else f"a {type(made).__module__}.{type(made).__qualname__}"
+        raise UsageError(f"it returned {what}, not a gymnasium {kind.__name__}")
+    return made
+
+
+def _arguments(function: Function) -> dict[str, inspect.Parameter]:
+    """The arguments of a function; {} if Python does not know them."""
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return {}
+
+
+def _takes_all(argument: inspect.Parameter) -> bool:
+    return argument.kind is inspect.Parameter.VAR_KEYWORD

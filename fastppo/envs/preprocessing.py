@@ -1,0 +1,42 @@
+"""What is done to the observations, actions and rewards of each environment. Settings only; envs/wrappers.py does it.
+
+Costs no gymnasium.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Settings of the wrappers of an environment that is made one by one. The defaults change nothing but large pictures."""
+
+    frame_skip: int = 1
+    """Steps that each action is repeated for."""
+    grayscale: bool = False
+    """Greyscale pictures instead of colour."""
+    resize: tuple[int, ...] | None = None
+    """Height and width of pictures, one number for both; (0,): as they are; None: large ones become 84 x 84."""
+    frame_stack: int = 1
+    """Last observations in one."""
+    rescale_action: bool = False
+    """Actions from -1 to 1 instead of the environment's bounds."""
+    time_aware: bool = False
+    """The observation includes the share of the time limit that has passed."""
+
+    reward_weights: tuple[float, ...] | None = None
+    """The reward is the weighted sum of the parts of a vector; None: it is a number."""
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of the settings that ask for a wrapper."""
+        asked = (spec.name for spec in fields(self) if getattr(self, spec.name) not in (spec.default, (0,)))
+        return ["--" + name.replace("_", "-") for name in asked]
+
+    @property
+    def words(self) -> str:
+        """The flags for observations and actions with their values, for a line of text; '' without any."""
+        words = []
+        for name in replace(self, reward_weights=None).flags:
+            value = getattr(self, name[2:].replace("-", "_"))
+            words += [name, *([] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)])]
+        return " ".join(words)

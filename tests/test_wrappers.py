@@ -1,0 +1,294 @@
+"""Preprocessing by flags: each wrapper against gymnasium's or literal numbers, their order, and the verbs that apply them."""
+
+import json
+import sys
+
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
+
+from fastppo import TrainConfig, UsageError, load_policy, train
+from fastppo.__main__ import console
+from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
+from fastppo.config import check_resumable, read_run_config
+from fastppo.envs.atari import _channels_first
+from fastppo.envs.factory import EnvConfig, default_vectorization, env_maker, make_envs
+from fastppo.envs.preprocessing import Preprocessing
+from fastppo.envs.wrappers import MIN_SIDE, FrameSkip, is_picture, join_channels, wrapped
+from fastppo.policy.spaces import MIN_IMAGE_SIDE, obs_spec
+from support.runs import tiny
+
+
+class Film(gym.Env):
+    """A film of ten noisy frames; each step pays its number. `form`: how a frame is laid out."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 40}  # noqa: RUF012
+    action_space = Discrete(2)
+
+    def __init__(self, height=50, width=60, form="last", end=10, render_mode=None):
+        self.render_mode, self.form, self.end = render_mode, form, end
+        self.frames = np.random.default_rng(0).integers(0, 256, (11, height, width, 3), np.uint8)
+        picture = Box(0, 255, self._laid_out(0).shape, np.uint8)
+        self.observation_space = picture
+        if form == "dict":
+            self.observation_space = Dict({"screen": picture, "place": Box(-1.0, 1.0, (2,))})
+        if form == "tuple":
+            self.observation_space = Tuple((picture, Discrete(11)))
+
+    def _laid_out(self, number):
+        frame = self.frames[number]
+        return {"first": np.moveaxis(frame, -1, 0), "grey": frame[..., 0], "one": frame[..., :1]}.get(self.form, frame)
+
+    def _obs(self):
+        frame = self._laid_out(self.now)
+        if self.form == "dict":
+            return {"screen": frame, "place": np.full(2, self.now / 10, np.float32)}
+        return (frame, self.now) if self.form == "tuple" else frame
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.now += 1
+        return self._obs(), float(self.now), self.now == self.end, False, {"now": self.now}
+
+    def render(self):
+        return self.frames[self.now]
+
+
+gym.register("Film-v0", entry_point=Film)
+
+
+def film(settings=None, **kwargs):
+    return wrapped(Film(**kwargs), Preprocessing(**settings or {}))
+
+
+# --- each wrapper
+
+
+def test_frame_skip_sums_rewards_and_stops_at_the_end():
+    """Ten steps are 4, 4 and 2: rewards 1 + 2 + 3 + 4, then 26, then 9 + 10 with the end. The last observation is returned."""
+    env = film({"frame_skip": 4})
+    env.reset()
+    results = [env.step(1) for _ in range(3)]
+    assert [reward for _, reward, *_ in results] == [10.0, 26.0, 19.0]
+    assert [terminated for _, _, terminated, *_ in results] == [False, False, True]
+    assert [info["now"] for *_, info in results] == [4, 8, 10]
+    np.testing.assert_array_equal(results[1][0], Film().frames[8])
+    assert env.metadata["render_fps"] == 10
+    assert Film.metadata["render_fps"] == 40
+
+
+def test_frame_skip_stops_at_a_truncation():
+    """The time limit is inside and counts the environment's steps."""
+    env = FrameSkip(gym.wrappers.TimeLimit(Film(), 6), 4)
+    env.reset()
+    assert env.step(0)[3] is False
+    _, reward, terminated, truncated, _ = env.step(0)
+    assert (reward, terminated, truncated) == (5.0 + 6.0, False, True)
+
+
+def test_pictures_are_gymnasiums():
+    """Greyscale and resize in gymnasium's wrappers, with the same bits; resize alone is OpenCV's by areas."""
+    theirs = gym.wrappers.ResizeObservation(gym.wrappers.GrayscaleObservation(Film()), (40, 44))
+    ours = film({"grayscale": True, "resize": (40, 44)})
+    assert ours.observation_space == theirs.observation_space == Box(0, 255, (40, 44), np.uint8)
+    np.testing.assert_array_equal(ours.reset()[0], theirs.reset()[0])
+    np.testing.assert_array_equal(ours.step(0)[0], theirs.step(0)[0])
+    alone = film({"resize": (40,)}).reset()[0]
+    np.testing.assert_array_equal(alone, cv2.resize(Film().frames[0], (40, 40), interpolation=cv2.INTER_AREA))
+
+
+@pytest.mark.parametrize("form", ["last", "first", "dict", "tuple"])
+def test_where_pictures_are(form):
+    """A picture gives the same greys with its channels first or last, alone or in a Dict or Tuple."""
+    plain, env = film({"grayscale": True, "resize": (40,)}), film({"grayscale": True, "resize": (40,)}, form=form)
+    obs, space = env.reset()[0], env.observation_space
+    assert obs in space
+    if form == "dict":
+        assert space["place"] == Box(-1.0, 1.0, (2,))
+        obs = obs["screen"]
+    if form == "tuple":
+        assert obs[1] == 0
+        obs = obs[0]
+    np.testing.assert_array_equal(obs, plain.reset()[0])
+
+
+def test_stacks():
+    """The last frames, the oldest first, as channels; the first of an episode fills its stack."""
+    env = film({"frame_stack": 3})
+    frames = np.moveaxis(Film().frames, -1, 1)  # (11, C, H, W)
+    assert env.observation_space == Box(0, 255, (9, 50, 60), np.uint8)
+    np.testing.assert_array_equal(env.reset()[0], np.concatenate([frames[0]] * 3))
+    env.step(0)
+    np.testing.assert_array_equal(env.step(0)[0], np.concatenate(frames[:3]))
+    np.testing.assert_array_equal(env.reset()[0], np.concatenate([frames[0]] * 3))
+    np.testing.assert_array_equal(film({"frame_stack": 3}, form="first").reset()[0], np.concatenate([frames[0]] * 3))
+    assert film({"frame_stack": 2}, form="grey").observation_space.shape == (2, 50, 60)
+    assert film({"frame_stack": 2}, form="dict").observation_space["place"].shape == (2, 2)
+    vectors = wrapped(gym.make("Pendulum-v1"), Preprocessing(frame_stack=4))
+    first, _ = vectors.reset(seed=1)
+    assert first.shape == (12,)
+    np.testing.assert_array_equal(vectors.step([0.5])[0][:9], first[3:])
+
+
+def test_channels_are_joined_as_atari_has_it():
+    """Of one environment and of many: frame by frame, and within a frame colour by colour."""
+    pictures = np.arange(2 * 3 * 4 * 5 * 3, dtype=np.uint8).reshape(2, 3, 4, 5, 3)
+    joined = join_channels(pictures)
+    assert joined.shape == (2, 9, 4, 5)
+    np.testing.assert_array_equal(joined[1], join_channels(pictures[1]))
+    np.testing.assert_array_equal(joined[1, 4], pictures[1, 1, :, :, 1])
+    envs = gym.vector.SyncVectorEnv([lambda: gym.wrappers.FrameStackObservation(Film(), 3)] * 2)
+    np.testing.assert_array_equal(_channels_first(envs).reset()[0][1], film({"frame_stack": 3}).reset()[0])
+
+
+def test_time():
+    """The share of the limit, as one more number of a vector, else as a part of its own; under frame skip in its steps."""
+    env = wrapped(gym.make("Pendulum-v1", max_episode_steps=8), Preprocessing(time_aware=True, frame_skip=2))
+    assert env.reset()[0][-1] == 0.0
+    assert [env.step([0.0])[0][-1] for _ in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    limited = gym.wrappers.TimeLimit(Film(), 4)
+    obs, _ = wrapped(limited, Preprocessing(time_aware=True, resize=(40,))).reset()
+    assert obs["obs"].shape == (40, 40, 3)
+    assert obs["time"] == 0.0
+
+
+def test_actions():
+    """-1 and 1 are the environment's bounds."""
+    given = []
+    env = gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda a: given.append(a) or a, Box(-2.0, 2.0, (1,)))
+    env = wrapped(env, Preprocessing(rescale_action=True))
+    env.reset()
+    for action in (-1.0, 0.5, 1.0):
+        env.step(np.array([action], np.float32))
+    assert env.action_space == Box(-1.0, 1.0, (1,))
+    assert np.concatenate(given).tolist() == [-2.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("shape", [(36, 36), (35, 36), (3, 40, 50), (40, 50, 3), (40, 50, 60), (50, 40, 36, 3), (400,)])
+def test_what_a_picture_is(shape):
+    """As the networks have it, so that nothing is resized that is not convolved."""
+    space = Box(0, 255, shape, np.uint8)
+    assert is_picture(space) == obs_spec(space).has_images
+    assert MIN_SIDE == MIN_IMAGE_SIDE
+    assert not is_picture(Box(0, 1, shape, np.uint8))
+    assert not is_picture(Box(0, 255, shape, np.float32))
+
+
+def test_nothing_asked():
+    """Without a flag the environment is left as it is, and small pictures too."""
+    env = Film(96, 96)
+    assert wrapped(env, Preprocessing()) is env
+    assert wrapped(env, Preprocessing(resize=(0,))) is env
+    assert Preprocessing(resize=(0,)).flags == []
+    large = Film(96, 97)
+    assert wrapped(large, Preprocessing(resize=(0,))) is large
+    assert wrapped(large, Preprocessing()).observation_space.shape == (84, 84, 3)
+
+
+# --- in runs
+
+
+def test_every_verb_applies_them(tmp_path, capsys):
+    """All at once: recorded, trained, evaluated, filmed, exported with a line, resumed, and not changed on --resume."""
+    run_dir = str(tmp_path / "run")
+    flags = ["--env-id", "test_wrappers:Film-v0", "--num-envs", "2", "--num-steps", "8", "--num-iterations", "2", "--plain"]
+    flags += ["--eval-episodes", "2", "--compile", "off", "--update-epochs", "1", "--cnn-size", "8", "--run-dir", run_dir]
+    asked = ["--frame-skip", "3", "--grayscale", "--resize", "40", "44", "--frame-stack", "2"]
+    assert console(["train", *flags, *asked, "--record-every", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "return 55.0 +- 0.0 in 2 episodes" in said  # 1 + 2 + ... + 10
+    assert "resized" not in said
+    assert read_run_config(tmp_path / "run").preprocessing.words == " ".join(asked)
+    assert load_policy(run_dir).act(np.zeros((2, 40, 44), np.uint8)).shape == ()
+    assert console(["evaluate", run_dir, "--episodes", "2", "--video", "gif"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["return_mean"] == 55.0
+    assert console(["export", run_dir]) == 0
+    assert f"the file does not contain {' '.join(asked)}: prepare" in capsys.readouterr().out
+    assert console(["train", "--resume", run_dir, "--num-iterations", "3"]) == 0
+    assert console(["train", "--resume", run_dir, "--frame-skip", "2"]) == 2
+    assert "--frame-skip 2 cannot change on --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "grouped"])
+def test_large_pictures_are_resized_by_themselves(vectorization, tmp_path, capsys):
+    """A line says so; config.json has the size; a Python caller may resume with the default."""
+    settings = {"env_id": "Film-v0", "env_kwargs": {"height": 100, "width": 120}, "num_steps": 8, "num_iterations": 1}
+    settings |= {"vectorization": vectorization, "num_threads": 2, "cnn_size": 8, "update_epochs": 1}
+    result = train(tiny(tmp_path / "run", **settings))
+    assert "pictures of 100 x 120 pixels are resized to 84 x 84 (--resize 0 keeps them)" in capsys.readouterr().out
+    config = read_run_config(tmp_path / "run")
+    assert config.resize == (84, 84)
+    assert evaluate_config(result.policy, config, EvaluationPlan(1))["return_mean"] == 55.0
+    check_resumable(config, TrainConfig(**{**vars(config), "resize": None}))
+    kept = train(tiny(tmp_path / "kept", **{**settings, "resize": (0,)}))
+    assert kept.policy.act(np.zeros((100, 120, 3), np.uint8)).shape == ()
+
+
+def test_an_environment_with_a_vector_class():
+    """It is made one by one, if it can be, for wrappers; a time limit needs none."""
+    stacked = EnvConfig("CartPole-v1", 2, preprocessing=Preprocessing(frame_stack=2))
+    assert default_vectorization(EnvConfig("CartPole-v1")) == "entry-point"
+    assert default_vectorization(stacked) == "sync"
+    envs = make_envs(stacked)
+    assert envs.single_observation_space.shape == (8,)
+    envs.close()
+    short = TrainConfig(max_episode_steps=7, num_envs=2).env_config
+    for backend in ("gymnasium", "torch"):
+        assert make_envs(EnvConfig("CartPole-v1", 2, env_kwargs=short.env_kwargs, backend=backend)) is not None
+    assert env_maker(short)().spec.max_episode_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env-id", "CartPole-v1", "--resize", "84"], "--resize: the observation, a Box, has no picture"),
+        (["--env-id", "CartPole-v1", "--grayscale"], "--grayscale: the observation, a Box, has no picture"),
+        (["--grayscale", "--env-kwargs", "form=grey"], "--grayscale: the picture has no three colours"),
+        (["--time-aware"], "--time-aware needs a time limit, and the environment has none: add --max-episode-steps 1000"),
+        (["--rescale-action"], "--rescale-action needs a Box action space with finite bounds, and this one is Discrete(2)"),
+        (["--backend", "torch", "--frame-stack", "2"], "--frame-stack wraps environments one by one, and --backend torch"),
+        (["--backend", "envpool", "--frame-skip", "2"], "--frame-skip wraps environments one by one, and --backend envpool"),
+        (["--env-id", "CartPole-v1", "--vectorization", "entry-point", "--frame-stack", "2"], "use --vectorization auto, or"),
+        (["--env-id", "environments:WalkVector-v0", "--frame-stack", "2", "--vectorization", "entry-point"], "vector class: "),
+        (["--env-id", "ALE/Pong-v5", "--resize", "64"], "use --atari-screen-size instead"),
+        (["--env-id", "ALE/Pong-v5", "--time-aware"], "Atari's games have preprocessing of their own: leave it off"),
+        (["--env-id", "ALE/Pong-v5", "--max-episode-steps", "9"], "use --env-kwargs max_num_frames_per_episode=108000"),
+        (["--resize", "1", "2", "3"], "--resize must be 0, or one or two whole numbers between 1 and 4096, got (1, 2, 3)"),
+        (["--resize", "0", "5"], "--resize must be 0, or one or two whole numbers"),
+        (["--max-episode-steps", "5", "--env-kwargs", "max_episode_steps=4"], "are the same time limit: give one of them"),
+    ],
+)
+def test_what_does_not_fit(flags, message, tmp_path, capsys):
+    """One line that names the flag, exit code 2, and nothing is written."""
+    if "ALE/Pong-v5" in flags:
+        pytest.importorskip("ale_py")
+    if "--env-id" not in flags:
+        flags = ["--env-id", "test_wrappers:Film-v0", *flags]
+    assert console(["train", *flags, "--run-dir", str(tmp_path / "run"), "--plain"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_environments_of_your_own(tmp_path):
+    """They have been made already."""
+    for name in ("frame_stack", "max_episode_steps"):
+        with pytest.raises(
+            UsageError, match=f"--{name.replace('_', '-')} wraps environments that are made from --env-id, which"
+        ):
+            train(tiny(tmp_path / "run", **{name: 2}), envs=gym.make_vec("CartPole-v1", 2))
+
+
+def test_without_opencv(monkeypatch):
+    """The line says what to install, and how to go without where nobody has asked."""
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(UsageError, match=r"^--resize needs OpenCV: pip install 'fastppo\[video\]'$"):
+        film({"resize": (40,)})
+    with pytest.raises(UsageError, match="or keep pictures of 100 x 120 with --resize 0"):
+        film({}, height=100, width=120)
