@@ -1,5 +1,5 @@
-"""For all tests: one CPU thread (two of them on a busy machine wait for each other), a compile cache of their own, runs without
-a picture, and the same random numbers in every run.
+"""For all tests: one CPU thread (two of them on a busy machine wait for each other, and here they sleep meanwhile), a compile
+cache of their own, runs without a picture, and the same random numbers in every run.
 """
 
 import importlib.util
@@ -7,6 +7,10 @@ import os
 import random
 import sys
 from pathlib import Path
+
+# Read when torch is loaded. Two threads of each of two test processes share two cores: one that spins while it waits takes the
+# core from the one it waits for, and a sum of 64 numbers takes 4 ms.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import hypothesis
 import numpy as np
