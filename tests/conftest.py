@@ -90,11 +90,11 @@ def _own_cache(tmp_path_factory, programs_dir):
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures():
-    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see support.runs.drawn."""
+    """Of all runs of this process, see support.runs."""
+    from support.runs import spare_pictures
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.training.results.plot_curves", lambda *_: None)
-        patched.setattr("fastppo.training.multi_seed.draw_page", lambda *_, **__: None)
-        patched.setattr("fastppo.training.multi_seed.render", lambda *_: b"")
+        spare_pictures(patched.setattr)
         yield
 
 
