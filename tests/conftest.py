@@ -1,5 +1,5 @@
-"""For all tests: one CPU thread (two of them on a busy machine wait for each other), a compile cache of their own, runs without
-a picture, and the same random numbers in every run.
+"""For all tests: one CPU thread (two of them on a busy machine wait for each other, and here they sleep meanwhile), a compile
+cache of their own, runs without a picture, and the same random numbers in every run.
 """
 
 import importlib.util
@@ -7,6 +7,10 @@ import os
 import random
 import sys
 from pathlib import Path
+
+# Read when torch is loaded. Two threads of each of two test processes share two cores: one that spins while it waits takes the
+# core from the one it waits for, and a sum of 64 numbers takes 4 ms.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 
 import hypothesis
 import numpy as np
@@ -86,11 +90,11 @@ def _own_cache(tmp_path_factory, programs_dir):
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures():
-    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see support.runs.drawn."""
+    """Of all runs of this process, see support.runs."""
+    from support.runs import spare_pictures
+
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("fastppo.training.results.plot_curves", lambda *_: None)
-        patched.setattr("fastppo.training.multi_seed.draw_page", lambda *_, **__: None)
-        patched.setattr("fastppo.training.multi_seed.render", lambda *_: b"")
+        spare_pictures(patched.setattr)
         yield
 
 

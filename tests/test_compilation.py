@@ -27,6 +27,7 @@ from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
 from fastppo.compile.workers import WorkerPool
 from fastppo.core.minibatches import draw_permutation
+from support.kernels import share_helpers
 from support.learn_settings import with_settings
 from support.programs import APPLIED, CATEGORICAL_POLICY, NORMAL_POLICY, E, M, N, Rendezvous, T, assert_same, job
 
@@ -61,11 +62,12 @@ class Library:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, needs_compiler):
+def library(tmp_path_factory, programs_dir, needs_compiler):
     """One build for all tests of this file."""
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
     cache_dir.chmod(0o700)
+    share_helpers(programs_dir, cache_dir)
     eager, arguments = job(NORMAL_POLICY, **SETTINGS)
     program = with_settings(eager, num_workers=2, microbatch_size=4)
     return Library(compile_program(program, arguments, cache_dir), program, eager, arguments, cache_dir)

@@ -161,8 +161,9 @@ def test_no_limit(tmp_path):
 @pytest.mark.parametrize("vectorization", VECTORIZATIONS)
 def test_slow_is_not_hung(tmp_path, monkeypatch, vectorization):
     """Steps below the limit, and a rollout above it, are nobody's fault."""
-    step = Failing.step
-    monkeypatch.setattr(Failing, "step", lambda self, action: (time.sleep(0.05), step(self, action))[1])
+    step, one_after_another = Failing.step, {"sync": NUM_ENVS, "grouped": 2, "async": 1}[vectorization]
+    seconds = 0.05 / one_after_another
+    monkeypatch.setattr(Failing, "step", lambda self, action: (time.sleep(seconds), step(self, action))[1])
     started = time.monotonic()
     assert console(flags_of(tmp_path / "run", vectorization, 9, 0, "raise", LIMIT)) == 0
     assert time.monotonic() - started > 0.05 * 3 * NUM_STEPS > LIMIT

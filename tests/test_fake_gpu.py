@@ -70,7 +70,7 @@ CASES = {
 @contextlib.contextmanager
 def prepared(settings, policy, device="cuda:0", current=0):
     """The task of a run on a pretended GPU, and the list of GPUs that were the current one."""
-    common = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2, "num_threads": 2, "check_env": False}
+    common = {"num_envs": 4, "num_steps": 4, "num_minibatches": 2, "update_epochs": 2, "num_threads": 2, "check_env": False}
     with fake_gpus(current) as chosen, contextlib.ExitStack() as cleanup:
         yield prepare(TrainConfig(**{**common, "device": device, **settings}), policy, None, cleanup), chosen
 

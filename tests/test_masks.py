@@ -378,7 +378,7 @@ class Whole(SyncVectorEnv):
 gym.register("MasksOfAll-v0", vector_entry_point=Whole)
 GIVEN = {
     **{f"sync {mode}": functools.partial(SyncVectorEnv, [Says] * 2, autoreset_mode=mode) for mode in MODES},
-    "async": functools.partial(AsyncVectorEnv, [HasProperty] * 2),
+    "async": functools.partial(AsyncVectorEnv, [HasProperty] * 2, context="fork"),  # a process started afresh imports torch
     "in wrappers": lambda: gym.wrappers.vector.TransformReward(SyncVectorEnv([Says] * 2), lambda reward: reward),
     "of all": lambda: Whole(2),
 }

@@ -2,11 +2,11 @@
 
 import pytest
 
-from fastppo.compile import native
 from fastppo.compile.compile_errors import CompileError
 from fastppo.compile.inductor import compile_program
 from fastppo.envs.classic import CartPole
 from support.device_envs import setup
+from support.kernels import share_helpers
 from support.processes import in_a_process
 
 POOL = """
@@ -81,19 +81,13 @@ print("failures", failures)
 """
 
 
-@pytest.fixture(scope="module")
-def helpers(tmp_path_factory, needs_compiler):
-    library = tmp_path_factory.mktemp("native") / "native.so"
-    native.build(library)
-    return library
-
-
-def test_memory_of_tensors_under_the_pool(helpers, tmp_path):
+@pytest.mark.usefixtures("needs_compiler")
+def test_memory_of_tensors_under_the_pool(programs_dir, tmp_path):
     """Sizes around every border, tensors freed by other threads, threads that end, numpy, resize_: aligned and never shared.
 
     In a process of its own: what it changes is for good.
     """
-    assert in_a_process(POOL, tmp_path, helpers) == "failures []\n"
+    assert in_a_process(POOL, tmp_path, share_helpers(programs_dir, tmp_path)) == "failures []\n"
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 import concurrent.futures
 import os
 import socket
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +24,8 @@ from fastppo.ranks import (
 )
 from fastppo.system.cpus import machine_cores
 from support import rank_worker
+from support.processes import Started
 
-WORKER = Path(rank_worker.__file__)
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -35,27 +33,8 @@ TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 def ranks(request, tmp_path_factory):
     """What each of 2, and of 4, ranks found, in their order, and their exit codes."""
     folder, size = tmp_path_factory.mktemp("ranks"), request.param
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's agent has one
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    common["TORCHELASTIC_USE_AGENT_STORE"] = True
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder / f"{rank}.pt")],
-            env=os.environ
-            | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": os.pathsep.join(sys.path)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        said = [process.communicate(timeout=600)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
-    assert codes == [0] * (size - 1) + [9], said
+    started = Started(folder, size, [], rank_worker.work, args_of=lambda rank: [str(folder / f"{rank}.pt")])
+    assert started.wait() == [0] * (size - 1) + [9], started.said("err")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

@@ -1,10 +1,7 @@
 """Many seeds in one process: each is what it would be alone, and none knows of another."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import gymnasium as gym
@@ -29,6 +26,7 @@ from fastppo.reference import SEEDS_SUMMARY, SUMMARY
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from support import device_envs
+from support.processes import Started
 from support.programs import job
 from support.runs import drawn, tiny
 from support.seeds import SHORT, assert_alike, params_of, rows_of
@@ -360,20 +358,17 @@ def test_a_run_of_seeds_that_is_killed_goes_on(tmp_path):
     """SIGTERM: the iteration is finished and each seed kept, and the line printed resumes; a second run there is refused."""
     run = tmp_path / "run"
     words = ["--num-seeds", "3", "--num-envs", "2", "--num-steps", "16", "--compile", "off", "--plain", "--eval-episodes", "0"]
-    command = [sys.executable, "-m", "fastppo.train", *words, "--total-timesteps", "10000000", "--run-dir", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    started = Started(tmp_path / "said", 1, [*words, "--total-timesteps", "10000000", "--run-dir", str(run)])
     try:
         deadline = time.monotonic() + 600
         while time.monotonic() < deadline and not all((run / f"seed-{k}" / "metrics.csv").exists() for k in (1, 2, 3)):
             time.sleep(0.05)
         with pytest.raises(UsageError, match="another run is writing to it"):
             RunDirectory(run / "seed-2").lock()
-        os.kill(process.pid, signal.SIGTERM)
-        out, _ = process.communicate(timeout=600)
     finally:
-        process.kill()
-    assert process.returncode == 143
-    assert f"--resume {run}" in out.splitlines()[-1]
+        started.kill(signal.SIGTERM, 0)
+    assert started.wait() == [143]
+    assert f"--resume {run}" in started.said("out")[0].splitlines()[-1]
     iterations = [load_checkpoint(run / f"seed-{k}" / "checkpoints" / "last.pt")["iteration"] for k in (1, 2, 3)]
     assert len(set(iterations)) == 1
     assert iterations[0] >= 1

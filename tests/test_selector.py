@@ -22,7 +22,7 @@ from fastppo.core.contracts import Normalization
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.train import console
-from support.kernels import share_kernels
+from support.kernels import share_helpers, share_kernels
 from support.stand_ins import LONG, PARAMS, Compiler, Form, Kernels, in_use, tiers_of
 
 FLAGS = ["--num-envs", "4", "--num-steps", "32", "--num-iterations", "6", "--eval-episodes", "0", "--plain"]
@@ -104,6 +104,8 @@ def fast_run(request, tmp_path_factory, programs_dir, needs_compiler):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(cache_home))
         share_kernels(programs_dir)
+        if "compiled" in request.param:
+            share_helpers(programs_dir, cache_dir())
         assert console([*FLAGS, *RUNS[request.param], "--compile", "on", "--run-dir", str(run_dir)]) == 0
     return request.param, run_dir, str(cache_home)
 

@@ -166,7 +166,9 @@ def test_record_every_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_window_shows_the_episodes_that_are_counted(cartpole):
     """SDL's dummy display takes what a screen would; pygame greets nobody, and the last line is the report."""
-    code = "import sys; from fastppo.evaluate import console; sys.exit(console(sys.argv[1:]))"
+    code = "import sys; from gymnasium.envs.classic_control import CartPoleEnv; from fastppo.evaluate import console\n"
+    code += "CartPoleEnv.metadata['render_fps'] = 1000\n"  # the window waits for nobody's eyes
+    code += "sys.exit(console(sys.argv[1:]))"
     command = [sys.executable, "-c", code, str(cartpole), "--render", "human", "--episodes", "2"]
     environment = {**os.environ, "SDL_VIDEODRIVER": "dummy"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,4 +1,4 @@
-"""The C++ functions of the fused programs, built once for a session of tests."""
+"""The C++ functions of the fused programs and the helpers of compiled ones, built once for a session of tests."""
 
 import contextlib
 import os
@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from fastppo.compile import library_cache, native
+from fastppo.compile.key import native_key
 from fastppo.fused import kernels, operators, sources
 
 BROUGHT = kernels.packaged
@@ -21,8 +22,7 @@ def shared_library(shared: Path) -> Path | None:
     usable = packaged is not None and operators.load(packaged, sources.digest())
     if not usable and not native.has_compiler():
         return None
-    with contextlib.suppress(FileExistsError):
-        (shared / "building").mkdir()
+    if is_first(shared / "building"):
         before = os.environ["XDG_CACHE_HOME"]
         os.environ["XDG_CACHE_HOME"] = str(shared)
         try:
@@ -34,11 +34,34 @@ def shared_library(shared: Path) -> Path | None:
                 kernels.Kernels().ready(wait=True)
         finally:
             os.environ["XDG_CACHE_HOME"] = before
+    return once_built(shared / "fastppo", "fused-*.so")
+
+
+def is_first(mark: Path) -> bool:
+    """Whether no other process has come here before."""
+    try:
+        mark.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def once_built(directory: Path, pattern: str) -> Path:
+    """The library of that name, which one of several processes builds."""
     until = time.monotonic() + 300.0
-    while (library := next((shared / "fastppo").glob("fused-*.so"), None)) is None:
-        assert time.monotonic() < until, "the process that builds the kernels has failed"
+    while (library := next(directory.glob(pattern), None)) is None:
+        assert time.monotonic() < until, "the process that builds it has failed"
         time.sleep(0.1)
     return library
+
+
+def share_helpers(shared: Path, cache_dir: Path) -> Path:
+    """Copy the helpers of compiled programs into `cache_dir`, where `compile_program` would build them; returns the copy."""
+    if is_first(shared / "building helpers"):
+        native.build(shared / "native.so")
+        library_cache.keep(shared / "native.so", shared, native_key(), {"program": "", "torch": ""})
+    library = once_built(shared, f"{native_key()}-*.so")
+    return Path(shutil.copy(library, cache_dir))
 
 
 def share_kernels(shared: Path) -> None:

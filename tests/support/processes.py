@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fastppo import cli
 from fastppo.ranks import Ranks
 from fastppo.train import console
+from support.runs import spare_pictures
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,14 @@ def is_running(pid):
 TIMES = ("seconds", "sps", "env_share", "act_share", "learn_share")
 
 
-def be_a_rank(environment, said, call, args):
-    """What a forked process does: `call(args)`, with its output in files `said`.out and `said`.err."""
+def be_a_rank(environment, said, draws, call, args):
+    """What a forked process does: `call(args)`, with its output in files `said`.out and `said`.err.
+
+    No torchrun ends it once another one has exited, so the other one is not waited for. draws: whether runs have a picture.
+    """
+    cli.SPEAK_SECONDS = 0.0
+    if not draws:
+        spare_pictures(setattr)
     os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}.{ending}", os.O_WRONLY | os.O_CREAT), number)
@@ -57,13 +65,11 @@ def be_a_rank(environment, said, call, args):
 
 
 class Started:
-    """`size` processes that train together, each in `folder`'s own working directory; of size 1 without torchrun."""
+    """`size` processes that train together, with their output in `folder`; of size 1 without torchrun."""
 
-    def __init__(self, folder, size, args, call=console, args_of=None):
+    def __init__(self, folder, size, args, call=console, args_of=None, draws=False):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "tensordict", "gymnasium", "tyro", "matplotlib.pyplot", "torch.utils.tensorboard"]
-        )
+        context.set_forkserver_preload(["fastppo.training.loop", "matplotlib.pyplot", "torch.utils.tensorboard"])
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.size = folder, size
         self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -76,7 +82,7 @@ class Started:
             environment = (common | {"RANK": rank, "LOCAL_RANK": rank}) if size > 1 else {"OMP_NUM_THREADS": 1}
             environment = {key: str(value) for key, value in environment.items()}
             own = [*args, *(args_of(rank) if args_of else [])]
-            target = (environment, str(folder / f"{self.tag}-{rank}"), call, own)
+            target = (environment, str(folder / f"{self.tag}-{rank}"), draws, call, own)
             self.processes.append(context.Process(target=be_a_rank, args=target))
             self.processes[-1].start()
 

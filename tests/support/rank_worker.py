@@ -1,11 +1,10 @@
-"""One of several processes of tests/test_ranks.py, started as torchrun would: what it finds lies in RESULTS.pt afterwards.
+"""What each of several processes of tests/test_ranks.py does: what it finds lies in a file afterwards.
 
-`python rank_worker.py RESULTS`. The last rank dies within an all-reduce at the end, and the others report what they saw.
+The last rank dies within an all-reduce at the end, and the others report what they saw.
 """
 
 import functools
 import os
-import sys
 import time
 
 import numpy as np
@@ -84,7 +83,9 @@ def rows():
     return 1e6 + torch.randn(40, 3, generator=generator, dtype=torch.float64), weight
 
 
-def work(path):
+def work(args):
+    """`args`: the path of the file."""
+    (path,) = args
     torch.set_num_threads(1)
     ranks = start_ranks(torch.device("cpu"), timeout=60.0)
     found = {"threads": torch.get_num_threads(), "rank": ranks.rank, "is_main": ranks.is_main}
@@ -115,7 +116,3 @@ def work(path):
         found["fault"], found["seconds"] = str(fault), time.monotonic() - started
     torch.save(found, path)
     ranks.close()
-
-
-if __name__ == "__main__":
-    work(sys.argv[1])

@@ -76,6 +76,7 @@ CASES = {
 
 def settings_of(case, run_dir, **changed):
     settings = {"num_envs": 4, "num_steps": 32, "eval_episodes": 0, "compile": "off", "plain": True, "num_iterations": 5}
+    settings |= {"update_epochs": 2}
     settings |= CASES[case] | {"run_dir": str(run_dir)}
     if settings.pop("restart", False):
         settings |= {"exact_resume": True, "checkpoint_iterations": 2}

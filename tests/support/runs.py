@@ -14,6 +14,7 @@ from fastppo import Callback, View, train
 from fastppo.analysis.curves import draw_page, plot_curves, render
 from fastppo.config import TrainConfig
 from fastppo.run.checkpoint_file import load_checkpoint
+from fastppo.training import multi_seed, results
 
 COLUMNS = {
     "seconds": 1.0,
@@ -37,6 +38,13 @@ def tiny(run_dir, **settings):
     """The settings of a run of a moment: eager, four iterations, without evaluation."""
     small = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "update_epochs": 2, "eval_episodes": 0, "compile": "off"}
     return TrainConfig(run_dir=str(run_dir), plain=True, **small | settings)
+
+
+def spare_pictures(set_attribute):
+    """Runs draw no curves.png, which takes four times as long as all else of a run of a moment; but see `drawn`."""
+    set_attribute(results, "plot_curves", lambda *_: None)
+    set_attribute(multi_seed, "draw_page", lambda *_, **__: None)
+    set_attribute(multi_seed, "render", lambda *_: b"")
 
 
 @contextlib.contextmanager
