@@ -355,8 +355,9 @@ def test_the_default_is_in_the_run_directory(run_dir, capfd):
         ([], ["which run?"]),
     ],
 )
-def test_wrong_use(flags, named, run_dir, tmp_path, capsys):
+def test_wrong_use(flags, named, run_dir, tmp_path, monkeypatch, capsys):
     """Exit code 2, one or two lines that help, and nothing written."""
+    monkeypatch.chdir(tmp_path)
     damaged = tmp_path / "damaged"
     (damaged / "checkpoints").mkdir(parents=True)
     (damaged / "config.json").write_text((run_dir / "config.json").read_text())
