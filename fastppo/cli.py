@@ -11,8 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,7 +42,6 @@ HABITS = {  # flags of CleanRL, Stable-Baselines3 and its zoo, for the hint in a
     "--lr": "--learning-rate",
     "--clip-range": "--clip-coef",
     "--policy-kwargs": "--hidden-sizes",
-    "--track": "--tracker",
     "--cuda": "--device",
 }
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a closed terminal
@@ -147,11 +146,10 @@ def _with_current_name(arg: str) -> str:
 
 def _with_newest_run(args: Sequence[str]) -> list[str]:
     """The arguments, with the newest run after a --resume without a value."""
-    args = list(args)
-    for position, arg in enumerate(args):
-        if arg == "--resume" and args[position + 1 : position + 2] in ([], *([rest] for rest in args if rest.startswith("--"))):
-            args.insert(position + 1, chosen_run(None, "--resume"))
-    return args
+    for position, arg in enumerate(args, 1):
+        if arg == "--resume" and (position == len(args) or args[position].startswith("--")):
+            return [*args[:position], chosen_run(None, "--resume"), *args[position:]]
+    return list(args)
 
 
 def chosen_run(given: str | None, name: str = "RUN_DIR") -> str:
@@ -241,7 +239,7 @@ def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = Non
     except SystemExit as exit_:
         if not exit_.code:  # --help
             raise
-        raise UsageError(_fold(console.getvalue(), args)) from None
+        raise UsageError(_fold(console.getvalue(), {flag(spec.name) for spec in fields(kind)})) from None  # type: ignore[arg-type]
 
 
 def help_texts(kind: type) -> dict[str, str]:
@@ -275,8 +273,8 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
     return value
 
 
-def _fold(box: str, args: Sequence[str]) -> str:
-    """The first paragraph of tyro's framed report, and the nearest flag if it names one, or one that others call so."""
+def _fold(box: str, flags: Collection[str]) -> str:
+    """The first paragraph of tyro's framed report with the nearest flag: one of `flags` that others call so, or tyro's."""
     paragraphs: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is the frame's title
         text = line.strip("│╰╯ ")
@@ -292,9 +290,11 @@ def _fold(box: str, args: Sequence[str]) -> str:
     message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
-    habit = next((HABITS[name] for arg in args if (name := arg.partition("=")[0].replace("_", "-")) in HABITS), None)
-    if habit is not None and message.startswith("Unrecognized"):
-        return f"{message}; here it is {habit} (all flags: --help)"
+    if message.startswith("Unrecognized"):
+        named = (HABITS.get(word.partition("=")[0].replace("_", "-")) for word in message.replace(",", " ").split())
+        habit = next((name for name in named if name in flags), None)
+        if habit is not None:
+            return f"{message}; here it is {habit} (all flags: --help)"
     for text in texts[1:]:
         if text.startswith("Perhaps you meant"):
             message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")

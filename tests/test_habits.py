@@ -3,10 +3,13 @@
 import csv
 import os
 import shutil
+from dataclasses import fields
 
 import pytest
 
 from fastppo.__main__ import console
+from fastppo.bounds import flag
+from fastppo.cli import HABITS
 from fastppo.config import TrainConfig
 from fastppo.system.text import whole_number
 
@@ -169,6 +172,27 @@ def test_flags_of_other_trainers(flags, ours, capsys):
     error = capsys.readouterr().err
     assert f"here it is {ours} " in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--track", "wandb", "--cnn-sise", "5"],  # a flag that is ours, beside a wrong one
+        ["train", "--run-dir", "--lr"],  # a value
+        ["evaluate", "runs/a", "--env", "CartPole-v1"],  # a verb without such a flag
+    ],
+)
+def test_other_words_are_no_habits(command, capsys):
+    """The hint is for a flag that is not known, and names one that the verb has."""
+    assert console(command) == 2
+    assert "here it is" not in capsys.readouterr().err
+
+
+def test_hints_are_flags():
+    """Each hint is a flag of training, and no flag is explained by another one."""
+    flags = {flag(spec.name) for spec in fields(TrainConfig)}
+    assert set(HABITS.values()) <= flags
+    assert not flags & set(HABITS)
 
 
 def test_version(capsys):

@@ -81,11 +81,7 @@ class BackgroundCompile:
 
     def wait(self) -> CompiledProgram:
         """The program, when it is built. Raises CompileError if the build failed."""
-        try:
-            self._process.wait()
-        except BaseException:  # Ctrl-C
-            self.stop()
-            raise
+        self._process.wait()
         program = self.poll()
         assert program is not None
         return program

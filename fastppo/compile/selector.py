@@ -282,7 +282,9 @@ class ProgramSelector:
         with _threads(self._num_threads):
             if name in self._building:
                 with contextlib.suppress(CompileError):
-                    return self._building.pop(name).wait()
+                    program = self._building[name].wait()
+                    del self._building[name]
+                    return program
             return compile_program(spec.program, spec.example, library_cache.cache_dir(), spec.seeds, self._ranks)
 
     def _start(self, name: str) -> BackgroundCompile:

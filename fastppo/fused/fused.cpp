@@ -61,8 +61,7 @@ class Actors {
     forward_trunk(network_, packed, n, block, 0);
     apply_head(block.features(0), n, network_.actor_head, packed, turned_.get() + seed * network_.turned_size, block.actor);
     for (int64_t i = 0; call.action_mask && i < n; ++i) {
-      const uint8_t* mask = call.action_mask + (seed * call.num_rows + first + i) * outputs;
-      for (int64_t a = 0; a < outputs; ++a) legal.column(a)[i] = mask[a] ? 1.0f : 0.0f;
+      read_mask(call.action_mask + (seed * call.num_rows + first + i) * outputs, outputs, i, legal);
     }
     for (int64_t r = 0; call.action_mask && r < n; r += kWidth) mask_logits(network_.choices, legal, r, block.actor);
     for (int64_t i = 0; i < n; ++i) sample(call, packed, seed * call.num_rows + first + i, block.actor, i);

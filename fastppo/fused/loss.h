@@ -21,6 +21,11 @@ struct Outcome {
   Vector log_prob, entropy;
 };
 
+// Which actions of row i of the block are legal, as 1 or 0.
+inline void read_mask(const uint8_t* mask, int64_t size, int64_t i, const Columns& legal) {
+  for (int64_t a = 0; a < size; ++a) legal.column(a)[i] = mask[a] ? 1.0f : 0.0f;
+}
+
 // distributions.mask_logits: the logits of illegal actions become kIllegal; a choice without a legal action keeps its logits.
 // Then `legal` (0 or 1 for each logit) is what lets a gradient through.
 inline void mask_logits(const std::vector<int64_t>& choices, const Columns& legal, int64_t r, const Columns& logits) {
@@ -106,7 +111,7 @@ struct Target {  // what the loss takes of a row beside the outputs of the netwo
   float old_log_prob, advantage, value_target, old_value, valid;
   float unused[3];  // two rows fill a cache line
 };
-constexpr int64_t kTargetSize = 5;
+enum TargetColumn { kOldLogProb, kAdvantage, kValueTarget, kOldValue, kValid, kTargetSize };  // the same of a block's rows
 
 struct Coefficients {
   float clip_coef, ent_coef, vf_coef;
@@ -138,11 +143,11 @@ inline Vector value_loss(Vector value, Vector old_value, Vector target, const Co
   return maximum(loss, clipped_loss);
 }
 
-// core.ppo.ppo_loss. weight: of each row, 0 for one that does not count. target: the fields of Target.
+// core.ppo.ppo_loss. weight: of each row, 0 for one that does not count. target: by TargetColumn.
 inline RowGradients ppo_loss(Outcome outcome, Vector value, const Columns& target, int64_t r, Vector weight, const Coefficients& c,
                              RowLosses* losses) {
-  const auto field = [&](int64_t number) { return load(target.column(number) + r); };
-  const Vector advantage = field(1), log_ratio = where(weight > 0.0f, outcome.log_prob - field(0));
+  const auto of = [&](TargetColumn column) { return load(target.column(column) + r); };
+  const Vector advantage = of(kAdvantage), log_ratio = where(weight > 0.0f, outcome.log_prob - of(kOldLogProb));
   Vector approx_kl;  // losses.approximate_kl
   const Vector ratio = exp(log_ratio, &approx_kl);
 
@@ -154,7 +159,7 @@ inline RowGradients ppo_loss(Outcome outcome, Vector value, const Columns& targe
   const Vector d_ratio = -advantage * (share(plain_gain, clipped_gain) + share(clipped_gain, plain_gain) * through_clip);
 
   Vector d_value;
-  const Vector of_value = value_loss(value, field(3), field(2), c, &d_value);
+  const Vector of_value = value_loss(value, of(kOldValue), of(kValueTarget), c, &d_value);
   const Vector deviation = ratio > 1.0f ? ratio - 1.0f : 1.0f - ratio;
   *losses = {-weight * minimum(plain_gain, clipped_gain), weight * of_value, weight * outcome.entropy, weight * approx_kl,
              where(deviation > c.clip_coef, weight), deviation};

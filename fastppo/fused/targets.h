@@ -108,8 +108,7 @@ class Targets {
         part.action.column(c)[i] = network_.is_gaussian() ? static_cast<const float*>(call_.action)[place]
                                                           : static_cast<float>(static_cast<const int64_t*>(call_.action)[place]);
       }
-      if (!call_.action_mask) continue;
-      for (int64_t a = 0; a < size; ++a) part.legal.column(a)[i] = call_.action_mask[row * size + a] ? 1.0f : 0.0f;
+      if (call_.action_mask) read_mask(call_.action_mask + row * size, size, i, part.legal);
     }
   }
 

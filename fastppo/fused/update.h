@@ -107,7 +107,7 @@ class Update : Targets {
       RowLosses losses;
       const Outcome outcome = distribution(part, r);
       const RowGradients gradients = ppo_loss(outcome, load(block.critic.column(0) + r), part.target, r,
-                                              load(part.target.column(4) + r) * scale, coefficients_, &losses);
+                                              load(part.target.column(kValid) + r) * scale, coefficients_, &losses);
       const Integers counted = lanes() < static_cast<int32_t>(n - r);
       add(losses, counted, &part.sums);
       actor_gradient(part, r, counted, gradients);
@@ -115,14 +115,15 @@ class Update : Targets {
     }
   }
 
-  // The fields of Target; the last row also fills what is left of a register.
+  // The columns of targets; the last row also fills what is left of a register.
   void read_targets(Part& part, const int64_t* rows, int64_t n, const Statistics& statistics) {
     for (int64_t i = 0; i < padded(n); ++i) {
       const Target& target = targets_[rows[std::min(i, n - 1)]];
-      const float fields[kTargetSize] = {target.old_log_prob,
-                                         (target.advantage - statistics.advantage_mean) * statistics.advantage_scale,
-                                         target.value_target, target.old_value, target.valid};
-      for (int64_t f = 0; f < kTargetSize; ++f) part.target.column(f)[i] = fields[f];
+      part.target.column(kOldLogProb)[i] = target.old_log_prob;
+      part.target.column(kAdvantage)[i] = (target.advantage - statistics.advantage_mean) * statistics.advantage_scale;
+      part.target.column(kValueTarget)[i] = target.value_target;
+      part.target.column(kOldValue)[i] = target.old_value;
+      part.target.column(kValid)[i] = target.valid;
     }
   }
 
