@@ -18,7 +18,7 @@ from fastppo.bounds import flag
 from fastppo.cli import parse, parse_train, run
 from fastppo.config import TrainConfig
 from fastppo.envs.envpool import task_of
-from fastppo.envs.registry import find_spec
+from fastppo.envs.registry import find_spec, shorten_spinning
 from fastppo.errors import UsageError
 from fastppo.run.files import file_name
 from fastppo.run.signals import StopSignals
@@ -77,6 +77,7 @@ def _plan(config: SweepConfig, fixed: Sequence[str]) -> SweepPlan:
     place = absolute("sweeps", "--study-dir", current_directory()).parent
     base = parse_train(["--env-id", config.env_id, *fixed])
     task_of(base.env_id) if base.backend == "envpool" else find_spec(base.env_id)
+    shorten_spinning(base.env_id, base.backend)
     steps = config.steps or base.total_timesteps
     space = built_in_space(base, steps, names) if config.space is None else read_space(place / config.space, names)
     directory = place / (config.study_dir or Path("sweeps") / file_name(config.env_id))

@@ -1,6 +1,5 @@
 """The command line of training: `python -m fastppo.train --num-envs 8`. The loop itself is in training/loop.py."""
 
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -9,7 +8,7 @@ from typing import Any
 from fastppo.cli import parse_train, run
 from fastppo.config import default_runs
 from fastppo.envs.envpool import task_of
-from fastppo.envs.registry import find_spec, is_atari
+from fastppo.envs.registry import find_spec, shorten_spinning
 from fastppo.system.imports import lasting_imports
 from fastppo.system.paths import current_directory
 
@@ -19,10 +18,7 @@ def _main(args: Sequence[str]) -> None:
     config = parse_train(args)
     runs = default_runs(config, place)
     task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
-    if config.backend == "envpool" or is_atari(config.env_id):
-        # After each operation OpenMP's threads keep a core busy for a millisecond, which these environments' own threads need:
-        # Breakout 391 steps/s instead of 342 (benchmarks/LOG.md). Read when torch is loaded.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    shorten_spinning(config.env_id, config.backend)
     with lasting_imports():
         from fastppo.training.loop import train_in  # imports torch: --help and wrong flags do not wait for it
 

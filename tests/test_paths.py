@@ -77,7 +77,7 @@ def test_a_sweep(wanders_at_import, elsewhere, monkeypatch):
     class Started(Exception):
         pass
 
-    def process(command, output, place):
+    def process(module, args, output, place):
         raise Started(output, place)
 
     monkeypatch.setattr("fastppo.analysis.sweep_trial.TrainingProcess", process)

@@ -7,7 +7,6 @@ Reads the learning curve of a run from metrics.csv and reports it to Optuna's pr
 import contextlib
 import json
 import math
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from fastppo.run.metrics_file import read_rows
 if TYPE_CHECKING:
     import optuna
 
-TRAIN = (sys.executable, "-m", "fastppo.train")
+TRAIN = "fastppo.train"  # the module that trains
 PARTS = 20  # a seed's steps in equal parts: the pruner compares trials at the end of each
 TAIL = 0.25  # share of the steps whose returns count
 
@@ -108,12 +107,12 @@ def begin(plan: SweepPlan, trial: "optuna.Trial") -> RunningTrial:
 def _start_seed(plan: SweepPlan, running: RunningTrial) -> None:
     """Start the training process of the current seed."""
     run_dir = running.path / f"seed-{running.seed}"
-    command = [*TRAIN, "--plain", "--preset", str(running.path / "preset.json")]
-    command += ["--run-dir", str(run_dir), "--seed", str(running.seed)]
-    command += ["--total-timesteps", str(plan.steps), "--eval-episodes", "0"]
+    args = ["--plain", "--preset", str(running.path / "preset.json")]
+    args += ["--run-dir", str(run_dir), "--seed", str(running.seed)]
+    args += ["--total-timesteps", str(plan.steps), "--eval-episodes", "0"]
     if plan.num_threads is not None:
-        command += ["--num-threads", str(plan.num_threads)]
-    running.process, running.reported = TrainingProcess(command, run_dir.with_suffix(".txt"), plan.place), 0
+        args += ["--num-threads", str(plan.num_threads)]
+    running.process, running.reported = TrainingProcess(TRAIN, args, run_dir.with_suffix(".txt"), plan.place), 0
 
 
 def advance(plan: SweepPlan, running: RunningTrial) -> Outcome | None:

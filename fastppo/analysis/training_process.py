@@ -1,52 +1,55 @@
 """A training process of a sweep, and the file with its output. Knows nothing of trials or studies."""
 
-import contextlib
-import subprocess
+import gc
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
 
-from fastppo.system.platforms import own_group
+from fastppo.system.cpus import allow_threads_after_fork
+from fastppo.system.platforms import lead_group
 
 GRACE_SECONDS = 30.0  # for a process that was asked to stop; then it is killed
 MAX_LETTERS = 300  # of a line that is quoted
+PRELOADED = ["fastppo.training.loop", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 
 
 class TrainingProcess:
-    """A training process, and a thread that writes its output to a file.
+    """A training process, whose output goes to a file.
 
-    The output goes through a pipe to the sweep. If the sweep is killed, the pipe closes and training stops by itself. The
-    training process has its own session, so that Ctrl-C reaches only the sweep.
+    Where the system can fork, it is a copy of a process that has imported torch already. If the sweep ends, training stops
+    after the current iteration. Ctrl-C reaches only the sweep.
     """
 
-    def __init__(self, command: Sequence[str], output: Path, place: Path) -> None:
-        """Start the process. output: the file. place: the working directory."""
+    def __init__(self, module: str, args: Sequence[str], output: Path, place: Path) -> None:
+        """Start the process, which calls `console(args)` of `module`. output: the file. place: its working directory."""
         self.output = output
-        pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        self._process = subprocess.Popen(command, cwd=place, **own_group(), **pipes)
-        assert self._process.stdout is not None
-        self._reader = threading.Thread(target=_copy, args=(self._process.stdout, output), daemon=True)
-        self._reader.start()
+        can_fork = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if can_fork else "spawn")
+        context.set_forkserver_preload(PRELOADED)
+        self._process = context.Process(  # type: ignore[attr-defined]  # typeshed lacks it
+            target=_train, args=(module, list(args), str(output), str(place))
+        )
+        self._process.start()
 
     def poll(self) -> int | None:
         """The exit code; None while it runs."""
-        code = self._process.poll()
-        if code is not None:
-            self._reader.join(timeout=5.0)
-        return code
+        return self._process.exitcode
 
     def terminate(self) -> None:
         """Send SIGTERM, which ends training after the current iteration."""
         self._process.terminate()
 
-    def wait(self) -> None:
-        """Wait for its end; kill it after GRACE_SECONDS."""
-        try:
-            self._process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
+    def wait(self, seconds: float = GRACE_SECONDS) -> None:
+        """Wait for its end; kill it after `seconds`."""
+        self._process.join(seconds)
+        if self._process.exitcode is None:
             self._process.kill()
-            self._process.wait()
+            self._process.join()
 
     def error_line(self) -> str:
         """The last line of its output that starts with "fault: " or "error: ", or else the last line."""
@@ -55,10 +58,22 @@ class TrainingProcess:
         return (errors or lines or [""])[-1][:MAX_LETTERS]
 
 
-def _copy(source: IO[bytes], path: Path) -> None:
-    with source:
-        with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-            while line := source.readline():
-                file.write(line)
-        while source.read(2**16):  # the disk is full: read on, so that the process does not block
-            pass
+def _train(module: str, args: Sequence[str], output: str, place: str) -> None:
+    """In the new process: call `console(args)` of the module and exit with its code."""
+    gc.freeze()  # see system/imports.py
+    allow_threads_after_fork()  # the server of forks only imports
+    lead_group()  # so that Ctrl-C does not reach it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with open(os.devnull, "rb") as nothing, open(output, "wb", buffering=0) as file:
+        for number, stream in enumerate((nothing, file, file)):
+            os.dup2(stream.fileno(), number)
+    os.chdir(place)
+    sys.exit(importlib.import_module(module).console(args))
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the process that started this one, then stop training after the current iteration."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

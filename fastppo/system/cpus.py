@@ -28,6 +28,12 @@ def is_forked() -> bool:
     return _forked
 
 
+def allow_threads_after_fork() -> None:
+    """Make `is_forked` false: the caller knows that this process was forked from one that had run no parallel operation."""
+    global _forked
+    _forked = False
+
+
 def available_cores() -> int:
     """Cores for all threads of this process, or for all its worker processes. At least 1.
 
