@@ -135,14 +135,22 @@ def test_what_is_no_image(shape):
 
 
 def test_only_bytes_of_the_whole_range_are_pixels():
-    """Bytes 0 to 255 are divided by 255, small or large; other integers are numbers as they are."""
-    spec = obs_spec(Dict(whole=Box(0, 255, (3,), np.uint8), half=Box(0, 127, (3,), np.uint8), floats=Box(0, 255, (3, 40, 40))))
+    """Bytes 0 to 255 are divided by 255, small or large, but not where they are normalised; other integers are as they are."""
+    space = Dict(whole=Box(0, 255, (3,), np.uint8), half=Box(0, 127, (3,), np.uint8), floats=Box(0, 255, (3, 40, 40)))
+    spec = obs_spec(space)
     assert {leaf.key: (leaf.kind, leaf.scale) for leaf in spec} == {
         "obs.floats": ("vector", 1.0),
         "obs.half": ("vector", 1.0),
         "obs.whole": ("vector", 1 / 255),
     }
     assert [leaf.key for leaf in spec.normalized] == ["obs.floats", "obs.half"]
+    spec = obs_spec(space, normalize=True)
+    assert {(leaf.key, leaf.scale) for leaf in spec.normalized} == {("obs.floats", 1.0), ("obs.half", 1.0), ("obs.whole", 1.0)}
+    older = obs_spec(space, normalize=["obs.floats", "obs.half"])  # a checkpoint that has no statistics of the bytes
+    assert [leaf.scale for leaf in older] == [1.0, 1.0, 1 / 255]
+    picture = obs_spec(Box(0, 255, (84, 84, 4), np.uint8), normalize=True)
+    assert [(leaf.kind, leaf.scale) for leaf in picture] == [("image", 1 / 255)]
+    assert not picture.normalized
 
 
 @pytest.mark.parametrize("space", [*OBSERVATIONS.values(), *ACTIONS.values()], ids=str)

@@ -108,14 +108,14 @@ def agent_from_state(
     mask_size = state["info_mask_size"]
     if mask_size is not None and type(mask_size) is not int:
         raise ValueError(f"info_mask_size is a {type(mask_size).__name__}, not a number")
-    obs = obs_spec(obs_space, mask_size, action, normalize=state["obs_moments"] is not None)
+    moments = moments_from_state(state["obs_moments"], device)
+    obs = obs_spec(obs_space, mask_size, action, normalize=moments or False)
     network = make_network(obs, action, config, policy)
     scales = {name: state[name] for name in ("reward_scale", "return_mean", "return_std")}
     scales = {
         name: None if scale is None and name == "reward_scale" else checked(scale, name, torch.float32, ()).to(device)
         for name, scale in scales.items()
     }
-    moments = moments_from_state(state["obs_moments"], device)
     shapes = {leaf.key: leaf.shape for leaf in obs.normalized}
     if moments is not None and {key: tuple(leaf_moments.mean.shape) for key, leaf_moments in moments.items()} != shapes:
         raise ValueError("obs_moments are not those of the observation")

@@ -7,7 +7,7 @@ of the sampled actions.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -106,14 +106,18 @@ class ObsSpec:
 
 
 def obs_spec(
-    space: gym.Space[Any], info_mask_size: int | None = None, action: "ActionSpec | None" = None, normalize: bool = False
+    space: gym.Space[Any],
+    info_mask_size: int | None = None,
+    action: "ActionSpec | None" = None,
+    normalize: bool | Collection[str] = False,
 ) -> ObsSpec:
     """The leaves of an observation space.
 
     Args:
         info_mask_size: numbers in each environment's info["action_mask"]; None: there is none.
         action: the actions that a mask has to fit.
-        normalize: observations will be normalised: float64 is stored as float64. Otherwise all floats are stored as float32.
+        normalize: whether observations will be normalised, or the keys of the leaves that will. Of these float64 is stored as
+            float64, and bytes that are no image are numbers as they are. Others are stored as float32, and divided by 255.
 
     Raises:
         UsageError: a space that is not supported, or a mask that does not fit the actions.
@@ -136,8 +140,12 @@ def obs_spec(
                 f"--env-id: an action_mask of {mask.size} numbers does not fit the action space {action.space}"
                 + ("" if action.distribution is DIAGONAL_NORMAL else f", which has {action.size} choices")
             )
-    if not normalize:
-        leaves = [replace(leaf, dtype=torch.float32) if leaf.dtype is torch.float64 else leaf for leaf in leaves]
+    normalized = {leaf.key for leaf in leaves} if normalize is True else set(normalize or ())
+    for number, leaf in enumerate(leaves):
+        if leaf.key not in normalized and leaf.dtype is torch.float64:
+            leaves[number] = replace(leaf, dtype=torch.float32)
+        elif leaf.key in normalized and leaf.kind == "vector":
+            leaves[number] = replace(leaf, scale=1.0)
     return ObsSpec(tuple(sorted(leaves, key=lambda leaf: leaf.key)))
 
 
