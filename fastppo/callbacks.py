@@ -1,24 +1,24 @@
 """Callbacks: user code that watches training and may stop it. Without callbacks they cost no time.
 
-class Milestone(Callback):
-    def on_iteration(self, run: View) -> bool | None:
-        return run.metrics["episodic_return_mean"] >= 450  # True: that is enough
+def enough(run: View) -> bool:
+    return run.metrics["episodic_return_mean"] >= 450  # True: that is enough
 
-train(config, callbacks=[Milestone()])
+train("CartPole-v1", callbacks=[enough])  # a function is called after every iteration; a Callback at other moments too
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastppo.config import TrainConfig
+from fastppo.errors import UsageError
 
 if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class View:
     """A run between two iterations, read-only."""
 
@@ -30,6 +30,10 @@ class View:
     metrics: Mapping[str, int | float]  # the iteration's row of metrics.csv
     policy: "Callable[[], Agent]"
     """Returns a copy of the current policy: parameters and statistics, 0.3 ms for 10,000 parameters."""
+
+    def __repr__(self) -> str:
+        where = f"iteration {self.iteration}, step {self.global_step}, {self.progress:.0%}"
+        return f"<{self.run_dir.name}: {where}, return {self.metrics['episodic_return_mean']:.4g}>"
 
 
 class Callback:
@@ -46,6 +50,34 @@ class Callback:
 
     def on_end(self, run: View) -> None:
         """After the last iteration's checkpoint, before evaluation; not after a fault."""
+
+
+CallbackFunction = Callable[[View], bool | None]
+
+
+class _Function(Callback):
+    """A function as a callback."""
+
+    def __init__(self, function: CallbackFunction) -> None:
+        self.function = function
+        self.name = getattr(function, "__name__", type(function).__name__)
+
+    def on_iteration(self, run: View) -> bool | None:
+        return self.function(run)
+
+
+def checked_callbacks(given: Iterable[Callback | CallbackFunction]) -> tuple[Callback, ...]:
+    """The callbacks, with functions as callbacks of every iteration. Raises UsageError for anything else."""
+    if isinstance(given, Callback) or not isinstance(given, Iterable):
+        raise UsageError("callbacks must be a list: [callback]")
+    callbacks: list[Callback] = []
+    for one in given:
+        if isinstance(one, type):
+            raise UsageError(f"callbacks holds the class {one.__name__}: give an object, {one.__name__}()")
+        if not isinstance(one, Callback) and not callable(one):
+            raise UsageError(f"callbacks holds a {type(one).__name__}: give a function, or an object of a subclass of Callback")
+        callbacks.append(one if isinstance(one, Callback) else _Function(one))
+    return tuple(callbacks)
 
 
 def is_yes(answer: Any) -> bool:

@@ -19,7 +19,7 @@ from typing import TypeVar
 import tyro
 
 from fastppo.bounds import flag
-from fastppo.config import OLD_NAMES, TrainConfig, check_resumable, with_absolute_paths
+from fastppo.config import OLD_NAMES, TrainConfig, check_resumable, with_absolute_paths, without_rivals
 from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import print_any_letter, silence_stdout
@@ -110,7 +110,7 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Settings from the flags of `fastppo.train`, which override the preset's or the resumed run's."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
-    args = _with_newest_run([_with_current_name(arg) for arg in args])
+    args = _with_newest_run(_with_answers([_with_current_name(arg) for arg in args]))
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
@@ -142,6 +142,16 @@ def _with_current_name(arg: str) -> str:
     name, equals, text = arg.partition("=")
     old = next((old for old in OLD_NAMES if name.replace("_", "-") == flag(old)), None)
     return arg if old is None else flag(OLD_NAMES[old]) + equals + text
+
+
+def _with_answers(args: Sequence[str]) -> list[str]:
+    """The arguments, with the value of --rescale-action, which is true, false or none, where it stands alone or after --no."""
+    answers = {"--rescale-action": "True", "--no-rescale-action": "False"}
+    found = []
+    for arg, following in itertools.pairwise([*args, ""]):
+        alone = following not in ("True", "False", "None") and arg.replace("_", "-") in answers
+        found.append(f"--rescale-action={answers[arg.replace('_', '-')]}" if alone else arg)
+    return found
 
 
 def _with_newest_run(args: Sequence[str]) -> list[str]:
@@ -255,12 +265,9 @@ def help_texts(kind: type) -> dict[str, str]:
 
 def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:
     """`default` without the settings that a given flag replaces. Raises UsageError if both of a pair are given."""
-    for given, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
-        if _value_of(flag(given), args) and _value_of(flag(other), args):
-            raise UsageError(f"{flag(given)} and {flag(other)} set the same thing: give only one of them")
-        if _value_of(flag(given), args):
-            default = replace(default, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
-    return default
+    alone = {arg.replace("_", "-") for arg in args}
+    given = [spec.name for spec in fields(TrainConfig) if flag(spec.name) in alone or _value_of(flag(spec.name), args)]
+    return without_rivals(default, given)
 
 
 def _value_of(name: str, args: Sequence[str]) -> str | None:

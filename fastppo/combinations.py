@@ -43,7 +43,7 @@ def _check_seeds(config: "TrainConfig") -> None:
             f"--exact-resume is for one seed: with --num-seeds {config.num_seeds} leave it off "
             "(environments of --backend torch resume exactly without it)"
         )
-    if config.batch_size * config.update_epochs * config.num_seeds > MAX_BATCH_SIZE:
+    if config.batch_size * (config.update_epochs or 1) * config.num_seeds > MAX_BATCH_SIZE:
         raise UsageError(
             f"--num-seeds {config.num_seeds} times {config.update_epochs} epochs of {config.batch_size} rows must be at most "
             f"{MAX_BATCH_SIZE}"
@@ -65,7 +65,7 @@ def _check_minibatches(config: "TrainConfig") -> None:
         )
     if config.norm_adv and batch_size // config.minibatches_per_epoch < 2:
         raise UsageError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches or set --no-norm-adv")
-    if batch_size * config.update_epochs > MAX_BATCH_SIZE:
+    if batch_size * (config.update_epochs or 1) > MAX_BATCH_SIZE:
         raise UsageError(
             f"--update-epochs {config.update_epochs} times the batch of {batch_size} must be at most {MAX_BATCH_SIZE}; "
             f"largest --update-epochs: {MAX_BATCH_SIZE // batch_size}"

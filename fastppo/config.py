@@ -6,7 +6,7 @@ The string under each field is its help text.
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fastppo.envs.factory import EnvConfig
 
 OLD_NAMES = {"minibatch_strata": "minibatch_shards"}  # of settings, in flags and files of older versions
+LEFT_OPEN = ("resize", "rescale_action", "learning_rate", "update_epochs", "ent_coef")  # None: the environment chooses
 EXACT_CHECKPOINT_ITERATIONS = 50  # few, since each restart of the environments truncates episodes
 
 
@@ -101,8 +102,8 @@ class TrainConfig:
     """Height and width of pictures in pixels, or one number for both; 0: as they are. Default: 84 if larger than 96."""
     frame_stack: Annotated[int, at_least(1)] = 1
     """Last observations in one."""
-    rescale_action: bool = False
-    """Continuous actions from -1 to 1, mapped linearly to the environment's bounds."""
+    rescale_action: bool | None = None
+    """Continuous actions from -1 to 1, mapped linearly to the environment's bounds. Default: if these are far from that."""
     time_aware: bool = False
     """Add the share of the time limit that has passed to the observation."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
@@ -146,8 +147,8 @@ class TrainConfig:
     stop_at_return: Annotated[float | None, FINITE, MAY_CHANGE] = None
     """Stop when the mean return of the last 100 episodes reaches this."""
 
-    learning_rate: Annotated[float, POSITIVE] = 2.5e-3
-    """Adam's step size."""
+    learning_rate: Annotated[float | None, POSITIVE] = 2.5e-3
+    """Adam's step size. None: chosen by the environment's spaces."""
     anneal_lr: bool = True
     """Anneal the learning rate linearly to 0 over the run."""
     adam_eps: Annotated[float, POSITIVE] = 1e-5
@@ -158,8 +159,8 @@ class TrainConfig:
     """G, groups of environments; each minibatch has equally many rows of each. Default: one per process of torchrun, else 1."""
     minibatch_size: Annotated[int | None, at_least(1)] = None
     """M, rows per minibatch; set it instead of num_minibatches."""
-    update_epochs: Annotated[int, at_least(1)] = 4
-    """E, passes over each rollout."""
+    update_epochs: Annotated[int | None, at_least(1)] = 4
+    """E, passes over each rollout. None: chosen by the environment's spaces."""
 
     advantage: Literal["gae", "monte-carlo"] = "gae"
     """Advantage estimator: GAE(lambda), or the discounted reward to the end of episode or rollout minus the value."""
@@ -186,8 +187,8 @@ class TrainConfig:
     """Anneal the clip range linearly to 0 over the run."""
     clip_vloss: bool = False
     """Clip the change of the value like the ratio."""
-    ent_coef: Annotated[float, NOT_NEGATIVE] = 0.0
-    """Weight of the entropy bonus."""
+    ent_coef: Annotated[float | None, NOT_NEGATIVE] = 0.0
+    """Weight of the entropy bonus. None: chosen by the environment's spaces."""
     vf_coef: Annotated[float, NOT_NEGATIVE] = 0.5
     """Weight of the squared value error, as in the paper and Stable-Baselines3 (CleanRL halves the error: 0.5 is 0.25 here)."""
     max_grad_norm: Annotated[float, POSITIVE_OR_INFINITE] = 0.5
@@ -332,7 +333,7 @@ class TrainConfig:
         Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
-        data = {"resize": (0,), **data}  # older versions kept large pictures
+        data = {"resize": (0,), "rescale_action": False, **data}  # older versions kept large pictures and wide actions
         unknown = next((name for name in data if name not in _TYPES), None)
         if unknown is not None:
             raise UsageError(
@@ -343,6 +344,26 @@ class TrainConfig:
             return cls(**data)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
+
+
+def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
+    """`config` with other values. Raises UsageError for an unknown name, an illegal value, or two that set the same thing."""
+    unknown = next((name for name in settings if name not in _TYPES), None)
+    if unknown is not None:
+        raise UsageError(f"there is no setting {reprlib.repr(unknown)}{nearest(unknown[:100], _TYPES)}")
+    return replace(without_rivals(config, [name for name, value in settings.items() if value is not False]), **settings)
+
+
+def without_rivals(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+    """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given."""
+    for one, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
+        if one in given and other in given:
+            raise UsageError(f"{flag(one)} and {flag(other)} set the same thing: give only one of them")
+        if one in given:
+            config = replace(config, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
+    if "clip_reward" in given and "norm_reward" not in given:
+        config = replace(config, norm_reward=False)
+    return config
 
 
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
@@ -402,7 +423,7 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
     for spec in fields(TrainConfig):
         old, new = getattr(before, spec.name), getattr(after, spec.name)
         resumable = spec.name in RESUMABLE and not (spec.name == "checkpoint_iterations" and before.exact_resume)
-        by_default = spec.name == "resize" and new is None  # config.json has the size that was chosen
+        by_default = new is None and spec.name in LEFT_OPEN  # config.json has what was chosen
         if old != new and not resumable and not by_default:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):

@@ -4,7 +4,6 @@ import ast
 import importlib
 import re
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -56,9 +55,9 @@ def test_examples_run(name, obs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train, lengths = loop.train, []
 
-    def of_a_moment(config, *args, **kwargs):
-        lengths.append(config.total_timesteps)
-        return train(replace(config, num_iterations=2, eval_episodes=2, compile="off", plain=True), *args, **kwargs)
+    def of_a_moment(*args, total_timesteps=None, **settings):
+        lengths.append(total_timesteps)
+        return train(*args, **settings, num_iterations=2, eval_episodes=2, compile="off", plain=True)
 
     monkeypatch.setattr("fastppo.training.loop.train", of_a_moment)
     names = {"__name__": "page", "obs": obs}

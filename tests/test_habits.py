@@ -9,7 +9,7 @@ import pytest
 
 from fastppo.__main__ import console
 from fastppo.bounds import flag
-from fastppo.cli import HABITS
+from fastppo.cli import HABITS, parse_train
 from fastppo.config import TrainConfig
 from fastppo.system.text import whole_number
 
@@ -43,6 +43,19 @@ def columns(run_dir):
     assert rows
     timed = ("seconds", "sps", "env_share", "act_share", "learn_share")
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
+def test_a_flag_of_three_answers():
+    """--rescale-action and --no-rescale-action need no value, and take one."""
+    for args, value in (
+        ([], None),
+        (["--rescale-action"], True),
+        (["--no-rescale-action", "--seed", "3"], False),
+        (["--rescale_action", "--seed", "3"], True),
+        (["--rescale-action", "None"], None),
+        (["--rescale-action=False"], False),
+    ):
+        assert parse_train(["--env-id", "Pendulum-v1", *args]).rescale_action is value
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,18 @@ import sys
 from dataclasses import fields, replace
 
 import gymnasium as gym
+import numpy as np
 import pytest
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 import fastppo
 from fastppo import TrainConfig, UsageError, preset_for, train
 from fastppo.cli import parse_train
 from fastppo.envs.registry import find_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.presets import PRESETS, choose_preset, describe, load_preset
 from fastppo.train import console
+from fastppo.training.by_spaces import by_spaces
 from fastppo.training.results import TrainResult
 
 TINY = [
@@ -60,16 +64,16 @@ NOT_A_PRESETS = {"preset", "env_id", "env_kwargs", "vectorization", "backend", "
         ("ALE/Pong-v5", "atari"),
         ("ale_py:ALE/Pong-v5", "atari"),
         ("PongNoFrameskip-v4", "atari"),
-        ("environments:Walk-v0", "default"),
+        ("environments:Walk-v0", "general"),
         ("environments:Hopper", "Hopper"),
-        ("Hoppers-v5", "default"),
-        ("article-v0", "default"),  # a preset's name is no environment's
-        ("no_such_module:Walk-v0", "default"),
-        ("", "default"),
+        ("Hoppers-v5", "general"),
+        ("article-v0", "general"),  # a preset's name is no environment's
+        ("no_such_module:Walk-v0", "general"),
+        ("", "general"),
     ],
 )
 def test_choice_by_id(env_id, name):
-    """An environment's own preset in every version, else its family's, else default; nothing is raised for an unknown id."""
+    """An environment's own preset in every version, else its family's, else general; nothing is raised for an unknown id."""
     assert choose_preset(env_id).name == name
 
 
@@ -78,10 +82,10 @@ def test_choice_by_id(env_id, name):
     [
         ("gymnasium.envs.mujoco.ant_v5:AntEnv", "mujoco"),
         ("gymnasium.envs.box2d.lunar_lander:LunarLander", "box2d"),
-        ("gymnasium.envs.box2data:Other", "default"),
+        ("gymnasium.envs.box2data:Other", "general"),
         ("ale_py.env:AtariEnv", "atari"),
         (gym.envs.registration.load_env_creator("gymnasium.envs.classic_control.pendulum:PendulumEnv"), "classic"),
-        (lambda: None, "default"),
+        (lambda: None, "general"),
     ],
 )
 def test_choice_by_class(entry_point, name):
@@ -142,7 +146,7 @@ def test_by_name(name):
     assert parse_train(["--preset", name]) == parse_train([f"--preset={name}"]) == config
     assert parse_train(["--gamma", "0.5", "--preset", name, "--seed", "9"]) == replace(config, gamma=0.5, seed=9)
     assert parse_train(["--env-id", "X-v0", "--preset", name]) == replace(config, env_id="X-v0")
-    if name != "article":  # its example is what the preset is chosen for
+    if name not in ("article", "general"):  # its example is what the preset is chosen for
         assert choose_preset(config.env_id).settings == PRESETS[name].settings
 
 
@@ -199,6 +203,7 @@ def test_the_sources_batches():
         "none": (256, 1024),
         "default": (256, 1024),
         "classic": (256, 1024),
+        "general": (256, 1024),
         "article": (256, 1024),
         "continuous": (64, 2048),
         "Pendulum": (64, 2048),
@@ -288,6 +293,48 @@ def test_help_and_errors_name_the_presets(capsys):
     for name in ("auto", *PRESETS):
         assert f" {name}" in error
     assert "nearest: Hopper" in error
+
+
+# --- settings that an environment's spaces choose
+
+
+@pytest.mark.parametrize(
+    ("obs", "action", "words", "chosen"),
+    [
+        (Discrete(5), Discrete(2), "discrete observations, discrete actions", (1e-3, 10, 0.01)),
+        (Box(-1, 1, (3,)), Box(-1, 1, (2,)), "vector observations, continuous actions", (1e-3, 10, 0.0)),
+        (Box(0, 255, (7, 7, 3), np.uint8), MultiDiscrete([2, 3]), "vector observations, discrete actions", (1e-3, 10, 0.01)),
+        (
+            Dict(a=Box(0, 255, (84, 84), np.uint8)),
+            Box(-1, 1, (1,)),
+            "picture observations, continuous actions",
+            (2.5e-4, 4, 0.0),
+        ),
+    ],
+)
+def test_settings_by_spaces(obs, action, words, chosen):
+    """What --preset general leaves open, by observations and actions; what a user has set stays."""
+    names, config = ("learning_rate", "update_epochs", "ent_coef"), PRESETS["general"].config()
+    spec = action_spec(action, False)
+    assert by_spaces(config, obs_spec(obs), spec) == (dict(zip(names, chosen, strict=True)), [f"settings for: {words}"])
+    mine = dict(zip(names, (0.5, 7, 0.25), strict=True))
+    assert by_spaces(replace(config, **mine), obs_spec(obs), spec) == ({}, [])
+    assert by_spaces(TrainConfig(), obs_spec(obs), spec) == ({}, [])
+
+
+def test_an_environment_without_a_preset(tmp_path, capsys):
+    """Its spaces choose; config.json has every value; a flag wins; --clip-reward replaces the scaling of rewards."""
+    args = [*TINY, "--env-id", "environments:Walk-v0", "--run-dir", str(tmp_path / "run"), "--ent-coef", "0.5"]
+    assert console(args) == 0
+    out = capsys.readouterr().out
+    assert "preset general (environments:Walk-v0; fastppo's own): norm_obs, norm_reward, learning_rate 0.001, update_" in out
+    assert "settings for: " in out
+    config = TrainConfig.from_json(tmp_path / "run" / "config.json")
+    assert (config.preset, config.learning_rate, config.update_epochs, config.ent_coef) == ("general", 1e-3, 10, 0.5)
+    clipped = parse_train(["--env-id", "environments:Walk-v0", "--clip-reward"])
+    assert (clipped.clip_reward, clipped.norm_reward) == (True, False)
+    with pytest.raises(UsageError, match="--clip-reward and --norm-reward"):
+        parse_train(["--env-id", "environments:Walk-v0", "--clip-reward", "--norm-reward"])
 
 
 # --- preset files

@@ -170,6 +170,27 @@ def test_actions():
     assert np.concatenate(given).tolist() == [-2.0, 1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("space", "is_rescaled"),
+    [
+        (Box(0.0, 512.0, (2,)), True),  # PushT: a Gaussian of deviation 1 stays in the corner
+        (Box(-0.1, 0.1, (1,)), True),
+        (Box(np.float32([-1, 2]), np.float32([1, 4])), True),  # 0 is outside
+        (Box(-2.0, 2.0, (1,)), False),
+        (Box(np.float32([-1, 0]), np.float32([1, 1])), False),  # CarRacing
+        (Box(-np.inf, np.inf, (1,)), False),
+        (Box(0.0, 0.0, (1,)), False),
+        (Discrete(3), False),
+    ],
+)
+def test_actions_are_rescaled_by_default_where_their_bounds_are_far(space, is_rescaled):
+    """From -1 to 1 then; False keeps the bounds."""
+    env = Film()
+    env.action_space = space
+    assert wrapped(env, Preprocessing(rescale_action=False)).action_space == space
+    assert (wrapped(env, Preprocessing()).action_space == Box(-1.0, 1.0, space.shape)) is is_rescaled
+
+
 @pytest.mark.parametrize("shape", [(36, 36), (35, 36), (3, 40, 50), (40, 50, 3), (40, 50, 60), (50, 40, 36, 3), (400,)])
 def test_what_a_picture_is(shape):
     """As the networks have it, so that nothing is resized that is not convolved."""

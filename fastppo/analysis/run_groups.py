@@ -195,6 +195,7 @@ def read_groups(paths: Sequence[str], note: Callable[[str], object]) -> list[Gro
 def _texts(config: TrainConfig) -> tuple[str, ...]:
     """The values of SETTINGS as strings."""
     shown = {name: setting_text(getattr(config, name)) for name in SETTINGS}
+    shown["rescale_action"] = setting_text(bool(config.rescale_action))
     shown["resize"] = setting_text(config.resize or (0,))  # none: no picture was large enough to be resized
     if not config.exact_resume:  # then checkpoints do not change what is learned
         shown["checkpoint_iterations"] = ""

@@ -8,7 +8,10 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Settings of the wrappers of an environment that is made one by one. The defaults change nothing but large pictures."""
+    """Settings of the wrappers of an environment that is made one by one.
+
+    The defaults change only large pictures, and actions whose bounds are far from -1 and 1.
+    """
 
     frame_skip: int = 1
     """Steps that each action is repeated for."""
@@ -18,8 +21,8 @@ class Preprocessing:
     """Height and width of pictures, one number for both; (0,): as they are; None: large ones become 84 x 84."""
     frame_stack: int = 1
     """Last observations in one."""
-    rescale_action: bool = False
-    """Actions from -1 to 1 instead of the environment's bounds."""
+    rescale_action: bool | None = None
+    """Actions from -1 to 1 instead of the environment's bounds; None: where these are far from -1 and 1."""
     time_aware: bool = False
     """The observation includes the share of the time limit that has passed."""
 
@@ -29,7 +32,7 @@ class Preprocessing:
     @property
     def flags(self) -> list[str]:
         """The flags of the settings that ask for a wrapper."""
-        asked = (spec.name for spec in fields(self) if getattr(self, spec.name) not in (spec.default, (0,)))
+        asked = (spec.name for spec in fields(self) if getattr(self, spec.name) not in (spec.default, False, (0,)))
         return ["--" + name.replace("_", "-") for name in asked]
 
     @property

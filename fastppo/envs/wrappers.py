@@ -25,7 +25,9 @@ from fastppo.errors import UsageError
 MIN_SIDE = 36  # a smaller array of bytes is no picture (MIN_IMAGE_SIDE of policy/spaces.py)
 LARGE = 96  # pictures with a longer side are resized by default
 DEFAULT_SIZE = (84, 84)  # of DQN
-RESIZED = "resized_from"  # key of the metadata of an environment whose pictures are resized by default: their size before
+FAR = 4.0  # half of an action's range; rescaled by default where it is more, or less than 1/FAR, or does not hold 0
+# keys of the metadata of an environment whose pictures or actions are changed by default: the size or the bounds before
+RESIZED, RESCALED = "resized_from", "rescaled_from"
 
 Function = Callable[[Any], Any]
 
@@ -43,7 +45,7 @@ def wrapped(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[Any, Any
         env = PictureObservation(env, settings)
     if settings.frame_stack > 1:
         env = _stacked(env, settings.frame_stack)
-    if settings.rescale_action:
+    if settings.rescale_action or (settings.rescale_action is None and _is_far(env.action_space)):
         env = _rescaled(env)
     return env
 
@@ -263,7 +265,17 @@ def _rescaled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     space = env.action_space
     if not (isinstance(space, Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UsageError(f"--rescale-action needs a Box action space with finite bounds, and this one is {space}: leave it off")
-    return RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    rescaled = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+    rescaled.metadata = {**env.metadata, RESCALED: f"{space.low.min():.4g} to {space.high.max():.4g}"}
+    return rescaled
+
+
+def _is_far(space: Space[Any]) -> bool:
+    """Whether a Gaussian of mean 0 and standard deviation 1 would leave most of an action's bounds, or of itself, unused."""
+    if not (isinstance(space, Box) and space.dtype.kind == "f" and space.is_bounded()):
+        return False
+    half, centre = (space.high / 2 - space.low / 2).astype(np.float64), (space.high / 2 + space.low / 2).astype(np.float64)
+    return bool((half > 0).all() and ((half > FAR) | (half < 1 / FAR) | (np.abs(centre) > half)).any())
 
 
 def _pictures(space: Space[Any]) -> list[Any]:

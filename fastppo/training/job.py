@@ -89,6 +89,7 @@ def allocate_buffers(task: Task) -> Buffers:
     for state, own in zip(states, axis.unstack(params), strict=True):
         state.params = own  # acting and learning use the same tensor
     units = task.local.batch_size // config.rows_per_unit
+    assert config.update_epochs is not None  # chosen by the environment's spaces if the preset leaves it open
     permutation = torch.empty(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
     return Buffers(
         axis=axis,

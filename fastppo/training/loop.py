@@ -8,7 +8,6 @@ environments and programs are one.
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +17,9 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from fastppo.callbacks import Callback
+from fastppo.callbacks import Callback, CallbackFunction, checked_callbacks
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
-from fastppo.envs.functions import naming
-from fastppo.errors import UsageError
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.ranks import Ranks, checked, is_first_of_machine
@@ -32,6 +29,7 @@ from fastppo.system.cpus import is_forked
 from fastppo.system.modes import plain
 from fastppo.system.paths import current_directory
 from fastppo.system.platforms import SIGPIPE, process_age
+from fastppo.training.arguments import GivenEnvs, arguments
 from fastppo.training.ends import finish, isolating_fault, keeping_state
 from fastppo.training.job import Job, draw_noise, start_job
 from fastppo.training.multi_seed import shown_row
@@ -42,24 +40,31 @@ from fastppo.training.training_run import Times
 
 
 def train(
-    config: TrainConfig,
+    config: TrainConfig | str | None = None,
     policy: ModuleFactory | None = None,
     *,
-    callbacks: Sequence[Callback] = (),
-    envs: VectorEnv | None = None,
+    callbacks: Sequence[Callback | CallbackFunction] = (),
+    envs: GivenEnvs | None = None,
     env_fn: Callable[..., Any] | None = None,
+    **settings: Any,
 ) -> TrainResult:
-    """Train an agent as `config` says and keep everything in its run directory; with num_seeds S agents at once.
+    """Train an agent and keep everything in its run directory; with num_seeds S agents at once.
+
+    train("LunarLander-v3", seed=3) is `python -m fastppo.train --env-id LunarLander-v3 --seed 3`: it starts from the preset of
+    the environment. train(TrainConfig(env_id="LunarLander-v3")) has exactly these settings.
 
     Args:
+        config: settings, or an env_id.
         policy: `policy(inputs, num_outputs) -> torch.nn.Module`, a network of your own instead of ours: see
             fastppo.policy.module_policy.ModulePolicy for what it is given and returns.
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
-        envs: a vector environment of your own instead of one made from env_id, trained and evaluated on, and left open. The run
-            is named after the id it was registered with, or its class, unless env_id is set.
+        envs: an environment of your own, several in a list, or a vector environment, trained and evaluated on, and left open.
+            The run is named after the id it was registered with, or its class, unless env_id is set. A function or class is
+            an env_fn.
         env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
             makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
             cannot be imported (a lambda) has to be given again.
+        settings: fields of TrainConfig, instead of those of `config` or of the preset.
 
     Raises:
         UsageError: a setting is not possible. Nothing has been written.
@@ -68,16 +73,9 @@ def train(
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
     place = current_directory()  # before the code of an environment changes it
-    config = with_absolute_paths(config, place)
-    if env_fn is None:
-        return train_in(default_runs(config, place), config, policy, callbacks, envs)
-    if envs is not None:
-        raise UsageError("envs and env_fn both say what to train on: give one of them")
-    with naming(env_fn) as env_id:
-        if config.env_id not in (TrainConfig.env_id, env_id):
-            raise UsageError(f"env_id {config.env_id} and env_fn both say what to train on: give one of them")
-        config = replace(config, env_id=env_id)
-        return train_in(default_runs(config, place), config, policy, callbacks)
+    with arguments(config, envs, env_fn, settings) as (chosen, own):
+        chosen = with_absolute_paths(chosen, place)
+        return train_in(default_runs(chosen, place), chosen, policy, checked_callbacks(callbacks), own)
 
 
 def train_in(

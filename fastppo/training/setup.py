@@ -24,7 +24,7 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import MadeEnvs, env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.render import make_render_env
-from fastppo.envs.wrappers import DEFAULT_SIZE, RESIZED
+from fastppo.envs.wrappers import DEFAULT_SIZE, RESCALED, RESIZED
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
@@ -38,6 +38,7 @@ from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain
+from fastppo.training.by_spaces import by_spaces
 from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
@@ -166,7 +167,8 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         config = named_after(given, config)
     with checked(ranks):
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
-    config, local, resized = with_size(config, local, found)
+    chosen, lines = chosen_by_environment(config, found)
+    config, local = replace(config, **chosen), replace(local, **chosen)
     render_env = None
     if config.record_every is not None and ranks.is_main:
         render_env = make_recorded(config, given, deadline)
@@ -197,7 +199,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (resized, note, thread_note) if line is not None),
+        notes=tuple(line for line in (*lines, note, thread_note) if line is not None),
         render_env=render_env,
         **vars(found),
     )
@@ -266,14 +268,18 @@ def open_environments(
     return OpenedEnvs(envs, engine, why, obs, action, tuple(findings), tried is None or tried.was_made)
 
 
-def with_size(config: TrainConfig, local: TrainConfig, found: OpenedEnvs) -> tuple[TrainConfig, TrainConfig, str | None]:
-    """The settings with the size of pictures that were resized by default, and a line that says so."""
-    before = found.envs.envs.metadata.get(RESIZED)
-    if before is None:
-        return config, local, None
-    height, width = DEFAULT_SIZE
-    note = f"pictures of {before} pixels are resized to {height} x {width} (--resize 0 keeps them)"
-    return replace(config, resize=DEFAULT_SIZE), replace(local, resize=DEFAULT_SIZE), note
+def chosen_by_environment(config: TrainConfig, found: OpenedEnvs) -> tuple[dict[str, Any], list[str]]:
+    """The settings that were left to the environment, and a line for the user on each choice."""
+    chosen, lines = by_spaces(config, found.obs, found.action)
+    metadata = found.envs.envs.metadata
+    if RESIZED in metadata and config.resize is None:
+        chosen["resize"] = DEFAULT_SIZE
+        height, width = DEFAULT_SIZE
+        lines.append(f"pictures of {metadata[RESIZED]} pixels are resized to {height} x {width} (--resize 0 keeps them)")
+    if RESCALED in metadata and config.rescale_action is None:
+        chosen["rescale_action"] = True
+        lines.append(f"actions of {metadata[RESCALED]} are learned as -1 to 1 (--rescale-action False: as they are)")
+    return chosen, lines
 
 
 def make_networks(

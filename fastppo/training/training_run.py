@@ -110,7 +110,7 @@ class CallbackList:
     def _call(self, moment: str) -> str | None:
         enough = None
         for callback in self._callbacks if self._view is not None else ():
-            name = type(callback).__name__
+            name = getattr(callback, "name", type(callback).__name__)
             try:
                 if is_yes(getattr(callback, moment)(self._view)):
                     enough = enough or f"{name} has seen enough"
@@ -261,6 +261,7 @@ class TrainingRun:
     ) -> dict[str, int | float]:
         state, config = self.state, self.config
         terminated, truncated, valid = outcomes.terminated, outcomes.truncated, outcomes.valid
+        entropy = (config.ent_coef or 0.0) * metrics["entropy"]
         return ordered_row(
             {
                 "iteration": state.iteration,
@@ -272,7 +273,7 @@ class TrainingRun:
                 "episodes": state.episodes.episodes,
                 "terminations": int((terminated & valid).sum()),
                 "truncations": int((truncated & ~terminated & valid).sum()),
-                "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - config.ent_coef * metrics["entropy"],
+                "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - entropy,
                 **metrics,
                 "learning_rate": learning_rate.item(),
                 "env_share": times.env / times.total,
