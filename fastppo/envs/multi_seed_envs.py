@@ -22,6 +22,7 @@ from fastppo.envs.device import DeviceEnv, Running, StepResult, TorchVectorEnv, 
 from fastppo.envs.envpool import EnvPoolVectorEnv
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import INFO_KEYS, NumberedVectorEnv
+from fastppo.envs.shared_rows import rows_of
 
 ResetSeeds = int | Sequence[int] | None  # S seeds, or the first of them; None: generators continue
 
@@ -69,7 +70,7 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """actions: (S * N, ...)."""
-        results = [envs.step(_rows_of(actions, self._rows(index))) for index, envs in enumerate(self.envs)]
+        results = [envs.step(rows_of(actions, self._rows(index))) for index, envs in enumerate(self.envs)]
         *parts, infos = zip(*results, strict=True)
         self._obs = list(parts[0])
         obs, reward, terminated, truncated = map(_joined, parts)
@@ -124,10 +125,6 @@ def _joined(batches: Sequence[Any]) -> Any:
     if isinstance(first, tuple):
         return tuple(_joined(parts) for parts in zip(*batches, strict=True))
     return torch.cat(list(batches)) if is_tensor(first) else np.concatenate(batches)
-
-
-def _rows_of(batch: Any, rows: slice) -> Any:
-    return tuple(part[rows] for part in batch) if isinstance(batch, tuple) else batch[rows]
 
 
 class SeededTorchVectorEnv(TorchVectorEnv):

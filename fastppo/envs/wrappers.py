@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
-from fastppo.envs.masks import has_mask
+from fastppo.envs.masks import has_mask, leaf_spaces
 from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.errors import UsageError
@@ -138,16 +138,22 @@ class _Picture(gym.Env[Any, Any]):
 
 def _changed(space: Space[Any], settings: Preprocessing) -> tuple[Space[Any], Function]:
     """An observation space with its pictures changed, and the function that changes an observation."""
-    if isinstance(space, Dict):
-        parts = {name: _changed(part, settings) for name, part in space.spaces.items()}
-        functions = {name: function for name, (_, function) in parts.items()}
-        return Dict({name: part for name, (part, _) in parts.items()}), partial(_apply_to_dict, functions)
-    if isinstance(space, Tuple):
-        spaces, each = zip(*(_changed(part, settings) for part in space.spaces), strict=True)
-        return Tuple(spaces), lambda obs: tuple(function(part) for function, part in zip(each, obs, strict=True))
+    if isinstance(space, Dict | Tuple):
+        return _rebuilt(space, partial(_changed, settings=settings))
     if not is_picture(space):
         return space, lambda obs: obs
     return _changed_picture(space, settings)
+
+
+def _rebuilt(space: Any, change: Callable[[Space[Any]], tuple[Space[Any], Function]]) -> tuple[Space[Any], Function]:
+    """A Dict or Tuple in which each part is changed, and the function that changes each part of a value."""
+    if isinstance(space, Dict):
+        parts = {name: change(part) for name, part in space.spaces.items()}
+        functions = {name: function for name, (_, function) in parts.items()}
+        return Dict([(name, part) for name, (part, _) in parts.items()]), partial(_apply_to_dict, functions)
+    pairs = [change(part) for part in space.spaces]
+    each = [function for _, function in pairs]
+    return Tuple([part for part, _ in pairs]), lambda values: tuple(f(part) for f, part in zip(each, values, strict=True))
 
 
 def _apply_to_dict(functions: Mapping[str, Function], obs: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,20 +264,38 @@ def _without_channel(obs: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _rescaled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    from gymnasium.wrappers import RescaleAction  # here: 0.2 s
+    from gymnasium.wrappers import RescaleAction, TransformAction  # here: 0.2 s
 
     space = env.action_space
+    if isinstance(space, Dict | Tuple):
+        if not any(isinstance(part, Box) for part in leaf_spaces(space)):
+            raise UsageError(f"--rescale-action needs a Box among the actions, and {space} has none: leave it off")
+        return TransformAction(env, *reversed(_rescaled_space(space)))
+    _check_rescaled(space)
+    return RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def _check_rescaled(space: Space[Any]) -> None:
     if not (isinstance(space, Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UsageError(f"--rescale-action needs a Box action space with finite bounds, and this one is {space}: leave it off")
-    return RescaleAction(env, np.float32(-1.0), np.float32(1.0))
+
+
+def _rescaled_space(space: Space[Any]) -> tuple[Space[Any], Function]:
+    """An action space with its boxes rescaled to -1 to 1, and the function that turns its actions into the environment's."""
+    from gymnasium.wrappers.utils import rescale_box
+
+    if isinstance(space, Dict | Tuple):
+        return _rebuilt(space, _rescaled_space)
+    if not isinstance(space, Box):
+        return space, lambda action: action
+    _check_rescaled(space)
+    box, _, function = rescale_box(space, np.float32(-1.0), np.float32(1.0))
+    return box, function
 
 
 def _pictures(space: Space[Any]) -> list[Any]:
     """The spaces of the pictures in an observation."""
-    if isinstance(space, Dict | Tuple):
-        parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
-        return [picture for part in parts for picture in _pictures(part)]
-    return [space] if is_picture(space) else []
+    return [part for part in leaf_spaces(space) if is_picture(part)]
 
 
 def is_picture(space: Space[Any]) -> bool:
