@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from fastppo.envs.autoreset import is_tensor
 from fastppo.envs.cartpole import SeededCartPole
-from fastppo.envs.device import DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
+from fastppo.envs.device import Action, DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.envpool import EnvPoolVectorEnv
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import INFO_KEYS, NumberedVectorEnv
@@ -154,7 +154,7 @@ class SeededTorchVectorEnv(TorchVectorEnv):
         self.running = tree_map(lambda *x: torch.stack(x), *each)
         return self.running.obs.flatten(0, 1), {}
 
-    def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
+    def advance(self, running: Running, action: Action) -> tuple[Running, StepResult]:
         """Step all environments as one batch, since they are independent of each other."""
         together = tree_map(lambda x: x.flatten(0, 1), running)
         after, result = autoreset_step(self.env, together, action, self.draw().flatten(0, 1))
