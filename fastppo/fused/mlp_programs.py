@@ -23,7 +23,7 @@ from fastppo.core.seed_axis import SeedAxis
 from fastppo.fused import operators
 from fastppo.fused.operators import ActCall, Actors
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, Hybrid, choices
+from fastppo.policy.distributions import CATEGORICAL, choices
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.network import Network
 from fastppo.policy.spaces import ACTION_MASK
@@ -37,8 +37,6 @@ SERIAL_WORK = 2**22  # multiplications of a call of `act` that one thread does a
 
 def covers(network: Network) -> TypeGuard[Covered]:
     """Whether the fused programs compute this network: multi-layer perceptrons, on anything but images."""
-    if isinstance(getattr(network, "distribution", None), Hybrid):
-        return False
     if isinstance(network, ActorCritic):
         return not any(leaf.kind == "image" for leaf in network.encoder.leaves)
     return isinstance(network, MLPActorCritic)
