@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
+from fastppo.action_masks import flat_mask, mask_of
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
-from fastppo.envs.masks import MaskSource, flat_mask, mask_of, source_of
+from fastppo.envs.masks import MaskSource, source_of
 from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, UsageError
 

@@ -13,10 +13,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from fastppo.action_masks import choices_of, leaf_spaces
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.check_calls import CallChecker, RefusedError
 from fastppo.envs.check_ends import ACTION_COUNTS, NOT_DECLARED, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
-from fastppo.envs.masks import choices_of, leaf_spaces
 from fastppo.envs.streams import draw_from_streams, moved_streams, states_of_streams
 from fastppo.errors import EnvironmentFailed, brief, located
 from fastppo.random_streams import Stream, seed_of

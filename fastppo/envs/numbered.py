@@ -12,7 +12,8 @@ import gymnasium as gym
 from gymnasium.spaces import Dict, Tuple
 from gymnasium.vector import SyncVectorEnv
 
-from fastppo.envs.masks import flat_mask, masks_of, owner_of
+from fastppo.action_masks import flat_mask
+from fastppo.envs.masks import masks_of, owner_of
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, located
 
 EnvFn = Callable[[], gym.Env[Any, Any]]

@@ -32,7 +32,7 @@ def reset_group(
 
 def exchanged_space(obs: Space[Any], action: Space[Any]) -> Dict:
     """The arrays that one environment exchanges in a step, as a space; raises UsageError for a space that no array can hold."""
-    pad = "; turn them into ones of fixed size in a gymnasium.ObservationWrapper, for example pad them to a Box"
+    pad = "; pad them to a Box with a gymnasium.ObservationWrapper"
     for name, space, hint in (("observations", obs, pad), ("actions", action, "")):
         if not _has_arrays(space):
             raise UsageError(

@@ -1,7 +1,7 @@
 """Preprocessing of one environment, by gymnasium's wrappers where these fit. Does not import torch.
 
 From the environment outwards: time (TimeAwareObservation), frame skip, reward weights, greyscale, resize, frame stack
-(FrameStackObservation), rescaled actions (RescaleAction). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI
+(FrameStackObservation), rescaled actions (rescale_box). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI
 baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them and counts the environment's own steps.
 
 Greyscale and resize apply to every picture of a Dict or Tuple observation. Stacked pictures are joined to one with more
@@ -17,7 +17,8 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
-from fastppo.envs.masks import has_mask, leaf_spaces
+from fastppo.action_masks import leaf_spaces
+from fastppo.envs.masks import has_mask
 from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.errors import UsageError
@@ -264,33 +265,31 @@ def _without_channel(obs: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _rescaled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    from gymnasium.wrappers import RescaleAction, TransformAction  # here: 0.2 s
+    from gymnasium.wrappers import TransformAction  # here: 0.2 s
 
-    space = env.action_space
+    if isinstance(env.action_space, Dict | Tuple) and not any(isinstance(part, Box) for part in leaf_spaces(env.action_space)):
+        raise UsageError(f"--rescale-action needs a Box among the actions, and {env.action_space} has none: leave it off")
+    space, function = _rescaled_space(env.action_space, is_part=isinstance(env.action_space, Dict | Tuple))
+    return TransformAction(env, function, space)
+
+
+def _rescaled_space(space: Space[Any], is_part: bool) -> tuple[Space[Any], Function]:
+    """An action space with its boxes rescaled to -1 to 1, and the function that turns its actions into the environment's.
+
+    is_part: of a Dict or Tuple, in which other spaces stay as they are.
+    """
+    from gymnasium.wrappers.utils import rescale_box  # here: 0.2 s
+
     if isinstance(space, Dict | Tuple):
-        if not any(isinstance(part, Box) for part in leaf_spaces(space)):
-            raise UsageError(f"--rescale-action needs a Box among the actions, and {space} has none: leave it off")
-        return TransformAction(env, *reversed(_rescaled_space(space)))
-    _check_rescaled(space)
-    return RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-
-
-def _check_rescaled(space: Space[Any]) -> None:
+        return _rebuilt(space, partial(_rescaled_space, is_part=True))
+    if is_part and not isinstance(space, Box):
+        return space, lambda action: action
     if not (isinstance(space, Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UsageError(f"--rescale-action needs a Box action space with finite bounds, and this one is {space}: leave it off")
-
-
-def _rescaled_space(space: Space[Any]) -> tuple[Space[Any], Function]:
-    """An action space with its boxes rescaled to -1 to 1, and the function that turns its actions into the environment's."""
-    from gymnasium.wrappers.utils import rescale_box
-
-    if isinstance(space, Dict | Tuple):
-        return _rebuilt(space, _rescaled_space)
-    if not isinstance(space, Box):
-        return space, lambda action: action
-    _check_rescaled(space)
+    low, high = space.low, space.high
     box, _, function = rescale_box(space, np.float32(-1.0), np.float32(1.0))
-    return box, function
+    # rounding may lead out of the bounds, and a range of 0 to nan
+    return box, lambda action: np.fmin(np.fmax(function(action), low), high)
 
 
 def _pictures(space: Space[Any]) -> list[Any]:

@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from fastppo.action_masks import flat_mask
 from fastppo.core.contracts import Normalization, Obs, normalize_obs
 from fastppo.policy.distributions import masked
 from fastppo.policy.network import Network
 from fastppo.policy.rnn import RecurrentActorCritic
-from fastppo.policy.spaces import ActionLeaf, ActionSpec, ObsLeaf, ObsSpec
+from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
 from fastppo.system.modes import ours
 
 
@@ -155,32 +155,11 @@ class Agent:
         if given is None:
             return torch.ones(rows, size, dtype=torch.bool, device=self.params.device)
         if isinstance(given, dict | tuple):
-            given = flat_mask(given, self.action)
+            given = flat_mask(given, self.action.space)
         mask = to_tensor(given, self.params.device) != 0
         if mask.numel() != rows * size:
             raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes ({size},) an observation")
         return mask.reshape(rows, size)
-
-
-def flat_mask(given: Any, action: ActionSpec) -> NDArray[Any]:
-    """The mask (A,) of one observation from its parts; a part that is missing or None allows everything. Raises ValueError."""
-    parts = [np.zeros(0)]
-    for leaf in action.leaves if action.is_structure else ():
-        part = _part(leaf, given) if leaf.numbers else None
-        flat = np.concatenate([np.ravel(x) for x in tree_leaves(part)]) if part is not None else np.ones(sum(leaf.numbers))
-        if len(flat) != sum(leaf.numbers):
-            raise ValueError(f"action_mask has {len(flat)} numbers for {leaf.key}, which has {sum(leaf.numbers)} choices")
-        parts.append(flat)
-    return np.concatenate(parts if action.is_structure else [np.ravel(part) for part in tree_leaves(given)])
-
-
-def _part(leaf: ActionLeaf, mask: Any) -> Any:
-    """This leaf's part of a mask; None: it has none."""
-    for name in leaf.path:
-        if mask is None or (isinstance(mask, dict) and name not in mask):
-            return None
-        mask = mask[name]
-    return mask
 
 
 def to_tensor(given: Any, device: torch.device) -> Tensor:

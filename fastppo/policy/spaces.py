@@ -172,8 +172,7 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
     else:
         raise UsageError(
             f"--env-id: observation space {space}{_where(path)} is not supported; supported: Box, Discrete, MultiDiscrete, "
-            "MultiBinary, and Dict and Tuple of these: turn it into one of fixed size with a gymnasium.ObservationWrapper, for "
-            "example pad it to a Box"
+            "MultiBinary, and Dict and Tuple of these; pad it to a Box with a gymnasium.ObservationWrapper"
         )
 
 
