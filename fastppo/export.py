@@ -22,8 +22,9 @@ class ExportConfig:
     """Write a run's policy to one file: normalisation, mask and action bounds included, for any number of observations at once.
 
     The inputs are the parts of an observation as the environment returns them, by name: `obs`, or `obs.NAME` of a Dict or
-    Tuple, and `action_mask` if there is one. The output is `action`, the likeliest, as the environment takes it. The file does
-    not sample and returns no values. It is compared with the run's policy before it appears.
+    Tuple, and `action_mask` if there is one. The output is `action`, the likeliest, as the environment takes it; of a Dict or
+    Tuple, `action.NAME` for each part. The file does not sample and returns no values. It is compared with the run's policy
+    before it appears.
 
     A policy with memory (--rnn) also takes `memory`, float32 (batch, S), and returns `next_memory` after the action. Start with
     zeros. At each step give back the last `next_memory`, with zeros in the rows where a new episode begins.

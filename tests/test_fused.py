@@ -17,7 +17,7 @@ from fastppo.fused import operators
 from fastppo.fused.kernels import Kernels
 from fastppo.fused.mlp_programs import FusedAct, FusedLearn, ThreadCount, covers
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, MultiCategorical
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Hybrid, MultiCategorical
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
@@ -35,13 +35,14 @@ def kernels(needs_compiler):
 
 @st.composite
 def networks(draw):
-    kind = draw(st.sampled_from(["categorical", "multi", "normal"]))
+    kind = draw(st.sampled_from(["categorical", "multi", "normal", "hybrid"]))
     numbers = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
     size = draw(st.integers(1, 20))
-    family = {"categorical": CATEGORICAL, "multi": MultiCategorical(numbers), "normal": DIAGONAL_NORMAL}[kind]
+    single = {"categorical": CATEGORICAL, "normal": DIAGONAL_NORMAL, "multi": MultiCategorical(numbers)}
+    family = Hybrid(numbers, size) if kind == "hybrid" else single[kind]
     mlp = MLPActorCritic(
         draw(st.integers(1, 40)),
-        sum(numbers) if kind == "multi" else size,
+        {"multi": sum(numbers), "hybrid": sum(numbers) + size}.get(kind, size),
         family,
         tuple(draw(st.lists(st.integers(1, 70), max_size=3))),
         draw(st.sampled_from(sorted(ACTIVATIONS))),

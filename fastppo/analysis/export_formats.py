@@ -94,14 +94,13 @@ def _pt2(program: "ExportedProgram") -> bytes:
     return buffer.getvalue()
 
 
-def file_runner(path: Path, format: str) -> Callable[[Arrays], Arrays]:
-    """A function that runs the file without fastppo, from inputs to outputs."""
+def file_runner(path: Path, format: str, names: list[str]) -> Callable[[Arrays], Arrays]:
+    """A function that runs the file without fastppo, from inputs to outputs. names: of the outputs, in their order."""
     if format == "onnx":
         import onnxruntime
 
         session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        return lambda inputs: dict(zip(names, session.run(None, inputs), strict=True))
+        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
     import torch
 
     module = torch.export.load(io.BytesIO(path.read_bytes())).module()
@@ -109,7 +108,7 @@ def file_runner(path: Path, format: str) -> Callable[[Arrays], Arrays]:
     def run(inputs: Arrays) -> Arrays:
         outputs = module({name: torch.from_numpy(x) for name, x in inputs.items()})
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-        return {name: x.numpy() for name, x in zip(("action", NEXT_MEMORY), outputs, strict=False)}
+        return {name: x.numpy() for name, x in zip(names, outputs, strict=True)}
 
     return run
 

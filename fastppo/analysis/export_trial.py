@@ -55,7 +55,8 @@ def make_trial(agent: "Agent", rnn_state_size: int) -> list[TrialStep]:
         inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in agent.obs}
         episode_start = (np.arange(rows) + number) % 4 == 0  # in one step of four for each row
         agent.reset(episode_start)
-        outputs = {"action": agent.act(obs, action_mask=mask)}
+        action = agent.act(obs, action_mask=mask)
+        outputs = {leaf.key: leaf.find(action) for leaf in agent.action.leaves}
         if agent.rnn_state is not None:
             inputs["memory"] = np.where(episode_start[:, None], np.float32(0), memory)
             memory = agent.rnn_state[:, :rnn_state_size].cpu().numpy()  # the actor's part
@@ -85,7 +86,7 @@ def differences(policy: "DeployedPolicy", trial: list[TrialStep], run: Callable[
     run: computes the outputs of the file from inputs. Its exceptions are not caught.
     """
     answered = [*_answers(run, trial), *_answers(run, [step.first_rows(1) for step in trial])]
-    of_actions = max(_action_distance(policy, step, got["action"]) for step, got in answered)
+    of_actions = max(_action_distance(policy, step, got) for step, got in answered)
     memories = [(step.outputs[NEXT_MEMORY], got[NEXT_MEMORY]) for step, got in answered if NEXT_MEMORY in got]
     return of_actions, max((_distance(expected, got) for expected, got in memories), default=0.0)
 
@@ -101,31 +102,39 @@ def _answers(run: Callable[[Arrays], Arrays], trial: list[TrialStep]) -> Iterato
         yield step, got
 
 
-def _action_distance(policy: "DeployedPolicy", step: TrialStep, got: NDArray[Any]) -> float:
+def _action_distance(policy: "DeployedPolicy", step: TrialStep, got: Arrays) -> float:
     """How far the file's actions are from the policy's: 0 if they are equal, infinite if they are outside the action space.
 
-    For continuous actions, their `_distance`. For discrete actions, the largest difference of log-probabilities: if rounding
-    alone decides between two actions, either is right.
+    For continuous actions, their `_distance`. For choices, the largest difference of log-probabilities: if rounding alone
+    decides between two, either is right.
     """
+    of_numbers, same_choices = 0.0, True
+    for leaf in policy.action.leaves:
+        one, expected = got[leaf.key], step.outputs[leaf.key]
+        if one.shape != expected.shape or one.dtype != expected.dtype:
+            return float("inf")
+        if not all(leaf.space.contains(np.asarray(row)) for row in one):
+            return float("inf")
+        if leaf.numbers:
+            same_choices &= np.array_equal(one, expected)
+        else:
+            of_numbers = max(of_numbers, _distance(expected, one))
+    return of_numbers if same_choices else max(of_numbers, _distance_of_choices(policy, step, got))
+
+
+def _distance_of_choices(policy: "DeployedPolicy", step: TrialStep, got: Arrays) -> float:
     import torch
 
-    expected, action = step.outputs["action"], policy.action
-    if got.shape != expected.shape or got.dtype != expected.dtype:
-        return float("inf")
-    if np.array_equal(got, expected):
-        return 0.0
-    if not all(action.space.contains(np.asarray(one)) for one in got):
-        return float("inf")
-    if expected.dtype.kind == "f":
-        return _distance(expected, got)
+    from fastppo.policy.distributions import MultiCategorical, choices, logits_of
+
+    action = policy.action
+    family = MultiCategorical(choices(action.distribution, action.size))
     with torch.no_grad():
-        dist, _ = policy.step({name: torch.from_numpy(x) for name, x in step.inputs.items()})
-        best, other = (
-            action.distribution.log_prob(
-                dist, torch.from_numpy(one - getattr(action.space, "start", 0)).reshape(len(got), *action.shape)
-            )
-            for one in (expected, got)
-        )
+        logits = logits_of(policy.step({name: torch.from_numpy(x) for name, x in step.inputs.items()})[0])
+    best, other = (
+        family.log_prob(logits, torch.cat([leaf.chosen(given[leaf.key]) for leaf in action.leaves if leaf.numbers], -1))
+        for given in (step.outputs, got)
+    )
     return float((best - other).abs().max())
 
 

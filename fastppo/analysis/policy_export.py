@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastppo.analysis.export_formats import check_output, file_content, file_runner, silent_exporters
+from fastppo.analysis.export_formats import NEXT_MEMORY, check_output, file_content, file_runner, silent_exporters
 from fastppo.analysis.export_trial import ROWS, STEPS, differences, make_trial
 from fastppo.errors import TrainingFault, UsageError, brief
 from fastppo.system.paths import absolute, current_directory
@@ -41,6 +41,7 @@ class Exported(NamedTuple):
 def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exported:
     """Write the policy's likeliest action as a function of the observation to one file, and compare it with `agent.act`.
 
+    The output is `action`; of a Dict or Tuple action space each part is one, `action.NAME`, in the order of the space.
     A recurrent policy has a second input `memory`, float32 (batch, S), and returns actions and `next_memory`. Start with zeros.
     At each step pass the last `next_memory`, with zeros in the rows whose observation is the first of an episode
     (gymnasium's vector environments return that observation one step after the end of the episode before).
@@ -70,11 +71,11 @@ def export_policy(agent: "Agent", path: str | Path, format: str = "onnx") -> Exp
             except OSError as error:
                 raise UsageError(f"--output {path} cannot be written: {brief(error)}") from None
             try:
-                of_actions, of_memories = differences(policy, trial, file_runner(temporary, format))
+                of_actions, of_memories = differences(policy, trial, file_runner(temporary, format, list(example.outputs)))
             except Exception as error:
                 raise TrainingFault(f"the exported policy does not run, {path} was not written: {brief(error)}") from error
-        dtype = trial[0].outputs["action"].dtype
-        tolerance = TOLERANCE if dtype.kind != "f" else max(TOLERANCE, 2.0 * float(np.finfo(dtype).eps))
+        floats = [x.dtype for name, x in example.outputs.items() if name != NEXT_MEMORY and x.dtype.kind == "f"]
+        tolerance = max([TOLERANCE, *(2.0 * float(np.finfo(dtype).eps) for dtype in floats)])
         for does, difference, most in (("act", of_actions, tolerance), ("remember", of_memories, TOLERANCE)):
             if difference > most:
                 raise TrainingFault(

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
+from fastppo.action_masks import flat_mask, mask_of
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import MaskSource, source_of
@@ -163,9 +164,11 @@ class AutoresetEnvs:
     def _masks_given(self, info: Mapping[str, Any], unneeded: Batch) -> tuple[Batch | None, Batch]:
         """Masks (N, A) bool, None if no environment gave one; and which environments gave one, (N,) bool."""
         given: Any = info.get("action_mask")
-        gives = np.zeros(self.num_envs, bool)
+        gives, space = np.zeros(self.num_envs, bool), self.envs.single_action_space
         if given is not None:
             gives = np.asarray(info.get("_action_mask", ~gives))
+        if isinstance(given, Mapping):
+            given = [mask_of(given, space, index) if one else None for index, one in enumerate(gives)]
         if self._mask_source is not None and not (gives | unneeded).all():
             given = self._mask_source(unneeded)
             given = given.cpu().numpy() if is_tensor(given) else given
@@ -173,7 +176,7 @@ class AutoresetEnvs:
         if not gives.any():
             return None, gives
         if not isinstance(given, np.ndarray) or given.dtype == object:  # lists, or tuples of an array for each component
-            rows = [_flat(mask) if one else None for mask, one in zip(given, gives, strict=True)]
+            rows = [flat_mask(mask, space) if one else None for mask, one in zip(given, gives, strict=True)]
             like = next(row for row in rows if row is not None)
             given = np.stack([np.ones_like(like) if row is None else row for row in rows])
         return given.reshape(self.num_envs, -1) != 0, gives
@@ -195,11 +198,6 @@ def is_tensor(value: object) -> bool:
 def np_or_torch(batch: Batch) -> ModuleType:
     """numpy for an array, torch for a tensor."""
     return sys.modules["torch"] if is_tensor(batch) else np
-
-
-def _flat(mask: Any) -> np.ndarray[Any, Any]:
-    """The arrays of a nested tuple, flat and joined."""
-    return np.concatenate([_flat(part) for part in mask]) if isinstance(mask, tuple | list) else np.ravel(mask)
 
 
 def _lives_of(envs: VectorEnv) -> EpisodicLife | None:

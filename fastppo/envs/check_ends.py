@@ -5,8 +5,9 @@ autoreset_mode, so that NEXT_STEP is assumed: an action that counts in the step 
 nothing of policies or learning. Does not import torch unless the environment does.
 """
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -121,18 +122,24 @@ class NextAction:
 
     def _another(self, action: Any) -> Any:
         """The same actions with another one for the environment that ended, if its space has another."""
-        space = batch_space(self.envs.envs.single_action_space, self.envs.num_envs)
+        single = self.envs.envs.single_action_space
+        space = batch_space(single, self.envs.num_envs)
         space.seed(1)
-        changed = np.array(action)
+        changed = copy.deepcopy(action)
         for _ in range(16):
-            changed[self._env] = np.asarray(space.sample())[self._env]
-            if _differ(changed, action):
+            for to, sampled in zip(leaves(changed, single), leaves(space.sample(), single), strict=True):
+                to[self._env] = sampled[self._env]
+            if any(map(_differ, leaves(changed, single), leaves(action, single))):
                 break
         return changed
 
 
 def action_like(action: Any, like: Any) -> Any:
     """Sampled actions as a tensor on the device of `like` if `like` is a tensor."""
+    if isinstance(action, Mapping):
+        return {name: action_like(part, like) for name, part in action.items()}
+    if isinstance(action, tuple):
+        return tuple(action_like(part, like) for part in action)
     if is_tensor(like):
         import torch
 

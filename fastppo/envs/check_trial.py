@@ -8,11 +8,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Box, MultiBinary
+from gymnasium.spaces import Box, Dict, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from fastppo.action_masks import choices_of, leaf_spaces
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.check_calls import CallChecker, RefusedError
 from fastppo.envs.check_ends import ACTION_COUNTS, NOT_DECLARED, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
@@ -104,7 +105,9 @@ def _steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, obs: Any, ma
         legal = numbers(mask if in_obs is None else in_obs)
         masked |= legal is not None
         action = (
-            actions.sample() if legal is None else _legal(single, legal.reshape(envs.num_envs, -1) != 0, done, rng, checker)
+            actions.sample()
+            if legal is None
+            else _legal(actions.sample(), single, legal.reshape(envs.num_envs, -1) != 0, done, rng, checker)
         )
         began = time.perf_counter()
         step = envs.step(action_like(action, next(leaves(obs, space))))
@@ -141,6 +144,10 @@ def _steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, obs: Any, ma
 
 def sampled_space(space: gym.Space[Any]) -> gym.Space[Any]:
     """An action space to sample from: bounds beyond NO_BOUND become infinite, since gymnasium cannot sample up to float64's."""
+    if isinstance(space, Dict):
+        return Dict([(name, sampled_space(part)) for name, part in space.spaces.items()])
+    if isinstance(space, Tuple):
+        return Tuple([sampled_space(part) for part in space.spaces])
     if not isinstance(space, Box) or space.dtype.kind != "f":
         return space
     low, high = (
@@ -205,15 +212,20 @@ def _alike(arrays: list[NDArray[Any]]) -> bool:
 
 
 def _legal(
-    space: gym.Space[Any], mask: NDArray[np.bool_], done: NDArray[np.bool_], rng: np.random.Generator, checker: CallChecker
-) -> NDArray[Any]:
-    """Random actions (N, *shape) that `mask`, (N, A), allows; any action where it allows none, as at an episode's end."""
-    sizes = [int(n) for n in np.ravel(getattr(space, "nvec", getattr(space, "n", 0)))]
-    if isinstance(space, MultiBinary):
-        sizes = [2] * int(np.prod(space.shape))
-    parts = np.split(mask, np.cumsum(sizes)[:-1], axis=-1)
+    actions: Any,
+    space: gym.Space[Any],
+    mask: NDArray[np.bool_],
+    done: NDArray[np.bool_],
+    rng: np.random.Generator,
+    checker: CallChecker,
+) -> Any:
+    """`actions`, samples (N, ...), with random choices that `mask`, (N, A), allows; any where it allows none, as at an end."""
+    parts = np.split(mask, np.cumsum(choices_of(space))[:-1], axis=-1)
     if any((~part.any(-1) & ~done).any() for part in parts):
         checker.warn("mask", "action_mask allows no action in the middle of an episode")
-    chosen = np.stack([((1.0 + rng.random(part.shape)) * part).argmax(-1) for part in parts], -1)
-    chosen = chosen.reshape(len(mask), *(space.shape or ()))
-    return np.asarray(chosen + getattr(space, "start", 0), space.dtype)
+    chosen = iter([((1.0 + rng.random(part.shape)) * part).argmax(-1) for part in parts])
+    for batch, leaf in zip(leaves(actions, space), leaf_spaces(space), strict=True):
+        choices = [next(chosen) for _ in choices_of(leaf)]
+        if choices:
+            batch[...] = np.stack(choices, -1).reshape(batch.shape) + getattr(leaf, "start", 0)
+    return actions

@@ -24,21 +24,25 @@ Knows nothing of policies, rollouts or compilation, and of no environment by nam
 """
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Dict, Tuple
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fastppo.action_masks import leaf_spaces
 from fastppo.system.devices import resolved
 
 State = Any  # a tensor, or a tuple, dict or NamedTuple of tensors, each (N, ...)
+Action = Any  # a tensor (N, *action_shape); for a Dict or Tuple space a dict or tuple of such
 
 
 class DeviceEnv(Protocol):
@@ -56,7 +60,7 @@ class DeviceEnv(Protocol):
 
     @property
     def action_space(self) -> gym.Space[Any]:
-        """Of one environment. Actions are of its own dtype; neither clipped nor checked."""
+        """Of one environment. Actions are of its own dtype; neither clipped nor checked. It may be a Dict or Tuple."""
         ...
 
     @property
@@ -73,12 +77,12 @@ class DeviceEnv(Protocol):
         """First state and observation (N, *obs_shape) of N episodes; random (N, K) float32."""
         ...
 
-    def step(self, state: State, action: Tensor, random: Tensor) -> tuple[State, Tensor, Tensor, Tensor, Tensor]:
+    def step(self, state: State, action: Action, random: Tensor) -> tuple[State, Tensor, Tensor, Tensor, Tensor]:
         """One step of each.
 
         Args:
             state: as returned by `reset` or `step`.
-            action: (N, *action_shape).
+            action: (N, *action_shape), or a dict or tuple of such.
             random: (N, K) float32.
 
         Returns:
@@ -130,7 +134,7 @@ def start(env: DeviceEnv, random: Tensor) -> Running:
     return Running(state, obs, elapsed, torch.zeros_like(elapsed, dtype=torch.bool))
 
 
-def autoreset_step(env: DeviceEnv, running: Running, action: Tensor, random: Tensor) -> tuple[Running, StepResult]:
+def autoreset_step(env: DeviceEnv, running: Running, action: Action, random: Tensor) -> tuple[Running, StepResult]:
     """One step under gymnasium's NEXT_STEP rule (see envs/autoreset.py) and the environment's time limit; pure.
 
     Where `running.done`, the environment resets: its action is ignored, its reward 0, it is neither terminated nor truncated,
@@ -138,7 +142,7 @@ def autoreset_step(env: DeviceEnv, running: Running, action: Tensor, random: Ten
     never for both.
 
     Args:
-        action: (N, *action_shape). random: (N, K) float32, fresh for this step.
+        action: as `DeviceEnv.step` takes it. random: (N, K) float32, fresh for this step.
     """
     resetting = running.done
     first_state, first_obs = _detached(env.reset(random))
@@ -252,11 +256,12 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         self.running = start(self.env, self.draw())
         return self.running.obs, {}
 
-    def step(self, actions: Tensor | NDArray[Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
+    def step(self, actions: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Any]]:
         """Step all environments; those that ended in the last step reset instead (see `autoreset_step`).
 
         Args:
-            actions: (N, *action_shape), any dtype and device. Values are not checked: that would wait for the device.
+            actions: (N, *action_shape), an array or a tensor of any dtype and device, or a dict or tuple of such. Values are
+                not checked: that would wait for the device.
 
         Returns:
             obs (N, *obs_shape), reward (N,) float32, terminated (N,) bool, truncated (N,) bool, {}.
@@ -266,14 +271,18 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
             gymnasium.error.ResetNeeded: before the first reset.
         """
         running = self.running
-        action = torch.as_tensor(actions, device=self.device).to(_action_dtype(self.single_action_space))
-        expected = (self.num_envs, *(self.single_action_space.shape or ()))
-        if action.shape != expected:
-            raise ValueError(f"{self}: actions must have shape {expected}, not {tuple(action.shape)}")
-        self.running, result = self.advance(running, action)
+        self.running, result = self.advance(running, _for_leaves(self._own, self.single_action_space, actions))
         return *result, {}
 
-    def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
+    def _own(self, space: gym.Space[Any], batch: Any) -> Tensor:
+        """A leaf of the actions as a tensor of its space's dtype. Raises ValueError for another shape."""
+        action = torch.as_tensor(batch, device=self.device).to(_action_dtype(space))
+        expected = (self.num_envs, *(space.shape or ()))
+        if action.shape != expected:
+            raise ValueError(f"{self}: actions must have shape {expected}, not {tuple(action.shape)}")
+        return action
+
+    def advance(self, running: Running, action: Action) -> tuple[Running, StepResult]:
         """`autoreset_step` with numbers from `generator`."""
         return autoreset_step(self.env, running, action, self.draw())
 
@@ -291,6 +300,15 @@ class TorchVectorEnv(VectorEnv[Tensor, Any, Tensor]):
         return tuple(self.env.render_frame(row) for row in rows)
 
 
+def _for_leaves(function: Callable[..., Any], space: gym.Space[Any], *values: Any) -> Any:
+    """function(leaf of the space, leaf of each value) in the structure of the space."""
+    if isinstance(space, Dict):
+        return {name: _for_leaves(function, part, *(x[name] for x in values)) for name, part in space.spaces.items()}
+    if isinstance(space, Tuple):
+        return tuple(_for_leaves(function, part, *(x[i] for x in values)) for i, part in enumerate(space.spaces))
+    return function(space, *values)
+
+
 def _action_dtype(space: gym.Space[Any]) -> torch.dtype:
     return torch.from_numpy(np.empty(0, space.dtype)).dtype
 
@@ -300,7 +318,7 @@ def _obs_dtype(space: gym.Space[Any]) -> torch.dtype:
     return torch.float32 if is_float else torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
-def _any_action(space: gym.Space[Any], num_envs: int, device: torch.device) -> Tensor:
+def _any_action(num_envs: int, device: torch.device, space: gym.Space[Any]) -> Tensor:
     """The same legal action for each of N environments."""
     action: Any = np.zeros(space.shape or ())
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
@@ -313,10 +331,11 @@ def _any_action(space: gym.Space[Any], num_envs: int, device: torch.device) -> T
 def _check_contract(env: DeviceEnv, num_envs: int, device: torch.device) -> None:
     """Raises ValueError that names the first thing of `env` that breaks the contract of `DeviceEnv`."""
     name = type(env).__name__
-    for which in ("observation_space", "action_space"):
-        space = getattr(env, which)
-        if space.shape is None or space.dtype is None:
-            raise ValueError(f"{name}.{which} is {space}: one tensor has to hold it")
+    if env.observation_space.shape is None or env.observation_space.dtype is None:
+        raise ValueError(f"{name}.observation_space is {env.observation_space}: one tensor has to hold it")
+    for leaf in leaf_spaces(env.action_space):
+        if leaf.shape is None or leaf.dtype is None:
+            raise ValueError(f"{name}.action_space is {env.action_space}: a tensor has to hold each part")
 
     def check(what: str, found: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         got = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
@@ -325,7 +344,7 @@ def _check_contract(env: DeviceEnv, num_envs: int, device: torch.device) -> None
 
     random = torch.zeros((num_envs, env.num_random), dtype=torch.float32, device=device)
     first_state, first_obs = env.reset(random)
-    action = _any_action(env.action_space, num_envs, device)
+    action = _for_leaves(partial(_any_action, num_envs, device), env.action_space)
     state, obs, reward, terminated, truncated = env.step(first_state, action, random)
     obs_shape = (num_envs, *(env.observation_space.shape or ()))
     check("reset: obs", first_obs, obs_shape, _obs_dtype(env.observation_space))

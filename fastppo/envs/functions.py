@@ -106,7 +106,7 @@ def _spec(env_id: str, function: Function) -> EnvSpec:
     return EnvSpec(name, None if makes_many else entry_point, vector_entry_point=entry_point if makes_many else None)
 
 
-def _make(function: Function, kind: type, **kwargs: Any) -> Any:
+def _make(function: Function, kind: type, /, **kwargs: Any) -> Any:
     """Call a function with --env-kwargs. Raises UsageError if it returns something else than an environment."""
     arguments = _arguments(function)
     if "render_mode" in kwargs and "render_mode" not in arguments and not any(map(_takes_all, arguments.values())):

@@ -2,7 +2,7 @@
 
 `action_masks` is a method, property or attribute of the environment or of a wrapper (the outermost one counts): (A,), all
 choices of its action in a row. A vector environment may have its own: (N, A). It is not used for an environment whose
-observation has an `action_mask`. Does not import torch.
+observation has an `action_mask`. One environment may also give its mask in parts (action_masks.py). Does not import torch.
 """
 
 from collections.abc import Callable

@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_map
 
 from fastppo.envs.autoreset import is_tensor
 from fastppo.envs.cartpole import SeededCartPole
-from fastppo.envs.device import DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
+from fastppo.envs.device import Action, DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.envpool import EnvPoolVectorEnv
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import INFO_KEYS, NumberedVectorEnv
+from fastppo.envs.shared_rows import rows_of
 
 ResetSeeds = int | Sequence[int] | None  # S seeds, or the first of them; None: generators continue
 
@@ -69,7 +70,7 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """actions: (S * N, ...)."""
-        results = [envs.step(_rows_of(actions, self._rows(index))) for index, envs in enumerate(self.envs)]
+        results = [envs.step(rows_of(actions, self._rows(index))) for index, envs in enumerate(self.envs)]
         *parts, infos = zip(*results, strict=True)
         self._obs = list(parts[0])
         obs, reward, terminated, truncated = map(_joined, parts)
@@ -126,10 +127,6 @@ def _joined(batches: Sequence[Any]) -> Any:
     return torch.cat(list(batches)) if is_tensor(first) else np.concatenate(batches)
 
 
-def _rows_of(batch: Any, rows: slice) -> Any:
-    return tuple(part[rows] for part in batch) if isinstance(batch, tuple) else batch[rows]
-
-
 class SeededTorchVectorEnv(TorchVectorEnv):
     """Environments on the device, with tensors of `running` (S, N, ...) and one generator per seed."""
 
@@ -157,7 +154,7 @@ class SeededTorchVectorEnv(TorchVectorEnv):
         self.running = tree_map(lambda *x: torch.stack(x), *each)
         return self.running.obs.flatten(0, 1), {}
 
-    def advance(self, running: Running, action: Tensor) -> tuple[Running, StepResult]:
+    def advance(self, running: Running, action: Action) -> tuple[Running, StepResult]:
         """Step all environments as one batch, since they are independent of each other."""
         together = tree_map(lambda x: x.flatten(0, 1), running)
         after, result = autoreset_step(self.env, together, action, self.draw().flatten(0, 1))

@@ -4,13 +4,15 @@ An environment that fails is named by its number. Does not import torch.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
+from gymnasium.spaces import Dict, Tuple
 from gymnasium.vector import SyncVectorEnv
 
+from fastppo.action_masks import flat_mask
 from fastppo.envs.masks import masks_of, owner_of
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, located
 
@@ -54,13 +56,17 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
 
 
 class NumberedEnv(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment whose errors have its number, and whose info has the result of `action_masks()` (envs/masks.py)."""
+    """An environment whose errors have its number, and whose info has the result of `action_masks()` (envs/masks.py).
+
+    A mask in parts becomes one array.
+    """
 
     def __init__(self, env: gym.Env[Any, Any], number: int) -> None:
         super().__init__(env)
         self.metadata = dict(env.metadata)  # before gymnasium 1.4 SyncVectorEnv writes to it, and it is its class's
         self.number = number
         self._masks = owner_of(env)  # None: it has none
+        self._has_parts = isinstance(env.action_space, Dict | Tuple)
 
     @classmethod
     def make(cls, env_fn: EnvFn, number: int) -> "NumberedEnv":
@@ -72,23 +78,24 @@ class NumberedEnv(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         try:
             obs, info = self.env.reset(**kwargs)
-            return obs, info if self._masks is None else self._with_mask(info)
+            return obs, self._with_mask(info)
         except ENVIRONMENT_ERRORS as error:
             raise EnvironmentFailed(f"environment {self.number}: {located(error)}") from error
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            if self._masks is None:
+            if self._masks is None and not self._has_parts:
                 return self.env.step(action)
             obs, reward, terminated, truncated, info = self.env.step(action)
             # no action follows an episode's last observation, and its mask may allow nothing
-            info = info if terminated or truncated else self._with_mask(info)
-            return obs, reward, terminated, truncated, info
+            return obs, reward, terminated, truncated, self._with_mask(info, is_last=bool(terminated or truncated))
         except ENVIRONMENT_ERRORS as error:
             raise EnvironmentFailed(f"environment {self.number}: {located(error)}") from error
 
-    def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
-        if info.get("action_mask") is not None:
+    def _with_mask(self, info: dict[str, Any], is_last: bool = False) -> dict[str, Any]:
+        mask = info.get("action_mask")
+        if mask is None and self._masks is not None and not is_last:
+            mask = masks_of(self._masks)
+        if mask is None or (mask is info.get("action_mask") and not isinstance(mask, Mapping | tuple | list)):
             return info
-        mask = masks_of(self._masks)
-        return info if mask is None else {**info, "action_mask": mask}
+        return {**info, "action_mask": flat_mask(mask, self.env.action_space) if self._has_parts else mask}

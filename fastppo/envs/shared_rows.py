@@ -32,11 +32,12 @@ def reset_group(
 
 def exchanged_space(obs: Space[Any], action: Space[Any]) -> Dict:
     """The arrays that one environment exchanges in a step, as a space; raises UsageError for a space that no array can hold."""
-    for name, space in (("observations", obs), ("actions", action)):
+    pad = "; pad them to a Box with a gymnasium.ObservationWrapper"
+    for name, space, hint in (("observations", obs, pad), ("actions", action, "")):
         if not _has_arrays(space):
             raise UsageError(
                 f"--vectorization grouped and async share arrays between processes, and none holds {name} of {space}; "
-                "supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these"
+                f"supported: Box, Discrete, MultiDiscrete, MultiBinary, and Dict and Tuple of these{hint}"
             )
     numbers = {"reward": Box(-np.inf, np.inf, (), np.float64)}
     flags = {name: Box(0, 1, (), np.bool_) for name in ("terminated", "truncated")}  # type: ignore[arg-type]

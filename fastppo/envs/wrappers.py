@@ -1,7 +1,7 @@
 """Preprocessing of one environment, by gymnasium's wrappers where these fit. Does not import torch.
 
 From the environment outwards: time (TimeAwareObservation), frame skip, reward weights, greyscale, resize, frame stack
-(FrameStackObservation), rescaled actions (RescaleAction). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI
+(FrameStackObservation), rescaled actions (rescale_box). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI
 baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them and counts the environment's own steps.
 
 Greyscale and resize apply to every picture of a Dict or Tuple observation. Stacked pictures are joined to one with more
@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
+from fastppo.action_masks import leaf_spaces
 from fastppo.envs.masks import has_mask
 from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.envs.preprocessing import Preprocessing
@@ -140,16 +141,22 @@ class _Picture(gym.Env[Any, Any]):
 
 def _changed(space: Space[Any], settings: Preprocessing) -> tuple[Space[Any], Function]:
     """An observation space with its pictures changed, and the function that changes an observation."""
-    if isinstance(space, Dict):
-        parts = {name: _changed(part, settings) for name, part in space.spaces.items()}
-        functions = {name: function for name, (_, function) in parts.items()}
-        return Dict({name: part for name, (part, _) in parts.items()}), partial(_apply_to_dict, functions)
-    if isinstance(space, Tuple):
-        spaces, each = zip(*(_changed(part, settings) for part in space.spaces), strict=True)
-        return Tuple(spaces), lambda obs: tuple(function(part) for function, part in zip(each, obs, strict=True))
+    if isinstance(space, Dict | Tuple):
+        return _rebuilt(space, partial(_changed, settings=settings))
     if not is_picture(space):
         return space, lambda obs: obs
     return _changed_picture(space, settings)
+
+
+def _rebuilt(space: Any, change: Callable[[Space[Any]], tuple[Space[Any], Function]]) -> tuple[Space[Any], Function]:
+    """A Dict or Tuple in which each part is changed, and the function that changes each part of a value."""
+    if isinstance(space, Dict):
+        parts = {name: change(part) for name, part in space.spaces.items()}
+        functions = {name: function for name, (_, function) in parts.items()}
+        return Dict([(name, part) for name, (part, _) in parts.items()]), partial(_apply_to_dict, functions)
+    pairs = [change(part) for part in space.spaces]
+    each = [function for _, function in pairs]
+    return Tuple([part for part, _ in pairs]), lambda values: tuple(f(part) for f, part in zip(each, values, strict=True))
 
 
 def _apply_to_dict(functions: Mapping[str, Function], obs: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,30 +267,49 @@ def _without_channel(obs: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _rescaled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    from gymnasium.wrappers import RescaleAction  # here: 0.2 s
+    from gymnasium.wrappers import TransformAction  # here: 0.2 s
 
-    space = env.action_space
+    if isinstance(env.action_space, Dict | Tuple) and not any(isinstance(part, Box) for part in leaf_spaces(env.action_space)):
+        raise UsageError(f"--rescale-action needs a Box among the actions, and {env.action_space} has none: leave it off")
+    space, function = _rescaled_space(env.action_space, is_part=isinstance(env.action_space, Dict | Tuple))
+    rescaled = TransformAction(env, function, space)
+    boxes: list[Any] = [part for part in leaf_spaces(env.action_space) if isinstance(part, Box)]
+    low, high = min(box.low.min() for box in boxes), max(box.high.max() for box in boxes)
+    rescaled.metadata = {**env.metadata, RESCALED: f"{low:.4g} to {high:.4g}"}
+    return rescaled
+
+
+def _rescaled_space(space: Space[Any], is_part: bool) -> tuple[Space[Any], Function]:
+    """An action space with its boxes rescaled to -1 to 1, and the function that turns its actions into the environment's.
+
+    is_part: of a Dict or Tuple, in which other spaces stay as they are.
+    """
+    from gymnasium.wrappers.utils import rescale_box  # here: 0.2 s
+
+    if isinstance(space, Dict | Tuple):
+        return _rebuilt(space, partial(_rescaled_space, is_part=True))
+    if is_part and not isinstance(space, Box):
+        return space, lambda action: action
     if not (isinstance(space, Box) and space.dtype.kind == "f" and space.is_bounded()):
         raise UsageError(f"--rescale-action needs a Box action space with finite bounds, and this one is {space}: leave it off")
-    rescaled = RescaleAction(env, np.float32(-1.0), np.float32(1.0))
-    rescaled.metadata = {**env.metadata, RESCALED: f"{space.low.min():.4g} to {space.high.max():.4g}"}
-    return rescaled
+    low, high = space.low, space.high
+    box, _, function = rescale_box(space, np.float32(-1.0), np.float32(1.0))
+    # rounding may lead out of the bounds, and a range of 0 to nan
+    return box, lambda action: np.fmin(np.fmax(function(action), low), high)
 
 
 def _is_far(space: Space[Any]) -> bool:
     """Whether a Gaussian of mean 0 and standard deviation 1 would leave most of an action's bounds, or of itself, unused."""
-    if not (isinstance(space, Box) and space.dtype.kind == "f" and space.is_bounded()):
+    boxes: list[Any] = [part for part in leaf_spaces(space) if isinstance(part, Box)]
+    if not all(box.dtype.kind == "f" and box.is_bounded() and (box.high > box.low).all() for box in boxes):
         return False
-    half, centre = (space.high / 2 - space.low / 2).astype(np.float64), (space.high / 2 + space.low / 2).astype(np.float64)
-    return bool((half > 0).all() and ((half > FAR) | (half < 1 / FAR) | (np.abs(centre) > half)).any())
+    halves = [(box.high / 2 - box.low / 2, box.high / 2 + box.low / 2) for box in boxes]
+    return any(((half > FAR) | (half < 1 / FAR) | (np.abs(centre) > half)).any() for half, centre in halves)
 
 
 def _pictures(space: Space[Any]) -> list[Any]:
     """The spaces of the pictures in an observation."""
-    if isinstance(space, Dict | Tuple):
-        parts = space.spaces.values() if isinstance(space, Dict) else space.spaces
-        return [picture for part in parts for picture in _pictures(part)]
-    return [space] if is_picture(space) else []
+    return [part for part in leaf_spaces(space) if is_picture(part)]
 
 
 def is_picture(space: Space[Any]) -> bool:

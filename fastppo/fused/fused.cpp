@@ -9,9 +9,9 @@ namespace fastppo {
 
 struct ActCall {  // as in operators.py
   const float *obs, *obs_mean, *obs_scale;  // (S, N, D); (S, D) or null
-  const uint8_t* action_mask;               // (S, N, A), or null
+  const uint8_t* action_mask;               // (S, N, logits), or null
   const float* noise;                       // (S, N, A)
-  void* action;                             // (S, N, choices) int64, or (S, N, A) float
+  void* action;                             // (S, N, choices) int64, or (S, N, choices + components) float
   int64_t num_rows, num_threads;            // N
 };
 
@@ -32,7 +32,7 @@ class Actors {
   void act(const ActCall& call) {
     while (static_cast<int64_t>(blocks_.size()) < call.num_threads) {
       blocks_.emplace_back(network_);
-      legal_.emplace_back(network_.action_size);
+      legal_.emplace_back(network_.num_logits);
     }
     const int64_t blocks_per_seed = (call.num_rows + kBlockRows - 1) / kBlockRows, num_blocks = num_seeds_ * blocks_per_seed;
     run_team(call.num_threads, [&](int64_t thread) {
@@ -48,7 +48,7 @@ class Actors {
   void act(const ActCall& call, int64_t thread, int64_t seed, int64_t first, int64_t n) const {
     const Block& block = blocks_[thread];
     const Columns& legal = legal_[thread];
-    const int64_t inputs = network_.obs_size, outputs = network_.action_size;
+    const int64_t inputs = network_.obs_size, logits = network_.num_logits;
     const float* packed = packed_.get() + seed * network_.size;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t row = seed * call.num_rows + first + i;
@@ -61,23 +61,20 @@ class Actors {
     forward_trunk(network_, packed, n, block, 0);
     apply_head(block.features(0), n, network_.actor_head, packed, turned_.get() + seed * network_.turned_size, block.actor);
     for (int64_t i = 0; call.action_mask && i < n; ++i) {
-      read_mask(call.action_mask + (seed * call.num_rows + first + i) * outputs, outputs, i, legal);
+      read_mask(call.action_mask + (seed * call.num_rows + first + i) * logits, logits, i, legal);
     }
     for (int64_t r = 0; call.action_mask && r < n; r += kWidth) mask_logits(network_.choices, legal, r, block.actor);
-    for (int64_t i = 0; i < n; ++i) sample(call, packed, seed * call.num_rows + first + i, block.actor, i);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t row = seed * call.num_rows + first + i;
+      network_.num_normal() > 0 ? sample<float>(call, packed, row, block.actor, i) : sample<int64_t>(call, packed, row, block.actor, i);
+    }
   }
 
-  // distributions.normal_sample, or categorical_sample of each choice, of row i of the block. out: means or logits.
+  // distributions.categorical_sample of each choice, then normal_sample, of row i of the block. out: logits, then means.
+  template <class Number>
   void sample(const ActCall& call, const float* packed, int64_t row, const Columns& out, int64_t i) const {
-    const int64_t size = network_.action_size;
-    const float* noise = call.noise + row * size;
-    if (network_.is_gaussian()) {
-      const float* log_std = packed + network_.log_std;
-      float* action = static_cast<float*>(call.action) + row * size;
-      for (int64_t a = 0; a < size; ++a) action[a] = out.column(a)[i] + std::exp(log_std[a]) * noise[a];
-      return;
-    }
-    int64_t* action = static_cast<int64_t*>(call.action) + row * static_cast<int64_t>(network_.choices.size());
+    const float *noise = call.noise + row * network_.action_size, *log_std = packed + network_.log_std;
+    Number* action = static_cast<Number*>(call.action) + row * network_.num_action_columns();
     int64_t first = 0;
     for (const int64_t number : network_.choices) {
       int64_t best = first;
@@ -85,8 +82,11 @@ class Actors {
         const float gain = out.column(a)[i] + noise[a], most = out.column(best)[i] + noise[best];
         if (gain > most || (std::isnan(gain) && !std::isnan(most))) best = a;
       }
-      *action++ = best - first;
+      *action++ = static_cast<Number>(best - first);
       first += number;
+    }
+    for (int64_t a = first; a < network_.action_size; ++a) {
+      *action++ = static_cast<Number>(out.column(a)[i] + std::exp(log_std[a - first]) * noise[a]);
     }
   }
 

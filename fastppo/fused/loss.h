@@ -84,12 +84,14 @@ inline void categorical_gradient(const std::vector<int64_t>& choices, const Colu
   }
 }
 
-// distributions.normal_log_prob and normal_entropy. `mean` becomes the standardised action z.
-inline Outcome normal(int64_t size, const Columns& action, int64_t r, const float* log_std, const Columns& mean) {
+// distributions.normal_log_prob and normal_entropy. Components come behind choices; `out` is logits, then means, and each mean
+// becomes the standardised action z.
+inline Outcome normal(const Network& network, const Columns& action, int64_t r, const float* log_std, const Columns& out) {
   Outcome sum{};
-  for (int64_t a = 0; a < size; ++a) {
-    const Vector z = (load(action.column(a) + r) - load(mean.column(a) + r)) * std::exp(-log_std[a]);
-    store(mean.column(a) + r, z);
+  for (int64_t a = 0; a < network.num_normal(); ++a) {
+    float* mean = out.column(network.num_logits + a) + r;
+    const Vector z = (load(action.column(network.num_choices() + a) + r) - load(mean)) * std::exp(-log_std[a]);
+    store(mean, z);
     sum.log_prob += -0.5f * z * z - log_std[a] - kHalfLogTwoPi;
     sum.entropy += log_std[a] + kHalfLogTwoPi + 0.5f;
   }
@@ -98,11 +100,11 @@ inline Outcome normal(int64_t size, const Columns& action, int64_t r, const floa
 
 // d log_prob / d mean = z / std,   d log_prob / d log_std = z^2 - 1,   d entropy / d log_std = 1. counted: which lanes are rows.
 // Where d_log_prob is 0, z may be so large that z^2 is inf.
-inline void normal_gradient(int64_t size, const Columns& z, int64_t r, const float* log_std, Integers counted, Vector d_log_prob,
-                            Vector d_entropy, const Columns& d_mean, float* d_log_std) {
-  for (int64_t a = 0; a < size; ++a) {
-    const Vector value = load(z.column(a) + r);
-    store(d_mean.column(a) + r, d_log_prob * value * std::exp(-log_std[a]));
+inline void normal_gradient(const Network& network, const Columns& z, int64_t r, const float* log_std, Integers counted,
+                            Vector d_log_prob, Vector d_entropy, const Columns& d_out, float* d_log_std) {
+  for (int64_t a = 0; a < network.num_normal(); ++a) {
+    const Vector value = load(z.column(network.num_logits + a) + r);
+    store(d_out.column(network.num_logits + a) + r, d_log_prob * value * std::exp(-log_std[a]));
     d_log_std[a] += static_cast<float>(sum(where(counted, d_log_prob * value * value - d_log_prob + d_entropy)));
   }
 }

@@ -23,7 +23,7 @@ from fastppo.core.seed_axis import SeedAxis
 from fastppo.fused import operators
 from fastppo.fused.operators import ActCall, Actors
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, choices
+from fastppo.policy.distributions import CATEGORICAL, choices
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.network import Network
 from fastppo.policy.spaces import ACTION_MASK
@@ -50,7 +50,7 @@ def mlp_of(network: Covered) -> MLPActorCritic:
 def description(network: Covered) -> list[int]:
     """The network as `operators.network_shape` takes it."""
     mlp = mlp_of(network)
-    numbers = () if mlp.distribution is DIAGONAL_NORMAL else choices(mlp.distribution, mlp.action_size)
+    numbers = choices(mlp.distribution, mlp.action_size)
     activation = operators.ACTIVATIONS.index(mlp.activation)
     sizes = (len(mlp.hidden_sizes), *mlp.hidden_sizes)
     return [mlp.obs_size, mlp.action_size, activation, int(mlp.share_backbone), *sizes, *numbers]

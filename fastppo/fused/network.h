@@ -19,7 +19,7 @@ struct NetworkShape {  // as in operators.py
   int64_t obs_size, action_size, num_hidden;
   const int64_t* hidden_sizes;
   int64_t activation, share_backbone, num_choices;
-  const int64_t* choices;  // logits of each choice; num_choices is 0 for a diagonal Gaussian
+  const int64_t* choices;  // logits of each choice; the other outputs are the means of normal components
 };
 
 // Memory for floats, aligned to cache lines and zero.
@@ -69,14 +69,14 @@ class Network {
     critic_head = add(1, num_features, 1);
     log_std = size;
     log_std_flat = flat_size;
-    if (is_gaussian()) {
-      size += padded(action_size);
-      flat_size += action_size;
-    }
+    for (const int64_t number : choices) num_logits += number;
+    size += padded(num_normal());
+    flat_size += num_normal();
   }
 
-  bool is_gaussian() const { return choices.empty(); }
-  int64_t num_action_columns() const { return is_gaussian() ? action_size : static_cast<int64_t>(choices.size()); }
+  int64_t num_choices() const { return static_cast<int64_t>(choices.size()); }
+  int64_t num_normal() const { return action_size - num_logits; }
+  int64_t num_action_columns() const { return num_choices() + num_normal(); }  // a row of actions: int64 for choices alone
 
   // Call visit(flat index, packed index, number) for all stretches of parameters that follow one another packed.
   template <class Visit>
@@ -86,7 +86,7 @@ class Network {
     }
     visit_matrix(actor_head, visit);
     visit_matrix(critic_head, visit);
-    if (is_gaussian()) visit(log_std_flat, log_std, action_size);
+    if (num_normal() > 0) visit(log_std_flat, log_std, num_normal());
   }
 
   void pack(const float* flat, float* packed) const {
@@ -112,7 +112,7 @@ class Network {
     }
   }
 
-  int64_t obs_size, action_size, num_features = 0;
+  int64_t obs_size, action_size, num_logits = 0, num_features = 0;
   Activation activation;
   std::vector<int64_t> choices;
   std::vector<std::vector<Matrix>> trunks;  // of actor and critic, or one that both share
@@ -177,7 +177,7 @@ struct Block {
   const Rows& features(int64_t trunk) const { return hidden[trunk].empty() ? obs : hidden[trunk].back(); }
 
   Rows obs;
-  Columns actor, critic;                         // logits or means; values
+  Columns actor, critic;                         // logits, then means; values
   Rows d_actor, d_critic;                        // the gradient of the loss with respect to them
   std::vector<std::vector<Rows>> hidden, slope;  // by trunk and layer: outputs, and the activation's slope there, which `backward`
                                                  // turns into the gradient with respect to the layer's sums

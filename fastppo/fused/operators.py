@@ -88,7 +88,8 @@ def functions() -> ctypes.CDLL:
 def network_shape(network: Sequence[int]) -> ctypes.Structure:
     """The C structure of [obs_size, action_size, activation, share_backbone, num_hidden, *hidden_sizes, *choices].
 
-    activation: its index in ACTIVATIONS. choices: the number of logits of each choice; none for a diagonal Gaussian.
+    activation: its index in ACTIVATIONS. choices: the number of logits of each choice; none for a diagonal Gaussian. Where they
+    are fewer than action_size, the other outputs are means of normal components.
     """
     obs_size, action_size, activation, share_backbone, num_hidden, *sizes = network
     numbers = (ctypes.c_int64 * max(len(sizes), 1))(*sizes)
@@ -102,6 +103,17 @@ def network_shape(network: Sequence[int]) -> ctypes.Structure:
 def num_choices(network: Sequence[int]) -> int:
     """The number of choices in the list that `network_shape` takes; 0 for a diagonal Gaussian."""
     return len(network) - 5 - network[4]
+
+
+def num_logits(network: Sequence[int]) -> int:
+    """The number of logits of all choices. The other outputs are means of normal components."""
+    return sum(network[5 + network[4] :])
+
+
+def action_type(network: Sequence[int]) -> tuple[torch.dtype, int]:
+    """Dtype and length of an action: the choices, int64 if that is all, then the normal components."""
+    num_normal = network[1] - num_logits(network)
+    return torch.float32 if num_normal else torch.int64, num_choices(network) + num_normal
 
 
 def _address(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
@@ -145,7 +157,7 @@ def mlp_learn(
     Args:
         params: (P,). adam: exp_avg (P,), exp_avg_sq (P,), step ().
         obs: (T+1, N, D) float32, the networks' input, normalised. final_obs: the same, where environments reset within a step.
-        action_mask: (T+1, N, A) bool. action: (T+1, N, choices) int64, or (T+1, N, A) float32.
+        action_mask: (T+1, N, logits) bool. action: (T+1, N, choices) int64, or (T+1, N, choices + components) float32.
         steps: reward float32, terminated, truncated, valid bool, (T+1, N) each.
         permutation: (E, B) int64. coefficients: core.contracts.Coefficients. returns: their mean and std. All () float32.
         network: see `network_shape`. switches, execution: SWITCHES and EXECUTION in their order. exchange is the address of
@@ -155,19 +167,18 @@ def mlp_learn(
         ValueError: a tensor of another type or shape. RuntimeError: an exchange failed, or the functions are not loaded.
     """
     rows, num_envs, obs_size = obs.shape
-    num_params, outputs = params.numel(), network[1]
-    choices = num_choices(network)
+    num_params = params.numel()
     grid, kind = (rows, num_envs), torch.float32
     num_minibatches = permutation.numel() // minibatch_size
     results = _empty_results(params, num_minibatches)
-    actions = (torch.int64, *grid, choices) if choices else (kind, *grid, outputs)
+    dtype, length = action_type(network)
     reward, *ends = steps
     if permutation.numel() and not 0 <= int(permutation.amin()) <= int(permutation.amax()) < (rows - 1) * num_envs:
         raise ValueError(f"permutation: expected numbers of {(rows - 1) * num_envs} rows")
     address = [
         *(_address(params, kind, num_params), *(_address(x, kind, num_params) for x in adam[:2]), _address(adam[2], kind)),
         *(_address(x, kind, *grid, obs_size) for x in (obs, final_obs)),
-        *(_address(action_mask, torch.bool, *grid, outputs), _address(action, *actions)),
+        *(_address(action_mask, torch.bool, *grid, num_logits(network)), _address(action, dtype, *grid, length)),
         *(_address(reward, kind, *grid), *(_address(x, torch.bool, *grid) for x in ends)),
         _address(permutation, torch.int64, *permutation.shape),
         *(_address(x, kind) for x in (*coefficients, reward_scale, *returns)),
@@ -220,9 +231,11 @@ class Actors:
 def mlp_act(
     params: Tensor, obs: Tensor, action_mask: Tensor | None, noise: Tensor, network: Sequence[int], num_threads: int
 ) -> Tensor:
-    """core.acting.act for a multi-layer perceptron: params (P,), obs (N, D) float32, action_mask (N, A) bool, noise (N, A).
+    """core.acting.act for a multi-layer perceptron: params (P,), obs (N, D) float32, action_mask (N, logits) bool, noise
+    (N, A).
 
-    Returns action (N, choices) int64, or (N, A) float32. Packs the parameters; a run that acts often keeps `Actors`.
+    Returns action (N, choices) int64, or (N, choices + components) float32. Packs the parameters; a run that acts often keeps
+    `Actors`.
 
     Raises ValueError for a tensor of another type or shape, RuntimeError if the functions are not loaded.
     """
@@ -233,7 +246,7 @@ def mlp_act(
     actors.set(params)
     call = ActCall(
         *(_address(obs, torch.float32, num_rows, network[0]), None, None),
-        *(_address(action_mask, torch.bool, num_rows, outputs), _address(noise, torch.float32, num_rows, outputs)),
+        *(_address(action_mask, torch.bool, num_rows, num_logits(network)), _address(noise, torch.float32, num_rows, outputs)),
         *(action.data_ptr(), num_rows, num_threads),
     )
     actors.act(call)
@@ -241,9 +254,9 @@ def mlp_act(
 
 
 def empty_action(noise: Tensor, network: Sequence[int]) -> Tensor:
-    """A new tensor for the actions that noise (..., A) samples: (..., choices) int64, or (..., A) float32."""
-    choices = num_choices(network)
-    return noise.new_empty(*noise.shape[:-1], choices, dtype=torch.int64) if choices else torch.empty_like(noise)
+    """A new tensor for the actions that noise (..., A) samples, as `mlp_act` returns them."""
+    dtype, length = action_type(network)
+    return noise.new_empty((*noise.shape[:-1], length), dtype=dtype)
 
 
 def _fake_act(

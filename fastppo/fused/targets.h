@@ -16,8 +16,8 @@ struct LearnCall {  // as in operators.py; every field has 8 bytes
   NetworkShape network;
   const float *params, *exp_avg, *exp_avg_sq, *step;       // (P,) each, and ()
   const float *obs, *final_obs;                            // (T+1, N, D), normalised; final_obs may be null
-  const uint8_t* action_mask;                              // (T+1, N, A), or null
-  const void* action;                                      // (T+1, N, choices) int64, or (T+1, N, A) float
+  const uint8_t* action_mask;                              // (T+1, N, logits), or null
+  const void* action;                                      // (T+1, N, choices) int64, or (T+1, N, choices + components) float
   const float* reward;                                     // (T+1, N)
   const uint8_t *terminated, *truncated, *valid;           // (T+1, N)
   const int64_t* permutation;                              // (E, B)
@@ -34,7 +34,7 @@ struct LearnCall {  // as in operators.py; every field has 8 bytes
 struct Part {  // what one part of the rows has for itself
   explicit Part(const Network& network)
       : block(network), gradient(network.size), turned(network.turned_size), action(network.num_action_columns()),
-        legal(network.action_size), d_actor(network.action_size), entropies(network.choices.size()), target(kTargetSize) {}
+        legal(network.num_logits), d_actor(network.action_size), entropies(network.choices.size()), target(kTargetSize) {}
   Block block;
   Floats gradient, turned;
   Columns action, legal, d_actor, entropies, target;  // of the block's rows
@@ -100,13 +100,14 @@ class Targets {
 
   // Actions, and which are legal, of n rows of the rollout; the last row also fills what is left of a register.
   void read_actions(Part& part, const int64_t* rows, int64_t n) {
-    const int64_t size = network_.action_size, columns = network_.num_action_columns();
+    const int64_t size = network_.num_logits, columns = network_.num_action_columns();
+    const bool is_float = network_.num_normal() > 0;
     for (int64_t i = 0; i < padded(n); ++i) {
       const int64_t row = rows[std::min(i, n - 1)];
       for (int64_t c = 0; c < columns; ++c) {
         const int64_t place = row * columns + c;
-        part.action.column(c)[i] = network_.is_gaussian() ? static_cast<const float*>(call_.action)[place]
-                                                          : static_cast<float>(static_cast<const int64_t*>(call_.action)[place]);
+        part.action.column(c)[i] = is_float ? static_cast<const float*>(call_.action)[place]
+                                            : static_cast<float>(static_cast<const int64_t*>(call_.action)[place]);
       }
       if (call_.action_mask) read_mask(call_.action_mask + row * size, size, i, part.legal);
     }
@@ -115,9 +116,10 @@ class Targets {
   // Log-probability and entropy of kWidth rows of the block.
   Outcome distribution(Part& part, int64_t r) {
     const Columns& out = part.block.actor;
-    if (network_.is_gaussian()) return normal(network_.action_size, part.action, r, params_.get() + network_.log_std, out);
     if (call_.action_mask) mask_logits(network_.choices, part.legal, r, out);
-    return categorical(network_.choices, part.action, r, out, part.entropies);
+    const Outcome chosen = categorical(network_.choices, part.action, r, out, part.entropies);
+    const Outcome components = normal(network_, part.action, r, params_.get() + network_.log_std, out);
+    return {chosen.log_prob + components.log_prob, chosen.entropy + components.entropy};
   }
 
   // ppo.estimate_advantages and explained_variance, for all rows.

@@ -139,16 +139,12 @@ class Update : Targets {
 
   void actor_gradient(Part& part, int64_t r, Integers counted, const RowGradients& gradients) {
     const Columns &out = part.block.actor, &d_out = part.d_actor;
-    const int64_t size = network_.action_size;
-    if (network_.is_gaussian()) {
-      normal_gradient(size, out, r, params_.get() + network_.log_std, counted, gradients.log_prob, gradients.entropy, d_out,
-                      part.gradient.get() + network_.log_std);
-    } else {
-      categorical_gradient(network_.choices, part.action, r, out, part.entropies, gradients.log_prob, gradients.entropy, d_out);
-    }
-    for (int64_t a = 0; a < size; ++a) {
+    categorical_gradient(network_.choices, part.action, r, out, part.entropies, gradients.log_prob, gradients.entropy, d_out);
+    normal_gradient(network_, out, r, params_.get() + network_.log_std, counted, gradients.log_prob, gradients.entropy, d_out,
+                    part.gradient.get() + network_.log_std);
+    for (int64_t a = 0; a < network_.action_size; ++a) {
       Vector gradient = load(d_out.column(a) + r);
-      if (call_.action_mask) gradient *= load(part.legal.column(a) + r);
+      if (call_.action_mask && a < network_.num_logits) gradient *= load(part.legal.column(a) + r);
       for (int64_t i = 0; i < kWidth; ++i) part.block.d_actor.row(r + i)[a] = gradient[i];
     }
   }

@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from fastppo.core.contracts import Obs, Weights
-from fastppo.policy.distributions import choices, mask_logits
+from fastppo.policy.distributions import Family, masked
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import MLPActorCritic
-from fastppo.policy.network import Composed, Family, Part
+from fastppo.policy.network import Composed, Part
 from fastppo.policy.spaces import ACTION_MASK
 
 
@@ -33,8 +33,8 @@ class ActorCritic(Composed):
         return self.encoder, self.mlp
 
     def actor(self, weights: Weights, obs: Obs) -> Any:
-        """Distribution parameters for obs (..., *shape), or its leaves by key: logits (..., A), or (mean, log_std)."""
-        return masked(self.mlp.actor(weights, self.encoder.encode(weights, obs)), obs, self.mlp)
+        """Distribution parameters for obs (..., *shape), or its leaves by key."""
+        return masked_by(self.mlp.actor(weights, self.encoder.encode(weights, obs)), obs, self.distribution)
 
     def critic(self, weights: Weights, obs: Obs) -> Tensor:
         """V(obs), (...)."""
@@ -43,11 +43,11 @@ class ActorCritic(Composed):
     def actor_critic(self, weights: Weights, obs: Obs) -> tuple[Any, Tensor]:
         """Distribution parameters and V(obs)."""
         dist, value = self.mlp.actor_critic(weights, self.encoder.encode(weights, obs))
-        return masked(dist, obs, self.mlp), value
+        return masked_by(dist, obs, self.distribution), value
 
 
-def masked(dist: Any, obs: Obs, mlp: MLPActorCritic) -> Any:
+def masked_by(dist: Any, obs: Obs, family: Family) -> Any:
     """`dist` with the logits of illegal actions masked, if the observation has an action mask."""
     if isinstance(obs, Tensor) or ACTION_MASK not in obs:
         return dist
-    return mask_logits(dist, obs[ACTION_MASK], choices(mlp.distribution, mlp.action_size))
+    return masked(dist, obs[ACTION_MASK], family)

@@ -7,10 +7,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_map
 
+from fastppo.action_masks import flat_mask
 from fastppo.core.contracts import Normalization, Obs, normalize_obs
-from fastppo.policy.distributions import DIAGONAL_NORMAL, choices, mask_logits
+from fastppo.policy.distributions import masked
 from fastppo.policy.network import Network
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
@@ -74,11 +75,11 @@ class Agent:
         Args:
             obs: as the environment returns it, with or without a batch axis: array, tensor, or dict or tuple of these.
             deterministic: take the likeliest action; otherwise sample from the policy.
-            action_mask: the legal actions, as in the environment's info or its `action_masks()`; None: all. A tuple of
-                arrays is the mask of one observation. The mask is applied even if the policy was trained without masks.
+            action_mask: the legal actions, as in the environment's info or its `action_masks()`; None: all. A dict or tuple
+                of arrays is the mask of one observation. The mask is applied even if the policy was trained without masks.
 
         Returns:
-            Arrays for arrays; for tensors, tensors on their device.
+            Arrays for arrays; for tensors, tensors on their device. Of a Dict or Tuple action space a dict or tuple of these.
 
         Raises:
             ValueError: an observation or a mask has another shape, or the number of environments changed without a `reset`.
@@ -92,12 +93,12 @@ class Agent:
         else:
             dist = self.network.actor(self.weights, normalized)
         if action_mask is not None and self.obs.info_mask is None:
-            dist = mask_logits(dist, self._mask(action_mask, kind.rows), choices(self.action.distribution, self.action.size))
+            dist = masked(dist, self._mask(action_mask, kind.rows), self.action.distribution)
         if deterministic:
             action = self.action.distribution.mode(dist)
         else:
             action = self.network.sample(dist, self.action.distribution.noise(self.action.noise_shape(rows), self.generator))
-        return kind.unbatch(self.action.to_env(action))
+        return tree_map(kind.unbatch, self.action.to_env(action))
 
     @ours
     def value(self, obs: Any) -> Any:
@@ -148,13 +149,13 @@ class Agent:
 
     def _mask(self, given: Any, rows: int) -> Tensor:
         """(N, A) bool from the caller's mask; None: all actions are legal."""
-        size = self.action.size
-        if self.action.distribution is DIAGONAL_NORMAL:
+        size = self.action.num_logits
+        if not size:
             raise ValueError("action_mask for a policy of continuous actions: leave it out")
         if given is None:
             return torch.ones(rows, size, dtype=torch.bool, device=self.params.device)
-        if isinstance(given, tuple):
-            given = np.concatenate([np.ravel(part) for part in tree_leaves(given)])
+        if isinstance(given, dict | tuple):
+            given = flat_mask(given, self.action.space)
         mask = to_tensor(given, self.params.device) != 0
         if mask.numel() != rows * size:
             raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes ({size},) an observation")

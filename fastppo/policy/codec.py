@@ -19,9 +19,9 @@ from fastppo.policy.make_network import NetworkConfig, make_network
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
 from fastppo.policy.normalization import RunningMoments, make_normalization
-from fastppo.policy.spaces import ObsSpec, action_spec, obs_spec
+from fastppo.policy.spaces import MAX_NESTING, ObsSpec, action_spec, obs_spec
 
-MAX_NUMBERS, MAX_PARTS, MAX_NESTING = 2**24, 1024, 16  # of a space in a checkpoint
+MAX_NUMBERS, MAX_PARTS = 2**24, 1024  # of a space in a checkpoint
 
 
 def policy_state(
@@ -170,7 +170,19 @@ def space_from_data(data: Any) -> gym.Space[Any]:
     """
     if _count_parts(data) > MAX_PARTS:
         raise ValueError(f"a space of more than {MAX_PARTS} parts, or nested more than {MAX_NESTING} deep")
-    return _space(data)
+    space = _space(data)
+    if _count_numbers(space) > MAX_NUMBERS:
+        raise ValueError(f"a space of more than {MAX_NUMBERS} numbers")
+    return space
+
+
+def _count_numbers(space: gym.Space[Any]) -> int:
+    """How many numbers or choices a space has."""
+    if isinstance(space, Dict | Tuple):
+        return sum(map(_count_numbers, space.spaces.values() if isinstance(space, Dict) else space.spaces))
+    if isinstance(space, Discrete | MultiDiscrete):
+        return int(np.sum(space.n if isinstance(space, Discrete) else space.nvec))
+    return math.prod(space.shape or ())
 
 
 def _count_parts(data: Any, depth: int = 0) -> int:
@@ -214,7 +226,7 @@ def _space(data: Any) -> gym.Space[Any]:
             raise ValueError(f"a space of more than {MAX_NUMBERS} numbers")
         return MultiBinary(shape)
     if kind == "Dict" and isinstance(data["spaces"], dict):
-        return Dict({name: _space(part) for name, part in data["spaces"].items()})
+        return Dict([(name, _space(part)) for name, part in data["spaces"].items()])  # a list keeps the order, a dict is sorted
     if kind == "Tuple" and isinstance(data["spaces"], list):
         return Tuple([_space(part) for part in data["spaces"]])
     if kind == "Box":

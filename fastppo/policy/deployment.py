@@ -16,10 +16,11 @@ class DeployedPolicy(nn.Module):
     """`Agent.act`, deterministic and on the CPU. Weights, statistics and action bounds are buffers.
 
     Inputs are the parts of an observation as the environment returns them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
-    `action_mask` if the policy has one. Returns actions (N, ...) for the environment.
+    `action_mask` if the policy has one. Returns actions (N, ...) for the environment; of a Dict or Tuple its leaves as one flat
+    tuple, in the order of the space.
 
-    A recurrent policy also takes `memory` (N, S), the state of the actor, and returns actions and the next state. It resets
-    nothing: the caller sets the rows of new episodes to zero.
+    A recurrent policy also takes `memory` (N, S), the state of the actor, and returns the next state behind the actions. It
+    resets nothing: the caller sets the rows of new episodes to zero.
     """
 
     @torch.inference_mode(False)  # inference tensors cannot be traced
@@ -28,9 +29,10 @@ class DeployedPolicy(nn.Module):
         self.obs, self.action, self.network = agent.obs, agent.action, agent.network
         self.normalization = agent.normalization
         moments: dict[str, Any] = {"mean": agent.normalization.obs_mean, "scale": agent.normalization.obs_scale}
+        bounds = {f"{leaf.key}.{name}": getattr(leaf, name) for leaf in agent.action.leaves for name in ("low", "high")}
         self.names = {
             "weight": self._own("weight", agent.weights),
-            "action": self._own("action", {"low": agent.action.low, "high": agent.action.high}),
+            "bounds": self._own("bounds", bounds),
             **{kind: self._own(kind, tensors or {}) for kind, tensors in moments.items()},
         }
 
@@ -50,7 +52,7 @@ class DeployedPolicy(nn.Module):
         return self.network.actor_size if isinstance(self.network, RecurrentActorCritic) else 0
 
     def step(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor | None]:
-        """Parameters of the action distribution, logits (N, A) or (mean, log_std) of (N, A) each, and the next state."""
+        """Parameters of the action distribution, as `distributions.parameters` returns them, and the next state."""
         leaves = {}
         for leaf in self.obs:
             x = inputs[leaf.key]
@@ -64,10 +66,11 @@ class DeployedPolicy(nn.Module):
             return self.network.step(self._owned("weight"), obs, inputs["memory"])
         return self.network.actor(self._owned("weight"), obs), None
 
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-        """The likeliest actions; for a recurrent policy also the next state."""
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The leaves of the likeliest actions; for a recurrent policy also the next state. A tensor if that is all."""
         dist, memory = self.step(inputs)
-        bounds = self._owned("action")
-        spec = replace(self.action, low=bounds["low"], high=bounds["high"])
-        action = spec.to_env(spec.distribution.mode(dist))
-        return action if memory is None else (action, memory)
+        bounds, spec = self._owned("bounds"), self.action
+        leaves = [replace(leaf, low=bounds[f"{leaf.key}.low"], high=bounds[f"{leaf.key}.high"]) for leaf in spec.leaves]
+        action = replace(spec, leaves=tuple(leaves)).to_env(spec.distribution.mode(dist))
+        outputs = [*(leaf.find(action) for leaf in leaves), *([] if memory is None else [memory])]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)

@@ -17,7 +17,7 @@ ILLEGAL = -1e8  # no noise makes this logit the largest; finite, since 0 * -inf 
 
 @dataclass(frozen=True)
 class Distribution:
-    """One family. `dist` below is the actor's output: logits (..., A), or (mean, log_std) of (..., A) each.
+    """One family. `dist` below is what `parameters` returns: logits (..., A), or (mean, log_std) of (..., A) each.
 
     noise(shape, generator) -> tensor of `shape`; sample(dist, noise) -> action; mode(dist) -> the likeliest action;
     log_prob(dist, action) -> (...); entropy(dist) -> (...), in nats.
@@ -131,6 +131,86 @@ class MultiCategorical:
         return torch.stack([torch.nn.functional.pad(part, (0, widest - part.shape[-1]), value=filling) for part in parts], -2)
 
 
+@dataclass(frozen=True)
+class Hybrid:
+    """Categorical choices and normal components, all independent, with the methods of `Distribution`.
+
+    Choices are as in `MultiCategorical`: D = sum(numbers) logits. There are C normal components, and A = D + C. dist is (logits
+    (..., D), mean (..., C), log_std (..., C)). An action is (..., K + C) float32: first the value of each choice, which float32
+    holds exactly, then the components. Log-probability and entropy are sums over all of them.
+    """
+
+    numbers: tuple[int, ...]
+    num_normal: int  # C
+
+    @property
+    def choices(self) -> MultiCategorical:
+        """The distribution of the choices."""
+        return MultiCategorical(self.numbers)
+
+    @property
+    def num_logits(self) -> int:
+        """D."""
+        return sum(self.numbers)
+
+    def noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Gumbel noise for the D logits, then normal noise. shape: (..., A)."""
+        *batch, _ = shape
+        gumbel = gumbel_noise((*batch, self.num_logits), generator)
+        return torch.cat([gumbel, normal_noise((*batch, self.num_normal), generator)], -1)
+
+    def sample(self, dist: tuple[Tensor, Tensor, Tensor], noise: Tensor) -> Tensor:
+        """noise (..., A) -> (..., K + C)."""
+        logits, *normal = dist
+        gumbel, gaussian = noise.split([self.num_logits, self.num_normal], -1)
+        return self._joined(self.choices.sample(logits, gumbel), normal_sample((normal[0], normal[1]), gaussian))
+
+    def mode(self, dist: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """The likeliest values, and the means. -> (..., K + C)."""
+        return self._joined(self.choices.mode(dist[0]), dist[1])
+
+    def log_prob(self, dist: tuple[Tensor, Tensor, Tensor], action: Tensor) -> Tensor:
+        """action (..., K + C) -> (...)."""
+        logits, mean, log_std = dist
+        chosen, numbers = action.split([len(self.numbers), self.num_normal], -1)
+        return self.choices.log_prob(logits, chosen) + normal_log_prob((mean, log_std), numbers)
+
+    def entropy(self, dist: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """-> (...)."""
+        logits, mean, log_std = dist
+        return self.choices.entropy(logits) + normal_entropy((mean, log_std))
+
+    def _joined(self, chosen: Tensor, numbers: Tensor) -> Tensor:
+        return torch.cat([chosen.to(numbers.dtype), numbers], -1)
+
+
+Family = Distribution | MultiCategorical | Hybrid
+
+
+def parameters(out: Tensor, log_std: Tensor | None, family: Family) -> Any:
+    """`dist` from a network's outputs (..., A), logits before means, and its log standard deviations (C,)."""
+    if log_std is None:
+        return out
+    if isinstance(family, Hybrid):
+        logits, mean = out.split([family.num_logits, family.num_normal], -1)
+        return logits, mean, log_std.expand_as(mean)
+    return out, log_std.expand_as(out)
+
+
+def logits_of(dist: Any) -> Tensor:
+    """The logits of all choices, of a family that has some."""
+    logits: Tensor = dist[0] if isinstance(dist, tuple) else dist
+    return logits
+
+
+def masked(dist: Any, legal: Tensor, family: Family) -> Any:
+    """`dist` with the logits of illegal actions masked. legal: (..., D), of all choices."""
+    if isinstance(family, Hybrid):
+        logits, *normal = dist
+        return (mask_logits(logits, legal, family.numbers), *normal)
+    return mask_logits(dist, legal, choices(family, dist.shape[-1]))
+
+
 def mask_logits(logits: Tensor, legal: Tensor, numbers: tuple[int, ...]) -> Tensor:
     """Logits in which illegal actions have ILLEGAL: their probability and their gradient are 0.
 
@@ -141,6 +221,13 @@ def mask_logits(logits: Tensor, legal: Tensor, numbers: tuple[int, ...]) -> Tens
     return torch.where(legal, logits, ILLEGAL)
 
 
-def choices(distribution: Distribution | MultiCategorical, size: int) -> tuple[int, ...]:
-    """The number of logits of each choice; a single choice has all `size` of them."""
-    return distribution.numbers if isinstance(distribution, MultiCategorical) else (size,)
+def choices(family: Family, size: int) -> tuple[int, ...]:
+    """The number of logits of each choice among `size` outputs; () for a diagonal normal."""
+    if isinstance(family, MultiCategorical | Hybrid):
+        return family.numbers
+    return () if family is DIAGONAL_NORMAL else (size,)
+
+
+def num_normal(family: Family, size: int) -> int:
+    """How many of `size` outputs are means of normal components; they are the last ones."""
+    return size - sum(choices(family, size))

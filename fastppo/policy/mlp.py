@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastppo.core.contracts import Weights
-from fastppo.policy.distributions import DIAGONAL_NORMAL
-from fastppo.policy.network import DistributionMixin, Family, check_shapes
+from fastppo.policy.distributions import Family, num_normal, parameters
+from fastppo.policy.network import DistributionMixin, check_shapes
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -31,7 +31,7 @@ def _rows(obs: Tensor) -> Tensor:
 class MLPActorCritic(DistributionMixin):
     """Multi-layer perceptrons for actor and critic, separate or on a shared backbone; a `core.contracts.Policy`.
 
-    obs_size: D, observations are (..., D). action_size: A, the number of logits or of action components.
+    obs_size: D, observations are (..., D). action_size: A, the number of logits and of continuous components of an action.
     """
 
     obs_size: int
@@ -63,8 +63,8 @@ class MLPActorCritic(DistributionMixin):
         for head, size in (("actor", self.action_size), ("critic", 1)):
             shapes[f"{head}.head.weight"] = (features, size)
             shapes[f"{head}.head.bias"] = (size,)
-        if self.distribution is DIAGONAL_NORMAL:
-            shapes["actor.log_std"] = (self.action_size,)
+        if (components := num_normal(self.distribution, self.action_size)) > 0:
+            shapes["actor.log_std"] = (components,)
         return shapes
 
     def init(self, generator: torch.Generator) -> Tensor:
@@ -99,7 +99,7 @@ class MLPActorCritic(DistributionMixin):
         )
 
     def actor(self, weights: Weights, obs: Tensor) -> Any:
-        """Distribution parameters for obs (..., D): logits (..., A), or (mean, log_std) of (..., A) each."""
+        """Distribution parameters for obs (..., D), as `distributions.parameters` returns them."""
         (features,) = self._features(weights, _rows(obs), self._trunks[:1])
         return self._actor_head(weights, features, obs.shape[:-1])
 
@@ -148,7 +148,7 @@ class MLPActorCritic(DistributionMixin):
         # transposed, (A, R): a narrow output as A long rows, so that the next operations read contiguous vectors
         out = torch.addmm(weights["actor.head.bias"].unsqueeze(1), weights["actor.head.weight"].mT, features.mT)
         out = out.mT.reshape(*shape, -1)  # (..., A)
-        return (out, weights["actor.log_std"].expand_as(out)) if "actor.log_std" in weights else out
+        return parameters(out, weights.get("actor.log_std"), self.distribution)
 
     def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
         value = torch.mv(features, weights["critic.head.weight"].squeeze(1)) + weights["critic.head.bias"]  # (R,)

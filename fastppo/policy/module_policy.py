@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastppo.core.contracts import Obs, Weights
 from fastppo.errors import UsageError, brief
-from fastppo.policy.distributions import DIAGONAL_NORMAL, choices, mask_logits
+from fastppo.policy.distributions import masked, num_normal, parameters
 from fastppo.policy.encoder import encode
 from fastppo.policy.network import DistributionMixin, check_shapes
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsSpec
@@ -24,15 +24,15 @@ class ModulePolicy(DistributionMixin):
     The module is made by `factory(inputs, num_outputs)`: `inputs` is the shape (*shape) of its input without the batch axis,
     or a dict of shapes by leaf if there are several. It is called in eval mode with floats (R, *shape), or a dict of them:
     images as (C, H, W) in [0, 1], categories one-hot, all others flat, no masks. It returns (outputs (R, num_outputs), value
-    (R,) or (R, 1)). Outputs are logits, or the means of continuous actions; the log standard deviations of those are one more
-    weight. Parameters without requires_grad and buffers are saved but not trained.
+    (R,) or (R, 1)). Outputs are the logits of all choices, then the means of all continuous components, both in the order of
+    the action space; the log standard deviations of the means are one more weight. Parameters without requires_grad and buffers
+    are saved but not trained.
     """
 
     def __init__(self, factory: ModuleFactory, obs: ObsSpec, action: ActionSpec, log_std_init: float, seed: int = 0) -> None:
         """seed: for the random initial weights of the module. Raises UsageError if the module breaks the contract above."""
         self.leaves = obs.observed
         self.distribution = action.distribution
-        self.choices = choices(action.distribution, action.size)
         self.log_std_init = log_std_init
         inputs = {leaf.key: encode(leaf, torch.zeros(2, *leaf.shape, dtype=leaf.dtype, device="cpu")) for leaf in self.leaves}
         shapes = {key: tuple(x.shape[1:]) for key, x in inputs.items()}
@@ -52,8 +52,8 @@ class ModulePolicy(DistributionMixin):
                 f"policy: its weight {wrong}; all must be float32" if wrong else "policy: it has no weights to train"
             )
         self.shapes = {name: weight.shape for name, weight in trained.items()}
-        if self.distribution is DIAGONAL_NORMAL:
-            self.shapes[LOG_STD] = torch.Size([action.size])
+        if (components := num_normal(action.distribution, action.size)) > 0:
+            self.shapes[LOG_STD] = torch.Size([components])
         self.module.eval().requires_grad_(False)
         try:
             result = self.module(inputs["obs"] if list(shapes) == ["obs"] else inputs)
@@ -101,7 +101,7 @@ class ModulePolicy(DistributionMixin):
         return torch.cat([weights[name].detach().flatten() for name in self.shapes])
 
     def actor(self, weights: Weights, obs: Obs) -> Any:
-        """Distribution parameters for obs (..., *shape), or its leaves by key: logits (..., A), or (mean, log_std)."""
+        """Distribution parameters for obs (..., *shape), or its leaves by key."""
         return self.actor_critic(weights, obs)[0]
 
     def critic(self, weights: Weights, obs: Obs) -> Tensor:
@@ -119,6 +119,5 @@ class ModulePolicy(DistributionMixin):
         only = inputs["obs"] if list(inputs) == ["obs"] else inputs
         out, value = torch.func.functional_call(self.module, own, (only,))
         out, value = out.reshape(*lead, -1), value.reshape(lead)
-        if self.distribution is DIAGONAL_NORMAL:
-            return (out, weights[LOG_STD].expand_as(out)), value
-        return (mask_logits(out, given[ACTION_MASK], self.choices) if ACTION_MASK in given else out), value
+        dist = parameters(out, weights.get(LOG_STD), self.distribution)
+        return (masked(dist, given[ACTION_MASK], self.distribution) if ACTION_MASK in given else dist), value

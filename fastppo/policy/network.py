@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from fastppo.core.contracts import Policy, Weights
-from fastppo.policy.distributions import Distribution, MultiCategorical
-
-Family = Distribution | MultiCategorical
+from fastppo.policy.distributions import Family
 
 
 class Network(Policy, Protocol):

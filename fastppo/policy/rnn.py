@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastppo.core.contracts import Obs, Weights
 from fastppo.core.recurrence import NUM_GATES, NUM_STATES, Cells, gru, gru_step, lstm, lstm_step
-from fastppo.policy.actor_critic import masked
+from fastppo.policy.actor_critic import masked_by
+from fastppo.policy.distributions import Family
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import MLPActorCritic
-from fastppo.policy.network import Composed, Family, Part, Shaped, check_shapes
+from fastppo.policy.network import Composed, Part, Shaped, check_shapes
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class RecurrentActorCritic(Composed):
         From rnn_state (N, actor_size), the next state has that size too.
         """
         out, rnn_state = self.rnn.step(weights, self.encoder.encode(weights, obs), rnn_state)
-        return masked(self.mlp.actor(weights, out[0]), obs, self.mlp), rnn_state
+        return masked_by(self.mlp.actor(weights, out[0]), obs, self.distribution), rnn_state
 
     def value_from_state(self, weights: Weights, obs: Obs, rnn_state: Tensor) -> Tensor:
         """V(obs), (...), for obs (..., *shape) and the state before it, rnn_state (..., S)."""
@@ -176,7 +177,7 @@ class RecurrentActorCritic(Composed):
         """
         out, rnn_state = self.rnn.unroll(weights, self.encoder.encode(weights, obs), episode_start, rnn_state, cells)
         dist, value = self.mlp.both(weights, out, episode_start.shape)
-        return masked(dist, obs, self.mlp), value, rnn_state
+        return masked_by(dist, obs, self.distribution), value, rnn_state
 
     # a recurrent policy computes nothing without its state
     def actor(self, weights: Weights, obs: Obs) -> Any:

@@ -2,12 +2,12 @@
 
 An observation is one tensor or several: a Dict or Tuple is split into leaves. Each leaf has its own key in the rollout and is
 stored as the environment returns it (images stay uint8). An action mask, if the environment has one, is one more leaf.
-The rollout stores actions as sampled. Bounds are applied only on the way to the environment, so PPO compares log-probabilities
-of the sampled actions.
+The rollout stores actions as sampled, the leaves of a Dict or Tuple in one tensor. Bounds are applied only on the way to the
+environment, so PPO compares log-probabilities of the sampled actions.
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,15 +15,16 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, OneOf, Tuple
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastppo.errors import UsageError
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Distribution, MultiCategorical
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Family, Hybrid, MultiCategorical, choices
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
 NO_BOUND = 1e38  # a bound this large means no bound: environments give the largest float32 or float64
+MAX_NESTING = 16  # of a space in a checkpoint
 MIN_IMAGE_SIDE = 36  # smaller images have no output after the three convolutions of the Nature CNN
 
 
@@ -125,20 +126,17 @@ def obs_spec(
     leaves = list(_leaves(space, "obs", ()))
     if info_mask_size is not None:
         leaves.append(ObsLeaf(ACTION_MASK, (), (info_mask_size,), torch.bool, "mask"))
-    keys = [leaf.key for leaf in leaves if leaf.kind != "mask"]
-    twice = next((key for key in keys if keys.count(key) > 1), None)
-    if twice is not None:
-        raise UsageError(f"--env-id: two parts of the observation are called {twice}: a dot in a name is one too many")
+    _check_structure("observation", [leaf for leaf in leaves if leaf.kind != "mask"])
     masks = [leaf for leaf in leaves if leaf.kind == "mask"]
     if len(masks) > 1:
         raise UsageError("--env-id: the environment tells its action_mask twice, in the observation and in the info")
     if len(masks) == len(leaves):
         raise UsageError(f"--env-id: observation space {space} has nothing to observe")
     for mask in masks:
-        if action is not None and (action.distribution is DIAGONAL_NORMAL or mask.size != action.size):
+        if action is not None and mask.size != action.num_logits:
             raise UsageError(
                 f"--env-id: an action_mask of {mask.size} numbers does not fit the action space {action.space}"
-                + ("" if action.distribution is DIAGONAL_NORMAL else f", which has {action.size} choices")
+                + (f", which has {action.num_logits} choices" if action.num_logits else "")
             )
     normalized = {leaf.key for leaf in leaves} if normalize is True else set(normalize or ())
     for number, leaf in enumerate(leaves):
@@ -180,10 +178,9 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
         kind: Any = "image" if pixels and is_image_shape(space.shape) else "vector"
         yield ObsLeaf(key, path, space.shape, dtype, kind, 1.0 / 255.0 if pixels else 1.0)
     else:
-        where = "" if not path else f" (at {'.'.join(map(str, path))})"
         raise UsageError(
-            f"--env-id: observation space {space}{where} is not supported; supported: Box, Discrete, MultiDiscrete, "
-            "MultiBinary, and Dict and Tuple of these"
+            f"--env-id: observation space {space}{_where(path)} is not supported; supported: Box, Discrete, MultiDiscrete, "
+            "MultiBinary, and Dict and Tuple of these; pad it to a Box with a gymnasium.ObservationWrapper"
         )
 
 
@@ -197,89 +194,212 @@ def is_image_shape(shape: tuple[int, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class ActionSpec:
-    """An action of one environment: its distribution, how it is stored, and how the environment gets it."""
+class ActionLeaf:
+    """One tensor of an action: its place in the action and among the stored numbers, and how the environment gets it.
 
+    key: "action", or "action.name" of a part of a Dict or Tuple. path: to it through these.
+    numbers: the number of values of each choice; () for a Box. first: the place of its first stored number.
+    low, high: (A,) of env_dtype, for a Box; low (K,), the first value of each choice, for a MultiDiscrete or MultiBinary.
+    """
+
+    key: str
+    path: tuple[str | int, ...]
     space: gym.Space[Any]
-    distribution: Distribution | MultiCategorical
-    size: int  # A: logits, or components
-    shape: tuple[int, ...]  # as stored: (), (K,) components, or (A,)
-    dtype: torch.dtype  # as stored
+    numbers: tuple[int, ...]
     env_dtype: torch.dtype
-    low: Tensor  # (A,) of env_dtype, for Box; (K,), the first value of each component, for MultiDiscrete
+    low: Tensor
     high: Tensor
-    squash: bool
+    squash: bool = False
+    first: int = 0
 
-    def to_env(self, action: Tensor) -> Tensor:
-        """Stored actions (N, *shape) -> actions for the environments: shifted, clipped or squashed to the space.
+    @property
+    def width(self) -> int:
+        """How many stored numbers it has: its choices, or its components."""
+        return len(self.numbers) or math.prod(self.space.shape or ())
 
-        Actions of a Box or MultiDiscrete must be on the device of the bounds: the CPU, or the one given to `to`.
+    def find(self, action: Any) -> Any:
+        """This leaf of an action of the environment."""
+        for name in self.path:
+            action = action[name]
+        return action
+
+    def to_env(self, stored: Tensor) -> Tensor:
+        """Stored numbers (N, width), of a Discrete (N,), -> (N, ...) for the environments: shifted, clipped or squashed.
+
+        Numbers of a Box, MultiDiscrete or MultiBinary must be on the device of the bounds: the CPU, or the one given to `to`.
         """
         if isinstance(self.space, Discrete):
-            return (action + int(self.space.start) if self.space.start else action).to(self.env_dtype)
-        if isinstance(self.distribution, MultiCategorical):
-            action = action + self.low
+            return (stored + int(self.space.start) if self.space.start else stored).to(self.env_dtype)
+        if self.numbers:
+            stored = stored + self.low
         else:
             if self.squash:
-                action = self.low + (action.tanh() + 1.0) * (0.5 * self.high - 0.5 * self.low)
+                stored = self.low + (stored.tanh() + 1.0) * (0.5 * self.high - 0.5 * self.low)
             # in the environment's dtype: a bound rounded to float32 may lie outside the space
-            action = torch.minimum(torch.maximum(action.to(self.env_dtype), self.low), self.high)
-        return action.to(self.env_dtype).reshape(*action.shape[:-1], *(self.space.shape or ()))
+            stored = torch.minimum(torch.maximum(stored.to(self.env_dtype), self.low), self.high)
+        return stored.to(self.env_dtype).reshape(*stored.shape[:-1], *(self.space.shape or ()))
 
-    def to_env_array(self, action: Tensor) -> NDArray[Any]:
-        """`to_env` for environments of arrays: a new array, from an action on the CPU. The same bits.
+    def to_env_array(self, stored: Tensor) -> NDArray[Any]:
+        """`to_env` for environments of arrays: a new array, from numbers on the CPU. The same bits.
 
         Between two steps of an environment, with a cold cache, `to_env` of a Box takes 52 us and this 23.
         """
-        stored = action.numpy()
+        array = stored.numpy()
         if isinstance(self.space, Discrete):
-            return (stored + int(self.space.start)).astype(self.space.dtype, copy=False)
-        if self.squash or isinstance(self.distribution, MultiCategorical):
-            return self.to_env(action).numpy()  # a new array already
+            return (array + int(self.space.start)).astype(self.space.dtype, copy=False)
+        if self.squash or self.numbers:
+            return self.to_env(stored).numpy()  # a new array already
         low, high = self._bounds
-        clipped = np.minimum(np.maximum(stored.astype(low.dtype), low), high)
-        return clipped.reshape(*stored.shape[:-1], *(self.space.shape or ()))
+        clipped = np.minimum(np.maximum(array.astype(low.dtype), low), high)
+        return clipped.reshape(*array.shape[:-1], *(self.space.shape or ()))
 
     @cached_property
     def _bounds(self) -> tuple[NDArray[Any], NDArray[Any]]:
         return self.low.numpy(), self.high.numpy()
 
+    def chosen(self, action: Any) -> Tensor:
+        """The choices of actions (N, ...) as `to_env` returns them: (N, K) int64, counted from 0."""
+        array = np.asarray(action).astype(np.int64).reshape(len(action), -1)
+        return torch.from_numpy(array - np.ravel(getattr(self.space, "start", 0)).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class ActionSpec:
+    """An action of one environment: its distribution, how it is stored, and how the environment gets it.
+
+    A Dict or Tuple is taken apart into leaves, in the order of the space. A stored action is one row of numbers: the choices of
+    all leaves, then the components of all leaves. Outputs of a network are in the same order: logits, then means.
+    """
+
+    space: gym.Space[Any]
+    leaves: tuple[ActionLeaf, ...]
+    distribution: Family
+    size: int  # A: logits and means
+    shape: tuple[int, ...]  # as stored: () for a Discrete, else (K + C,), K choices and C components
+    dtype: torch.dtype  # as stored: int64 for choices alone
+
+    @property
+    def num_logits(self) -> int:
+        """How many numbers an action mask has: the logits of all choices."""
+        return sum(choices(self.distribution, self.size))
+
+    @property
+    def is_structure(self) -> bool:
+        """Whether an action is a dict or a tuple."""
+        return isinstance(self.space, Dict | Tuple)
+
+    def to_env(self, action: Tensor) -> Any:
+        """Stored actions (N, *shape) -> actions for the environments, a tensor or a structure of tensors (N, ...).
+
+        See `ActionLeaf.to_env`.
+        """
+        if not self.is_structure:
+            return self.leaves[0].to_env(action)
+        return _nested(self.space, (leaf.to_env(part) for leaf, part in self._parts(action)))
+
+    def to_env_array(self, action: Tensor) -> Any:
+        """`to_env` for environments of arrays. See `ActionLeaf.to_env_array`."""
+        if not self.is_structure:
+            return self.leaves[0].to_env_array(action)
+        return _nested(self.space, (leaf.to_env_array(part) for leaf, part in self._parts(action)))
+
+    def _parts(self, action: Tensor) -> Iterator[tuple[ActionLeaf, Tensor]]:
+        """Each leaf and its stored numbers."""
+        for leaf in self.leaves:
+            part = action[..., leaf.first : leaf.first + leaf.width]
+            part = part.squeeze(-1) if isinstance(leaf.space, Discrete) else part
+            yield leaf, part.long() if leaf.numbers else part  # beside components, choices are stored as floats
+
     def to(self, device: torch.device) -> "ActionSpec":
         """The same with its bounds on `device`."""
-        return replace(self, low=self.low.to(device), high=self.high.to(device))
+        moved = (replace(leaf, low=leaf.low.to(device), high=leaf.high.to(device)) for leaf in self.leaves)
+        return replace(self, leaves=tuple(moved))
 
     def noise_shape(self, *batch: int) -> tuple[int, ...]:
         """Shape of the noise that samples a batch of actions."""
         return (*batch, self.size)
 
 
+def _nested(space: gym.Space[Any], leaves: Iterator[Any]) -> Any:
+    """The leaves, in the order of the space, in its structure."""
+    if isinstance(space, Dict):
+        return {name: _nested(part, leaves) for name, part in space.spaces.items()}
+    if isinstance(space, Tuple):
+        return tuple(_nested(part, leaves) for part in space.spaces)
+    return next(leaves)
+
+
 def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
     """The `ActionSpec` of a space. Raises UsageError for a space that is not supported."""
-    none = torch.empty(0, dtype=torch.float32, device="cpu")
-    if isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
-        raise UsageError(f"--env-id: action space {space} is of shape {space.shape}, which leaves nothing to choose")
-    if squash and not isinstance(space, Box):
+    leaves = list(_action_leaves(space, "action", (), squash))
+    _check_structure("action", leaves)
+    numbers = tuple(number for leaf in leaves for number in leaf.numbers)
+    normal = sum(leaf.width for leaf in leaves if not leaf.numbers)
+    if squash and not normal:
         raise UsageError(f"--squash-actions is for Box action spaces; this environment's is {type(space).__name__}")
+    next_choice, next_component = 0, len(numbers)
+    for index, leaf in enumerate(leaves):
+        leaves[index] = replace(leaf, first=next_choice if leaf.numbers else next_component)
+        next_choice, next_component = next_choice + len(leaf.numbers), next_component + (0 if leaf.numbers else leaf.width)
+    family: Family = DIAGONAL_NORMAL
     if isinstance(space, Discrete):
-        return ActionSpec(space, CATEGORICAL, int(space.n), (), torch.int64, _torch_dtype(space), none, none, False)
-    if isinstance(space, MultiDiscrete | MultiBinary):
-        if isinstance(space, MultiDiscrete):
-            numbers, start = tuple(space.nvec.flatten().tolist()), torch.from_numpy(space.start.flatten().astype(np.int64))
-        else:
-            numbers = (2,) * math.prod(space.shape)
-            start = torch.zeros(len(numbers), dtype=torch.int64, device="cpu")
-        family = MultiCategorical(numbers)
-        return ActionSpec(space, family, sum(numbers), (len(numbers),), torch.int64, _torch_dtype(space), start, none, False)
-    if isinstance(space, Box) and space.dtype in (np.float16, np.float32, np.float64):
-        size = math.prod(space.shape)
+        family = CATEGORICAL
+    elif numbers:
+        family = Hybrid(numbers, normal) if normal else MultiCategorical(numbers)
+    shape = () if isinstance(space, Discrete) else (len(numbers) + normal,)
+    dtype = torch.float32 if normal else torch.int64
+    return ActionSpec(space, tuple(leaves), family, sum(numbers) + normal, shape, dtype)
+
+
+def _action_leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...], squash: bool) -> Iterator[ActionLeaf]:
+    """The leaves of an action space, in its order."""
+    where, none = _where(path), torch.empty(0, dtype=torch.float32, device="cpu")
+    if isinstance(space, Dict | Tuple):
+        parts: Any = list(space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces))
+        if not parts:
+            raise UsageError(f"--env-id: action space {space}{where} is empty, which leaves nothing to choose")
+        for name, part in parts:
+            yield from _action_leaves(part, f"{key}.{name}", (*path, name), squash)
+    elif isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
+        raise UsageError(f"--env-id: action space {space}{where} is of shape {space.shape}, which leaves nothing to choose")
+    elif isinstance(space, Discrete):
+        yield ActionLeaf(key, path, space, (int(space.n),), _torch_dtype(space), none, none)
+    elif isinstance(space, MultiDiscrete):
+        numbers, start = tuple(space.nvec.flatten().tolist()), torch.from_numpy(space.start.flatten().astype(np.int64))
+        yield ActionLeaf(key, path, space, numbers, _torch_dtype(space), start, none)
+    elif isinstance(space, MultiBinary):
+        start = torch.zeros(math.prod(space.shape), dtype=torch.int64, device="cpu")
+        yield ActionLeaf(key, path, space, (2,) * len(start), _torch_dtype(space), start, none)
+    elif isinstance(space, Box) and space.dtype in (np.float16, np.float32, np.float64):
         low, high = torch.from_numpy(space.low).flatten(), torch.from_numpy(space.high).flatten()
         if squash and not ((low.abs() < NO_BOUND).all() and (high.abs() < NO_BOUND).all()):
-            raise UsageError("--squash-actions needs finite action bounds; this environment has none: leave it off")
-        return ActionSpec(space, DIAGONAL_NORMAL, size, (size,), torch.float32, low.dtype, low, high, squash)
-    raise UsageError(
-        f"--env-id: action space {space} is not supported; supported: Discrete, MultiDiscrete, MultiBinary, Box of float16, "
-        "float32 or float64"
-    )
+            raise UsageError(f"--squash-actions needs finite action bounds; this environment has none{where}: leave it off")
+        yield ActionLeaf(key, path, space, (), low.dtype, low, high, squash)
+    elif isinstance(space, OneOf):
+        raise UsageError(
+            f"--env-id: action space {space}{where} is not supported; use a Tuple of a Discrete, which says which part counts, "
+            "and of all the parts, and let the environment ignore the others"
+        )
+    else:
+        raise UsageError(
+            f"--env-id: action space {space}{where} is not supported; supported: Discrete, MultiDiscrete, MultiBinary, Box of "
+            "float16, float32 or float64, and Dict and Tuple of these"
+        )
+
+
+def _check_structure(what: str, leaves: Sequence[ObsLeaf | ActionLeaf]) -> None:
+    """Raise UsageError if two leaves have one key, or a checkpoint cannot hold the structure."""
+    keys = [leaf.key for leaf in leaves]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--env-id: two parts of the {what} are called {twice}: a dot in a name is one too many")
+    if any(len(leaf.path) >= MAX_NESTING for leaf in leaves):
+        raise UsageError(f"--env-id: the {what} space is nested {MAX_NESTING} deep or deeper; make it flatter")
+
+
+def _where(path: tuple[str | int, ...]) -> str:
+    """The place of a part in its space, for messages."""
+    return f" (at {'.'.join(map(str, path))})" if path else ""
 
 
 def _torch_dtype(space: gym.Space[Any]) -> torch.dtype:

@@ -35,7 +35,7 @@ def allocate_rollout(
 
     obs (*obs_shape) float32, or the space's own integer dtype; for a Dict or Tuple its leaves, `obs.name` each.
     action_mask (A,) bool, if the environments have masks.
-    action (*action_shape) int64 or float32, as sampled.
+    action (*action_shape) int64 or float32, as sampled; for a Dict or Tuple the numbers of all its leaves (policy/spaces.py).
     reward () float32, raw.
     terminated, truncated () bool.
     valid () bool: false if the step only reset the environment.

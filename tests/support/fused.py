@@ -9,7 +9,7 @@ from fastppo.core.contracts import EAGER, Normalization
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.fused.mlp_programs import FusedLearn
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Hybrid, choices
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
@@ -21,7 +21,7 @@ WIDE = MLPActorCritic(17, 6, DIAGONAL_NORMAL, (64, 64))
 def with_mask(mlp):
     """The network that reads a vector and an action mask."""
     leaves = (
-        ObsLeaf("action_mask", ("action_mask",), (mlp.action_size,), torch.bool, "mask"),
+        ObsLeaf("action_mask", ("action_mask",), (sum(choices(mlp.distribution, mlp.action_size)),), torch.bool, "mask"),
         ObsLeaf("obs.x", ("x",), (mlp.obs_size,), torch.float32, "vector"),
     )
     return ActorCritic(Encoder(leaves), mlp)
@@ -41,7 +41,8 @@ def make_rollout(network, num_steps, num_envs, generator, final_obs=False):
             rollout["final_obs"] = normal(mlp.obs_size)
     else:
         rollout["obs.x"] = normal(mlp.obs_size)
-        rollout["action_mask"] = torch.rand(*batch, mlp.action_size, generator=generator) < 0.6
+        size = sum(choices(mlp.distribution, mlp.action_size))
+        rollout["action_mask"] = torch.rand(*batch, size, generator=generator) < 0.6
         if final_obs:
             rollout["final_obs.x"] = normal(mlp.obs_size)
     if mlp.distribution is DIAGONAL_NORMAL:
@@ -51,6 +52,8 @@ def make_rollout(network, num_steps, num_envs, generator, final_obs=False):
     else:
         numbers = mlp.distribution.numbers
         rollout["action"] = torch.stack([torch.randint(n, batch, generator=generator) for n in numbers], -1)
+        if isinstance(mlp.distribution, Hybrid):
+            rollout["action"] = torch.cat([rollout["action"].float(), normal(mlp.distribution.num_normal)], -1)
     return rollout
 
 
