@@ -105,6 +105,10 @@ class TrainConfig:
     """Continuous actions from -1 to 1, mapped linearly to the environment's bounds."""
     time_aware: bool = False
     """Add the share of the time limit that has passed to the observation."""
+    agent_id: bool = False
+    """PettingZoo: add a one-hot vector of the agent to its observation, since all agents have one policy."""
+    num_agents: Annotated[int | None, at_least(1)] = None
+    """PettingZoo: A, agents of each environment, each a row of the rollout. Default: as many as it has."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
     """How N environments are run: their own vector class, one process, one per core, one each. auto: fastest in a trial."""
     env_timeout: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 300.0
@@ -264,8 +268,13 @@ class TrainConfig:
 
     @property
     def batch_size(self) -> int:
-        """B = T * N, rows of one rollout."""
-        return self.num_steps * self.num_envs
+        """B = T * N * A, rows of one rollout."""
+        return self.num_steps * self.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """N * A, rows of one step: one for each environment, or each agent of it."""
+        return self.num_envs * (self.num_agents or 1)
 
     @property
     def minibatches_per_epoch(self) -> int:

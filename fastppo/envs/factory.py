@@ -23,6 +23,7 @@ import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import VectorEnv, VectorWrapper
 
+from fastppo.envs.agents import with_agent_rows
 from fastppo.envs.atari import AtariSettings, make_ale, refuse_wrappers
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.check import ONE_BY_ONE, Tried, try_copy
@@ -100,7 +101,7 @@ class MadeEnvs(NamedTuple):
 
 
 def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline: Deadline = NO_DEADLINE) -> VectorEnv:
-    """N environments as one vector environment, without a trial.
+    """N environments as one vector environment, without a trial; of A agents each, N * A rows.
 
     Args:
         device: for a `TorchVectorEnv`.
@@ -109,6 +110,11 @@ def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline:
     Raises:
         UsageError: unknown id, missing dependency, wrong arguments, or they take too long to make; names the flag.
     """
+    return with_agent_rows(_make_envs(config, device, deadline))
+
+
+def _make_envs(config: EnvConfig, device: "torch.device | str", deadline: Deadline) -> VectorEnv:
+    """`make_envs`, with several agents of an environment as one row (envs/agents.py)."""
     if config.backend == "torch":
         return make_device_envs(config, device)
     if config.backend == "envpool":
@@ -144,7 +150,7 @@ def make_training_envs(
     config, every = (replace(one, vectorization=choice.vectorization) for one in (config, every))
 
     def make(num_envs: int) -> VectorEnv:
-        return make_envs(replace(config, num_envs=num_envs), device, deadline)
+        return _make_envs(replace(config, num_envs=num_envs), device, deadline)
 
     if config.num_seeds == 1:
         envs = make(config.num_envs) if choice.envs is None else choice.envs
@@ -155,7 +161,7 @@ def make_training_envs(
             envs = SeedsVectorEnv(make(every.num_envs) if choice.envs is None else choice.envs, config.num_seeds)
         else:
             envs = many(make, config.num_envs, config.num_seeds)
-    return MadeEnvs(envs, engine_name(envs, config), choice.reason)
+    return MadeEnvs(with_agent_rows(envs), engine_name(envs, config), choice.reason)
 
 
 def engine_name(envs: VectorEnv, config: EnvConfig) -> str:

@@ -17,6 +17,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
+from fastppo.envs.agents import AgentsEnv, has_agents
 from fastppo.errors import UsageError, nearest
 
 Function = Callable[..., Any]
@@ -89,6 +90,18 @@ def imported_spec(env_id: str) -> EnvSpec:
     return _spec(env_id, found)
 
 
+def module_spec(env_id: str) -> EnvSpec:
+    """The spec of an imported module in the form of PettingZoo's: its `parallel_env`, or `env`. Raises UsageError."""
+    module = importlib.import_module(env_id)
+    for name in ("parallel_env", "env"):
+        if callable(function := getattr(module, name, None)):
+            return _spec(env_id, function)
+    raise UsageError(
+        f"--env-id {env_id}: {_place(module)} has no function parallel_env or env, as PettingZoo's modules have; name a "
+        f"function or class of it, as {env_id}:NAME"
+    )
+
+
 def _place(module: Any) -> str:
     """The name of a module and its file."""
     file = getattr(module, "__file__", None)
@@ -112,6 +125,8 @@ def _make(function: Function, kind: type, **kwargs: Any) -> Any:
     if "render_mode" in kwargs and "render_mode" not in arguments and not any(map(_takes_all, arguments.values())):
         raise UsageError("it cannot be rendered, since it has no argument render_mode")
     made = function(**kwargs)
+    if kind is gym.Env and has_agents(made):
+        return AgentsEnv(made)
     if not isinstance(made, kind):
         what = "None" if made is None else f"a {type(made).__module__}.{type(made).__qualname__}"
         raise UsageError(f"it returned {what}, not a gymnasium {kind.__name__}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastppo import random_streams
 from fastppo.config import TrainConfig
 from fastppo.core.seed_axis import SeedAxis
+from fastppo.envs.agents import AgentRows
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
@@ -127,12 +128,13 @@ class Task:
         """Lines for the user: environments, findings of the check, device, threads."""
         parts = max(self.config.num_seeds, self.ranks.size)
         number = str(self.config.num_envs) if parts == 1 else f"{parts} x {self.local.num_envs}"
+        agents = "" if self.config.num_agents is None else f" of {self.config.num_agents} agents"
         where = f"device {self.device}"
         if self.ranks.size > 1:
             where = f"{self.ranks.size} processes, this one on {self.device}"
         threads = f"{torch.get_num_threads()} eager, {self.workers} compiled"
         return [
-            f"{self.config.env_id}: {number} environments, {self.engine} ({self.why})",
+            f"{self.config.env_id}: {number} environments{agents}, {self.engine} ({self.why})",
             *self.findings,
             f"{where}, {self.network.num_params:,} parameters; CPU threads: {threads}",
         ]
@@ -167,6 +169,8 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     with checked(ranks):
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
     config, local, resized = with_size(config, local, found)
+    config = with_agents(config, found)
+    local = share_of(config, ranks)
     render_env = None
     if config.record_every is not None and ranks.is_main:
         render_env = make_recorded(config, given, deadline)
@@ -249,8 +253,9 @@ def open_environments(
     else:
         made, engine, why = given, "given", "a vector environment of your own"
         envs = AutoresetEnvs(made, deadline)
-    if made.num_envs != config.num_seeds * local.num_envs:
-        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
+    number = made.num_envs // envs.num_agents
+    if number != config.num_seeds * local.num_envs:
+        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {number} environments")
     if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium wraps it
         made.unwrapped.share = (ranks.rank, ranks.size)
     if isinstance(made, TorchVectorEnv) and made.device != device:
@@ -259,9 +264,11 @@ def open_environments(
     checks = config.check_env and not config.resume
     tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
     mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
+    if tried is not None and tried.ran and mask_size is not None:
+        mask_size //= envs.num_agents  # the copy has one of all agents
     obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
     findings = check_envs(made, config.env_id, engine, deadline, tried) if checks else []
-    if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
+    if findings and tried is not None and not tried.repeats and has_processes(made):
         findings.append(COPIED_GENERATOR)
     return OpenedEnvs(envs, engine, why, obs, action, tuple(findings), tried is None or tried.was_made)
 
@@ -274,6 +281,23 @@ def with_size(config: TrainConfig, local: TrainConfig, found: OpenedEnvs) -> tup
     height, width = DEFAULT_SIZE
     note = f"pictures of {before} pixels are resized to {height} x {width} (--resize 0 keeps them)"
     return replace(config, resize=DEFAULT_SIZE), replace(local, resize=DEFAULT_SIZE), note
+
+
+def with_agents(config: TrainConfig, found: OpenedEnvs) -> TrainConfig:
+    """The settings with the number of agents of an environment that has several. Raises UsageError for another --num-agents."""
+    rows = found.envs.envs if isinstance(found.envs.envs, AgentRows) else None
+    if config.num_agents is not None and rows is None:
+        raise UsageError(f"--num-agents is for environments of PettingZoo, and {config.env_id} has one agent: leave it off")
+    if rows is None:
+        return config
+    if config.num_agents not in (None, rows.num_agents):
+        raise UsageError(f"--num-agents {config.num_agents}: {config.env_id} has {rows.num_agents}")
+    return replace(config, num_agents=rows.num_agents)
+
+
+def has_processes(made: VectorEnv) -> bool:
+    """Whether the environments run in groups, most of them in other processes."""
+    return isinstance(made.envs_of_agents if isinstance(made, AgentRows) else made, GroupedVectorEnv)
 
 
 def make_networks(
@@ -430,4 +454,4 @@ def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
         return min(cores, config.num_seeds)
     most = min(cores, config.rows_per_minibatch // MIN_WORKER_ROWS)
     units = config.rows_per_minibatch // config.rows_per_unit
-    return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and units % k == 0)
+    return max(k for k in range(1, max(most, 1) + 1) if config.num_rows % k == 0 and units % k == 0)
