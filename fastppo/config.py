@@ -111,6 +111,9 @@ class TrainConfig:
     """PettingZoo: A, agents of each environment, each a row of the rollout. Default: as many as it has."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
     """How N environments are run: their own vector class, one process, one per core, one each. auto: fastest in a trial."""
+    autoreset: Literal["auto", "next-step", "same-step"] = "auto"
+    """When environments that are made one by one are reset: in the step after an episode's end, which is then no transition, or
+    in the last step. auto: same-step if episodes are shorter than 10 steps in the check before training."""
     env_timeout: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 300.0
     """Seconds that a step or reset of the environments may take before the run stops with a fault; 0: no limit."""
     backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
@@ -312,6 +315,7 @@ class TrainConfig:
             backend=self.backend,
             vectorization=self.vectorization,
             num_threads=self.num_threads,
+            autoreset=self.autoreset,
             atari=AtariSettings(
                 noop_max=self.atari_noop_max,
                 frame_skip=self.atari_frame_skip,
@@ -341,7 +345,7 @@ class TrainConfig:
         Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
-        data = {"resize": (0,), **data}  # older versions kept large pictures
+        data = {"resize": (0,), "autoreset": "next-step", **data}  # what older versions did
         unknown = next((name for name in data if name not in _TYPES), None)
         if unknown is not None:
             raise UsageError(

@@ -214,7 +214,10 @@ class AgentRows(VectorEnv[Any, Any, Any]):
     """
 
     def __init__(self, envs: VectorEnv, agents: Agents) -> None:
-        """envs: of N `AgentsEnv`, by a class that resets in the next step."""
+        """envs: of N `AgentsEnv`. Closes them and raises UsageError unless they are reset in the next step."""
+        if AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP)) is not AutoresetMode.NEXT_STEP:
+            envs.close()
+            raise UsageError("--autoreset same-step is for environments of one agent: leave it off")
         self.envs_of_agents = envs
         self.num_agents = len(agents.names)
         self.num_envs = envs.num_envs * self.num_agents

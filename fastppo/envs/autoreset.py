@@ -131,7 +131,8 @@ class AutoresetEnvs:
                 done = np_or_torch(terminated).logical_or(terminated, truncated)
             if self.mode is AutoresetMode.SAME_STEP:  # what has ended is reset already
                 mask = self._mask(info, np.zeros(self.num_envs, bool), "step")
-                return Step(obs, reward, terminated, truncated, _final_obs(obs, done, info), mask, game_over)
+                final_obs = _final_obs(obs, done, info)
+                return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, info.get(REWARD_PARTS))
             mask = self._mask(info, done, "step")
         if self.mode is AutoresetMode.NEXT_STEP:
             return Step(obs, reward, terminated, truncated, None, mask, game_over, info.get(REWARD_PARTS))

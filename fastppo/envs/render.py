@@ -51,7 +51,7 @@ def make_rgb_env(config: EnvConfig) -> VectorEnv:
         UsageError: no engine renders it; says which render modes it has.
     """
     kwargs = {name: value for name, value in config.env_kwargs.items() if name != "render_mode"}
-    config = replace(config, num_envs=1, env_kwargs=kwargs)
+    config = replace(config, num_envs=1, env_kwargs=kwargs, autoreset="next-step")  # it shows an episode's last state
     if config.backend == "torch":
         return make_device_envs(config, "cpu", "rgb_array")
     if is_atari(config.env_id):
