@@ -52,16 +52,18 @@ def _check_seeds(config: "TrainConfig") -> None:
 
 def _check_minibatches(config: "TrainConfig") -> None:
     batch_size = config.batch_size
+    sizes = f"--num-envs {config.num_envs} x --num-steps {config.num_steps}"
+    sizes += f" x --num-agents {config.num_agents}" if config.num_agents else ""
     if batch_size > MAX_BATCH_SIZE:
-        raise UsageError(f"--num-envs {config.num_envs} x --num-steps {config.num_steps} must be at most {MAX_BATCH_SIZE}")
+        raise UsageError(f"{sizes} must be at most {MAX_BATCH_SIZE}")
     name = "minibatch_size" if config.minibatch_size else "num_minibatches"
     value = config.minibatch_size or config.num_minibatches
     if config.rnn is not None:
         _check_sequences(config, name, value)
     if batch_size % value:
         raise UsageError(
-            f"{flag(name)} {value} does not divide the batch of {batch_size} (--num-envs {config.num_envs} x "
-            f"--num-steps {config.num_steps}); nearest that do: {_neighbours(value, divisors(batch_size))}"
+            f"{flag(name)} {value} does not divide the batch of {batch_size} ({sizes}); "
+            f"nearest that do: {_neighbours(value, divisors(batch_size))}"
         )
     if config.norm_adv and batch_size // config.minibatches_per_epoch < 2:
         raise UsageError("--norm-adv needs minibatches of at least 2 rows: lower --num-minibatches or set --no-norm-adv")
@@ -75,11 +77,12 @@ def _check_minibatches(config: "TrainConfig") -> None:
 def _check_sequences(config: "TrainConfig", name: str, value: int) -> None:
     """With a recurrent network minibatches are of whole sequences."""
     rows = 1 if name == "num_minibatches" else config.num_steps
-    legal = [rows * number for number in divisors(config.num_envs)]
+    legal = [rows * number for number in divisors(config.num_rows)]
     if value not in legal:
+        sequences = f"--num-envs {config.num_envs}" + (f" x --num-agents {config.num_agents}" if config.num_agents else "")
         raise UsageError(
-            f"{flag(name)} {value}: --rnn {config.rnn} learns from whole sequences, so minibatches must divide --num-envs "
-            f"{config.num_envs}; nearest that do: {flag(name)} {_neighbours(value, legal)}"
+            f"{flag(name)} {value}: --rnn {config.rnn} learns from whole sequences, so minibatches must divide {sequences}; "
+            f"nearest that do: {flag(name)} {_neighbours(value, legal)}"
         )
 
 

@@ -106,8 +106,15 @@ class TrainConfig:
     """Continuous actions from -1 to 1, mapped linearly to the environment's bounds. Default: if these are far from that."""
     time_aware: bool = False
     """Add the share of the time limit that has passed to the observation."""
+    agent_id: bool = False
+    """PettingZoo: add a one-hot vector of the agent to its observation, since all agents have one policy."""
+    num_agents: Annotated[int | None, at_least(1)] = None
+    """PettingZoo: A, agents of each environment, each a row of the rollout. Default: as many as it has."""
     vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
     """How N environments are run: their own vector class, one process, one per core, one each. auto: fastest in a trial."""
+    autoreset: Literal["auto", "next-step", "same-step"] = "auto"
+    """When environments that are made one by one are reset: in the step after an episode's end, which is then no transition, or
+    in the last step. auto: same-step if episodes are shorter than 10 steps in the check before training."""
     env_timeout: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 300.0
     """Seconds that a step or reset of the environments may take before the run stops with a fault; 0: no limit."""
     backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
@@ -265,8 +272,13 @@ class TrainConfig:
 
     @property
     def batch_size(self) -> int:
-        """B = T * N, rows of one rollout."""
-        return self.num_steps * self.num_envs
+        """B = T * N * A, rows of one rollout."""
+        return self.num_steps * self.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        """N * A, rows of one step: one for each environment, or each agent of it."""
+        return self.num_envs * (self.num_agents or 1)
 
     @property
     def minibatches_per_epoch(self) -> int:
@@ -304,6 +316,7 @@ class TrainConfig:
             backend=self.backend,
             vectorization=self.vectorization,
             num_threads=self.num_threads,
+            autoreset=self.autoreset,
             atari=AtariSettings(
                 noop_max=self.atari_noop_max,
                 frame_skip=self.atari_frame_skip,
@@ -333,7 +346,8 @@ class TrainConfig:
         Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
-        data = {"resize": (0,), "rescale_action": False, **data}  # older versions kept large pictures and wide actions
+        # what older versions did
+        data = {"resize": (0,), "rescale_action": False, "autoreset": "next-step", **data}
         unknown = next((name for name in data if name not in _TYPES), None)
         if unknown is not None:
             raise UsageError(

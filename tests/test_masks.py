@@ -28,7 +28,7 @@ from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.storage import allocate_rollout
-from fastppo.training.setup import info_mask_size
+from fastppo.training.opening import info_mask_size
 from support.learn_settings import coefficients, learn_settings
 from support.runs import tiny
 

@@ -45,6 +45,7 @@ from support.seeds import SHORT, assert_alike, params_of, rows_of
         {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "SameStep"}},
         {"env_id": "environments:WalkVector-v0", "env_kwargs": {"mode": "Disabled"}},
         {"env_id": "environments:MaskedIdentity-v0", "compile": "on"},
+        {"env_id": "support.parallel_envs", "vectorization": "sync"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values()))[:60],
 )

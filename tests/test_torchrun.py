@@ -25,6 +25,7 @@ COMMON += ["--no-check-env"]
 CASES = {
     "host": ["--env-id", "CartPole-v1", "--backend", "gymnasium", "--norm-obs", "--norm-reward", "--compile", "on"],
     "device": ["--env-id", "CartPole-v1", "--backend", "torch"],
+    "agents": ["--env-id", "support.parallel_envs", "--norm-obs", "--norm-reward", "--vectorization", "sync"],
 }
 FOR_EVER = ["--num-iterations", "100000", "--checkpoint-iterations", "2"]
 FAULT, TERMINATED = 3, 128 + signal.SIGTERM

@@ -32,7 +32,7 @@ from fastppo.envs.factory import (
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.errors import UsageError
 from fastppo.random_streams import Stream, seed_of
-from fastppo.training.setup import COPIED_GENERATOR
+from fastppo.training.opening import COPIED_GENERATOR
 from support.runs import tiny
 
 

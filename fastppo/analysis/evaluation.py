@@ -23,6 +23,7 @@ from fastppo.envs.functions import naming
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, environment_fault
 from fastppo.policy.agent import Agent
 from fastppo.random_streams import Stream, environment_seed, seed_of
+from fastppo.run.episodes import MAX_SHOWN
 
 Note = Callable[[str], None]  # prints a line for the user
 
@@ -102,35 +103,39 @@ def play_episodes(
         max_steps: episodes that have not ended after so many steps in all are dropped. Default: MAX_EPISODE_STEPS an episode.
         note: prints a line on the progress every PROGRESS_SECONDS.
     """
-    quota = np.full(envs.num_envs, episodes // envs.num_envs)
-    quota[: episodes % envs.num_envs] += 1
-    returns: list[list[float]] = [[] for _ in range(envs.num_envs)]
-    running, left = np.zeros(envs.num_envs), quota.copy()
+    num_envs, num_agents = envs.num_envs // envs.num_agents, envs.num_agents
+    quota = np.full(num_envs, episodes // num_envs)
+    quota[: episodes % num_envs] += 1
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    running, left = np.zeros(num_envs), quota.copy()
     most = MAX_EPISODE_STEPS * episodes if max_steps is None else max_steps
     steps, reward_sum, noted = 0, 0.0, time.monotonic()
-    parts, part_returns = np.zeros((envs.num_envs, 0)), list[NDArray[Any]]()
-    valid = np.ones(envs.num_envs, bool)
+    parts, part_returns = np.zeros((num_envs, 0)), list[NDArray[Any]]()
     agent.seed(seed_of(seed, Stream.EVALUATION_ACTIONS))
     agent.reset()
     obs, mask = envs.reset_and_mask(environment_seed(seed, Stream.EVALUATION_ENVIRONMENTS))
+    valid = np.ones(envs.num_envs, bool) if envs.acting is None else envs.acting
     while left.any() and steps < most:
         step = envs.step(agent.act(obs, deterministic, mask))
         obs, mask = step.obs, step.action_mask
-        reward, terminated, truncated = map(_to_host, (step.reward, step.terminated, step.truncated))
-        counted = valid & (left > 0)
-        running += np.where(counted, reward, 0.0)
-        if step.reward_parts is not None:
-            parts = (parts if parts.size else 0.0) + np.where(counted[:, None], _to_host(step.reward_parts), 0.0)
-        steps, reward_sum = steps + int(counted.sum()), reward_sum + float(reward[counted].sum())
+        reward, terminated, truncated = map(to_host, (step.reward, step.terminated, step.truncated))
         done = np.logical_or(terminated, truncated) & valid
-        over = done if step.game_over is None else done & _to_host(step.game_over)
+        over = done if step.game_over is None else to_host(step.game_over)
+        of_agents = np.where(valid, reward, 0.0).reshape(num_envs, num_agents)
+        over, acted = over.reshape(num_envs, num_agents).any(-1), valid.reshape(num_envs, num_agents).any(-1)
+        counted, reward = acted & (left > 0), of_agents.mean(-1)
+        running += np.where(counted, reward, 0.0)
+        own_parts = of_agents if 1 < num_agents <= MAX_SHOWN else step.reward_parts
+        if own_parts is not None:
+            parts = (parts if parts.size else 0.0) + np.where(counted[:, None], to_host(own_parts), 0.0)
+        steps, reward_sum = steps + int(counted.sum()), reward_sum + float(reward[counted].sum())
         for index in np.flatnonzero(over & (left > 0)):
             returns[index].append(float(running[index]))
             if parts.size:
                 part_returns.append(parts[index].copy())
             running[index], parts[index], left[index] = 0.0, 0.0, left[index] - 1
         agent.reset(done if envs.keeps_final_obs else ~valid)  # environments whose next observation is the first of an episode
-        valid = ~done if not envs.keeps_final_obs else valid
+        valid = envs.acting if envs.acting is not None else valid if envs.keeps_final_obs else ~done
         if note is not None and time.monotonic() - noted >= PROGRESS_SECONDS:
             note(f"evaluating: {episodes - left.sum()} of {episodes} episodes, {steps:,} of at most {most:,} steps")
             noted = time.monotonic()
@@ -138,7 +143,7 @@ def play_episodes(
     return EvaluationResult([value for played in returns for value in played], episodes, steps, reward_sum, part_returns)
 
 
-def _to_host(batch: Any) -> NDArray[Any]:
+def to_host(batch: Any) -> NDArray[Any]:
     """An array or tensor of one step, on any device, as an array."""
     return np.asarray(batch.detach().cpu() if is_tensor(batch) else batch)
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fastppo.analysis.evaluation import EvaluationPlan, EvaluationResult, most_steps, time_limit
+import numpy as np
+
+from fastppo.analysis.evaluation import EvaluationPlan, EvaluationResult, most_steps, time_limit, to_host
 from fastppo.analysis.video import Show, check_display, choose_suffix, video_file, window
 from fastppo.callbacks import Callback, View
 from fastppo.config import TrainConfig
@@ -37,12 +39,13 @@ def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, determ
     Raises:
         TrainingFault: the environment failed.
     """
-    total, counts = 0.0, True
+    total, counts = 0.0, np.ones(envs.num_envs, bool)  # counts: which rows' next step is a transition
     for steps in range(limit + 1):
         try:
             if steps == 0:
                 agent.reset()
                 obs, mask = envs.reset_and_mask(seed)
+                counts = counts if envs.acting is None else envs.acting
             else:
                 step = envs.step(agent.act(obs, deterministic, mask))
                 obs, mask = step.obs, step.action_mask
@@ -53,13 +56,14 @@ def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, determ
             raise environment_fault(error, "while it was rendered") from error
         show(frame)
         if steps > 0:
-            total += float(step.reward[0]) if counts else 0.0
-            done = bool(step.terminated[0] or step.truncated[0]) and counts
-            if done and (step.game_over is None or step.game_over[0]):
+            reward, terminated, truncated = map(to_host, (step.reward, step.terminated, step.truncated))
+            total += float(np.where(counts, reward, 0.0).mean())  # of several agents: the mean of their returns
+            done = np.logical_or(terminated, truncated) & counts
+            if (done if step.game_over is None else to_host(step.game_over)).any():
                 break
-            if done if envs.keeps_final_obs else not counts:
-                agent.reset()  # the next observation is the first of a new life
-            counts = envs.keeps_final_obs or not done  # the step after the end of a life only resets
+            agent.reset(done if envs.keeps_final_obs else ~counts)  # whose next observation is the first of a new life
+            if not envs.keeps_final_obs:  # the step after the end of a life only resets
+                counts = ~done if envs.acting is None else envs.acting
     return total, steps
 
 

@@ -28,6 +28,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
 from fastppo.action_masks import flat_mask, mask_of
+from fastppo.envs.agents import AgentRows
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import MaskSource, source_of
@@ -56,7 +57,7 @@ class Step(NamedTuple):
     truncated: Batch
     final_obs: Structure | None
     action_mask: Batch | None = None  # (N, A): legal under `obs`, all True where an episode ended; None: there are no masks
-    game_over: Batch | None = None  # (N,): the end is that of a game, not of one life; None where every end is
+    game_over: Batch | None = None  # (N,): a whole episode ended, not one life or agent of it; None: every end is that of one
     reward_parts: Batch | None = None  # (N, K): the parts whose weighted sum is the reward; None where it is a number
 
 
@@ -80,6 +81,7 @@ class AutoresetEnvs:
         self.deadline = deadline
         self.closed = False
         self._lives = _lives_of(envs)
+        self._rows = envs if isinstance(envs, AgentRows) else None
         self._is_new = True  # until the first reset, which decides whether there are masks
         self._mask_size: int | None = None  # A; None: there are no masks
         self._mask_source: MaskSource | None = None
@@ -88,6 +90,16 @@ class AutoresetEnvs:
     def keeps_final_obs(self) -> bool:
         """True when steps carry `final_obs`: every row is then a transition."""
         return self.mode is not AutoresetMode.NEXT_STEP
+
+    @property
+    def num_agents(self) -> int:
+        """A; rows n * A to (n + 1) * A - 1 are the agents of one environment."""
+        return 1 if self._rows is None else self._rows.num_agents
+
+    @property
+    def acting(self) -> Batch | None:
+        """(N,) bool after a reset or step, the rows whose next step is a transition; None: all but those that only reset."""
+        return None if self._rows is None else self._rows.acting
 
     def reset(self, seed: ResetSeed) -> Structure:
         """First observations, (N, ...); None: the environments' random numbers go on where they are."""
@@ -112,6 +124,7 @@ class AutoresetEnvs:
         with self.deadline:
             obs, reward, terminated, truncated, info = self.envs.step(action)
             game_over = None if self._lives is None else self._lives.game_over
+            game_over = game_over if self._rows is None else self._rows.over
             if not self.is_declared and not FINAL_KEYS.isdisjoint(info):
                 raise EnvironmentFailed(UNDECLARED.format(next(key for key in info if key in FINAL_KEYS)))
             done: Any = None
@@ -119,7 +132,8 @@ class AutoresetEnvs:
                 done = np_or_torch(terminated).logical_or(terminated, truncated)
             if self.mode is AutoresetMode.SAME_STEP:  # what has ended is reset already
                 mask = self._mask(info, np.zeros(self.num_envs, bool), "step")
-                return Step(obs, reward, terminated, truncated, _final_obs(obs, done, info), mask, game_over)
+                final_obs = _final_obs(obs, done, info)
+                return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, info.get(REWARD_PARTS))
             mask = self._mask(info, done, "step")
         if self.mode is AutoresetMode.NEXT_STEP:
             return Step(obs, reward, terminated, truncated, None, mask, game_over, info.get(REWARD_PARTS))

@@ -45,6 +45,7 @@ from gymnasium.utils import env_checker
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 
 from fastppo.envs import check_trial
+from fastppo.envs.agents import agents_of
 from fastppo.envs.check_calls import CallChecker, CheckedEnv, CheckedVectorEnv, Finding
 from fastppo.envs.check_trial import run_trial, sampled_space
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
@@ -88,6 +89,7 @@ class Tried:
     mask_size: int | None = None  # numbers in its info's action_mask; None: there is none
     varies: bool = False  # it is known to start in different states
     repeats: bool = True  # two resets with one seed started alike
+    episode_length: float = math.inf  # mean in steps, of random actions; inf: not known, or of several agents
 
     @property
     def ran(self) -> bool:
@@ -200,7 +202,8 @@ def _tried(copies: VectorEnv, checker: "CallChecker", num_envs: int) -> Tried:
     step_seconds = statistics.median(checker.seconds)
     computing = min(statistics.median(checker.cpu_seconds) / max(step_seconds, 1e-9), 1.0)  # a clock may be coarse
     found = tuple(checker.found.values())
-    return Tried(found, True, step_seconds, computing, times.mask_size, times.varies, times.repeats)
+    length = times.episode_length if agents_of(copies) is None else math.inf
+    return Tried(found, True, step_seconds, computing, times.mask_size, times.varies, times.repeats, length)
 
 
 class _WithSampled(gym.Wrapper[Any, Any, Any, Any]):

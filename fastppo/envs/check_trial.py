@@ -38,6 +38,7 @@ class TrialResult:
     mask_size: int | None  # numbers in the info's action_mask; None: there is none
     varies: bool  # it is known to start in different states
     repeats: bool  # two resets with one seed started alike
+    episode_length: float  # transitions for each end of an episode; inf: none ended
 
 
 def run_trial(envs: VectorEnv, checker: CallChecker, seeded: bool, num_envs: int = 0) -> TrialResult | None:
@@ -85,20 +86,20 @@ def _resets_and_steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, n
             varies = _copy_varies(envs, checker, first, num_envs, started)
             obs, mask = envs.reset_and_mask(SEED)
     streams = states_of_streams()
-    step_seconds, masked = _steps(envs, checker, seeded, obs, mask)
+    step_seconds, masked, episode_length = _steps(envs, checker, seeded, obs, mask)
     drawn_from |= set(moved_streams(streams, states_of_streams()))
     _warn_of_streams(envs, checker, drawn_from - seeded_by_env)
-    return TrialResult(reset_seconds, step_seconds, masked, mask_size, varies, repeats)
+    return TrialResult(reset_seconds, step_seconds, masked, mask_size, varies, repeats, episode_length)
 
 
-def _steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, obs: Any, mask: Any) -> tuple[float, bool]:
-    """Random steps from `obs` and `mask` on. Returns the seconds of the slowest, and whether actions are masked."""
+def _steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, obs: Any, mask: Any) -> tuple[float, bool, float]:
+    """Random steps from `obs` and `mask` on. Returns the slowest's seconds, whether actions are masked, episodes' length."""
     space, single = envs.envs.single_observation_space, envs.envs.single_action_space
     actions = batch_space(sampled_space(single), envs.num_envs)
     actions.seed(seed_of(SEED, Stream.CHECK_ACTIONS))
     rng = np.random.default_rng(seed_of(SEED, Stream.CHECK_MASKS))
     done, masked, step_seconds = np.zeros(envs.num_envs, bool), False, 0.0
-    started = time.perf_counter()
+    started, transitions, ends = time.perf_counter(), 0, 0
     final, following = FinalObs(space), NextAction(envs)
     for _ in range(STEPS):
         in_obs = obs.get("action_mask") if isinstance(obs, Mapping) else None
@@ -116,6 +117,7 @@ def _steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, obs: Any, ma
         obs, mask = step.obs, step.action_mask
         reward, terminated, truncated = (np.asarray(numbers(x)) for x in (step.reward, step.terminated, step.truncated))
         ended = (terminated != 0) | (truncated != 0)
+        transitions, ends = transitions + int((~done).sum()), ends + int((ended & ~done).sum())
         if step.final_obs is not None:
             CallChecker(space, (envs.num_envs,), checker.found, "at an end").obs(step.final_obs, space, "final observation")
             checker.refuse()
@@ -139,7 +141,7 @@ def _steps(envs: AutoresetEnvs, checker: CallChecker, seeded: bool, obs: Any, ma
         elif following.counts(SEED, SECONDS):
             checker.found.pop("autoreset", None)  # it has the same cause
             checker.error("autoreset", ACTION_COUNTS)
-    return step_seconds, masked
+    return step_seconds, masked, transitions / ends if ends else math.inf
 
 
 def sampled_space(space: gym.Space[Any]) -> gym.Space[Any]:

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import gymnasium as gym
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
-from gymnasium.vector import VectorEnv, VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
+from fastppo.envs.agents import with_agent_rows
 from fastppo.envs.atari import AtariSettings, make_ale, refuse_wrappers
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.check import ONE_BY_ONE, Tried, try_copy
@@ -81,6 +82,8 @@ class EnvConfig:
     """For Atari's games, in ALE and in EnvPool."""
     num_seeds: int = 1
     """S, for `make_training_envs`."""
+    autoreset: str = "auto"
+    """"same-step" or "next-step": when environments that are made one by one are reset; "auto": in the next step."""
 
 
 class VectorizationChoice(NamedTuple):
@@ -100,7 +103,7 @@ class MadeEnvs(NamedTuple):
 
 
 def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline: Deadline = NO_DEADLINE) -> VectorEnv:
-    """N environments as one vector environment, without a trial.
+    """N environments as one vector environment, without a trial; of A agents each, N * A rows.
 
     Args:
         device: for a `TorchVectorEnv`.
@@ -109,6 +112,11 @@ def make_envs(config: EnvConfig, device: "torch.device | str" = "cpu", deadline:
     Raises:
         UsageError: unknown id, missing dependency, wrong arguments, or they take too long to make; names the flag.
     """
+    return with_agent_rows(_make_envs(config, device, deadline))
+
+
+def _make_envs(config: EnvConfig, device: "torch.device | str", deadline: Deadline) -> VectorEnv:
+    """`make_envs`, with several agents of an environment as one row (envs/agents.py)."""
     if config.backend == "torch":
         return make_device_envs(config, device)
     if config.backend == "envpool":
@@ -144,7 +152,7 @@ def make_training_envs(
     config, every = (replace(one, vectorization=choice.vectorization) for one in (config, every))
 
     def make(num_envs: int) -> VectorEnv:
-        return make_envs(replace(config, num_envs=num_envs), device, deadline)
+        return _make_envs(replace(config, num_envs=num_envs), device, deadline)
 
     if config.num_seeds == 1:
         envs = make(config.num_envs) if choice.envs is None else choice.envs
@@ -155,7 +163,7 @@ def make_training_envs(
             envs = SeedsVectorEnv(make(every.num_envs) if choice.envs is None else choice.envs, config.num_seeds)
         else:
             envs = many(make, config.num_envs, config.num_seeds)
-    return MadeEnvs(envs, engine_name(envs, config), choice.reason)
+    return MadeEnvs(with_agent_rows(envs), engine_name(envs, config), choice.reason)
 
 
 def engine_name(envs: VectorEnv, config: EnvConfig) -> str:
@@ -311,10 +319,11 @@ def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> Ve
         envs = gym.make_vec(spec, num_envs=num_envs, vectorization_mode=mode, **config.env_kwargs)
         return SeededCartPole(envs) if type(envs) is CartPoleVectorEnv else envs
     env_fns = [env_maker(config)] * num_envs
+    autoreset = AutoresetMode.SAME_STEP if config.autoreset == "same-step" else AutoresetMode.NEXT_STEP
     if config.vectorization == "sync":
-        return NumberedVectorEnv(env_fns)
+        return NumberedVectorEnv(env_fns, mode=autoreset)
     num_groups = num_envs if config.vectorization == "async" else num_processes(num_envs, config.num_threads)
-    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial)
+    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial, autoreset)
 
 
 def default_vectorization(config: EnvConfig) -> str:
@@ -325,6 +334,13 @@ def default_vectorization(config: EnvConfig) -> str:
     spec = find_spec(config.env_id)
     wraps = spec.entry_point is not None and config.preprocessing.flags
     return "sync" if spec.vector_entry_point is None or wraps else "entry-point"
+
+
+def are_one_by_one(config: EnvConfig) -> bool:
+    """Whether the environments are made one by one. Raises UsageError for an unknown id."""
+    if config.backend not in ("auto", "gymnasium") or is_atari(config.env_id):
+        return False
+    return (default_vectorization(config) if config.vectorization == "auto" else config.vectorization) != "entry-point"
 
 
 def env_maker(config: EnvConfig) -> EnvFn:

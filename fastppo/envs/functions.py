@@ -17,6 +17,8 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
+from fastppo.envs.agents import AgentsEnv, has_agents
+from fastppo.envs.old_gym import converted, is_old, takes_seed
 from fastppo.errors import UsageError, nearest
 
 Function = Callable[..., Any]
@@ -89,6 +91,18 @@ def imported_spec(env_id: str) -> EnvSpec:
     return _spec(env_id, found)
 
 
+def module_spec(env_id: str) -> EnvSpec:
+    """The spec of an imported module in the form of PettingZoo's: its `parallel_env`, or `env`. Raises UsageError."""
+    module = importlib.import_module(env_id)
+    for name in ("parallel_env", "env"):
+        if callable(function := getattr(module, name, None)):
+            return _spec(env_id, function)
+    raise UsageError(
+        f"--env-id {env_id}: {_place(module)} has no function parallel_env or env, as PettingZoo's modules have; name a "
+        f"function or class of it, as {env_id}:NAME"
+    )
+
+
 def _place(module: Any) -> str:
     """The name of a module and its file."""
     file = getattr(module, "__file__", None)
@@ -109,9 +123,17 @@ def _spec(env_id: str, function: Function) -> EnvSpec:
 def _make(function: Function, kind: type, /, **kwargs: Any) -> Any:
     """Call a function with --env-kwargs. Raises UsageError if it returns something else than an environment."""
     arguments = _arguments(function)
-    if "render_mode" in kwargs and "render_mode" not in arguments and not any(map(_takes_all, arguments.values())):
+    takes_mode = "render_mode" in arguments or any(map(_takes_all, arguments.values()))
+    made = function(**(kwargs if takes_mode else {name: value for name, value in kwargs.items() if name != "render_mode"}))
+    if kind is gym.Env and is_old(made) and not isinstance(made, kind):
+        is_told = takes_mode or not takes_seed(made)  # gym 0.21 has the mode as an argument of `render`
+        made = converted(made, kwargs.get("render_mode"))
+    else:
+        is_told = takes_mode
+    if "render_mode" in kwargs and not is_told:
         raise UsageError("it cannot be rendered, since it has no argument render_mode")
-    made = function(**kwargs)
+    if kind is gym.Env and has_agents(made):
+        return AgentsEnv(made)
     if not isinstance(made, kind):
         what = "None" if made is None else f"a {type(made).__module__}.{type(made).__qualname__}"
         raise UsageError(f"it returned {what}, not a gymnasium {kind.__name__}")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium.spaces import Dict, Space
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import read_from_shared_memory
 
 from fastppo.envs.deadline import Deadline
@@ -43,6 +44,7 @@ class GroupTask(NamedTuple):
     timeout: float  # seconds of its deadline
     entropy: Sequence[int]  # for its global generators, until a reset with a seed
     copied: frozenset[int]  # ids of spaces that the fork has copied with their generators, such as attributes of a class
+    mode: AutoresetMode
 
 
 def run_group(
@@ -66,7 +68,7 @@ def run_group(
     group = None
     try:
         with deadline:
-            group = NumberedVectorEnv(env_fns, rows.start)
+            group = NumberedVectorEnv(env_fns, rows.start, task.mode)
         if (group.single_observation_space, group.single_action_space) != (exchanged["obs"], exchanged["action"]):
             raise EnvironmentFailed(f"{group_name(rows)}: other spaces than those of environment 0")
         for identity, space in spaces_of(group).items():

@@ -30,7 +30,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.spaces import Dict, Space
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space, create_shared_memory, read_from_shared_memory
 
@@ -66,13 +65,18 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
     """N environments in K groups of nearly equal size, one of them in this process and K - 1 in processes of their own.
 
     Returned arrays are reused in the next step, so copy what you keep: observations (N, ...), rewards (N,) float64, terminated
-    and truncated (N,) bool. Autoreset is NEXT_STEP, as in SyncVectorEnv. Of infos, only INFO_KEYS are returned. Actions are
+    and truncated (N,) bool. Autoreset and infos are those of NumberedVectorEnv. Actions are
     cast to the dtype of the space. An environment that fails ends all processes before the error is raised, and later calls
     raise the same error.
     """
 
     def __init__(
-        self, env_fns: Sequence[EnvFn], num_groups: int, deadline: Deadline = NO_DEADLINE, is_trial: bool = False
+        self,
+        env_fns: Sequence[EnvFn],
+        num_groups: int,
+        deadline: Deadline = NO_DEADLINE,
+        is_trial: bool = False,
+        mode: AutoresetMode = AutoresetMode.NEXT_STEP,
     ) -> None:
         """Make the environments, each where it will run; env_fns[0] says which spaces all of them have.
 
@@ -98,10 +102,10 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # started here, it imports the user's script
             os._exit(UNGUARDED)
         began = time.monotonic()
-        self._group = NumberedVectorEnv(env_fns[: edges[1]])
+        self._group = NumberedVectorEnv(env_fns[: edges[1]], mode=mode)
         own_seconds = time.monotonic() - began
         deadline.lift()  # the rest waits for processes with deadlines of their own
-        self.metadata = {**self._group.metadata, "autoreset_mode": AutoresetMode.NEXT_STEP}
+        self.metadata = {**self._group.metadata, "autoreset_mode": mode}
         self.render_mode = self._group.render_mode
         self.single_observation_space = self._group.single_observation_space
         self.single_action_space = self._group.single_action_space
@@ -114,8 +118,10 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             self._batch: Any = read_from_shared_memory(exchanged, memory, self.num_envs)
             self._rows = rows_of(self._batch, slice(0, edges[1]))
             for start, stop in pairwise(edges[1:]):
-                rows, shared = slice(start, stop), spaces_of(self._group)
-                self._workers.append(GroupProcess(context, env_fns, rows, exchanged, memory, self._workers, deadline, shared))
+                rows, copied = slice(start, stop), frozenset(spaces_of(self._group))
+                seconds, entropy = deadline.seconds, _entropy(rows)
+                task = GroupTask(rows, self.num_envs, exchanged, memory, seconds, entropy, copied, mode)
+                self._workers.append(GroupProcess(context, env_fns, task, self._workers, deadline))
             for worker in self._workers:
                 worker.first_result(own_seconds, is_trial)
         except BaseException:
@@ -204,17 +210,15 @@ class GroupProcess:
         self,
         context: BaseContext,
         env_fns: Sequence[EnvFn],
-        rows: slice,
-        exchanged: Dict,
-        memory: Any,
+        task: GroupTask,
         earlier: "Sequence[GroupProcess]",
         deadline: Deadline,
-        shared: Mapping[int, Space[Any]],
     ) -> None:
-        """Start the process, for the environments `rows`; `first_result` then raises if they could not be made.
+        """Start the process of a task; `first_result` then raises if its environments could not be made.
 
-        shared: spaces of environments in this process by their ids, as `spaces_of` returns them.
+        task: `copied` has the spaces of environments in this process, by their ids.
         """
+        rows = task.rows
         self.rows, self.num_envs = rows, rows.stop - rows.start
         commands, self._commands = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
@@ -225,8 +229,7 @@ class GroupProcess:
         # other process can write to.
         parents = [end for worker in (*earlier, self) for end in (worker._commands, worker._answers)] if self._is_forked else []
         wrapped = [CloudpickleWrapper(env_fn) for env_fn in env_fns[rows]]
-        copied = frozenset(shared) if self._is_forked else frozenset[int]()
-        task = GroupTask(rows, len(env_fns), exchanged, memory, deadline.seconds, _entropy(rows), copied)
+        task = task if self._is_forked else task._replace(copied=frozenset())
         self._process = context.Process(  # type: ignore[attr-defined]
             target=run_group,
             args=(commands, answers, parents, wrapped, task),

@@ -5,12 +5,14 @@ An environment that fails is named by its number. Does not import torch.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.spaces import Dict, Tuple
-from gymnasium.vector import SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo.action_masks import flat_mask
 from fastppo.envs.masks import masks_of, owner_of
@@ -26,19 +28,23 @@ INFO_KEYS = ("action_mask", REWARD_PARTS)
 class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type arguments
     """Gymnasium's SyncVectorEnv for environments first, first + 1, ...; it names the one that fails, and copies less.
 
-    Returned observations are reused in the next step, so copy what you keep. Of infos, only INFO_KEYS are returned.
+    Returned observations are reused in the next step, so copy what you keep. Of infos, only INFO_KEYS are returned, and under
+    SAME_STEP `final_obs`, (N,) objects.
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn], first: int = 0) -> None:
+    def __init__(self, env_fns: Sequence[EnvFn], first: int = 0, mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> None:
         """Make the environments; `first` is the number of env_fns[0]. If making one raises, the others are closed."""
         made: list[NumberedEnv] = []
+        self._is_same_step = mode is AutoresetMode.SAME_STEP
 
         def make(env_fn: EnvFn, number: int) -> NumberedEnv:
             made.append(NumberedEnv.make(env_fn, number))
             return made[-1]
 
         try:
-            super().__init__([partial(make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False)
+            super().__init__(
+                [partial(make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False, autoreset_mode=mode
+            )
         except BaseException:
             for env in made:
                 with contextlib.suppress(*ENVIRONMENT_ERRORS):
@@ -46,6 +52,10 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
             raise
 
     def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        if self._is_same_step and "final_info" in env_info:  # of the last step; the info after the reset follows
+            final = vector_infos.setdefault("final_obs", np.full(self.num_envs, None, object))
+            final[env_num] = deepcopy(env_info["final_obs"])  # an environment may write its next one to the same memory
+            env_info = {key: value for key, value in env_info["final_info"].items() if key == REWARD_PARTS}
         read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
         return super()._add_info(vector_infos, read, env_num) if read else vector_infos
 

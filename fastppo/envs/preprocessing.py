@@ -25,6 +25,8 @@ class Preprocessing:
     """Actions from -1 to 1 instead of the environment's bounds; None: where these are far from -1 and 1."""
     time_aware: bool = False
     """The observation includes the share of the time limit that has passed."""
+    agent_id: bool = False
+    """The observation of each of several agents includes a one-hot vector of the agent."""
 
     reward_weights: tuple[float, ...] | None = None
     """The reward is the weighted sum of the parts of a vector; None: it is a number."""

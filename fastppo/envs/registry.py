@@ -1,19 +1,23 @@
 """From --env-id to a spec, or a UsageError that names the nearest known ids. Does not import torch.
 
 `module:NAME` imports the module. If an id NAME is registered then, it is that environment, as in gymnasium. Otherwise NAME is a
-function or class of the module (envs/functions.py).
+function or class of the module (envs/functions.py). `package.module` is a module of
+PettingZoo's form, with `parallel_env` or `env`.
 """
 
+import contextlib
 import importlib
 import os
+import pkgutil
 from pathlib import Path
 
 import gymnasium as gym
 
-from fastppo.envs.functions import given_spec, imported_spec, is_nameless
+from fastppo.envs.functions import given_spec, imported_spec, is_nameless, module_spec
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
 
 INSTALL = "pip install 'fastppo[{}]'"
+PETTINGZOO = ("pettingzoo", "mpe2")  # packages of the extra of that name
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
@@ -28,6 +32,9 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     except gym.error.Error as error:
         if name != env_id and _is_dotted(name):
             return imported_spec(env_id)
+        if "." in env_id and _is_dotted(env_id):
+            _import(env_id, env_id)
+            return module_spec(env_id)
         reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
         raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
 
@@ -36,13 +43,26 @@ def import_module_of(env_id: str) -> str:
     """Import the module of module:Id, so that it registers its environments, and return the Id; raises UsageError."""
     module, _, name = env_id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ENVIRONMENT_ERRORS as error:  # a user's module may raise anything; a script exits
-            is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-            reason = _where_to_find(module) if is_missing or not _is_dotted(module) else located(error)
-            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {reason}") from None
+        _import(module, env_id)
     return name
+
+
+def _import(module: str, env_id: str) -> None:
+    """Import a module that --env-id names; raises UsageError."""
+    try:
+        importlib.import_module(module)
+    except ENVIRONMENT_ERRORS as error:  # a user's module may raise anything; a script exits
+        if isinstance(error, ModuleNotFoundError) and module.partition(".")[0] in PETTINGZOO and not _is_part(module, error):
+            message = f"--env-id {env_id} needs a package that is not installed: {INSTALL.format('pettingzoo')}"
+            raise UsageError(message) from None
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
+        reason = _where_to_find(module) if is_missing or not _is_dotted(module) else located(error)
+        raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {reason}") from None
+
+
+def _is_part(module: str, error: ModuleNotFoundError) -> bool:
+    """Whether the module that is missing is a part of an installed package: a name that is not right."""
+    return str(error.name).startswith(module.partition(".")[0] + ".")
 
 
 def _is_dotted(name: str) -> bool:
@@ -55,6 +75,11 @@ def _where_to_find(module: str) -> str:
     if dotted != module:
         return f"write it with dots and without .py, as {dotted}"
     top = module.partition(".")[0]
+    parent, _, name = module.rpartition(".")
+    with contextlib.suppress(*ENVIRONMENT_ERRORS):
+        if parent and (package := importlib.import_module(parent)):
+            known = [found.name for found in pkgutil.iter_modules(package.__path__)]
+            return f"{parent} has no module {name}{nearest(name, known)}"
     here = [path.stem for path in Path().glob("*.py")]
     return (
         f"it is neither installed nor in this folder{nearest(module, here)}; start in the folder of {top}, "

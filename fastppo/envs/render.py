@@ -12,6 +12,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+from fastppo.envs.agents import with_agent_rows
 from fastppo.envs.atari import make_rgb_ale
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
@@ -50,7 +51,7 @@ def make_rgb_env(config: EnvConfig) -> VectorEnv:
         UsageError: no engine renders it; says which render modes it has.
     """
     kwargs = {name: value for name, value in config.env_kwargs.items() if name != "render_mode"}
-    config = replace(config, num_envs=1, env_kwargs=kwargs)
+    config = replace(config, num_envs=1, env_kwargs=kwargs, autoreset="next-step")  # it shows an episode's last state
     if config.backend == "torch":
         return make_device_envs(config, "cpu", "rgb_array")
     if is_atari(config.env_id):
@@ -60,7 +61,7 @@ def make_rgb_env(config: EnvConfig) -> VectorEnv:
     config = replace(config, vectorization="entry-point" if find_spec(config.env_id).entry_point is None else "sync")
     rendered = replace(config, env_kwargs={**kwargs, "render_mode": "rgb_array"})
     if "rgb_array" in _declared_modes(find_spec(config.env_id)):
-        return make_gymnasium_envs(rendered)
+        return with_agent_rows(make_gymnasium_envs(rendered))
     envs = make_gymnasium_envs(config)
     modes = envs.metadata.get("render_modes") or ()
     envs.close()
@@ -71,7 +72,7 @@ def make_rgb_env(config: EnvConfig) -> VectorEnv:
         raise UsageError(
             f"--env-id {config.env_id} cannot be rendered: it has no render mode rgb_array; its render modes: {has}"
         )
-    return make_gymnasium_envs(rendered)
+    return with_agent_rows(make_gymnasium_envs(rendered))
 
 
 def _declared_modes(spec: gym.envs.registration.EnvSpec) -> Collection[str]:

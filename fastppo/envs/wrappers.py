@@ -18,6 +18,7 @@ from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
 from fastppo.action_masks import leaf_spaces
+from fastppo.envs.agents import AgentId, agents_of
 from fastppo.envs.masks import has_mask
 from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.envs.preprocessing import Preprocessing
@@ -35,6 +36,10 @@ Function = Callable[[Any], Any]
 
 def wrapped(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[Any, Any]:
     """`env` inside the wrappers that the settings ask for. Raises UsageError where one does not fit; names its flag."""
+    if agents_of(env) is not None:
+        return _wrapped_agents(env, settings)
+    if settings.agent_id:
+        raise UsageError("--agent-id is for environments of several agents, and this has one: leave it off")
     if settings.time_aware:
         env = _time_aware(env)
     if settings.frame_skip > 1:
@@ -49,6 +54,17 @@ def wrapped(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[Any, Any
     if settings.rescale_action or (settings.rescale_action is None and _is_far(env.action_space)):
         env = _rescaled(env)
     return env
+
+
+def _wrapped_agents(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[Any, Any]:
+    """An `AgentsEnv` inside the wrapper that the settings ask for. Raises UsageError for those of one agent."""
+    for flag in settings.flags:
+        if flag != "--agent-id":
+            raise UsageError(
+                f"{flag} is for environments of one agent: wrap these with SuperSuit in a function of yours, and name that as "
+                "module:NAME (docs/environments.md)"
+            )
+    return AgentId(env) if settings.agent_id else env
 
 
 class FrameSkip(gym.Wrapper[Any, Any, Any, Any]):

@@ -65,7 +65,8 @@ class StepCollector:
     def begin(self, obs: Any, action_mask: Any = None) -> None:
         """Write the first observations (N, ...) of all environments to row T, where `collect` reads them."""
         self._write_obs(-1, obs, action_mask)
-        self.storage["valid"][-1] = True
+        acting = self.envs.acting
+        self.storage["valid"][-1] = True if acting is None else self._by_seed(acting)
         if self.rnn_state is not None:
             self.storage["episode_start"][-1] = True
 
@@ -94,7 +95,8 @@ class StepCollector:
         if self.rnn_state is not None and rnn_state is not None:
             self.rnn_state.now = rnn_state
         ended = self.storage["terminated"][:-1] | self.storage["truncated"][:-1]
-        self.storage["valid"][1:] = True if self.envs.keeps_final_obs else ~ended
+        if self.envs.acting is None:  # else written step by step
+            self.storage["valid"][1:] = True if self.envs.keeps_final_obs else ~ended
         self.cut = cut_episodes(self.storage) if cut else None
         self._finish()
         check_finite(self.storage)
@@ -117,13 +119,16 @@ class StepCollector:
             if self.reward_parts is None:
                 self.reward_parts = np.zeros((step.reward_parts.shape[1], *self.storage["reward"][:-1].shape))
             self.reward_parts[:, t] = np.moveaxis(self._by_seed(step.reward_parts), -1, 0)
+        if self.envs.acting is not None:
+            self._write("valid", t + 1, self.envs.acting)
         if self.rnn_state is not None:
             ended = self.rows["terminated"][t] | self.rows["truncated"][t]
             if self.envs.keeps_final_obs:
                 self.rows["episode_start"][t + 1][...] = ended
             else:  # the step after the end only resets; the row after it is the first of an episode
                 self.rows["episode_start"][t + 1][...] = ~self.rows["valid"][t]
-                self.rows["valid"][t + 1][...] = ~ended
+                if self.envs.acting is None:
+                    self.rows["valid"][t + 1][...] = ~ended
 
     def _write_obs(self, row: int, obs: Any, action_mask: Any) -> None:
         for leaf in self.obs:

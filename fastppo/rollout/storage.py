@@ -101,7 +101,7 @@ class Outcomes(NamedTuple):
     terminated: NDArray[Any]
     truncated: NDArray[Any]
     valid: NDArray[Any]
-    episode_end: NDArray[Any]  # bool: end of a whole game if each of its lives is an episode for the policy
+    episode_end: NDArray[Any]  # bool: end of a whole episode, with all lives of a game and all agents of an environment
     cut: NDArray[Any]  # (N,) bool: the collector's `cut` ended the episode in row T-1
     reward_parts: NDArray[Any] | None = None  # (K, T, N), if the rewards are weighted sums
 
@@ -119,13 +119,14 @@ def outcomes_of(
 
     Args:
         cut: the result of `cut_episodes`.
-        game_over: (T, N), if each life of a game is an episode.
+        game_over: (T, N), the ends of whole episodes, if there are others too: of lives or agents.
         reward_parts: (K, T, N), if the rewards are weighted sums.
     """
     reward, terminated, truncated, valid = (_to_array(rows[key][:-1]) for key in STEP_KEYS)  # sync: once
-    over = terminated if game_over is None else terminated & game_over
     cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
-    return Outcomes(reward, terminated, truncated, valid, over | truncated, cut_rows, reward_parts)
+    episode_end = terminated | truncated if game_over is None else game_over.copy()
+    episode_end[-1] |= cut_rows
+    return Outcomes(reward, terminated, truncated, valid, episode_end, cut_rows, reward_parts)
 
 
 def cut_episodes(rows: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_SHOWN = 16  # agents whose returns are kept apart
 WINDOW = 100  # episodes behind every mean, as in Stable-Baselines3 and gymnasium's RecordEpisodeStatistics
 
 
@@ -19,10 +20,16 @@ class Finished(NamedTuple):
 
 
 class EpisodeStatistics:
-    """Undiscounted, unnormalised episode returns. Unfinished episodes are carried over to the next rollout."""
+    """Undiscounted, unnormalised episode returns. Unfinished episodes are carried over to the next rollout.
 
-    def __init__(self, num_envs: int, num_parts: int = 0) -> None:
-        """num_parts: K, if rewards are weighted sums of K parts."""
+    An episode of several agents is one of their environment: it ends when the last of them does, and its return is the mean of
+    the agents' returns. The agents' own returns are its parts.
+    """
+
+    def __init__(self, num_envs: int, num_parts: int = 0, num_agents: int = 1) -> None:
+        """num_parts: K, if rewards are weighted sums of K parts. num_agents: A, of each environment."""
+        self.num_agents = num_agents
+        num_parts = num_agents if 1 < num_agents <= MAX_SHOWN else num_parts
         self.returns: deque[float] = deque(maxlen=WINDOW)
         self.lengths: deque[int] = deque(maxlen=WINDOW)
         self.episodes = 0
@@ -40,13 +47,15 @@ class EpisodeStatistics:
     def update(
         self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any], reward_parts: NDArray[Any] | None = None
     ) -> int:
-        """Count the episodes of one rollout, (T, N) each; rows that are not valid are ignored. Returns the number finished.
+        """Count the episodes of one rollout, (T, N * A) each; rows that are not valid are ignored. Returns the number finished.
 
-        reward_parts: (K, T, N), if rewards are weighted sums.
+        done: ends of whole episodes. reward_parts: (K, T, N), if rewards are weighted sums.
 
         There is no Python loop over steps or environments: episode ends cut the steps into segments, and these are summed.
         """
         num_steps = len(done)
+        if self.num_agents > 1:
+            reward, done, valid, reward_parts = self._of_environments(reward, done, valid)
         ended = np.ascontiguousarray((done & valid).T).ravel()  # by environment, then by step, like all arrays below
         starts = np.zeros(len(ended), bool)
         starts[1:] = ended[:-1]
@@ -73,6 +82,14 @@ class EpisodeStatistics:
         self.lengths.extend(self.finished.lengths.tolist())
         self.episodes += len(by_time)
         return len(by_time)
+
+    def _of_environments(
+        self, reward: NDArray[Any], done: NDArray[Any], valid: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Of rows of agents, (T, N * A), what `update` takes of their environments, (T, N): the agents' rewards are parts."""
+        each, ends, acts = (x.reshape(len(x), -1, self.num_agents) for x in (np.where(valid, reward, 0.0), done, valid))
+        parts = np.moveaxis(each, -1, 0) if self.parts else None
+        return each.mean(-1, dtype=np.float64), np.asarray(ends.any(-1)), np.asarray(acts.any(-1)), parts
 
     @property
     def return_mean(self) -> float:

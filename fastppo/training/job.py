@@ -69,10 +69,10 @@ class Buffers:
 def allocate_buffers(task: Task) -> Buffers:
     """Allocate the buffers of all seeds. `params` of the states become views of one tensor."""
     config, axis, states, device = task.config, task.axis, task.states, task.device
-    num_envs, rnn_state_size = task.local.num_envs, task.network.rnn_state_size
+    num_rows, rnn_state_size = task.local.num_rows, task.network.rnn_state_size
     rollout = allocate_rollout(
         config.num_steps,
-        num_envs,
+        num_rows,
         task.obs,
         task.action,
         task.envs.keeps_final_obs,
@@ -83,7 +83,7 @@ def allocate_buffers(task: Task) -> Buffers:
     tensors: dict[str, Tensor] = dict(rollout.items())
     rnn_state: RnnState | None = None
     if rnn_state_size:
-        tensors["rnn_state"] = torch.zeros(*axis.shape, num_envs, rnn_state_size, dtype=torch.float32, device=device)
+        tensors["rnn_state"] = torch.zeros(*axis.shape, num_rows, rnn_state_size, dtype=torch.float32, device=device)
         rnn_state = RnnState(tensors["rnn_state"])
     params = axis.stack([state.params for state in states])
     for state, own in zip(states, axis.unstack(params), strict=True):
@@ -109,7 +109,7 @@ def allocate_buffers(task: Task) -> Buffers:
 
 def draw_noise(task: Task, generator: torch.Generator) -> Tensor:
     """The action noise of one seed, (T, N / K, ...). Every process draws the noise of all and takes its part."""
-    noise = task.action.distribution.noise(task.action.noise_shape(task.config.num_steps, task.config.num_envs), generator)
+    noise = task.action.distribution.noise(task.action.noise_shape(task.config.num_steps, task.config.num_rows), generator)
     return task.ranks.share(noise, 1).contiguous()
 
 

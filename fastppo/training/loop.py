@@ -166,7 +166,7 @@ def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> Non
     config, ranks = task.config, task.ranks
     unit, num_shards = config.rows_per_unit, config.minibatch_shards or 1
     size = config.rows_per_minibatch // unit
-    draw_permutation(out, generator, config.num_steps // unit, config.num_envs, size, num_shards, ranks.rank, ranks.size)
+    draw_permutation(out, generator, config.num_steps // unit, config.num_rows, size, num_shards, ranks.rank, ranks.size)
 
 
 def collect(job: Job, collector: Collector) -> Phases:

@@ -4,7 +4,6 @@ Knows nothing of the training loop or of the files in run directories.
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,19 +17,14 @@ from fastppo import random_streams
 from fastppo.config import TrainConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
-from fastppo.envs.check import ONE_BY_ONE, Tried, check_envs, try_copy
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
-from fastppo.envs.factory import MadeEnvs, env_maker, make_training_envs
-from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.render import make_render_env
-from fastppo.envs.wrappers import DEFAULT_SIZE, RESCALED, RESIZED
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
+from fastppo.errors import UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
-from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
+from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.random_streams import Stream, seed_of
 from fastppo.ranks import TIMEOUT_SECONDS, Ranks, checked, start_ranks
 from fastppo.rollout.env_step import states_of
@@ -38,7 +32,7 @@ from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain
-from fastppo.training.by_spaces import by_spaces
+from fastppo.training.opening import OpenedEnvs, chosen_by_environment, make_recorded, open_environments
 from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
@@ -49,10 +43,6 @@ from fastppo.training.thread_trial import choose, minibatch_of
 # of 256 rows the time is the same.
 ROWS_PER_PASS = 1024
 MIN_WORKER_ROWS = 32  # rows of a minibatch per worker of a compiled `learn`; 16 is no faster (benchmarks/LOG.md)
-COPIED_GENERATOR = (
-    "check: if its module has a random generator, each process has a copy of it, and environments of two processes may be "
-    "alike: use --vectorization sync, or draw from self.np_random"
-)
 ENDLESS_SECONDS = 86_400.0  # with --env-timeout 0, how long ranks wait for each other
 
 
@@ -128,12 +118,13 @@ class Task:
         """Lines for the user: environments, findings of the check, device, threads."""
         parts = max(self.config.num_seeds, self.ranks.size)
         number = str(self.config.num_envs) if parts == 1 else f"{parts} x {self.local.num_envs}"
+        agents = "" if self.config.num_agents is None else f" of {self.config.num_agents} agents"
         where = f"device {self.device}"
         if self.ranks.size > 1:
             where = f"{self.ranks.size} processes, this one on {self.device}"
         threads = f"{torch.get_num_threads()} eager, {self.workers} compiled"
         return [
-            f"{self.config.env_id}: {number} environments, {self.engine} ({self.why})",
+            f"{self.config.env_id}: {number} environments{agents}, {self.engine} ({self.why})",
             *self.findings,
             f"{where}, {self.network.num_params:,} parameters; CPU threads: {threads}",
         ]
@@ -167,8 +158,8 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         config = named_after(given, config)
     with checked(ranks):
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
-    chosen, lines = chosen_by_environment(config, found)
-    config, local = replace(config, **chosen), replace(local, **chosen)
+    config, lines = chosen_by_environment(config, found)
+    local = share_of(config, ranks)
     render_env = None
     if config.record_every is not None and ranks.is_main:
         render_env = make_recorded(config, given, deadline)
@@ -218,68 +209,6 @@ def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torc
     with checked(ranks):
         check_same(config, ranks.agree(config), ranks)
     return resolved(ranks.device if ranks.size > 1 else device), ranks
-
-
-@dataclass(frozen=True)
-class OpenedEnvs:
-    """The environments, their spaces, and the findings of the check. The fields are those of Task."""
-
-    envs: AutoresetEnvs
-    engine: str
-    why: str
-    obs: ObsSpec
-    action: ActionSpec
-    findings: tuple[str, ...]
-    has_copies: bool
-
-
-def open_environments(
-    config: TrainConfig,
-    local: TrainConfig,
-    given: VectorEnv | None,
-    device: torch.device,
-    ranks: Ranks,
-    deadline: Deadline,
-    cleanup: contextlib.ExitStack,
-) -> OpenedEnvs:
-    """Make this process's environments, or use the given ones, and check them. Raises UsageError."""
-    copy = Copy(local, deadline, cleanup)
-    if given is None:
-        made, engine, why = copy.beside(lambda: make_training_envs(local.env_config, device, deadline, copy.tried))
-        envs = AutoresetEnvs(made, deadline)
-        cleanup.callback(envs.close)
-    else:
-        made, engine, why = given, "given", "a vector environment of your own"
-        envs = AutoresetEnvs(made, deadline)
-    if made.num_envs != config.num_seeds * local.num_envs:
-        raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {made.num_envs} environments")
-    if isinstance(made.unwrapped, TorchVectorEnv):  # --backend gymnasium wraps it
-        made.unwrapped.share = (ranks.rank, ranks.size)
-    if isinstance(made, TorchVectorEnv) and made.device != device:
-        raise UsageError(f"--device {device}: the environments given are on {made.device}")
-    action = action_spec(made.single_action_space, config.squash_actions)
-    checks = config.check_env and not config.resume
-    tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
-    mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)
-    obs = obs_spec(made.single_observation_space, mask_size, action, config.norm_obs)
-    findings = check_envs(made, config.env_id, engine, deadline, tried) if checks else []
-    if findings and tried is not None and not tried.repeats and isinstance(made, GroupedVectorEnv):
-        findings.append(COPIED_GENERATOR)
-    return OpenedEnvs(envs, engine, why, obs, action, tuple(findings), tried is None or tried.was_made)
-
-
-def chosen_by_environment(config: TrainConfig, found: OpenedEnvs) -> tuple[dict[str, Any], list[str]]:
-    """The settings that were left to the environment, and a line for the user on each choice."""
-    chosen, lines = by_spaces(config, found.obs, found.action)
-    metadata = found.envs.envs.metadata
-    if RESIZED in metadata and config.resize is None:
-        chosen["resize"] = DEFAULT_SIZE
-        height, width = DEFAULT_SIZE
-        lines.append(f"pictures of {metadata[RESIZED]} pixels are resized to {height} x {width} (--resize 0 keeps them)")
-    if RESCALED in metadata and config.rescale_action is None:
-        chosen["rescale_action"] = True
-        lines.append(f"actions of {metadata[RESCALED]} are learned as -1 to 1 (--rescale-action False: as they are)")
-    return chosen, lines
 
 
 def make_networks(
@@ -342,54 +271,6 @@ def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, 
     )
 
 
-class Copy:
-    """One more environment to try out, beside those of the run. It is made once, at the first call of `tried`."""
-
-    def __init__(self, config: TrainConfig, deadline: Deadline, cleanup: contextlib.ExitStack) -> None:
-        """cleanup: closes it, after the run."""
-        self.config, self.deadline = config, deadline
-        self.result: Tried | None = None
-        self._open = cleanup.enter_context(contextlib.ExitStack())
-
-    def tried(self) -> Tried:
-        """The result of the trial."""
-        if self.result is None:
-            config = self.config
-            number = config.num_envs * config.num_seeds
-            self.result = try_copy(env_maker(config.env_config), number, self.deadline, self._open)
-        return self.result
-
-    def beside(self, make: Callable[[], MadeEnvs]) -> MadeEnvs:
-        """The result of `make`; of a second call, with the copy closed, if there can be no more environments beside it."""
-        try:
-            return make()
-        except UsageError:
-            if self.result is None or not self.result.was_made:
-                raise
-            self._open.close()
-            return make()
-
-
-def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
-    """The environment for the videos of --record-every. Raises UsageError if it cannot be made."""
-    if given is not None:
-        raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
-    try:
-        return make_render_env(config.env_config, deadline)
-    except UsageError as error:
-        raise UsageError(f"--record-every makes one more environment, with render_mode=rgb_array: {error}") from None
-
-
-def info_mask_size(envs: AutoresetEnvs) -> int | None:
-    """Size of each environment's info["action_mask"], or None. Resets the environments."""
-    if isinstance(envs.envs, TorchVectorEnv):
-        return None
-    with contextlib.suppress(*ENVIRONMENT_ERRORS):  # it will fail again when training starts, and is reported there
-        _, mask = envs.reset_and_mask(None)  # with a seed, EnvPool would rebuild all its environments
-        return None if mask is None else math.prod(mask.shape[1:])
-    return None
-
-
 def alike(one: Network, other: Network) -> bool:
     """Whether both networks have equal buffers and frozen weights."""
     if not isinstance(one, ModulePolicy) or not isinstance(other, ModulePolicy):
@@ -436,4 +317,4 @@ def choose_workers(config: TrainConfig, obs: ObsSpec) -> int:
         return min(cores, config.num_seeds)
     most = min(cores, config.rows_per_minibatch // MIN_WORKER_ROWS)
     units = config.rows_per_minibatch // config.rows_per_unit
-    return max(k for k in range(1, max(most, 1) + 1) if config.num_envs % k == 0 and units % k == 0)
+    return max(k for k in range(1, max(most, 1) + 1) if config.num_rows % k == 0 and units % k == 0)

@@ -96,13 +96,13 @@ def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torc
         adam=init_adam(params),
         obs_moments=start.obs_moments,
         return_moments=start.return_moments,
-        return_carry=torch.zeros(config.num_envs, dtype=torch.float32, device=device),
+        return_carry=torch.zeros(config.num_rows, dtype=torch.float32, device=device),
         return_mean=start.return_mean,
         return_std=start.return_std,
         generators={
             name: torch.Generator(device).manual_seed(seed_of(config.seed, stream)) for name, stream in drawn_from.items()
         },
-        episodes=EpisodeStatistics(config.num_envs, len(config.reward_weights or ())),
+        episodes=EpisodeStatistics(config.num_envs, len(config.reward_weights or ()), config.num_agents or 1),
         best=BestPolicy(config.num_envs, start),
         wide=start.wide,
     )

@@ -1,0 +1,67 @@
+"""Environments of OpenAI's gym, which gymnasium has replaced, converted by shimmy.
+
+Of gym 0.21: `reset` returns the observation alone, `step` four values. Of gym 0.26: both as in gymnasium. Which one it is, is
+seen by its `reset`, which takes a seed since 0.26. Imports shimmy, and with it gym, only for such an environment.
+"""
+
+import inspect
+from typing import Any
+
+import gymnasium as gym
+
+from fastppo.errors import UsageError
+
+OLD_KEYS = {"render.modes": "render_modes", "video.frames_per_second": "render_fps"}  # of metadata, by their names since
+
+
+def is_old(env: object) -> bool:
+    """Whether an object is an environment of OpenAI's gym; does not import it."""
+    return any(kind.__module__.partition(".")[0] == "gym" and kind.__name__ == "Env" for kind in type(env).__mro__)
+
+
+def takes_seed(env: Any) -> bool:
+    """Whether an environment of gym is one of 0.26."""
+    return "seed" in inspect.signature(env.unwrapped.reset).parameters
+
+
+def converted(env: Any, render_mode: str | None = None) -> gym.Env[Any, Any]:
+    """The environment of gym as one of gymnasium.
+
+    Args:
+        render_mode: for one of gym 0.21; one of 0.26 has been made with its own.
+
+    Raises:
+        UsageError: shimmy is not installed, or does not know a space.
+    """
+    try:
+        from shimmy.openai_gym_compatibility import GymV21CompatibilityV0, GymV26CompatibilityV0
+    except ImportError:
+        raise UsageError(
+            "an environment of OpenAI's gym needs a package that is not installed: pip install 'fastppo[gym]', or write it for "
+            "gymnasium"
+        ) from None
+    env = _without_checker(env)
+    try:
+        if takes_seed(env):
+            return GymV26CompatibilityV0(env=env)
+        made = GymV21CompatibilityV0(env=env, render_mode=render_mode)
+    except NotImplementedError as error:
+        raise UsageError(f"it is an environment of OpenAI's gym: {error}") from None
+    made.metadata = {OLD_KEYS.get(key, key): value for key, value in (made.metadata or {}).items()}
+    return made if hasattr(env, "seed") else Unseeded(made)
+
+
+def _without_checker(env: Any) -> Any:
+    """The environment without gym's passive checker, which fails with numpy 2; envs/check.py has its task."""
+    if type(env).__name__ == "PassiveEnvChecker":
+        return _without_checker(env.env)
+    if env is not env.unwrapped and hasattr(env, "env"):
+        env.env = _without_checker(env.env)
+    return env
+
+
+class Unseeded(gym.Wrapper[Any, Any, Any, Any]):
+    """An environment of gym 0.21 that has no `seed`."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        return self.env.reset()
