@@ -144,7 +144,7 @@ class TrainConfig:
     num_iterations: Annotated[int | None, at_least(1), MAY_CHANGE] = None
     """Stop after this many iterations instead of by total_timesteps."""
     stop_at_return: Annotated[float | None, FINITE, MAY_CHANGE] = None
-    """Stop when the mean return of the last 100 episodes reaches this."""
+    """Stop when the mean return of the last 100 episodes, or with --eval-every of an evaluation, reaches this."""
 
     learning_rate: Annotated[float, POSITIVE] = 2.5e-3
     """Adam's step size."""
@@ -236,7 +236,10 @@ class TrainConfig:
     resume: Annotated[str | None, DIRECTORY, MAY_CHANGE] = None
     """Resume the run in this directory from its last checkpoint."""
     eval_episodes: Annotated[int, at_least(0), MAY_CHANGE] = 20
-    """Episodes of the final evaluation of the best model; 0: none."""
+    """Episodes of the final evaluation of the best model, and of each of --eval-every; 0: none."""
+    eval_every: Annotated[int | None, at_least(1), MAY_CHANGE] = None
+    """Iterations between evaluations in environments of their own, with the likeliest actions; default: none. best.pt is then
+    the best evaluated policy, and --stop-at-return asks the evaluation."""
     checkpoint_seconds: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 30.0
     """Longest time between checkpoints; 0: after every iteration."""
     checkpoint_iterations: Annotated[int | None, at_least(1), MAY_CHANGE] = None

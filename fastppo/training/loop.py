@@ -38,7 +38,7 @@ from fastppo.training.multi_seed import shown_row
 from fastppo.training.results import TrainResult
 from fastppo.training.setup import Task, prepare
 from fastppo.training.state import share_environments
-from fastppo.training.training_run import Times
+from fastppo.training.training_run import Times, TrainingRun
 
 
 def train(
@@ -248,6 +248,7 @@ def account(job: Job, update: Update, times: Times) -> None:
     for index, metrics in update.metrics.items():
         learning_rate = job.buffers.inputs[index].coefficients.learning_rate
         runs[index].record(update.outcomes[index], metrics, learning_rate, times)
+        evaluate(job, runs[index])
         with isolating_fault(job, index):
             runs[index].log_and_call_back(partial(job.environments_of, index))
     if update.metrics:
@@ -256,6 +257,17 @@ def account(job: Job, update: Update, times: Times) -> None:
         job.display.update(shown_row(runs), progress, max(run.eta for run in runs), engine)
     if job.display.reader_gone:  # `| head -3`: training ends as after a signal
         job.stop.received = SIGPIPE
+
+
+def evaluate(job: Job, run: TrainingRun) -> None:
+    """Evaluate the policy where --eval-every asks for it. The time counts for the next iteration."""
+    evaluator, state = job.task.evaluator, run.state
+    if evaluator is None or not run.evaluation_due:
+        return
+    agent, seed = job.task.agent_of(state), run.config.seed
+    result = evaluator.evaluate(agent, seed, state.global_step, run.note, lambda: job.stop.received is not None)
+    if result is not None:
+        run.take_evaluation(result)
 
 
 def keep(job: Job, update: Update) -> None:

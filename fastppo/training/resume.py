@@ -4,6 +4,7 @@ Knows nothing of the loop.
 """
 
 import contextlib
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -148,6 +149,7 @@ def load_state(
             checkpoint = {**checkpoint, "environments": None}
         if "best" not in checkpoint:  # of an older version, which judged by the last 100 episodes
             checkpoint = {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
+        checkpoint = {"best_evaluation": -math.inf, **checkpoint}  # which older versions had not
         check_alike(expected, checkpoint)
         counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
         if min(counts) < 0:
@@ -158,6 +160,7 @@ def load_state(
         state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
         state.seconds = checkpoint["seconds"]
         state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
+        state.best_evaluation = checkpoint["best_evaluation"]
         state.environments = checkpoint["environments"]
         if state.environments is not None:
             torch.Generator(device).set_state(state.environments["generator"])  # refused here, or not at all

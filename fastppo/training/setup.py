@@ -15,6 +15,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from fastppo import random_streams
+from fastppo.bounds import flag
 from fastppo.config import TrainConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
@@ -38,6 +39,7 @@ from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain
+from fastppo.training.evaluations import Evaluator
 from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
@@ -78,6 +80,7 @@ class Task:
     findings: tuple[str, ...]  # lines on the environments from the check
     notes: tuple[str, ...]  # other lines to print
     render_env: AutoresetEnvs | None  # for videos
+    evaluator: Evaluator | None  # for --eval-every
     has_copies: bool  # False: no second copy of the environments could be made
 
     @property
@@ -167,10 +170,12 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     with checked(ranks):
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
     config, local, resized = with_size(config, local, found)
-    render_env = None
-    if config.record_every is not None and ranks.is_main:
-        render_env = make_recorded(config, given, deadline)
+    with checked(ranks):
+        render_env, evaluator = make_watchers(config, given, device, deadline, ranks)
+    if render_env is not None:
         cleanup.callback(render_env.close)
+    if evaluator is not None:
+        cleanup.callback(evaluator.close)
     configs = seed_configs(config)
     workers = choose_workers(local, found.obs) if device.type == "cpu" else 1
     with plain():
@@ -199,6 +204,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         provenance=made_with(device, torch.get_num_threads(), workers),
         notes=tuple(line for line in (resized, note, thread_note) if line is not None),
         render_env=render_env,
+        evaluator=evaluator,
         **vars(found),
     )
 
@@ -364,10 +370,19 @@ class Copy:
             return make()
 
 
-def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
+def make_watchers(
+    config: TrainConfig, given: VectorEnv | None, device: torch.device, deadline: Deadline, ranks: Ranks
+) -> tuple[AutoresetEnvs | None, Evaluator | None]:
+    """The environments of --record-every and of --eval-every, where these are on. Raises UsageError if they cannot be made."""
+    for name in ("record_every", "eval_every"):
+        if given is not None and getattr(config, name) is not None:
+            raise UsageError(f"{flag(name)} makes environments of its own from --env-id, which yours were not: leave it off")
+    render_env = make_recorded(config, deadline) if config.record_every is not None and ranks.is_main else None
+    return render_env, None if config.eval_every is None else Evaluator(config, device, deadline, ranks)
+
+
+def make_recorded(config: TrainConfig, deadline: Deadline) -> AutoresetEnvs:
     """The environment for the videos of --record-every. Raises UsageError if it cannot be made."""
-    if given is not None:
-        raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
     try:
         return make_render_env(config.env_config, deadline)
     except UsageError as error:
