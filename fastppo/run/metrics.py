@@ -29,7 +29,7 @@ class Metric(NamedTuple):
     cell: tuple[int, int] | None = None
     """Its line and column in the live panel; None where that does not show it."""
     rare: bool = False
-    """Whether it is there with some settings only, and has a value in some iterations; in the others it is nan: logs omit it."""
+    """Whether it is there with some settings only, and nan in most iterations, in which logs leave it out."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -130,7 +130,7 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             EVALUATION,
             "eval/episodic_return",
-            "With --eval-every: mean return of the evaluation after this iteration. Empty in other iterations; without --eval-every there is no such column.",
+            "With --eval-every: mean return of the evaluation after this iteration. Empty in other iterations.",
             rare=True,
         ),
         Metric(
