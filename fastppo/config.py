@@ -47,6 +47,7 @@ OLD_NAMES = {"minibatch_strata": "minibatch_shards"}  # of settings, in flags an
 EXACT_CHECKPOINT_ITERATIONS = 50  # few, since each restart of the environments truncates episodes
 
 
+PATHS = ("run_dir", "resume", "init_from")
 # marks a setting that may change when a run is resumed: how long it runs, and how it is shown, kept and computed
 MAY_CHANGE = "may change on --resume"
 
@@ -235,6 +236,8 @@ class TrainConfig:
     """Directory for everything the run writes; default runs/<env>__<seed>__<time>."""
     resume: Annotated[str | None, DIRECTORY, MAY_CHANGE] = None
     """Resume the run in this directory from its last checkpoint."""
+    init_from: Annotated[str | None, DIRECTORY] = None
+    """Start a new run with the weights and statistics of another one: its directory (best.pt) or one of its checkpoints."""
     eval_episodes: Annotated[int, at_least(0), MAY_CHANGE] = 20
     """Episodes of the final evaluation of the best model, and of each of --eval-every; 0: none."""
     eval_every: Annotated[int | None, at_least(1), MAY_CHANGE] = None
@@ -350,10 +353,9 @@ class TrainConfig:
 
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
     """`config` with its directories made absolute, relative to `place`. Raises UsageError as `absolute`."""
-    run_dir, resume = (
-        path and str(absolute(path, name, place)) for path, name in ((config.run_dir, "--run-dir"), (config.resume, "--resume"))
-    )
-    return replace(config, run_dir=run_dir, resume=resume)
+    paths: dict[str, Any] = {name: getattr(config, name) for name in PATHS}
+    paths = {name: path and str(absolute(path, flag(name), place)) for name, path in paths.items()}
+    return replace(config, **paths)
 
 
 def default_runs(config: TrainConfig, place: Path | None) -> Path:

@@ -4,14 +4,18 @@ Training is the same with and without them: these environments have seeds of the
 Every evaluation plays the same episodes, so that policies are compared by what they do. Knows nothing of what follows from one.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
+from gymnasium.vector import VectorEnv
 
 from fastppo.analysis.evaluation import EvaluationResult, evaluation_envs, most_steps, play_episodes, time_limit
+from fastppo.bounds import flag
 from fastppo.config import TrainConfig
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.deadline import Deadline
+from fastppo.envs.render import make_render_env
 from fastppo.envs.streams import untouched_streams
 from fastppo.errors import ENVIRONMENT_ERRORS, RankLost, UsageError, located
 from fastppo.policy.agent import Agent
@@ -87,3 +91,32 @@ class Evaluator:
         """Close the environments."""
         if self._envs is not None:
             self._envs.close()
+
+
+def make_watchers(
+    config: TrainConfig,
+    given: VectorEnv | None,
+    device: torch.device,
+    deadline: Deadline,
+    ranks: Ranks,
+    cleanup: contextlib.ExitStack,
+) -> tuple[AutoresetEnvs | None, Evaluator | None]:
+    """The environments of --record-every and of --eval-every, where these are on. Raises UsageError if they cannot be made."""
+    for name in ("record_every", "eval_every"):
+        if given is not None and getattr(config, name) is not None:
+            raise UsageError(f"{flag(name)} makes environments of its own from --env-id, which yours were not: leave it off")
+    render_env = make_recorded(config, deadline) if config.record_every is not None and ranks.is_main else None
+    if render_env is not None:
+        cleanup.callback(render_env.close)
+    evaluator = None if config.eval_every is None else Evaluator(config, device, deadline, ranks)
+    if evaluator is not None:
+        cleanup.callback(evaluator.close)
+    return render_env, evaluator
+
+
+def make_recorded(config: TrainConfig, deadline: Deadline) -> AutoresetEnvs:
+    """The environment for the videos of --record-every. Raises UsageError if it cannot be made."""
+    try:
+        return make_render_env(config.env_config, deadline)
+    except UsageError as error:
+        raise UsageError(f"--record-every makes one more environment, with render_mode=rgb_array: {error}") from None

@@ -199,7 +199,7 @@ def learn(job: Job, collector: Collector) -> Update:
     task, buffers, running = job.task, job.buffers, job.running
     config, ranks, axis = task.config, task.ranks, buffers.axis
     outcomes = global_outcomes(collector.outcomes(), ranks)
-    if config.norm_reward or (config.norm_obs and task.states[0].iteration == 0):
+    if config.norm_reward or (config.norm_obs and job.runs[0].is_blank):
         for index in running:
             rollout = buffers.rollouts[index]
             normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))

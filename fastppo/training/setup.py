@@ -15,7 +15,6 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from fastppo import random_streams
-from fastppo.bounds import flag
 from fastppo.config import TrainConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
@@ -24,7 +23,6 @@ from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import MadeEnvs, env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.render import make_render_env
 from fastppo.envs.wrappers import DEFAULT_SIZE, RESIZED
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.agent import Agent
@@ -39,7 +37,8 @@ from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain
-from fastppo.training.evaluations import Evaluator
+from fastppo.training.evaluations import Evaluator, make_watchers
+from fastppo.training.init_from import start_from
 from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
@@ -171,11 +170,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
     config, local, resized = with_size(config, local, found)
     with checked(ranks):
-        render_env, evaluator = make_watchers(config, given, device, deadline, ranks)
-    if render_env is not None:
-        cleanup.callback(render_env.close)
-    if evaluator is not None:
-        cleanup.callback(evaluator.close)
+        render_env, evaluator = make_watchers(config, given, device, deadline, ranks, cleanup)
     configs = seed_configs(config)
     workers = choose_workers(local, found.obs) if device.type == "cpu" else 1
     with plain():
@@ -183,6 +178,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads = choose_threads(local, network)
         torch.set_num_threads(threads)  # before the first parallel operation, which is in `init`
         states = [init_state(own, of_seed, found.obs, device) for own, of_seed in zip(configs, networks, strict=True)]
+        started = start_from(config, network, found.obs, found.action, states, ranks)
         trial, thread_note = try_threads(config, local, found, network, states[0].params, threads)
     made = found.envs.envs
     if isinstance(made, TorchVectorEnv):
@@ -202,7 +198,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (resized, note, thread_note) if line is not None),
+        notes=tuple(line for line in (resized, note, started, thread_note) if line is not None),
         render_env=render_env,
         evaluator=evaluator,
         **vars(found),
@@ -368,25 +364,6 @@ class Copy:
                 raise
             self._open.close()
             return make()
-
-
-def make_watchers(
-    config: TrainConfig, given: VectorEnv | None, device: torch.device, deadline: Deadline, ranks: Ranks
-) -> tuple[AutoresetEnvs | None, Evaluator | None]:
-    """The environments of --record-every and of --eval-every, where these are on. Raises UsageError if they cannot be made."""
-    for name in ("record_every", "eval_every"):
-        if given is not None and getattr(config, name) is not None:
-            raise UsageError(f"{flag(name)} makes environments of its own from --env-id, which yours were not: leave it off")
-    render_env = make_recorded(config, deadline) if config.record_every is not None and ranks.is_main else None
-    return render_env, None if config.eval_every is None else Evaluator(config, device, deadline, ranks)
-
-
-def make_recorded(config: TrainConfig, deadline: Deadline) -> AutoresetEnvs:
-    """The environment for the videos of --record-every. Raises UsageError if it cannot be made."""
-    try:
-        return make_render_env(config.env_config, deadline)
-    except UsageError as error:
-        raise UsageError(f"--record-every makes one more environment, with render_mode=rgb_array: {error}") from None
 
 
 def info_mask_size(envs: AutoresetEnvs) -> int | None:

@@ -178,6 +178,7 @@ def checkpoint_of(
         "iteration": state.iteration,
         "global_step": state.global_step,
         "seconds": state.seconds,
+        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
         "made_with": dict(made_with),
     }
     if isinstance(state, PolicySnapshot):
@@ -186,7 +187,6 @@ def checkpoint_of(
         **policy,
         "best_return": state.best_return,
         "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
-        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
         "return_carry": state.return_carry.cpu().clone(),
         "generators": {name: generator.get_state() for name, generator in state.generators.items()},
         "environments": tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, state.environments),

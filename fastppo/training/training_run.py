@@ -183,6 +183,11 @@ class TrainingRun:
         return self.state.global_step / self.config.total_timesteps
 
     @property
+    def is_blank(self) -> bool:
+        """Whether there are no statistics of observations yet: in the first iteration, unless --init-from brings some."""
+        return self.state.iteration == 0 and self.config.init_from is None
+
+    @property
     def over(self) -> bool:
         """Whether it has all its steps, has ended early, or cannot go on."""
         return self.progress >= 1.0 or self.enough is not None or self.fault is not None
@@ -215,7 +220,7 @@ class TrainingRun:
             rollout: (T+1, N / K, ...) of this process. steps: (T, N) `reward terminated truncated valid` of all processes.
         """
         update_return_moments(self.state, steps, self.config.gamma)
-        if self.state.iteration == 0:
+        if self.is_blank:
             update_obs_moments(self.state, rollout, self._task.ranks.total)
         return normalization_of(self.state)
 
@@ -234,7 +239,7 @@ class TrainingRun:
         state = self.state
         state.params.copy_(result.params)
         state.adam, state.return_mean, state.return_std = result.adam, result.return_mean, result.return_std
-        if state.iteration > 0:  # else see `normalize`
+        if not self.is_blank:  # else see `normalize`
             update_obs_moments(state, rollout, self._task.ranks.total)
         return metrics
 
