@@ -12,9 +12,9 @@ import torch
 from fastppo.bounds import flag
 from fastppo.config import TrainConfig, read_run_config
 from fastppo.errors import UsageError, brief
-from fastppo.policy.codec import checked, moments_from_state, space_from_data, weights_from_state
+from fastppo.policy.codec import checked, difference_of_spaces, moments_from_state, weights_from_state
 from fastppo.policy.network import Network
-from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec
+from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.ranks import Ranks
 from fastppo.ranks import checked as checked_on_all
 from fastppo.run.best import BestPolicy
@@ -90,7 +90,9 @@ def start_from(
     device = states[0].params.device
     try:
         policy = checkpoint["policy"]
-        _check_spaces(source, policy, obs, action)
+        difference = difference_of_spaces(policy, obs, action)
+        if difference is not None:
+            raise source.refuse(difference)
         _check_network(source, policy, config, obs)
         params = weights_from_state(policy, network)
         obs_moments = moments_from_state(policy["obs_moments"], device)
@@ -117,27 +119,6 @@ def start_from(
         state.best = BestPolicy(config.num_envs, snapshot(state))
     anew = " (it has no reward statistics: these start anew)" if config.norm_reward and moments is None else ""
     return f"starts with the policy of {source.path}, of {where}{anew}"
-
-
-def _check_spaces(source: Source, policy: dict[str, Any], obs: ObsSpec, action: ActionSpec) -> None:
-    """Raise UsageError naming the first part of the spaces that differs. Bounds may differ, and so may action masks."""
-    own_action = action_spec(space_from_data(policy["action_space"]), action.squash)
-    own_obs = obs_spec(space_from_data(policy["obs_space"]), None, own_action, normalize=policy["obs_moments"] is not None)
-    there, here = ({leaf.key: _described(leaf) for leaf in spec.observed} for spec in (own_obs, obs))
-    for key in dict.fromkeys([*here, *there]):
-        if there.get(key) != here.get(key):
-            name = "the observation" if key == "obs" else key.replace("obs.", "the observation's part ", 1)
-            raise source.refuse(f"{name} is {there.get(key, 'missing')} there, and {here.get(key, 'missing')} in this run")
-    if (own_action.distribution, own_action.size) != (action.distribution, action.size):
-        raise source.refuse(f"actions are {own_action.space} there, and {action.space} in this run")
-
-
-def _described(leaf: ObsLeaf) -> str:
-    """A part of an observation, as far as a network depends on it."""
-    if leaf.kind == "categories":
-        return f"{leaf.size} categories of {leaf.shape}"
-    scaled = ", in [0, 255]" if leaf.scale != 1.0 else ""
-    return f"{'an image' if leaf.kind == 'image' else 'numbers'} of shape {leaf.shape}{scaled}"
 
 
 def _check_network(source: Source, policy: dict[str, Any], config: TrainConfig, obs: ObsSpec) -> None:

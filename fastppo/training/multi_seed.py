@@ -15,8 +15,9 @@ import numpy as np
 from fastppo.analysis.curves import PANELS, draw_page, render, return_panels
 from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
-from fastppo.config import TrainConfig, check_resumable
+from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
+from fastppo.resumable import check_resumable
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import EVALUATION, joint_row
