@@ -19,9 +19,10 @@ from typing import TypeVar
 import tyro
 
 from fastppo.bounds import flag
-from fastppo.config import OLD_NAMES, TrainConfig, check_resumable, with_absolute_paths, without_rivals
+from fastppo.config import OLD_NAMES, TrainConfig, with_absolute_paths, without_rivals
 from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
+from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.run.files import is_inside
 from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory

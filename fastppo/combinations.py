@@ -30,6 +30,8 @@ def check_combinations(config: "TrainConfig") -> None:
         )
     if config.max_episode_steps is not None and "max_episode_steps" in config.env_kwargs:
         raise UsageError("--max-episode-steps and --env-kwargs max_episode_steps are the same time limit: give one of them")
+    if config.eval_every is not None and config.eval_episodes == 0:
+        raise UsageError(f"--eval-every {config.eval_every} plays --eval-episodes episodes each time: set that to at least 1")
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)

@@ -48,8 +48,11 @@ LEFT_OPEN = ("resize", "rescale_action", "learning_rate", "update_epochs", "ent_
 EXACT_CHECKPOINT_ITERATIONS = 50  # few, since each restart of the environments truncates episodes
 
 
+PATHS = ("run_dir", "resume", "init_from")
 # marks a setting that may change when a run is resumed: how long it runs, and how it is shown, kept and computed
 MAY_CHANGE = "may change on --resume"
+LEARNING = "may change on --resume, and with it what is learned"
+ENVIRONMENTS = "may change on --resume, where new episodes then start"
 
 
 def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
@@ -88,94 +91,94 @@ class TrainConfig:
 
     preset: str = "none"
     """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
-    env_id: str = "CartPole-v1"
+    env_id: Annotated[str, ENVIRONMENTS] = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
-    env_kwargs: EnvKwargs = field(default_factory=dict)
+    env_kwargs: Annotated[EnvKwargs, ENVIRONMENTS] = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
-    max_episode_steps: Annotated[int | None, at_least(1)] = None
+    max_episode_steps: Annotated[int | None, at_least(1), ENVIRONMENTS] = None
     """Time limit of an episode in the environment's own steps, told as truncation; default: the registered one."""
-    frame_skip: Annotated[int, at_least(1)] = 1
+    frame_skip: Annotated[int, at_least(1), ENVIRONMENTS] = 1
     """Steps that each action is repeated for; their rewards are summed."""
-    grayscale: bool = False
+    grayscale: Annotated[bool, ENVIRONMENTS] = False
     """Greyscale pictures instead of colour."""
-    resize: Annotated[tuple[int, ...] | None, PIXELS] = None
+    resize: Annotated[tuple[int, ...] | None, PIXELS, ENVIRONMENTS] = None
     """Height and width of pictures in pixels, or one number for both; 0: as they are. Default: 84 if larger than 96."""
-    frame_stack: Annotated[int, at_least(1)] = 1
+    frame_stack: Annotated[int, at_least(1), ENVIRONMENTS] = 1
     """Last observations in one."""
     rescale_action: bool | None = None
     """Continuous actions from -1 to 1, mapped linearly to the environment's bounds. Default: if these are far from that."""
-    time_aware: bool = False
+    time_aware: Annotated[bool, ENVIRONMENTS] = False
     """Add the share of the time limit that has passed to the observation."""
-    agent_id: bool = False
+    agent_id: Annotated[bool, ENVIRONMENTS] = False
     """PettingZoo: add a one-hot vector of the agent to its observation, since all agents have one policy."""
     num_agents: Annotated[int | None, at_least(1)] = None
     """PettingZoo: A, agents of each environment, each a row of the rollout. Default: as many as it has."""
-    vectorization: Literal["auto", "entry-point", "sync", "grouped", "async"] = "auto"
+    vectorization: Annotated[Literal["auto", "entry-point", "sync", "grouped", "async"], ENVIRONMENTS] = "auto"
     """How N environments are run: their own vector class, one process, one per core, one each. auto: fastest in a trial."""
-    autoreset: Literal["auto", "next-step", "same-step"] = "auto"
+    autoreset: Annotated[Literal["auto", "next-step", "same-step"], ENVIRONMENTS] = "auto"
     """When environments that are made one by one are reset: in the step after an episode's end, which is then no transition, or
     in the last step. auto: same-step if episodes are shorter than 10 steps in the check before training."""
     env_timeout: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 300.0
     """Seconds that a step or reset of the environments may take before the run stops with a fault; 0: no limit."""
-    backend: Literal["auto", "gymnasium", "torch", "envpool"] = "auto"
+    backend: Annotated[Literal["auto", "gymnasium", "torch", "envpool"], ENVIRONMENTS] = "auto"
     """What runs the environments: gymnasium, EnvPool, or torch on the policy's device. auto: as registered."""
     check_env: Annotated[bool, MAY_CHANGE] = True
     """Check the environment before training: spaces, types, bounds, seeding; one line for each error."""
 
-    atari_noop_max: Annotated[int, at_least(0)] = 30
+    atari_noop_max: Annotated[int, at_least(0), ENVIRONMENTS] = 30
     """Atari: most frames without an action at the start of a game."""
-    atari_frame_skip: Annotated[int, at_least(1)] = 4
+    atari_frame_skip: Annotated[int, at_least(1), ENVIRONMENTS] = 4
     """Atari: frames that each action is repeated for."""
-    atari_screen_size: Annotated[int, at_least(1)] = 84
+    atari_screen_size: Annotated[int, at_least(1), ENVIRONMENTS] = 84
     """Atari: height and width of an observation in pixels."""
-    atari_grayscale: bool = True
+    atari_grayscale: Annotated[bool, ENVIRONMENTS] = True
     """Atari: greyscale instead of colour."""
-    atari_frame_stack: Annotated[int, at_least(1)] = 4
+    atari_frame_stack: Annotated[int, at_least(1), ENVIRONMENTS] = 4
     """Atari: frames in one observation."""
-    atari_sticky_actions: Annotated[float, FRACTION] = 0.0
+    atari_sticky_actions: Annotated[float, FRACTION, ENVIRONMENTS] = 0.0
     """Atari: probability that a frame repeats the previous action (0.25 in Machado et al. 2018)."""
-    atari_full_action_space: bool = False
+    atari_full_action_space: Annotated[bool, ENVIRONMENTS] = False
     """Atari: all 18 actions instead of those that the game uses."""
-    episodic_life: bool = True
+    episodic_life: Annotated[bool, ENVIRONMENTS] = True
     """Atari: a lost life ends the learner's episode; the game continues, and logs show its full score."""
-    fire_reset: bool = True
+    fire_reset: Annotated[bool, ENVIRONMENTS] = True
     """Atari: press FIRE at the start of a game and of a life, in games that have it."""
 
-    num_envs: Annotated[int, at_least(1)] = 8
+    num_envs: Annotated[int, at_least(1), ENVIRONMENTS] = 8
     """N, environments stepped in parallel."""
-    num_steps: Annotated[int, at_least(1)] = 128
+    num_steps: Annotated[int, at_least(1), LEARNING] = 128
     """T, steps of each environment per iteration."""
-    reset_each_rollout: bool = False
+    reset_each_rollout: Annotated[bool, LEARNING] = False
     """Start every rollout with new episodes; unfinished ones are truncated at its end."""
     total_timesteps: Annotated[int, at_least(1), MAY_CHANGE] = 100_000
     """Stop after the iteration that completes this many transitions (autoreset steps are not counted)."""
     num_iterations: Annotated[int | None, at_least(1), MAY_CHANGE] = None
     """Stop after this many iterations instead of by total_timesteps."""
     stop_at_return: Annotated[float | None, FINITE, MAY_CHANGE] = None
-    """Stop when the mean return of the last 100 episodes reaches this."""
+    """Stop when the mean return of the last 100 episodes, or with --eval-every of an evaluation, reaches this."""
 
-    learning_rate: Annotated[float | None, POSITIVE] = 2.5e-3
+    learning_rate: Annotated[float | None, POSITIVE, LEARNING] = 2.5e-3
     """Adam's step size. None: chosen by the environment's spaces."""
-    anneal_lr: bool = True
+    anneal_lr: Annotated[bool, LEARNING] = True
     """Anneal the learning rate linearly to 0 over the run."""
-    adam_eps: Annotated[float, POSITIVE] = 1e-5
+    adam_eps: Annotated[float, POSITIVE, LEARNING] = 1e-5
     """Adam's epsilon."""
-    num_minibatches: Annotated[int, at_least(1)] = 4
+    num_minibatches: Annotated[int, at_least(1), LEARNING] = 4
     """Minibatches per epoch."""
     minibatch_shards: Annotated[int | None, at_least(1), MAY_CHANGE] = None
     """G, groups of environments; each minibatch has equally many rows of each. Default: one per process of torchrun, else 1."""
-    minibatch_size: Annotated[int | None, at_least(1)] = None
+    minibatch_size: Annotated[int | None, at_least(1), LEARNING] = None
     """M, rows per minibatch; set it instead of num_minibatches."""
-    update_epochs: Annotated[int | None, at_least(1)] = 4
+    update_epochs: Annotated[int | None, at_least(1), LEARNING] = 4
     """E, passes over each rollout. None: chosen by the environment's spaces."""
 
-    advantage: Literal["gae", "monte-carlo"] = "gae"
+    advantage: Annotated[Literal["gae", "monte-carlo"], LEARNING] = "gae"
     """Advantage estimator: GAE(lambda), or the discounted reward to the end of episode or rollout minus the value."""
-    gamma: Annotated[float, FRACTION] = 0.99
+    gamma: Annotated[float, FRACTION, LEARNING] = 0.99
     """Discount factor."""
-    gae_lambda: Annotated[float, FRACTION] = 0.95
+    gae_lambda: Annotated[float, FRACTION, LEARNING] = 0.95
     """Lambda of GAE."""
-    norm_adv: bool = True
+    norm_adv: Annotated[bool, LEARNING] = True
     """Standardise advantages in each minibatch."""
     norm_returns: bool = False
     """Standardise the returns of each rollout before the critic learns them (with --advantage monte-carlo)."""
@@ -188,19 +191,19 @@ class TrainConfig:
     clip_reward: bool = False
     """Learn from the sign of each reward, -1, 0 or 1; logged returns are unclipped."""
 
-    clip_coef: Annotated[float, POSITIVE] = 0.2
+    clip_coef: Annotated[float, POSITIVE, LEARNING] = 0.2
     """Clip range of the probability ratio."""
-    anneal_clip: bool = False
+    anneal_clip: Annotated[bool, LEARNING] = False
     """Anneal the clip range linearly to 0 over the run."""
-    clip_vloss: bool = False
+    clip_vloss: Annotated[bool, LEARNING] = False
     """Clip the change of the value like the ratio."""
-    ent_coef: Annotated[float | None, NOT_NEGATIVE] = 0.0
+    ent_coef: Annotated[float | None, NOT_NEGATIVE, LEARNING] = 0.0
     """Weight of the entropy bonus. None: chosen by the environment's spaces."""
-    vf_coef: Annotated[float, NOT_NEGATIVE] = 0.5
+    vf_coef: Annotated[float, NOT_NEGATIVE, LEARNING] = 0.5
     """Weight of the squared value error, as in the paper and Stable-Baselines3 (CleanRL halves the error: 0.5 is 0.25 here)."""
-    max_grad_norm: Annotated[float, POSITIVE_OR_INFINITE] = 0.5
+    max_grad_norm: Annotated[float, POSITIVE_OR_INFINITE, LEARNING] = 0.5
     """Clip the gradient to this 2-norm; inf: no clipping."""
-    target_kl: Annotated[float | None, POSITIVE] = None
+    target_kl: Annotated[float | None, POSITIVE, LEARNING] = None
     """Skip the rest of an update once a minibatch's KL estimate exceeds this."""
 
     hidden_sizes: Annotated[tuple[int, ...] | None, WIDTHS] = None
@@ -243,8 +246,13 @@ class TrainConfig:
     """Directory for everything the run writes; default runs/<env>__<seed>__<time>."""
     resume: Annotated[str | None, DIRECTORY, MAY_CHANGE] = None
     """Resume the run in this directory from its last checkpoint."""
+    init_from: Annotated[str | None, DIRECTORY] = None
+    """Start a new run with the weights and statistics of another one: its directory (best.pt) or one of its checkpoints."""
     eval_episodes: Annotated[int, at_least(0), MAY_CHANGE] = 20
-    """Episodes of the final evaluation of the best model; 0: none."""
+    """Episodes of the final evaluation of the best model, and of each of --eval-every; 0: none."""
+    eval_every: Annotated[int | None, at_least(1), MAY_CHANGE] = None
+    """Iterations between evaluations in environments of their own, with the likeliest actions; default: none. best.pt is then
+    the best evaluated policy, and --stop-at-return asks the evaluation."""
     checkpoint_seconds: Annotated[float, NOT_NEGATIVE, MAY_CHANGE] = 30.0
     """Longest time between checkpoints; 0: after every iteration."""
     checkpoint_iterations: Annotated[int | None, at_least(1), MAY_CHANGE] = None
@@ -382,10 +390,9 @@ def without_rivals(config: TrainConfig, given: Collection[str]) -> TrainConfig:
 
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
     """`config` with its directories made absolute, relative to `place`. Raises UsageError as `absolute`."""
-    run_dir, resume = (
-        path and str(absolute(path, name, place)) for path, name in ((config.run_dir, "--run-dir"), (config.resume, "--resume"))
-    )
-    return replace(config, run_dir=run_dir, resume=resume)
+    paths: dict[str, Any] = {name: getattr(config, name) for name in PATHS}
+    paths = {name: path and str(absolute(path, flag(name), place)) for name, path in paths.items()}
+    return replace(config, **paths)
 
 
 def default_runs(config: TrainConfig, place: Path | None) -> Path:
@@ -406,7 +413,14 @@ def read_run_config(run_dir: Path) -> TrainConfig:
 _TYPES = get_type_hints(TrainConfig)  # type of every setting, by name
 _DECLARED = {name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(TrainConfig, include_extras=True).items()}
 _BOUNDS = {name: bound for name, parts in _DECLARED.items() for bound in parts if isinstance(bound, Bound)}
-RESUMABLE = frozenset(name for name, parts in _DECLARED.items() if MAY_CHANGE in parts)
+
+
+def marked(mark: str) -> frozenset[str]:
+    """The settings that are declared with that mark."""
+    return frozenset(name for name, parts in _DECLARED.items() if mark in parts)
+
+
+RESUMABLE = marked(MAY_CHANGE)
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -430,15 +444,3 @@ def is_whole(name: str) -> bool:
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a file, those with an old name under their current one."""
     return {OLD_NAMES.get(name, name): value for name, value in settings.items()}
-
-
-def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
-    """Raise UsageError naming the first setting that cannot change when a run is resumed."""
-    for spec in fields(TrainConfig):
-        old, new = getattr(before, spec.name), getattr(after, spec.name)
-        resumable = spec.name in RESUMABLE and not (spec.name == "checkpoint_iterations" and before.exact_resume)
-        by_default = new is None and spec.name in LEFT_OPEN  # config.json has what was chosen
-        if old != new and not resumable and not by_default:
-            raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
-    if after.run_dir not in (None, before.run_dir, after.resume):
-        raise UsageError(f"--run-dir {after.run_dir} cannot change on --resume: the run continues in {after.resume}")

@@ -38,7 +38,7 @@ class EvaluateConfig:
     episodes: int = 20
     """Episodes to play."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which policy: best.pt, the one with the highest return in training, or last.pt, the one at the end."""
+    """Which policy: best.pt, the one with the highest return in training or --eval-every, or last.pt, the one at the end."""
     deterministic: bool = True
     """Take the likeliest action; otherwise sample."""
     seed: int = 0

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, render
+from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, render, return_panels
 from fastppo.analysis.run_groups import Group, read_groups
 from fastppo.cli import chosen_run, parse, run
 from fastppo.errors import UsageError, nearest
@@ -50,7 +50,7 @@ def _main(args: Sequence[str]) -> None:
     for line in (*notes, *(group.summary(settings.metric) for group in groups)):
         print(printable(line), flush=True)
     pages = {
-        output: draw_page(groups, [("global_step", settings.metric), ("seconds", settings.metric)], columns=2),
+        output: draw_page(groups, return_panels(groups, settings.metric), columns=2),
         f"{output}-losses": draw_page(groups, [("global_step", name) for name in LOSSES], columns=3),
     }
     pictures = {Path(f"{name}.{form}"): render(page, form) for name, page in pages.items() for form in FORMATS}

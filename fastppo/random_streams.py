@@ -32,6 +32,7 @@ class Stream(IntEnum):
     PROBE_ENVIRONMENTS = 13
     SWEEP_SAMPLER = 14
     WORKER = 15  # global generators of an environment process; the seed is that of its first environment
+    TRAINING_EVALUATION = 16  # of --eval-every: the same episodes every time, and others than those of the final evaluation
 
 
 def seed_of(seed: int, stream: Stream, *indices: int) -> int:

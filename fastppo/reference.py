@@ -39,7 +39,9 @@ SUMMARY = {
     "reproducibility": "What the run guarantees about equal bits, in sentences.",
     "made_with": "Hardware and thread numbers that the bits depend on.",
     "versions": "Versions of Python and of packages that the bits depend on.",
-    "best_return_mean": "Mean return of the training episodes that chose best.pt, minus a standard error; null with too few.",
+    "best_return_mean": "Mean return of the training episodes that chose best.pt, minus a standard error; null with too few. "
+    "With --eval-every that of its evaluation.",
+    "best_by": "What chose best.pt: training, or evaluation with --eval-every.",
     "eval_return_mean": "Mean return of best.pt in the evaluation, with the most likely actions; null without an evaluation.",
     "eval_return_std": "Standard deviation of the evaluation episodes' returns.",
     "eval_episodes": "Number of evaluation episodes.",

@@ -68,7 +68,8 @@ def _fixed_names(fixed: Sequence[str]) -> set[str]:
 def _plan(config: SweepConfig, fixed: Sequence[str]) -> SweepPlan:
     """What all trials have in common. fixed: flags of fastppo.train. Raises UsageError for wrong flags or a wrong space."""
     names = _fixed_names(fixed)
-    taken = next((name for name in ("env_id", *OF_THE_SWEEP) if name in names), None)
+    own = {"env_id", *OF_THE_SWEEP} - ({"eval_episodes"} if "eval_every" in names else set())
+    taken = next((name for name in sorted(own) if name in names), None)
     if taken is not None:
         raise UsageError(
             f"{flag(taken)} after --: the sweep sets that itself; before -- there are --env-id, --steps and --seeds"

@@ -189,10 +189,9 @@ def contents(directory):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--learning-rate", "5e-4"], ["--learning-rate", "0.0005", "0.0025"]),
+        (["--cnn-size", "32"], ["--cnn-size", "32", "512", "its network was made with it"]),
         (["--hidden-sizes", "32"], ["--hidden-sizes"]),
-        (["--env-id", "Acrobot-v1"], ["--env-id", "Acrobot-v1", "CartPole-v1"]),
-        (["--num-envs", "8"], ["--num-envs 8"]),
+        (["--env-id", "Acrobot-v1"], ["the observation is", "(6,)", "(4,)"]),
         (["--seed", "2"], ["--seed 2"]),
         (["--norm-obs"], ["--norm-obs"]),
         (["--preset", "article"], ["--preset"]),

@@ -43,7 +43,7 @@ def test_every_flag_that_the_help_has(verb, capsys):
 
 def test_every_figure_that_a_run_leaves(tmp_path):
     """The columns of metrics.csv, the tags of TensorBoard and the keys of summary.json, in their order, none without a text."""
-    result = train(tiny(tmp_path / "run"))
+    result = train(tiny(tmp_path / "run", eval_every=4, eval_episodes=1))
     assert list(read_rows(tmp_path / "run" / "metrics.csv")[0]) == list(METRICS)
     assert list(json.loads((tmp_path / "run" / "summary.json").read_text())) == list(SUMMARY) == list(result.summary)
     assert [row[0] for row in rows("metrics.csv")] == [f"`{key}`" for key in METRICS]

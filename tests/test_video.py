@@ -159,7 +159,7 @@ def test_record_every_is_refused_before_anything_is_written(tmp_path):
     config = TrainConfig(**SMALL, env_id="environments:Walk-v0", record_every=1, run_dir=str(tmp_path / "run"))
     with pytest.raises(UsageError, match="no render mode rgb_array"):
         train(config)
-    with pytest.raises(UsageError, match="--record-every makes an environment of its own"):
+    with pytest.raises(UsageError, match="--record-every makes environments of its own"):
         train(TrainConfig(**SMALL, record_every=1, run_dir=str(tmp_path / "run")), envs=gym.make_vec("CartPole-v1", num_envs=4))
     assert not (tmp_path / "run").exists()
 

@@ -12,12 +12,13 @@ from gymnasium.spaces import Box, Dict, Discrete, Tuple
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.__main__ import console
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
-from fastppo.config import check_resumable, read_run_config
+from fastppo.config import read_run_config
 from fastppo.envs.atari import _channels_first
 from fastppo.envs.factory import EnvConfig, default_vectorization, env_maker, make_envs
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.envs.wrappers import MIN_SIDE, FrameSkip, is_picture, join_channels, wrapped
 from fastppo.policy.spaces import MIN_IMAGE_SIDE, obs_spec
+from fastppo.resumable import check_resumable
 from support.runs import tiny
 
 
@@ -232,8 +233,8 @@ def test_every_verb_applies_them(tmp_path, capsys):
     assert console(["export", run_dir]) == 0
     assert f"the file does not contain {' '.join(asked)}: prepare" in capsys.readouterr().out
     assert console(["train", "--resume", run_dir, "--num-iterations", "3"]) == 0
-    assert console(["train", "--resume", run_dir, "--frame-skip", "2"]) == 2
-    assert "--frame-skip 2 cannot change on --resume" in capsys.readouterr().err
+    assert console(["train", "--resume", run_dir, "--frame-stack", "3"]) == 2
+    assert "there, and an image of shape (3, 40, 44), in [0, 255] in this run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "grouped"])

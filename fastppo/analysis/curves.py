@@ -10,8 +10,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fastppo.analysis.run_groups import Group
 from fastppo.run.files import replace_file
+from fastppo.run.metrics import EVALUATION
 from fastppo.run.metrics_file import read_rows
 from fastppo.system.text import printable
 
@@ -34,6 +37,7 @@ LABELS = {
     "learning_rate": "learning rate",
     "global_step": "environment steps",
     "seconds": "seconds",
+    EVALUATION: "return (evaluation)",
 }
 PANELS = tuple(LABELS)[:9]  # of curves.png
 LOSSES = tuple(LABELS)[2:11]  # of the second page
@@ -41,7 +45,7 @@ LOSSES = tuple(LABELS)[2:11]  # of the second page
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
 FORMATS = ("png", "svg")
-EPISODIC = (RETURN, "episodic_length_mean")  # no value until an episode has ended
+EPISODIC = (RETURN, "episodic_length_mean", EVALUATION)  # no value until an episode has ended
 
 
 def inked(colour: str) -> dict[Any, str]:
@@ -69,6 +73,8 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     figure.subplots_adjust(left=0.06, right=0.985, bottom=0.065, top=0.925, hspace=0.2, wspace=0.2)
     for axes, key in zip(figure.subplots(3, 3, sharex=True).flat, PANELS, strict=True):
         axes.plot(steps, [float(row[key]) for row in rows], linewidth=1.5)
+        if key == RETURN:
+            _add_evaluations(axes, rows)
         axes.set_title(LABELS[key], fontsize=10, y=1.0)  # with a fixed height nothing is measured
         axes.grid(alpha=0.3)
         axes.ticklabel_format(style="sci", scilimits=(-4, 6))
@@ -82,6 +88,21 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     buffer = BytesIO()
     figure.savefig(buffer, dpi=100)
     replace_file(output, buffer.getbuffer())
+
+
+def _add_evaluations(axes: "Axes", rows: Sequence[Mapping[str, str]]) -> None:
+    """Add the returns of --eval-every, where there are any, to the panel of training returns."""
+    evaluated = [(int(row["global_step"]), float(row[EVALUATION])) for row in rows if row.get(EVALUATION)]
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), marker=".", linewidth=1.0, label="evaluation")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def return_panels(groups: Sequence[Group], metric: str = RETURN) -> list[tuple[str, str]]:
+    """(x, y) of the first page: a metric, and below it the evaluations of --eval-every where a run has any."""
+    evaluated = any(np.isfinite(run.columns.get(EVALUATION, ())).any() for group in groups for run in group.runs)
+    names = dict.fromkeys([metric, EVALUATION] if evaluated else [metric])
+    return [(x, name) for name in names for x in ("global_step", "seconds")]
 
 
 def draw_page(

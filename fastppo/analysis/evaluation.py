@@ -12,6 +12,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
@@ -173,7 +174,7 @@ def evaluate_config(
     note(f"evaluating for {plan.episodes} episodes, {most:,} steps at most")
 
     def played(config: TrainConfig) -> EvaluationResult:
-        made = _make_envs(config, plan.episodes, deadline) if envs is None else envs
+        made = evaluation_envs(config, plan.episodes, deadline) if envs is None else envs
         playing = AutoresetEnvs(made, deadline)
         try:
             return play_episodes(agent, playing, plan.episodes, plan.seed, plan.deterministic, most, note)
@@ -206,7 +207,9 @@ def time_limit(config: TrainConfig, envs: VectorEnv[Any, Any, Any] | None = None
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def _make_envs(config: TrainConfig, episodes: int, deadline: Deadline) -> VectorEnv[Any, Any, Any]:
-    """The run's environments, at most as many as in training, since more may not exist."""
+def evaluation_envs(
+    config: TrainConfig, episodes: int, deadline: Deadline, device: torch.device | str = "cpu"
+) -> VectorEnv[Any, Any, Any]:
+    """The run's environments, at most as many as in training, since more may not exist. Raises UsageError."""
     num_envs = min(episodes, MAX_ENVS, config.num_envs)
-    return make_envs(replace(config.env_config, num_envs=num_envs), "cpu", deadline)
+    return make_envs(replace(config.env_config, num_envs=num_envs), device, deadline)

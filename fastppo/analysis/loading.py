@@ -28,7 +28,7 @@ def load_policy(
     `python -m fastppo.evaluate` and `--resume` do that, because they play with the policy.
 
     Args:
-        checkpoint: "best" (the policy with the highest mean return in training) or "last".
+        checkpoint: "best" (the policy with the highest mean return in training, or in --eval-every) or "last".
         policy: the factory of your own network, if `train` had one.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.analysis.curves import LOSSES, PALETTE, RETURN, draw_page, inked, render
+from fastppo.analysis.curves import LOSSES, PALETTE, RETURN, draw_page, inked, render, return_panels
 from fastppo.analysis.run_groups import LARGEST, Group, Run, read_run, setting_text
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
@@ -109,7 +109,8 @@ def _results(one: Run, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]
         of = f"± {spread or 0.0:.1f}, {_number(summary.get('eval_episodes')) or 0:.0f} episodes"
         results.append(("evaluation", f"{evaluation:,.1f}", of))
     if best is not None:
-        results.append(("best return", f"{best:,.1f}", "training episodes of best.pt"))
+        by = "evaluation in training" if summary.get("best_by") == "evaluation" else "training episodes of best.pt"
+        results.append(("best return", f"{best:,.1f}", by))
     if last is not None:
         results.append(("last return", f"{last:,.1f}", "mean of 100 episodes"))
     if steps is not None:
@@ -154,7 +155,7 @@ def _pictures(one: Run) -> list[tuple[str, Any]]:
         return []
     groups = [Group("", "", (one,))]
     pages = (
-        ("Return", draw_page(groups, [("global_step", RETURN), ("seconds", RETURN)], 2, STYLE)),
+        ("Return", draw_page(groups, return_panels(groups), 2, STYLE)),
         ("Losses and diagnostics", draw_page(groups, [("global_step", name) for name in LOSSES], 3, STYLE)),
     )
     pictures = []

@@ -1,7 +1,8 @@
 """One trial of a sweep: settings drawn from the search space, then a training process for each seed, one after the other.
 
 Reads the learning curve of a run from metrics.csv and reports it to Optuna's pruner. The value of a trial is the mean of
-`episodic_return_mean` over the last quarter of the run's steps, averaged over seeds. Does not import torch.
+`episodic_return_mean` over the last quarter of the run's steps, averaged over seeds; with --eval-every after -- the mean of its
+evaluations there. Does not import torch.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from fastppo.analysis.training_process import TrainingProcess
 from fastppo.config import TrainConfig
 from fastppo.run.display import number
 from fastppo.run.files import replace_file
+from fastppo.run.metrics import EVALUATION
 from fastppo.run.metrics_file import read_rows
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ TRAIN = "fastppo.train"  # the module that trains
 PARTS = 20  # a seed's steps in equal parts: the pruner compares trials at the end of each
 TAIL = 0.25  # share of the steps whose returns count
 
-Curve = list[tuple[int, float]]  # (global_step, episodic_return_mean), nan before the first episode has ended
+RETURN = "episodic_return_mean"
+Curve = list[tuple[int, float]]  # (global_step, return), nan before the first episode has ended
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,12 @@ class RunningTrial:
         return len(self.values) + 1
 
 
-def read_curve(run_dir: Path) -> Curve:
-    """The learning curve of a finished or running run; [] before its first row."""
+def read_curve(run_dir: Path, metric: str = RETURN) -> Curve:
+    """A learning curve of a finished or running run, without rows that have no value; [] before the first."""
     curve = []
     for row in read_rows(run_dir / "metrics.csv"):
         with contextlib.suppress(KeyError, ValueError):
-            curve.append((int(row["global_step"]), float(row["episodic_return_mean"])))
+            curve.append((int(row["global_step"]), float(row[metric])))
     return curve
 
 
@@ -109,7 +112,8 @@ def _start_seed(plan: SweepPlan, running: RunningTrial) -> None:
     run_dir = running.path / f"seed-{running.seed}"
     args = ["--plain", "--preset", str(running.path / "preset.json")]
     args += ["--run-dir", str(run_dir), "--seed", str(running.seed)]
-    args += ["--total-timesteps", str(plan.steps), "--eval-episodes", "0"]
+    args += ["--total-timesteps", str(plan.steps)]
+    args += ["--eval-episodes", str(plan.base.eval_episodes if plan.base.eval_every else 0)]
     if plan.num_threads is not None:
         args += ["--num-threads", str(plan.num_threads)]
     running.process, running.reported = TrainingProcess(TRAIN, args, run_dir.with_suffix(".txt"), plan.place), 0
@@ -120,7 +124,7 @@ def advance(plan: SweepPlan, running: RunningTrial) -> Outcome | None:
     process, seed = running.process, running.seed
     assert process is not None
     code = process.poll()  # before the curve is read, so that the curve of an ended process is complete
-    curve = read_curve(running.path / f"seed-{seed}")
+    curve = read_curve(running.path / f"seed-{seed}", RETURN if plan.base.eval_every is None else EVALUATION)
     if code:
         return Outcome("failed", None, process.error_line() or f"exit code {code}")
     returns = at_parts(curve, plan.steps)

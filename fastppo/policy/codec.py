@@ -19,7 +19,7 @@ from fastppo.policy.make_network import NetworkConfig, make_network
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
 from fastppo.policy.normalization import RunningMoments, make_normalization
-from fastppo.policy.spaces import MAX_NESTING, ObsSpec, action_spec, obs_spec
+from fastppo.policy.spaces import MAX_NESTING, ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec
 
 MAX_NUMBERS, MAX_PARTS = 2**24, 1024  # of a space in a checkpoint
 
@@ -122,6 +122,31 @@ def agent_from_state(
     normalization = make_normalization(moments, **scales, wide=obs.wide)
     params = weights_from_state(state, network).to(device)
     return Agent(obs_space, obs, action, network, params, normalization)
+
+
+def difference_of_spaces(state: Mapping[str, Any], obs: ObsSpec, action: ActionSpec) -> str | None:
+    """What differs between the spaces of a `policy_state` and others, as far as a network depends on it; None: nothing.
+
+    Bounds may differ, and so may action masks. Raises KeyError, ValueError or UsageError if `state` does not hold spaces.
+    """
+    own_action = action_spec(space_from_data(state["action_space"]), any(leaf.squash for leaf in action.leaves))
+    own_obs = obs_spec(space_from_data(state["obs_space"]), None, own_action, normalize=state["obs_moments"] or False)
+    there, here = ({leaf.key: _described(leaf) for leaf in spec.observed} for spec in (own_obs, obs))
+    for key in dict.fromkeys([*here, *there]):
+        if there.get(key) != here.get(key):
+            name = "the observation" if key == "obs" else key.replace("obs.", "the observation's part ", 1)
+            return f"{name} is {there.get(key, 'missing')} there, and {here.get(key, 'missing')} in this run"
+    if (own_action.distribution, own_action.size) != (action.distribution, action.size):
+        return f"actions are {own_action.space} there, and {action.space} in this run"
+    return None
+
+
+def _described(leaf: ObsLeaf) -> str:
+    """A part of an observation, as far as a network depends on it."""
+    if leaf.kind == "categories":
+        return f"{leaf.size} categories of {leaf.shape}"
+    scaled = ", in [0, 255]" if leaf.scale != 1.0 else ""
+    return f"{'an image' if leaf.kind == 'image' else 'numbers'} of shape {leaf.shape}{scaled}"
 
 
 def checked(x: Any, name: str, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """The run directory: the paths of its files, and how they are written. Knows nothing of what is in the files.
 
-config.json   metrics.csv   events.out.tfevents.*   curves.png   summary.json
+config.json   config-until-N.json, after a change on --resume   metrics.csv   events.out.tfevents.*   curves.png   summary.json
 checkpoints/iteration-N.pt, the last few   checkpoints/last.pt, the newest of them   checkpoints/best.pt
 fault.txt and fault.pt after a fault: what happened, and the rollout in which it happened   videos/, with --record-every
 """

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from fastppo.errors import brief
 from fastppo.run.files import utf8_name
-from fastppo.run.metrics import Row, tag_of
+from fastppo.run.metrics import RARE, Row, known, tag_of
 from fastppo.run.metrics_file import MetricsFile
 from fastppo.run.tracking import Tracker
 
@@ -25,7 +25,8 @@ TRACK_SECONDS = 1.0  # between two rows for a tracker, which may send each over 
 
 
 class Loggers:
-    """Writes rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, one a second to a tracker.
+    """Writes rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, one a second to a tracker,
+    and those with an evaluation to all three.
 
     The columns are those of the first row.
     """
@@ -62,7 +63,7 @@ class Loggers:
     def log(self, row: Row) -> None:
         """Write one row; `row` has iteration and global_step among its keys, in the columns' order."""
         try:
-            self._metrics.write(row)
+            self._metrics.write(dict.fromkeys(row, "") | known(row))
             if self._metrics_fail:
                 self._note("metrics.csv can be written again: no row is missing")
             self._metrics_fail = False
@@ -153,9 +154,9 @@ class _Guarded:
             self._give_up(error)
 
     def log(self, row: Row) -> None:
-        """Write the row, unless the last one was written too recently."""
+        """Write the row, unless the last one was written too recently. One with a rare metric is written in any case."""
         self._pending = row
-        if time.monotonic() - self._last >= self._seconds:
+        if time.monotonic() - self._last >= self._seconds or not RARE.isdisjoint(known(row)):
             self._write()
 
     def close(self) -> None:
@@ -167,7 +168,7 @@ class _Guarded:
         row, self._pending, self._last = self._pending, None, time.monotonic()
         if row is not None:
             step = int(row["global_step"])
-            tagged = {tag: value for key, value in row.items() if (tag := tag_of(key))}
+            tagged = {tag: value for key, value in known(row).items() if (tag := tag_of(key))}
             self.do(lambda logger: logger.log(tagged, step))
 
     def _give_up(self, error: Exception) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 Row = Mapping[str, int | float]
+EVALUATION = "eval_return_mean"  # the column of --eval-every
 
 
 class Metric(NamedTuple):
@@ -27,6 +28,8 @@ class Metric(NamedTuple):
     """Its name in the live panel."""
     cell: tuple[int, int] | None = None
     """Its line and column in the live panel; None where that does not show it."""
+    rare: bool = False
+    """Whether it is there with some settings only, and nan in most iterations, in which logs leave it out."""
 
 
 METRICS: Mapping[str, Metric] = {
@@ -120,14 +123,24 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             "learn_share",
             "time/learn_share",
-            "Share spent on learning. The rest is logging, checkpoints, statistics and display.",
+            "Share spent on learning. The rest is logging, evaluations, checkpoints, statistics and display.",
             label="learn",
             cell=(2, 2),
+        ),
+        Metric(
+            EVALUATION,
+            "eval/episodic_return",
+            "With --eval-every: mean return of the evaluation after this iteration. Empty in other iterations.",
+            rare=True,
+        ),
+        Metric(
+            "eval_return_std", "eval/episodic_return_std", "Standard deviation of the returns of that evaluation.", rare=True
         ),
     )
 }
 
 
+RARE = frozenset(metric.name for metric in METRICS.values() if metric.rare)
 PART = "episodic_return_"  # of the names of further columns, one for each part of a reward that is a weighted sum
 
 
@@ -141,12 +154,21 @@ def tag_of(name: str) -> str | None:
     return METRICS[name].tag if name in METRICS else f"charts/{name}"
 
 
+def known(row: Row) -> dict[str, int | float]:
+    """The row without rare metrics that have no value in this iteration."""
+    return {name: value for name, value in row.items() if name not in RARE or math.isfinite(value)}
+
+
 def ordered_row(values: Row) -> dict[str, int | float]:
-    """The values in the order of METRICS, then the parts of the reward. Raises ValueError if one is missing or unknown."""
-    parts = [part_name(index) for index in range(len(values) - len(METRICS))]
-    if values.keys() != {*METRICS, *parts}:
-        raise ValueError(f"not the metrics of an iteration: {sorted(values.keys() ^ {*METRICS, *parts})}")
-    return {name: values[name] for name in (*METRICS, *parts)}
+    """The values in the order of METRICS, then the parts of the reward; rare ones may be missing.
+
+    Raises ValueError if another one is missing, or one is unknown.
+    """
+    names = [name for name in METRICS if name not in RARE or name in values]
+    names += [part_name(index) for index in range(len(values) - len(names))]
+    if values.keys() != set(names):
+        raise ValueError(f"not the metrics of an iteration: {sorted(values.keys() ^ set(names))}")
+    return {name: values[name] for name in names}
 
 
 def joint_row(rows: Sequence[Row]) -> dict[str, int | float]:

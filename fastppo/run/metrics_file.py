@@ -1,6 +1,6 @@
 """metrics.csv: a full disk loses no row while the run lives, a kill loses at most one, and a half-written row is ignored.
 
-Knows nothing of what the metrics mean.
+Knows nothing of what the metrics mean, except which may have no value in a row.
 """
 
 import contextlib
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.run.files import replace_file
+from fastppo.run.metrics import RARE
 
 
 class MetricsFile:
-    """Rows of metrics in a CSV file, unbuffered. The columns are those of the first row."""
+    """Rows of metrics in a CSV file, unbuffered. The columns are those of the first row, and of the rows before a resume."""
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         """resume_at: the iteration that the run resumes from; later rows are dropped."""
@@ -31,10 +32,10 @@ class MetricsFile:
         """The last row before the iteration that the run resumes from."""
         return self._kept[-1] if self._kept else None
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         """Append one row. Raises OSError if the disk is full; the row is then written before the next one."""
         if self._columns is None:
-            self._columns = list(row)
+            self._columns = list(row | (self._kept[0] if self._kept else {}))
             head = io.StringIO()
             csv.writer(head).writerow(self._columns)
             self._unwritten = head.getvalue().encode() + b"".join(map(self._line, self._kept))
@@ -67,13 +68,17 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows, oldest first: with an iteration, a step, and a value in every column. [] if there is no such file."""
+    """The complete rows, oldest first: with an iteration, a step, and a value in every column that is not of RARE metrics.
+
+    [] if there is no such file.
+    """
     rows = []
     with contextlib.suppress(OSError, csv.Error), path.open(newline="", encoding="utf-8", errors="replace") as file:
         for row in csv.DictReader(file):
             if (
-                all(row.values())
+                all(value or name in RARE for name, value in row.items())
                 and None not in row
+                and None not in row.values()
                 and all(re.fullmatch(r"[0-9]{1,18}", row.get(key) or "") for key in ("iteration", "global_step"))
             ):
                 rows.append(row)

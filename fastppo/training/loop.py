@@ -36,7 +36,7 @@ from fastppo.training.multi_seed import shown_row
 from fastppo.training.results import TrainResult
 from fastppo.training.setup import Task, prepare
 from fastppo.training.state import share_environments
-from fastppo.training.training_run import Times
+from fastppo.training.training_run import Times, TrainingRun
 
 
 def train(
@@ -197,7 +197,7 @@ def learn(job: Job, collector: Collector) -> Update:
     task, buffers, running = job.task, job.buffers, job.running
     config, ranks, axis = task.config, task.ranks, buffers.axis
     outcomes = global_outcomes(collector.outcomes(), ranks)
-    if config.norm_reward or (config.norm_obs and task.states[0].iteration == 0):
+    if config.norm_reward or (config.norm_obs and job.runs[0].is_blank):
         for index in running:
             rollout = buffers.rollouts[index]
             normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))
@@ -246,6 +246,7 @@ def account(job: Job, update: Update, times: Times) -> None:
     for index, metrics in update.metrics.items():
         learning_rate = job.buffers.inputs[index].coefficients.learning_rate
         runs[index].record(update.outcomes[index], metrics, learning_rate, times)
+        evaluate(job, runs[index])
         with isolating_fault(job, index):
             runs[index].log_and_call_back(partial(job.environments_of, index))
     if update.metrics:
@@ -254,6 +255,17 @@ def account(job: Job, update: Update, times: Times) -> None:
         job.display.update(shown_row(runs), progress, max(run.eta for run in runs), engine)
     if job.display.reader_gone:  # `| head -3`: training ends as after a signal
         job.stop.received = SIGPIPE
+
+
+def evaluate(job: Job, run: TrainingRun) -> None:
+    """Evaluate the policy where --eval-every asks for it. The time counts for the next iteration."""
+    evaluator, state = job.task.evaluator, run.state
+    if evaluator is None or not run.evaluation_due:
+        return
+    agent, seed = job.task.agent_of(state), run.config.seed
+    result = evaluator.evaluate(agent, seed, state.global_step, run.note, lambda: job.stop.received is not None)
+    if result is not None:
+        run.take_evaluation(result)
 
 
 def keep(job: Job, update: Update) -> None:

@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.analysis.curves import PANELS, draw_page, render
+from fastppo.analysis.curves import PANELS, draw_page, render, return_panels
 from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
-from fastppo.config import TrainConfig, check_resumable
+from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
+from fastppo.resumable import check_resumable
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
-from fastppo.run.metrics import joint_row
+from fastppo.run.metrics import EVALUATION, joint_row
 from fastppo.training.results import TrainResult, drawing_curves
 from fastppo.training.resume import fill_directory, reopen
 from fastppo.training.setup import Task, seed_folder
@@ -120,7 +121,8 @@ def save_joint_results(
         top.write_json(top.summary, joint)
         with drawing_curves(note):
             groups, _ = group_runs([read_run(result.run_dir) for result in results])
-            page = draw_page(groups, [("global_step", column) for column in PANELS], columns=3)
+            evaluations = [panel for panel in return_panels(groups) if panel == ("global_step", EVALUATION)]
+            page = draw_page(groups, [("global_step", column) for column in PANELS] + evaluations, columns=3)
             replace_file(top.curves, render(page, "png"))
     except OSError as error:
         raise TrainingFault(f"training is over and kept, but {top.path} could not be written ({error.strerror})") from None

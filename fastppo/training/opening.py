@@ -20,7 +20,6 @@ from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import MadeEnvs, are_one_by_one, env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.render import make_render_env
 from fastppo.envs.wrappers import DEFAULT_SIZE, RESCALED, RESIZED
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
@@ -161,16 +160,6 @@ class Copy:
                 raise
             self._open.close()
             return make()
-
-
-def make_recorded(config: TrainConfig, given: VectorEnv | None, deadline: Deadline) -> AutoresetEnvs:
-    """The environment for the videos of --record-every. Raises UsageError if it cannot be made."""
-    if given is not None:
-        raise UsageError("--record-every makes an environment of its own from --env-id, which yours were not: leave it off")
-    try:
-        return make_render_env(config.env_config, deadline)
-    except UsageError as error:
-        raise UsageError(f"--record-every makes one more environment, with render_mode=rgb_array: {error}") from None
 
 
 def info_mask_size(envs: AutoresetEnvs) -> int | None:

@@ -83,6 +83,7 @@ def _summary(run: TrainingRun, ending: Ending) -> dict[str, Any]:
         "sps": run.speed.mean,
         **ending.about,
         "best_return_mean": state.best_return,
+        "best_by": "evaluation" if state.is_evaluated else "training",
         "eval_return_mean": math.nan,
         "eval_return_std": math.nan,
         "eval_episodes": 0,
@@ -104,7 +105,8 @@ def _evaluate(run: TrainingRun, agent: Agent, envs: VectorEnv | None) -> dict[st
         raise
     if result["episodes"]:
         mean, std = result["return_mean"], result["return_std"]
-        run.note(f"best model: return {mean:.1f} +- {std:.1f} in {result['episodes']} episodes")
+        best = "best evaluated model" if run.state.is_evaluated else "best model"
+        run.note(f"{best}: return {mean:.1f} +- {std:.1f} in {result['episodes']} episodes")
     return result
 
 

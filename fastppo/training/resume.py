@@ -4,24 +4,29 @@ Knows nothing of the loop.
 """
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastppo.config import TrainConfig, check_resumable
+from fastppo.analysis.run_groups import setting_text
+from fastppo.config import TrainConfig
 from fastppo.core.adam import AdamState
 from fastppo.errors import UsageError, brief
-from fastppo.policy.codec import checked, moments_from_state, weights_from_state
-from fastppo.policy.network import Network
+from fastppo.policy.codec import checked, difference_of_spaces, moments_from_state, weights_from_state
 from fastppo.random_streams import Stream, seed_of
+from fastppo.resumable import MAKING, TRAINED_ON, changes, check_resumable
+from fastppo.run.best import BestPolicy
 from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.training.reproducibility import differences
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, snapshot, snapshot_data
+
+Renewal = Literal["made anew", "other"] | None  # the environments: made in another way, or others; None: as they were
 
 
 def make_directory(task: Task, place: Path, cleanup: contextlib.ExitStack) -> RunDirectory:
@@ -82,19 +87,28 @@ def reopen(config: TrainConfig, state: TrainState, task: Task, cleanup: contextl
     found = ranks.agree(found)
     assert found is not None
     before, path, checkpoint, damage = found
-    lost = load_state(state, task.network, checkpoint, fresh, path)
+    changed = changes(before, config)
+    renewed = renewal_of(changed)
+    lost = load_state(state, task, checkpoint, fresh, path, renewed)
     try:
+        if changed:  # what the iterations so far were trained with
+            directory.write_text(directory.path / f"config-until-{state.iteration}.json", before.to_json())
         directory.write_text(directory.config, config.to_json())
     except OSError as error:
         refused = _not_writable(directory, error)
     ranks.check(refused)
-    environments = _continue_environments(state, task.restarts)
-    changed = differences(checkpoint["made_with"], fresh["made_with"])
+    environments = _continue_environments(state, task.restarts and renewed is None)
+    moved = differences(checkpoint["made_with"], fresh["made_with"])
+    words = [f"{name} {setting_text(getattr(config, name))}" for name in changed]
     notes = [
         damage,
         f"resuming from iteration {state.iteration}, step {state.global_step}; {environments}",
         *lost,
-        f"different from before, so last bits may differ: {changed}" if changed else None,
+        f"from here on: {', '.join(words)}" if words else None,
+        "another environment: the returns so far do not count, and the search for the best policy starts anew"
+        if renewed == "other"
+        else None,
+        f"different from before, so last bits may differ: {moved}" if moved else None,
         _annealing_note(before, config),
     ]
     return directory, [note for note in notes if note is not None]
@@ -124,14 +138,45 @@ def _annealing_note(before: TrainConfig, config: TrainConfig) -> str | None:
     return f"the run has a new length: {' and '.join(annealed)} annealed to it from this iteration on"
 
 
+def renewal_of(changed: Collection[str]) -> Renewal:
+    """What the changed settings mean for the environments."""
+    renewed = TRAINED_ON.intersection(changed)
+    return None if not renewed else "made anew" if renewed <= MAKING else "other"
+
+
+def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, Any], renewed: Renewal) -> dict[str, Any]:
+    """The checkpoint with environments that start anew, as many as the fresh state has.
+
+    Raises KeyError or TypeError if it is not a checkpoint.
+    """
+    episodes, best = checkpoint["episodes"], checkpoint["best"]
+    begins = torch.zeros_like(expected["best"]["spans"][0]["begins"])
+    if renewed == "other":  # its returns say nothing of the other environment
+        episodes, best = {**expected["episodes"], "episodes": episodes["episodes"]}, expected["best"]
+    running = {key: value for key, value in expected["episodes"].items() if key.startswith("running")}
+    return {
+        **checkpoint,
+        "environments": None,
+        "return_carry": expected["return_carry"],
+        "episodes": {**episodes, **running},
+        "best": {**best, "spans": [{**span, "begins": begins} for span in best["spans"]]},
+    }
+
+
 def load_state(
-    state: TrainState, network: Network, checkpoint: Mapping[str, Any], expected: Mapping[str, Any], path: Path
+    state: TrainState,
+    task: Task,
+    checkpoint: Mapping[str, Any],
+    expected: Mapping[str, Any],
+    path: Path,
+    renewed: Renewal = None,
 ) -> list[str]:
     """Put the result of `state.checkpoint_of` back into a fresh state.
 
     Args:
         expected: the fresh state's own `checkpoint_of`, whose keys, types and shapes the checkpoint must have.
         path: of the checkpoint, for messages.
+        renewed: whether the environments are others than those of the checkpoint.
 
     Returns:
         What could not be put back, a line each.
@@ -141,13 +186,19 @@ def load_state(
     """
     device = state.params.device
     try:
-        params = weights_from_state(checkpoint["policy"], network)
+        difference = difference_of_spaces(checkpoint["policy"], task.obs, task.action) if renewed == "other" else None
+        if difference is not None:
+            raise UsageError(f"--resume {path.parent.parent}: {difference}, so its network does not fit: start a new run")
+        params = weights_from_state(checkpoint["policy"], task.network)
         made_on = checkpoint["made_with"]["device"]
         same_device = made_on.partition(":")[0] == device.type
         if not same_device:
             checkpoint = {**checkpoint, "environments": None}
         if "best" not in checkpoint:  # of an older version, which judged by the last 100 episodes
             checkpoint = {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
+        checkpoint = {"best_evaluation": -math.inf, **checkpoint}  # which older versions had not
+        if renewed is not None:
+            checkpoint = with_new_environments(checkpoint, expected, renewed)
         check_alike(expected, checkpoint)
         counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
         if min(counts) < 0:
@@ -158,6 +209,9 @@ def load_state(
         state.iteration, state.global_step = checkpoint["iteration"], checkpoint["global_step"]
         state.seconds = checkpoint["seconds"]
         state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
+        state.best_evaluation = checkpoint["best_evaluation"]
+        if renewed == "other":
+            state.best, state.best_evaluation = BestPolicy(len(state.return_carry), snapshot(state)), -math.inf
         state.environments = checkpoint["environments"]
         if state.environments is not None:
             torch.Generator(device).set_state(state.environments["generator"])  # refused here, or not at all

@@ -32,7 +32,9 @@ from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
 from fastppo.system.devices import resolved
 from fastppo.system.modes import plain
-from fastppo.training.opening import OpenedEnvs, chosen_by_environment, make_recorded, open_environments
+from fastppo.training.evaluations import Evaluator, make_watchers
+from fastppo.training.init_from import start_from
+from fastppo.training.opening import OpenedEnvs, chosen_by_environment, open_environments
 from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
@@ -69,6 +71,7 @@ class Task:
     findings: tuple[str, ...]  # lines on the environments from the check
     notes: tuple[str, ...]  # other lines to print
     render_env: AutoresetEnvs | None  # for videos
+    evaluator: Evaluator | None  # for --eval-every
     has_copies: bool  # False: no second copy of the environments could be made
 
     @property
@@ -160,10 +163,8 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         found = open_environments(config, local, given, device, ranks, deadline, cleanup)
     config, lines = chosen_by_environment(config, found)
     local = share_of(config, ranks)
-    render_env = None
-    if config.record_every is not None and ranks.is_main:
-        render_env = make_recorded(config, given, deadline)
-        cleanup.callback(render_env.close)
+    with checked(ranks):
+        render_env, evaluator = make_watchers(config, given, device, deadline, ranks, cleanup)
     configs = seed_configs(config)
     workers = choose_workers(local, found.obs) if device.type == "cpu" else 1
     with plain():
@@ -171,6 +172,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads = choose_threads(local, network)
         torch.set_num_threads(threads)  # before the first parallel operation, which is in `init`
         states = [init_state(own, of_seed, found.obs, device) for own, of_seed in zip(configs, networks, strict=True)]
+        started = start_from(config, network, found.obs, found.action, states, ranks)
         trial, thread_note = try_threads(config, local, found, network, states[0].params, threads)
     made = found.envs.envs
     if isinstance(made, TorchVectorEnv):
@@ -190,8 +192,9 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (*lines, note, thread_note) if line is not None),
+        notes=tuple(line for line in (*lines, note, started, thread_note) if line is not None),
         render_env=render_env,
+        evaluator=evaluator,
         **vars(found),
     )
 

@@ -3,7 +3,7 @@
 from dataclasses import fields, replace
 
 from fastppo.bounds import flag
-from fastppo.config import TrainConfig
+from fastppo.config import PATHS, TrainConfig
 from fastppo.errors import UsageError
 from fastppo.ranks import Ranks, check_shares
 
@@ -12,7 +12,7 @@ def check_same(config: TrainConfig, rank_zero: TrainConfig, ranks: Ranks) -> Non
     """Check that the settings equal those of rank 0. Raises UsageError."""
     for spec in fields(TrainConfig):
         own, other = getattr(config, spec.name), getattr(rank_zero, spec.name)
-        is_path = spec.name in ("run_dir", "resume")  # machines may mount it under different paths
+        is_path = spec.name in PATHS  # machines may mount it under different paths
         if own != other and not (is_path and own and other):
             raise UsageError(
                 f"rank {ranks.rank} was started with {flag(spec.name)} {own}, rank 0 with {other}: "

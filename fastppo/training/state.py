@@ -3,6 +3,7 @@
 Knows nothing of files, environments or the command line.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,11 +65,17 @@ class TrainState:
     global_step: int = 0
     seconds: float = 0.0
     environments: dict[str, Any] | None = None  # their state at this point, if they can be saved
+    best_evaluation: float = -math.inf  # mean return of the best policy of --eval-every; -inf: none has judged best.pt
 
     @property
     def best_return(self) -> float:
-        """The score of the best policy, see BestPolicy. -inf before any policy has a score."""
-        return self.best.score
+        """The score of the best policy: of its evaluation, or see BestPolicy. -inf before any policy has a score."""
+        return self.best_evaluation if self.is_evaluated else self.best.score
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the best policy is the best of those that --eval-every has evaluated, and not judged by training."""
+        return self.best_evaluation > -math.inf
 
     def forget_running(self) -> None:
         """Drop unfinished episodes, because the environments start new ones."""
@@ -171,6 +178,7 @@ def checkpoint_of(
         "iteration": state.iteration,
         "global_step": state.global_step,
         "seconds": state.seconds,
+        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
         "made_with": dict(made_with),
     }
     if isinstance(state, PolicySnapshot):
@@ -179,12 +187,12 @@ def checkpoint_of(
         **policy,
         "best_return": state.best_return,
         "adam": {key: value.cpu().clone() for key, value in state.adam._asdict().items()},
-        "return_moments": None if state.return_moments is None else [moment.cpu() for moment in state.return_moments],
         "return_carry": state.return_carry.cpu().clone(),
         "generators": {name: generator.get_state() for name, generator in state.generators.items()},
         "environments": tree_map(lambda x: x.cpu().clone() if isinstance(x, Tensor) else x, state.environments),
         "episodes": state.episodes.state_dict(),
         "best": state.best.state_dict(snapshot_data),
+        "best_evaluation": state.best_evaluation,
     }
 
 

@@ -4,6 +4,7 @@ loop.py drives one run, or one for each of many seeds, which share environments 
 how a rollout or an update is made.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastppo.analysis.evaluation import EvaluationResult
 from fastppo.callbacks import Callback, View, is_yes
 from fastppo.config import TrainConfig
 from fastppo.core.contracts import LearnResult, Normalization
@@ -21,11 +23,11 @@ from fastppo.rollout.storage import Outcomes
 from fastppo.run.directory import RunDirectory
 from fastppo.run.episodes import WINDOW
 from fastppo.run.loggers import Loggers, NoLoggers
-from fastppo.run.metrics import ordered_row, part_name
+from fastppo.run.metrics import RARE, ordered_row, part_name
 from fastppo.run.tracking import Tracker
 from fastppo.training.checkpoints import Checkpoints
 from fastppo.training.setup import Task
-from fastppo.training.state import TrainState, gather_environments, normalization_of, preserved, snapshot
+from fastppo.training.state import PolicySnapshot, TrainState, gather_environments, normalization_of, preserved, snapshot
 from fastppo.training.update import FrozenInputs, frozen_inputs, read_metrics, update_obs_moments, update_return_moments
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
@@ -167,7 +169,8 @@ class TrainingRun:
         self.fault: TrainingFault | None = None  # why this run cannot go on
         self.row: dict[str, int | float] = {}  # metrics of the last iteration
         self._task = task
-        self._best_before = state.best_return  # before the last iteration
+        self.new_best = False  # whether the last iteration found a better policy than before
+        self._evaluation: EvaluationResult | None = None  # of the policy after the last iteration
         self._resume_point = ResumePoint(state, f"iteration {state.iteration + 1}", has_all=True)
         self._checkpoint_due = False
         self._has_noted_endless = False
@@ -180,6 +183,11 @@ class TrainingRun:
         return self.state.global_step / self.config.total_timesteps
 
     @property
+    def is_blank(self) -> bool:
+        """Whether there are no statistics of observations yet: in the first iteration, unless --init-from brings some."""
+        return self.state.iteration == 0 and self.config.init_from is None
+
+    @property
     def over(self) -> bool:
         """Whether it has all its steps, has ended early, or cannot go on."""
         return self.progress >= 1.0 or self.enough is not None or self.fault is not None
@@ -190,9 +198,10 @@ class TrainingRun:
         return self.speed.eta(self.progress)
 
     @property
-    def new_best(self) -> bool:
-        """Whether the last iteration found a better policy than before."""
-        return self.state.best_return > self._best_before
+    def evaluation_due(self) -> bool:
+        """Whether --eval-every asks for an evaluation after this iteration: each K-th one, and the last one."""
+        every = self.config.eval_every
+        return every is not None and (self.state.iteration % every == 0 or self.progress >= 1.0)
 
     def begin_iteration(self, environments: Environments | None) -> FrozenInputs:
         """What the iteration acts and learns under. environments: as they stand, see Collector.state_dicts."""
@@ -211,7 +220,7 @@ class TrainingRun:
             rollout: (T+1, N / K, ...) of this process. steps: (T, N) `reward terminated truncated valid` of all processes.
         """
         update_return_moments(self.state, steps, self.config.gamma)
-        if self.state.iteration == 0:
+        if self.is_blank:
             update_obs_moments(self.state, rollout, self._task.ranks.total)
         return normalization_of(self.state)
 
@@ -230,7 +239,7 @@ class TrainingRun:
         state = self.state
         state.params.copy_(result.params)
         state.adam, state.return_mean, state.return_std = result.adam, result.return_mean, result.return_std
-        if state.iteration > 0:  # else see `normalize`
+        if not self.is_blank:  # else see `normalize`
             update_obs_moments(state, rollout, self._task.ranks.total)
         return metrics
 
@@ -251,10 +260,32 @@ class TrainingRun:
         state.global_step += int(outcomes.valid.sum())
         state.seconds += times.total
         self.speed.update(state)
-        self._best_before = state.best_return
-        found = state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state))
-        self.checkpoints.best = found or self.checkpoints.best  # written with the next checkpoint
+        before, self._evaluation = state.best_return, None
+        self._keep_best(state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state)))
+        self.new_best = state.best_return > before
         self.row = self._row(outcomes, metrics, learning_rate, times)
+
+    def _keep_best(self, found: PolicySnapshot | None) -> None:
+        """Keep a policy that training has found to be the best, unless evaluations say which is."""
+        if found is None or (self.state.is_evaluated and self.config.eval_every is not None):
+            return
+        self.state.best_evaluation = -math.inf  # --eval-every was on before a resume, and is off now
+        self.checkpoints.best = found  # written with the next checkpoint
+
+    def take_evaluation(self, result: EvaluationResult) -> None:
+        """Account for the evaluation of the policy after this iteration. The best one of whole episodes becomes best.pt."""
+        state = self.state
+        self._evaluation = result
+        mean, std, ended = (result.report[key] for key in ("return_mean", "return_std", "episodes"))
+        self.row |= {"eval_return_mean": mean, "eval_return_std": std}
+        if result.remark is None and mean >= state.best_evaluation:
+            self.new_best = self.new_best or mean > state.best_evaluation
+            state.best_evaluation, self.checkpoints.best = mean, snapshot(state)
+        best = ", the best so far" if self.new_best and result.remark is None else ""
+        returns = f"return {mean:.1f} +- {std:.1f} in {ended} episodes{best}" if ended else "no return"
+        self.note(f"evaluation at step {state.global_step:,}: {returns}")
+        if result.remark is not None:
+            self.note(result.remark)
 
     def _row(
         self, outcomes: Outcomes, metrics: Mapping[str, float], learning_rate: Tensor, times: Times
@@ -279,6 +310,7 @@ class TrainingRun:
                 "env_share": times.env / times.total,
                 "act_share": times.act / times.total,
                 "learn_share": times.learn / times.total,
+                **({} if config.eval_every is None else dict.fromkeys(RARE, math.nan)),  # until `take_evaluation`
                 **{part_name(index): mean for index, mean in enumerate(state.episodes.part_means)},
             }
         )
@@ -289,11 +321,9 @@ class TrainingRun:
         environments: returns them as they stand now.
         """
         config, state, ranks = self.config, self.state, self._task.ranks
-        solved = config.stop_at_return is not None and state.episodes.return_mean >= config.stop_at_return
-        if solved and len(state.episodes.returns) == WINDOW:
-            self.enough = f"the last {WINDOW} episodes return {state.episodes.return_mean:.4g}, as --stop-at-return asks"
+        self.enough = self._solved()
         self._note_endless_episodes()
-        logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0
+        logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0 or self._evaluation is not None
         if logs:
             self.loggers.log(self.row)
         fault: TrainingFault | None = None
@@ -312,9 +342,22 @@ class TrainingRun:
         self._checkpoint_due = bool(due_somewhere)
         self.enough = self.enough or ("another rank has seen enough" if enough_somewhere else None)
         if self.over:
-            self.checkpoints.best = state.best.finish() or self.checkpoints.best
+            self._keep_best(state.best.finish())
         if self.enough and not logs:
             self.loggers.log(self.row)
+
+    def _solved(self) -> str | None:
+        """Why training ends here, if the return is what --stop-at-return asks for: that of an evaluation, with --eval-every."""
+        episodes, wanted, evaluation = self.state.episodes, self.config.stop_at_return, self._evaluation
+        if self.config.eval_every is None:
+            what, mean, has_all = f"the last {WINDOW} episodes", episodes.return_mean, len(episodes.returns) == WINDOW
+        elif evaluation is not None:
+            what, mean, has_all = "the evaluation's episodes", evaluation.report["return_mean"], evaluation.remark is None
+        else:
+            return None
+        if wanted is None or not has_all or not mean >= wanted:
+            return None
+        return f"{what} return {mean:.4g}, as --stop-at-return asks"
 
     def _view(self) -> View:
         state, row, policy = self.state, MappingProxyType(self.row), partial(self._task.agent_of, self.state)
