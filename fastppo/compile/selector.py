@@ -26,7 +26,7 @@ from fastppo.compile.cuda_graph import GraphedProgram
 from fastppo.compile.inductor import compile_program
 from fastppo.compile.verification import TOLERANCE, Deviation, Verified
 from fastppo.core.contracts import LearnResult, Normalization
-from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
+from fastppo.core.seed_axis import Seeds
 from fastppo.ranks import ALONE, Ranks
 from fastppo.system.cpus import available_cores
 from fastppo.system.modes import bound
@@ -318,11 +318,7 @@ class ProgramSelector:
     def _capture(self) -> None:
         """Capture all programs as CUDA graphs. That takes one or two seconds, and nothing is cached on disk."""
         for name, spec in self._specs.items():
-            program: Callable[..., Any] = spec.program
-            if spec.seeds is not None:
-                number, at_once, _ = spec.seeds
-                program = over_seeds(spec.program) if at_once > 1 else one_by_one(spec.program, number)
-            self._forms[name], self._tiers[name] = GraphedProgram(program, spec.example), "cuda-graph"
+            self._adopt(name, GraphedProgram(spec.program, spec.example, spec.seeds), "cuda-graph")
 
     def _adopt(self, name: str, form: Any, tier: str) -> None:
         if tier == "compiled":

@@ -89,7 +89,8 @@ def allocate_buffers(task: Task) -> Buffers:
     for state, own in zip(states, axis.unstack(params), strict=True):
         state.params = own  # acting and learning use the same tensor
     units = task.local.batch_size // config.rows_per_unit
-    permutation = torch.empty(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
+    # zeros: on a GPU programs are run and captured before the first permutation, and an index out of range ends the process
+    permutation = torch.zeros(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
     return Buffers(
         axis=axis,
         rollout=rollout,
