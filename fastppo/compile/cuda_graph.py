@@ -18,9 +18,11 @@ from torch import Tensor
 from fastppo.compile.compile_errors import CompileError, first_line
 from fastppo.compile.program import Example, Program, execution_of, flat_tensors, of_all_seeds, plain
 from fastppo.compile.static_loops import StaticLoops
+from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.seed_axis import Seeds
 
 WARM_UPS = 3  # before a capture, as PyTorch advises: libraries allocate and choose their kernels in the first calls
+MOST_OPERATIONS = 1000  # of a step that is compiled; sequences of a policy with memory have more
 
 
 class Graph:
@@ -53,21 +55,46 @@ def side_stream() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
+def has_loops(program: Program) -> bool:
+    """Whether a program may have loops: it then has a setting that says how they run."""
+    return "execution" in inspect.signature(program.func).parameters
+
+
+def compile_step(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """One step compiled by Inductor, without graphs of its own. Raises CompileError."""
+    if len(graph.graph.nodes) > MOST_OPERATIONS:
+        raise CompileError(f"a step of {len(graph.graph.nodes)} operations is too large to compile")
+    try:
+        import torch._inductor
+
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options={"triton.cudagraphs": False})
+        compiled(*inputs)
+    except Exception as error:  # compilers and drivers raise errors of many types
+        raise CompileError(f"a step could not be compiled: {type(error).__name__}: {first_line(error)}") from error
+    return compiled
+
+
 class GraphedProgram:
     """A program captured once. A call copies its arguments into buffers and replays the graphs.
 
     The buffers keep their addresses, so results are copied out of them.
     """
 
-    def __init__(self, program: Program, example: Example, seeds: Seeds | None = None) -> None:
+    def __init__(self, program: Program, example: Example, seeds: Seeds | None = None, compiled: bool = False) -> None:
         """Run the program a few times, with one step of each loop, then capture it. Raises CompileError if that fails.
 
-        example: arguments that the program can work with, an index within its range for example.
+        Args:
+            example: arguments that the program can work with, an index within its range for example.
+            compiled: compile the steps of its loops first.
         """
-        self._loops = StaticLoops(Graph)
-        if "execution" in inspect.signature(program.func).parameters:
+        self._loops = StaticLoops(Graph, compile_step if compiled else None)
+        if has_loops(program):
             execution = dataclasses.replace(execution_of(program), scan=self._loops.scan)
+            if compiled:
+                execution = dataclasses.replace(execution, grad_and_aux=functional_grad_and_aux)
             program = partial(program, execution=execution)
+        elif compiled:
+            raise CompileError("it has no loop whose step could be compiled")
         call = of_all_seeds(program, seeds)
         self._arguments = pytree.tree_map_only(Tensor, torch.clone, plain(example))
         try:
@@ -75,6 +102,8 @@ class GraphedProgram:
                 for _ in range(WARM_UPS):
                     self._loops.warm_up(partial(call, *self._arguments))
                 self._results = self._loops.capture(partial(call, *self._arguments))
+        except CompileError:
+            raise
         except RuntimeError as error:
             raise CompileError(f"the CUDA graph could not be captured: {first_line(error)}") from error
         self._buffers = flat_tensors(self._arguments)

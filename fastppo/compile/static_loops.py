@@ -11,9 +11,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fastppo.compile.seed_loops import on_whole_tensors
+from fastppo.compile.compile_errors import CompileError
+from fastppo.compile.seed_loops import below_seeds, on_whole_tensors
 
 Body = Callable[[Any, tuple[Tensor, ...]], tuple[Any, tuple[Tensor, ...]]]
+FlatStep = Callable[..., list[Tensor]]  # (*carry, *x) -> (*carry, *ys)
+CompileStep = Callable[[torch.fx.GraphModule, list[Tensor]], FlatStep]
 
 
 class Recording(Protocol):
@@ -47,6 +50,9 @@ class Loop:
         self.carry = [x.clone() for x in carry]
         self.results: list[Tensor] | None = None  # (L, ...), once the first step has said of which shapes
         self.position = torch.zeros(1, dtype=torch.int64, device=carry[0].device)
+        self.has_loops = False
+        self.compiled: FlatStep | None = None
+        self.code = ""  # of the compiled step
 
     def start(self, carry: list[Tensor]) -> None:
         """Put the loop at its first step."""
@@ -54,10 +60,10 @@ class Loop:
             buffer.copy_(x)
         self.position.zero_()
 
-    def step(self, body: Callable[..., tuple[list[Tensor], list[Tensor]]], xs: tuple[Tensor, ...]) -> None:
+    def step(self, body: FlatStep, xs: tuple[Tensor, ...]) -> None:
         """One step in place. The position is on the device, so that the next replay is the next step."""
-        x = tuple(tensor.index_select(0, self.position).squeeze(0) for tensor in xs)
-        carry, ys = body(self.carry, x)
+        returned = body(*self.carry, *(tensor.index_select(0, self.position).squeeze(0) for tensor in xs))
+        carry, ys = returned[: len(self.carry)], returned[len(self.carry) :]
         if self.results is None:
             self.results = [y.new_zeros(self.num_steps, *y.shape) for y in ys]
         # a new carry may hold an old one under another name: all are read before any is written
@@ -72,9 +78,9 @@ class Loop:
 class StaticLoops:
     """A program in recordings: cut before and after each loop, with one step of the loop between."""
 
-    def __init__(self, recording: Callable[[], Recording]) -> None:
-        """recording: makes an empty one."""
-        self._recording = recording
+    def __init__(self, recording: Callable[[], Recording], compile_step: CompileStep | None = None) -> None:
+        """recording: makes an empty one. compile_step: compiles the step of each loop that has none in it; None: none is."""
+        self._recording, self._compile_step = recording, compile_step
         self._loops: list[Loop] = []  # in the order in which the program comes to them
         self._next = 0
         self._plan: list[Repeated] = []  # while it is recorded: the loops that are open, the outermost first
@@ -115,24 +121,49 @@ class StaticLoops:
         loop = self._loops[self._next]
         self._next += 1
 
-        def flat_body(carry: list[Tensor], x: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-            after, ys = body(pytree.tree_unflatten(carry, spec), x)
-            return pytree.tree_leaves(after), list(ys)
+        def step(*given: Tensor) -> list[Tensor]:
+            after, ys = body(pytree.tree_unflatten(given[: len(leaves)], spec), given[len(leaves) :])
+            return [*pytree.tree_leaves(after), *ys]
 
         loop.start(leaves)
         self._enter(loop.num_steps)
-        loop.step(flat_body, xs)
+        first, number = loop.results is None, self._next
+        fast = None if first or loop.has_loops else self._compiled(loop, step, xs)  # traced while nothing is recorded
+        self._begin()
+        loop.step(step if fast is None else fast, xs)
         self._leave()
+        loop.has_loops = self._next > number
         assert loop.results is not None
         return pytree.tree_unflatten(loop.carry, spec), tuple(loop.results)
 
+    def _compiled(self, loop: Loop, step: FlatStep, xs: tuple[Tensor, ...]) -> FlatStep | None:
+        """The compiled step with the tensors that it closes over this time; None: steps are not compiled."""
+        if self._compile_step is None:
+            return None
+        from fastppo.compile.trace import trace_step
+
+        inputs = [*loop.carry, *(x[0] for x in xs)]
+        graph, closed_over = trace_step(step, inputs)
+        if loop.compiled is None:
+            with below_seeds():
+                loop.compiled, loop.code = self._compile_step(graph, [*inputs, *closed_over]), graph.code
+        if loop.code != graph.code:
+            raise CompileError("a step is not the same each time it is traced")
+        compiled = loop.compiled
+
+        def call(*given: Tensor) -> list[Tensor]:
+            with below_seeds():
+                return list(compiled(*given, *closed_over))
+
+        return call
+
     def _enter(self, times: int) -> None:
+        """End the recording that is open; what follows is repeated."""
         if self._plan:
             self._end()
             inner = Repeated(times)
             self._plan[-1].parts.append(inner)
             self._plan.append(inner)
-            self._begin()
 
     def _leave(self) -> None:
         if self._plan:
@@ -141,8 +172,9 @@ class StaticLoops:
             self._begin()
 
     def _begin(self) -> None:
-        self._open = self._recording()
-        self._open.begin()
+        if self._plan:
+            self._open = self._recording()
+            self._open.begin()
 
     def _end(self) -> None:
         """End the recording that is open and put it into the plan."""

@@ -61,6 +61,22 @@ def _as_traced(execution: Execution) -> Execution:
     )
 
 
+def trace_step(body: Callable[..., list[Tensor]], inputs: list[Tensor]) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """One step of a loop as a graph of ATen operators, and the tensors that it closes over: inputs behind the others.
+
+    inputs: flat tensors, which are not read.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [fake_mode.from_tensor(x) for x in inputs]
+    with fake_mode:
+        graph = make_fx(lambda *args: _unaliased(body(*args), args))(*fakes)
+    closed_over = closures_to_inputs(graph)
+    return _tidy(graph), closed_over
+
+
 def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
     """`core.scan.scan` as PyTorch's scan operator, for tracing.
 
@@ -85,8 +101,21 @@ def _scan_operator(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...])
     with disable_proxy_modes_tracing():
         inputs = [*(leaf.clone() for leaf in leaves), *(x[0].clone() for x in xs)]
         graph = make_fx(flat_body, decomposition_table=decompositions())(*inputs)
+    closed_over = closures_to_inputs(graph)
+    _compute_scalars_once(_tidy(graph))
+    interpret = torch.fx.Interpreter(graph).run
+    # clone turns a real constant (the bounds of actions) into a fake tensor like the others
+    outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
+    with below_seeds():
+        results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
+    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
+
+
+def closures_to_inputs(graph: Any) -> list[Tensor]:
+    """Make each tensor that a traced graph closes over one more input, behind the others. Returns these tensors."""
+    inputs = graph.graph.find_nodes(op="placeholder")
     closed_over: list[Tensor] = []
-    placeholder = graph.graph.find_nodes(op="placeholder")[-1]
+    placeholder = inputs[-1]
     for node in graph.graph.find_nodes(op="get_attr"):
         tensor = getattr(graph, node.target)
         if not isinstance(tensor, Tensor):  # the body of a nested loop
@@ -100,13 +129,7 @@ def _scan_operator(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...])
         index = known[0] if known else len(closed_over) - 1
         node.replace_all_uses_with(graph.graph.find_nodes(op="placeholder")[len(inputs) + index])
         graph.graph.erase_node(node)
-    _compute_scalars_once(_tidy(graph))
-    interpret = torch.fx.Interpreter(graph).run
-    # clone turns a real constant (the bounds of actions) into a fake tensor like the others
-    outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
-    with below_seeds():
-        results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
-    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
+    return closed_over
 
 
 def _unaliased(results: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
