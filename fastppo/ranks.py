@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store  # some builds of torch lack it
 
 Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 Rows = TypeVar("Rows", Tensor, NDArray[Any])
 
 # Limit for a rank that is alive but does not arrive. Longer than any work that one rank does alone, environments aside.
@@ -97,14 +98,15 @@ class Ranks:
         parts = self.all_reduce(torch.cat([x.reshape(-1) for x in sums])).split([x.numel() for x in sums])
         return tuple(part.view_as(x) for part, x in zip(parts, sums, strict=True))
 
-    def highest(self, *numbers: int) -> list[int]:
+    def highest(self, *numbers: Number) -> list[Number]:
         """The elementwise maximum over ranks, for example of a signal that one rank has received."""
         if self.size == 1:
             return list(numbers)
         x = torch.tensor(numbers, device=self.device)
         with self._others():
             torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX)
-        return x.tolist()
+        highest: list[Number] = x.tolist()
+        return highest
 
     def check(self, error: Exception | None) -> None:
         """Raise an error on all ranks if any rank has one. Ranks without one raise the first failed rank's message and type."""

@@ -31,7 +31,7 @@ SUMMARY = {
     "start_seconds": "From process start to the first iteration: imports, environments, programs.",
     "first_update_seconds": "From process start to the end of the first iteration.",
     "compile_seconds": "Time to load or build compiled programs, including those built in the background during training.",
-    "tier": "The programs at the end: fused, compiled, cuda-graph or eager.",
+    "tier": "The programs at the end: fused, compiled, compiled-cuda-graph, cuda-graph or eager.",
     "deviations": "Of each program that is not eager, its largest deviation from the eager one at its first call.",
     "backend": "What stepped the environments.",
     "device": "The device of parameters and rollout.",

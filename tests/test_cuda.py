@@ -8,6 +8,8 @@ import torch
 
 from fastppo.compile.cuda_graph import GraphedProgram
 from fastppo.core.acting import act_from_params
+from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.seed_axis import Seeds, over_seeds, stack
 from fastppo.train import console
 from support.programs import CATEGORICAL_POLICY, NORMAL_POLICY, assert_same, job
 from support.tensor_envs import KINDS, TensorTwin, act, started
@@ -19,14 +21,40 @@ def on_gpu(tree):
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), tree)
 
 
+@pytest.mark.parametrize(
+    ("settings", "compiled"),
+    [({}, False), ({"microbatch_size": 5}, False), ({"norm_adv": False}, False), ({}, True)],
+    ids=["captured", "in parts", "advantages as they are", "compiled"],
+)
 @pytest.mark.parametrize("policy", [CATEGORICAL_POLICY, NORMAL_POLICY], ids=["Categorical", "Normal"])
-def test_graphed_learn_equals_eager(policy):
+def test_graphed_learn_equals_eager(policy, settings, compiled):
     """Parameters, Adam's state and metrics, KL stop and masked rows included, for other data than it was captured with."""
-    learn, example = job(policy, target_kl=0.01)
-    graphed = GraphedProgram(learn, on_gpu(example))
+    settings = {**settings, "target_kl": 0.01}
+    learn, example = job(policy, **settings)
+    graphed = GraphedProgram(learn, on_gpu(example), compiled=compiled)
     for seed in (0, 9):
-        arguments = on_gpu(job(policy, seed=seed, target_kl=0.01)[1])
+        arguments = on_gpu(job(policy, seed=seed, **settings)[1])
         assert_same(graphed(*arguments), learn(*arguments))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["captured", "compiled"])
+def test_graphed_learn_of_seeds_equals_eager(compiled):
+    """Two agents by vmap."""
+    learn, _ = job(NORMAL_POLICY, grad_and_aux=functional_grad_and_aux)
+    first, then = (on_gpu(stack([job(NORMAL_POLICY, seed=seed)[1] for seed in seeds])) for seeds in ((0, 1), (4, 5)))
+    graphed = GraphedProgram(learn, first, Seeds(2, 2, 1), compiled=compiled)
+    torch.testing.assert_close(graphed(*then).params, over_seeds(learn)(*then).params, rtol=2e-4, atol=2e-6)
+
+
+def test_replays_wait_for_nothing():
+    """CUDA's own check: no operation between the arguments and the results makes the host wait."""
+    learn, example = job(CATEGORICAL_POLICY)
+    graphed, arguments = GraphedProgram(learn, on_gpu(example)), on_gpu(example)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_graphed_act_equals_eager():
@@ -40,9 +68,10 @@ def test_graphed_act_equals_eager():
 
 
 @pytest.mark.parametrize("backend", ["gymnasium", "torch"])
+@pytest.mark.parametrize("more", [[], ["--rnn", "gru"], ["--num-seeds", "2"]], ids=" ".join)
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_training_on_the_gpu(env_id, backend, tmp_path):
-    """A whole run on --device cuda with captured programs, environments on the host and on the GPU."""
+def test_training_on_the_gpu(env_id, more, backend, tmp_path):
+    """A whole run on --device cuda with captured programs, environments on the host and on the GPU. None differs from eager."""
     flags = [
         "--env-id",
         env_id,
@@ -55,10 +84,12 @@ def test_training_on_the_gpu(env_id, backend, tmp_path):
         "--plain",
         "--run-dir",
         str(tmp_path / "run"),
+        *more,
     ]
     assert console(flags) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["device"], summary["tier"]) == ("cuda:0", "cuda-graph")
+    assert max(summary["deviations"].values()) < 1e-2
 
 
 @pytest.mark.parametrize(("mode", "final"), KINDS)

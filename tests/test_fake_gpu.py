@@ -4,9 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastppo.compile import selector
 from fastppo.config import TrainConfig
@@ -20,51 +19,7 @@ from fastppo.training.programs import build_programs
 from fastppo.training.setup import prepare
 from support.device_envs import ON_TENSORS
 from support.fake_gpu import fake_gpus
-from support.processes import PretendedRanks
-
-HOST = {"env_id": "CartPole-v1", "vectorization": "sync"}
-DEVICE = {"env_id": "CartPole-v1", "backend": "torch"}
-CONTINUOUS = {"env_id": "Pendulum-v1", "vectorization": "sync", "norm_obs": True, "norm_reward": True}
-ANY = {"env_id": "environments:AnySpacesVector-v0"}
-DICT = {**ANY, "env_kwargs": {"observation": "masked", "action": "multi-discrete"}}
-IMAGES = {**ANY, "env_kwargs": {"observation": "image (C, H, W)"}}
-
-
-class Module(nn.Module):
-    def __init__(self, inputs, num_outputs):
-        super().__init__()
-        self.body, self.head = nn.Linear(*inputs, 8), nn.Linear(8, num_outputs + 1)
-
-    def forward(self, obs):
-        out = self.head(torch.tanh(self.body(obs)))
-        return out[:, :-1], out[:, -1]
-
-
-def two_processes(device, timeout):
-    """start_ranks, in the second of two processes of a machine."""
-    torch.cuda.set_device(1)
-    return PretendedRanks(1, 2, 1, torch.device("cuda", 1))
-
-
-CASES = {
-    "one": (HOST, None),
-    "continuous": (CONTINUOUS, None),
-    "dict": (DICT, None),
-    "images": (IMAGES, None),
-    "module": (HOST, Module),
-    "rnn_state": ({**HOST, "rnn": "lstm"}, None),
-    "device": (DEVICE, None),
-    "device, memory": ({**DEVICE, "rnn": "gru"}, None),
-    "seeds": ({**HOST, "num_seeds": 3}, None),
-    "seeds, device": ({**DEVICE, "num_seeds": 3}, None),
-    "seeds, images": ({**IMAGES, "num_seeds": 2}, None),
-    "seeds, module": ({**HOST, "num_seeds": 2}, Module),
-    "seeds, memory": ({**DEVICE, "num_seeds": 2, "rnn": "lstm"}, None),
-    "ranks": (HOST, None),
-    "ranks, continuous": (CONTINUOUS, None),
-    "ranks, device": (DEVICE, None),
-    "ranks, memory": ({**HOST, "rnn": "gru"}, None),
-}
+from support.gpu_runs import CASES, DEVICE, two_processes, watched_graphs
 
 
 @contextlib.contextmanager
@@ -75,42 +30,31 @@ def prepared(settings, policy, device="cuda:0", current=0):
         yield prepare(TrainConfig(**{**common, "device": device, **settings}), policy, None, cleanup), chosen
 
 
-class Captured:
-    """GraphedProgram without a graph: what was captured, where, and how much work it is."""
-
-    def __init__(self, program, example):
-        self.device = torch.cuda.current_device()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.results = program(*example)
-        self.flops = counter.get_total_flops()
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_captured_is_the_eager_program(case, monkeypatch):
-    """`learn`, and `act` or `collect`, of each kind of run: nothing mixes devices, results are on the run's GPU, the graph is
-    captured on that GPU, and it works through as many rows as the eager program does. Minibatches are large enough for workers,
-    which are threads of a CPU.
+    """`learn`, and `act` or `collect`, of each kind of run: nothing mixes devices, reads the host's memory or waits for the
+    device; results are on the run's GPU, as the eager program's are; the graphs are captured on that GPU. Minibatches are large
+    enough for workers, which are threads of a CPU.
     """
     settings, policy = CASES[case]
     ranks = case.startswith("ranks")
     if ranks:
         monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
-    monkeypatch.setattr(selector, "GraphedProgram", Captured)
     monkeypatch.setattr("fastppo.training.setup.MIN_WORKER_ROWS", 1)
     expected = torch.device("cuda", 1 if ranks else 0)
     with prepared(settings, policy) as (task, _):
         buffers = allocate_buffers(task)
         jobs = build_programs(task, buffers.learn_arguments(), buffers.noise)
-        chosen = selector.ProgramSelector("auto", jobs, 1, print, task.ranks)
+        with watched_graphs(lambda: torch.device("cuda", torch.cuda.current_device())) as graphs:
+            chosen = selector.ProgramSelector("auto", jobs, 1, print, task.ranks)
         assert chosen.name == "cuda-graph"
+        assert {graph.device for graph in graphs} == {expected}
         for name, job in jobs.items():
-            captured = chosen._forms[name]
-            assert captured.device == expected.index
             given = job.example[1:] if name == "act" else job.example  # an eager `act` has its parameters already
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with torch.no_grad():
                 results = job.eager(*given)
-            assert captured.flops == counter.get_total_flops() > 0
-            for ours, theirs in zip(tree_leaves(tuple(captured.results)), tree_leaves(tuple(results)), strict=True):
+            captured = chosen._forms[name]._results
+            for ours, theirs in zip(tree_leaves(tuple(captured)), tree_leaves(tuple(results)), strict=True):
                 assert isinstance(ours, Tensor)
                 assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, expected)
 

@@ -102,6 +102,14 @@ def test_the_first_run_sets_up_and_the_second_starts_at_once(clone, tmp_path):
     assert calls[-1] == "-P -m pytest --config-file pyproject.toml --confcutdir tests tests/test_x.py"
 
 
+def test_a_gpu_is_measured_with_the_packages_of_development(clone):
+    """gpu.sh: its tests need pytest, its workloads EnvPool. Flags are those of the benchmark."""
+    code, _, _, calls = clone.run("gpu.sh", "--budget", "300")
+    assert code == 0
+    assert sum(call.endswith("--editable .[dev]") for call in calls) == 1
+    assert calls[-1] == "benchmarks/gpu.py --budget 300"
+
+
 def newer(path):
     """Make a file newer than what was written before."""
     later = time.time() + 10

@@ -1,6 +1,14 @@
-"""Programs captured as CUDA graphs."""
+"""Programs captured as CUDA graphs: what is outside a program's loops once, and one step of each loop once.
 
-from collections.abc import Callable
+A step is replayed as often as its loop has steps. So `learn` is three graphs: evaluation and advantages, one minibatch, the
+summary; and their size does not depend on epochs, minibatches, environments or steps. Nothing asks the device for a value.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,49 +16,111 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastppo.compile.compile_errors import CompileError, first_line
-from fastppo.compile.program import Example, flat_tensors, plain
+from fastppo.compile.program import Example, Program, execution_of, flat_tensors, of_all_seeds, plain
+from fastppo.compile.static_loops import StaticLoops
+from fastppo.core.gradient import functional_grad_and_aux
+from fastppo.core.seed_axis import Seeds
+
+WARM_UPS = 3  # before a capture, as PyTorch advises: libraries allocate and choose their kernels in the first calls
+MOST_OPERATIONS = 1000  # of a step that is compiled; sequences of a policy with memory have more
+
+
+class Graph:
+    """Operations between `begin` and `end`, captured as one CUDA graph."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._capture = contextlib.ExitStack()
+
+    def begin(self) -> None:
+        """From here on the operations of the current stream are recorded and not run. They have memory of their own."""
+        self._capture.enter_context(torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()))
+
+    def end(self) -> None:
+        """Up to here."""
+        self._capture.close()
+
+    def replay(self) -> None:
+        """Run the operations."""
+        self._graph.replay()
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream that is not the default one, on which captures have to be."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def has_loops(program: Program) -> bool:
+    """Whether a program may have loops: it then has a setting that says how they run."""
+    return "execution" in inspect.signature(program.func).parameters
+
+
+def compile_step(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """One step compiled by Inductor, without graphs of its own. Raises CompileError."""
+    if len(graph.graph.nodes) > MOST_OPERATIONS:
+        raise CompileError(f"a step of {len(graph.graph.nodes)} operations is too large to compile")
+    try:
+        import torch._inductor
+
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options={"triton.cudagraphs": False})
+        compiled(*inputs)
+    except Exception as error:  # compilers and drivers raise errors of many types
+        raise CompileError(f"a step could not be compiled: {type(error).__name__}: {first_line(error)}") from error
+    return compiled
 
 
 class GraphedProgram:
-    """A whole program captured once as a CUDA graph. A call copies its arguments into the buffers and replays the kernels.
+    """A program captured once. A call copies its arguments into buffers and replays the graphs.
 
-    One launch replaces thousands. The buffers keep their addresses, so results are copied out of them.
+    The buffers keep their addresses, so results are copied out of them.
     """
 
-    def __init__(self, program: Callable[..., Any], example: Example) -> None:
-        """Warm up on a side stream, as capture requires, then capture the program. Raises CompileError if that fails."""
+    def __init__(self, program: Program, example: Example, seeds: Seeds | None = None, compiled: bool = False) -> None:
+        """Run the program a few times, with one step of each loop, then capture it. Raises CompileError if that fails.
+
+        Args:
+            example: arguments that the program can work with, an index within its range for example.
+            compiled: compile the steps of its loops first.
+        """
+        self._loops = StaticLoops(Graph, compile_step if compiled else None)
+        if has_loops(program):
+            execution = dataclasses.replace(execution_of(program), scan=self._loops.scan)
+            if compiled:
+                execution = dataclasses.replace(execution, grad_and_aux=functional_grad_and_aux)
+            program = partial(program, execution=execution)
+        elif compiled:
+            raise CompileError("it has no loop whose step could be compiled")
+        call = of_all_seeds(program, seeds)
+        self._arguments = pytree.tree_map_only(Tensor, torch.clone, plain(example))
         try:
-            self._arguments = pytree.tree_map_only(Tensor, torch.clone, plain(example))
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):
-                    program(*self._arguments)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._results = program(*self._arguments)
+            with side_stream():
+                for _ in range(WARM_UPS):
+                    self._loops.warm_up(partial(call, *self._arguments))
+                self._results = self._loops.capture(partial(call, *self._arguments))
+        except CompileError:
+            raise
         except RuntimeError as error:
             raise CompileError(f"the CUDA graph could not be captured: {first_line(error)}") from error
         self._buffers = flat_tensors(self._arguments)
 
     def __call__(self, *args: Any) -> Any:
         """Run the program on tensors of the example's shapes."""
-        for buffer, given in zip(self._buffers, flat_tensors(args), strict=True):
-            buffer.copy_(given, non_blocking=True)
-        self._graph.replay()
-        return pytree.tree_map_only(Tensor, torch.clone, self._results)
+        return self._call(self._buffers, args)
 
     def bind(self, fixed: Example, rest: Example) -> Callable[..., Any]:
         """Return `program(*fixed, *given)` as a function of `given`. The fixed arguments are copied once."""
         bound = flat_tensors(fixed)
         for buffer, given in zip(self._buffers, bound, strict=False):
             buffer.copy_(given, non_blocking=True)
+        return lambda *given: self._call(self._buffers[len(bound) :], given)
 
-        def call(*given: Any) -> Any:
-            for buffer, tensor in zip(self._buffers[len(bound) :], flat_tensors(given), strict=True):
-                buffer.copy_(tensor, non_blocking=True)
-            self._graph.replay()
-            return pytree.tree_map_only(Tensor, torch.clone, self._results)
-
-        return call
+    def _call(self, buffers: list[Tensor], args: Any) -> Any:
+        for buffer, given in zip(buffers, flat_tensors(args), strict=True):
+            buffer.copy_(given, non_blocking=True)
+        self._loops.replay()
+        return pytree.tree_map_only(Tensor, torch.clone, self._results)

@@ -1,6 +1,7 @@
 """The compiler's view of a program: a function with its settings, and its arguments as a flat list of tensors."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastppo.core.contracts import EAGER, Execution
-from fastppo.core.seed_axis import Seeds, of_seed
+from fastppo.core.seed_axis import Seeds, of_seed, one_by_one, over_seeds
 
 Program = functools.partial[Any]  # a function with all its settings as keyword arguments
 Example = tuple[Any, ...]  # positional arguments that fix the shapes, strides and dtypes
@@ -41,6 +42,13 @@ def of_one_call(example: Example, seeds: Seeds | None) -> Example:
     if seeds.per_call == 1:
         return of_seed(example, 0)
     return pytree.tree_map_only(Tensor, lambda x: x[: seeds.per_call], example)
+
+
+def of_all_seeds(program: Callable[..., Any], seeds: Seeds | None) -> Callable[..., Any]:
+    """The program of one seed as that of all: at once by vmap, or one after the other."""
+    if seeds is None:
+        return program
+    return over_seeds(program) if seeds.per_call > 1 else one_by_one(program, seeds.number)
 
 
 def execution_of(program: Program) -> Execution:

@@ -9,6 +9,7 @@ eager one when it is first used (compile/verification.py). Knows nothing of what
 """
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +23,11 @@ from fastppo.compile import library_cache, native
 from fastppo.compile.background import BackgroundCompile
 from fastppo.compile.compile_errors import CompileError
 from fastppo.compile.compiled_program import CompiledProgram, load_program
-from fastppo.compile.cuda_graph import GraphedProgram
+from fastppo.compile.cuda_graph import GraphedProgram, has_loops
 from fastppo.compile.inductor import compile_program
 from fastppo.compile.verification import TOLERANCE, Deviation, Verified
 from fastppo.core.contracts import LearnResult, Normalization
-from fastppo.core.seed_axis import Seeds, one_by_one, over_seeds
+from fastppo.core.seed_axis import Seeds
 from fastppo.ranks import ALONE, Ranks
 from fastppo.system.cpus import available_cores
 from fastppo.system.modes import bound
@@ -36,7 +37,8 @@ BUILD_SECONDS = 45.0  # for both programs on a busy core; measured 25 to 60 s (b
 # Programs are built in the background if the eager run would take at least this multiple of BUILD_SECONDS. `collect`, which
 # includes the environments, is 15 times as fast when compiled; `act` and `learn` are 2 to 3 times (benchmarks/README.md).
 WORTH_BUILDING = {"collect": 1.2, "act": 2.0, "learn": 2.0}
-TIERS = ("fused", "compiled", "cuda-graph", "eager")
+COMPILED_GRAPH = "compiled-cuda-graph"
+TIERS = ("fused", "compiled", COMPILED_GRAPH, "cuda-graph", "eager")
 TRIAL_ITERATIONS = 3  # eager iterations before the estimate, since the first one is slow
 
 
@@ -90,6 +92,7 @@ class ProgramSelector:
         self._specs, self._num_threads, self._note = specs, num_threads, note
         self._forms: dict[str, Any] = {}  # by name: the form in use, where it is not the eager one
         self._tiers = dict.fromkeys(specs, "eager")
+        self._rungs: dict[str, list[str]] = {}  # on a GPU, by name: forms that are taken in their order if those before fail
         fuses = kernels is not None and mode in ("auto", "on")
         self._to_fuse = [name for name, spec in specs.items() if fuses and spec.fused is not None]
         self._waiting: list[str] = []  # programs still to be compiled
@@ -105,7 +108,7 @@ class ProgramSelector:
 
     @property
     def name(self) -> str:
-        """The forms in use: fused, compiled, cuda-graph or eager, or several of them."""
+        """The forms in use: fused, compiled, compiled-cuda-graph, cuda-graph or eager, or several of them."""
         return " + ".join(sorted(set(self._tiers.values()), key=TIERS.index))
 
     @property
@@ -180,7 +183,7 @@ class ProgramSelector:
             unfused = self._fuse(wait=build or several)
         try:
             if on_gpu:
-                self._capture()
+                self._capture(build)
             else:
                 self._load(build=build and self._ranks.local_rank == 0)
         except CompileError as reason:
@@ -315,14 +318,33 @@ class ProgramSelector:
             return CompileError(f"not all ranks have the compiled programs in their caches ({cure})")
         return None
 
-    def _capture(self) -> None:
-        """Capture all programs as CUDA graphs. That takes one or two seconds, and nothing is cached on disk."""
+    def _capture(self, compiles: bool) -> None:
+        """On a GPU: capture all programs as CUDA graphs. That takes one or two seconds, and nothing is cached on disk.
+
+        compiles: compile the steps of their loops first, which takes longer. Exchanges of several processes are not compiled.
+        """
         for name, spec in self._specs.items():
-            program: Callable[..., Any] = spec.program
-            if spec.seeds is not None:
-                number, at_once, _ = spec.seeds
-                program = over_seeds(spec.program) if at_once > 1 else one_by_one(spec.program, number)
-            self._forms[name], self._tiers[name] = GraphedProgram(program, spec.example), "cuda-graph"
+            compiled = compiles and has_loops(spec.program) and self._ranks.size == 1
+            self._rungs[name] = [COMPILED_GRAPH, "cuda-graph"] if compiled else ["cuda-graph"]
+            self._take_rung(name)
+
+    def _take_rung(self, name: str) -> None:
+        """Take up the next form of a program that can be captured, in all processes; the eager one if there is none."""
+        spec = self._specs[name]
+        self._forms.pop(name, None)
+        self._tiers[name] = "eager"
+        while self._rungs[name]:
+            tier = self._rungs[name].pop(0)
+            form, reason = None, CompileError("it failed in another rank")
+            try:
+                form = GraphedProgram(spec.program, spec.example, spec.seeds, tier == COMPILED_GRAPH)
+            except CompileError as error:
+                reason = error
+            (fails,) = self._ranks.highest(form is None)
+            if not fails:
+                self._adopt(name, form, tier)
+                return
+            self._note(f"programs: {name} is no {tier}: {reason}")
 
     def _adopt(self, name: str, form: Any, tier: str) -> None:
         if tier == "compiled":
@@ -335,15 +357,30 @@ class ProgramSelector:
             return fast
         spec = self._specs[name]
         shorten = spec.shorten if self._tiers[name] == "fused" else None
-        return Verified(fast, eager, spec.deviation, partial(self._judge, name), shorten)
+        return Verified(fast, eager, partial(self._worst, spec.deviation), partial(self._judge, name), shorten)
+
+    def _worst(self, deviation: Deviation, *compared: Any) -> float:
+        """The largest deviation; on GPUs that of all processes, so that all of them take the same next form together."""
+        own = deviation(*compared)
+        if self._ranks.size == 1 or not self._rungs:
+            return own
+        (worst,) = self._ranks.highest(math.inf if math.isnan(own) else own)
+        return worst
 
     def _judge(self, name: str, deviation: float) -> None:
         tier = self._tiers[name]
-        self.deviations[name] = deviation
-        if not deviation <= TOLERANCE:  # nan too
+        if deviation <= TOLERANCE:
+            self.deviations[name] = deviation
+            return
+        differs = f"the {tier} one differs from it by {deviation:.2g}; please report this"  # nan too
+        if self._rungs.get(name):
+            self._take_rung(name)
+        else:
+            self.deviations[name] = deviation
             self._forms.pop(name, None)
             self._tiers[name] = "eager"
-            self._note(f"programs: {name} stays eager: the {tier} one differs from it by {deviation:.2g}; please report this")
+        stays = "stays eager" if self._tiers[name] == "eager" else f"is {self._tiers[name]} and compared with eager again"
+        self._note(f"programs: {name} {stays}: {differs}")
 
     def _give_up(self, reason: CompileError) -> None:
         self._waiting.clear()

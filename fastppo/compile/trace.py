@@ -4,7 +4,6 @@ make_fx runs the function once on fake tensors and records its operators. Dynamo
 the compiler.
 """
 
-import contextlib
 import dataclasses
 import functools
 import inspect
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastppo.compile import native
 from fastppo.compile.decompositions import decompositions
 from fastppo.compile.program import Example, Program, execution_of, is_shared, plain
+from fastppo.compile.seed_loops import below_seeds, on_whole_tensors
 from fastppo.compile.workers import WORKER_FIELDS
 from fastppo.core.contracts import Execution
 from fastppo.core.gradient import functional_grad_and_aux
@@ -61,39 +61,33 @@ def _as_traced(execution: Execution) -> Execution:
     )
 
 
+def trace_step(body: Callable[..., list[Tensor]], inputs: list[Tensor]) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """One step of a loop as a graph of ATen operators, and the tensors that it closes over: inputs behind the others.
+
+    inputs: flat tensors, which are not read.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [fake_mode.from_tensor(x) for x in inputs]
+    with fake_mode:
+        graph = make_fx(lambda *args: _unaliased(body(*args), args))(*fakes)
+    closed_over = closures_to_inputs(graph)
+    return _tidy(graph), closed_over
+
+
 def _traced_scan(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
     """`core.scan.scan` as PyTorch's scan operator, for tracing.
 
     The operator requires a flat body that closes over no tensor. The body is therefore traced separately first. Tensors that it
-    closes over appear as constants of its graph and become inputs. Under torch.func.vmap over seeds, the body works on whole
-    tensors with the axis of seeds first. PyTorch's own rule puts that axis last, which does not suit matrix products.
+    closes over appear as constants of its graph and become inputs.
     """
-    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
-
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        return _scan_operator(body, carry, xs, contextlib.nullcontext)
-    seeds: Any = retrieve_current_functorch_interpreter()
-    leaves, spec = pytree.tree_flatten(carry)
-
-    def whole(x: Tensor) -> Tensor:  # (S, ...); the body sees (...)
-        return torch._C._functorch._remove_batch_dim(x, seeds.level(), seeds.batch_size(), 0).contiguous()
-
-    def mapped(x: Tensor, dim: int = 0) -> Tensor:
-        return torch._C._functorch._add_batch_dim(x, dim, seeds.level())
-
-    def whole_body(carry: list[Tensor], x: tuple[Tensor, ...]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-        after, ys = body(pytree.tree_unflatten(map(mapped, carry), spec), tuple(map(mapped, x)))
-        return list(map(whole, pytree.tree_leaves(after))), tuple(map(whole, ys))
-
-    steps_first = tuple(whole(x).movedim(1, 0).contiguous() for x in xs)  # (L, S, ...)
-    last, ys = _scan_operator(whole_body, list(map(whole, leaves)), steps_first, seeds.lower)
-    return pytree.tree_unflatten(map(mapped, last), spec), tuple(mapped(y, 1) for y in ys)
+    return on_whole_tensors(_scan_operator, body, carry, xs)
 
 
-def _scan_operator(
-    body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...], below: Callable[[], contextlib.AbstractContextManager[Any]]
-) -> tuple[Any, tuple[Tensor, ...]]:
-    """`_traced_scan` for a given level of vmap. The operator is called within the context `below()`."""
+def _scan_operator(body: Callable[..., Any], carry: Any, xs: tuple[Tensor, ...]) -> tuple[Any, tuple[Tensor, ...]]:
+    """`_traced_scan` for whole tensors. The operator is called below vmap, if that maps the program."""
     from torch._higher_order_ops.scan import scan_op
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
@@ -107,8 +101,21 @@ def _scan_operator(
     with disable_proxy_modes_tracing():
         inputs = [*(leaf.clone() for leaf in leaves), *(x[0].clone() for x in xs)]
         graph = make_fx(flat_body, decomposition_table=decompositions())(*inputs)
+    closed_over = closures_to_inputs(graph)
+    _compute_scalars_once(_tidy(graph))
+    interpret = torch.fx.Interpreter(graph).run
+    # clone turns a real constant (the bounds of actions) into a fake tensor like the others
+    outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
+    with below_seeds():
+        results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
+    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
+
+
+def closures_to_inputs(graph: Any) -> list[Tensor]:
+    """Make each tensor that a traced graph closes over one more input, behind the others. Returns these tensors."""
+    inputs = graph.graph.find_nodes(op="placeholder")
     closed_over: list[Tensor] = []
-    placeholder = graph.graph.find_nodes(op="placeholder")[-1]
+    placeholder = inputs[-1]
     for node in graph.graph.find_nodes(op="get_attr"):
         tensor = getattr(graph, node.target)
         if not isinstance(tensor, Tensor):  # the body of a nested loop
@@ -122,13 +129,7 @@ def _scan_operator(
         index = known[0] if known else len(closed_over) - 1
         node.replace_all_uses_with(graph.graph.find_nodes(op="placeholder")[len(inputs) + index])
         graph.graph.erase_node(node)
-    _compute_scalars_once(_tidy(graph))
-    interpret = torch.fx.Interpreter(graph).run
-    # clone turns a real constant (the bounds of actions) into a fake tensor like the others
-    outside = tuple(tensor if isinstance(tensor, FakeTensor) else tensor.clone() for tensor in closed_over)
-    with below():
-        results = scan_op(lambda *args: interpret(*args), leaves, list(xs), outside)
-    return pytree.tree_unflatten(list(results[: len(leaves)]), spec), tuple(results[len(leaves) :])
+    return closed_over
 
 
 def _unaliased(results: list[Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:

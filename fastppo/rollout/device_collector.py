@@ -65,6 +65,8 @@ class DeviceCollector:
         before = self._policy_state()
         try:
             collected = act((*pack(self.envs.running), *before), noise, self.envs.draw(self.num_steps))
+        except torch.OutOfMemoryError:  # not the environments' fault
+            raise
         except ENVIRONMENT_ERRORS as error:
             raise environment_fault(error, "in the rollout") from error
         collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot detect that its results record gradients

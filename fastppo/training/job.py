@@ -90,7 +90,8 @@ def allocate_buffers(task: Task) -> Buffers:
         state.params = own  # acting and learning use the same tensor
     units = task.local.batch_size // config.rows_per_unit
     assert config.update_epochs is not None  # chosen by the environment's spaces if the preset leaves it open
-    permutation = torch.empty(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
+    # zeros: on a GPU programs are run and captured before the first permutation, and an index out of range ends the process
+    permutation = torch.zeros(*axis.shape, config.update_epochs, units, dtype=torch.int64, device=device)
     return Buffers(
         axis=axis,
         rollout=rollout,

@@ -26,6 +26,7 @@ from fastppo.ranks import Ranks, checked, is_first_of_machine
 from fastppo.rollout.collector import Collector, start_collector
 from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases
 from fastppo.system.cpus import is_forked
+from fastppo.system.devices import enough_memory
 from fastppo.system.modes import plain
 from fastppo.system.paths import current_directory
 from fastppo.system.platforms import SIGPIPE, process_age
@@ -93,8 +94,10 @@ def train_in(
         if config.num_threads is not None or is_forked():  # before the first operation that threads would share
             torch.set_num_threads(config.num_threads or 1)
         kernels = start_kernels(config, policy, cleanup)  # the compiler works while the environments are made and checked
-        job = start_job(prepare(config, policy, envs, cleanup), place, callbacks, cleanup, kernels)
-        with keeping_state(job, envs):
+        task = prepare(config, policy, envs, cleanup)
+        with enough_memory(task.device, "before the first iteration"):
+            job = start_job(task, place, callbacks, cleanup, kernels)
+        with keeping_state(job, envs), enough_memory(task.device, "while training"):
             run_iterations(job)
         return finish(job, policy, envs)
 

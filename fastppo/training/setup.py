@@ -30,7 +30,7 @@ from fastppo.ranks import TIMEOUT_SECONDS, Ranks, checked, start_ranks
 from fastppo.rollout.env_step import states_of
 from fastppo.run.tracking import check_installed
 from fastppo.system.cpus import available_cores
-from fastppo.system.devices import resolved
+from fastppo.system.devices import choose_device, resolved
 from fastppo.system.modes import plain
 from fastppo.training.evaluations import Evaluator, make_watchers
 from fastppo.training.init_from import start_from
@@ -279,16 +279,6 @@ def alike(one: Network, other: Network) -> bool:
     if not isinstance(one, ModulePolicy) or not isinstance(other, ModulePolicy):
         return True
     return all(torch.equal(tensor, other.fixed[name]) for name, tensor in one.fixed.items())
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device for --device; auto selects the GPU if there is one. Raises UsageError for a missing device."""
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use auto or cpu")
-    return device
 
 
 def choose_threads(config: TrainConfig, network: Network) -> int:

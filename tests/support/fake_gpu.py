@@ -65,6 +65,8 @@ def fake_gpus(current=0):
     with pytest.MonkeyPatch.context() as patch, no_op_guard(), FakeTensorMode():
         patch.setattr(torch.cuda, "device_count", lambda: 2)
         patch.setattr(torch.cuda, "is_initialized", lambda: True)
+        patch.setattr(torch.cuda, "init", lambda: None)
+        patch.setattr(torch.backends.cuda, "is_built", lambda: True)
         patch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
         patch.setattr(torch.cuda, "set_device", lambda device: chosen.append(_index(device)))
         patch.setattr(torch, "Generator", generator)
