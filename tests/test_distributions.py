@@ -9,11 +9,14 @@ from torch.distributions import Categorical, Independent, Normal
 from fastppo.policy.distributions import (
     CATEGORICAL,
     DIAGONAL_NORMAL,
+    Hybrid,
     MultiCategorical,
     choices,
     gumbel_noise,
     mask_logits,
+    masked,
     normal_noise,
+    parameters,
 )
 
 
@@ -249,3 +252,71 @@ def test_a_choice_of_which_nothing_is_legal_stays_as_it_is():
     assert mask_logits(logits, torch.zeros(1, 5).bool(), (5,)).tolist() == logits.tolist()
     assert choices(CATEGORICAL, 5) == (5,)
     assert choices(MultiCategorical(numbers), 5) == numbers
+
+
+# --- choices and numbers in one action
+
+
+def hybrid(numbers=(2, 5), num_normal=3, rows=64):
+    """A family, its outputs in float64 with a gradient, log standard deviations, and actions."""
+    family = Hybrid(numbers, num_normal)
+    out = torch.randn(rows, sum(numbers) + num_normal, generator=generator(20), dtype=torch.float64).requires_grad_()
+    log_std = (0.5 * torch.randn(num_normal, generator=generator(21), dtype=torch.float64)).requires_grad_()
+    chosen = torch.stack([torch.randint(n, (rows,), generator=generator(n)) for n in numbers], -1)
+    action = torch.cat([chosen, torch.randn(rows, num_normal, generator=generator(22), dtype=torch.float64)], -1)
+    return family, out, log_std, action
+
+
+def torchs(numbers, out, log_std, action):
+    """Sums of log-probabilities and of entropies, by torch.distributions, of each choice and each number."""
+    *logits, mean = out.split([*numbers, len(log_std)], -1)
+    each = [Categorical(logits=part) for part in logits]
+    normal = Normal(mean, log_std.exp())
+    log_prob = sum(one.log_prob(action[:, k].long()) for k, one in enumerate(each))
+    entropy = sum(one.entropy() for one in each)
+    return log_prob + normal.log_prob(action[:, len(numbers) :]).sum(-1), entropy + normal.entropy().sum(-1)
+
+
+@pytest.mark.parametrize("masked_choices", [False, True])
+def test_choices_and_numbers_equal_torch(masked_choices):
+    """Log-probability and entropy are sums over all parts, with their gradients in every output and log_std. Masks touch the
+
+    choices alone: torch has the illegal logits at -1e8.
+    """
+    family, out, log_std, action = hybrid()
+    expected_out, dist = out, parameters(out, log_std, family)
+    if masked_choices:
+        legal = torch.rand(64, 7, generator=generator(23)) < 0.5
+        legal[torch.arange(64), action[:, 0].long()] = True
+        legal[torch.arange(64), 2 + action[:, 1].long()] = True
+        dist = masked(dist, legal, family)
+        expected_out = torch.where(torch.cat([legal, torch.ones(64, 3, dtype=torch.bool)], -1), out, -1e8)
+    expected = torchs(family.numbers, expected_out, log_std, action)
+    for ours, theirs in zip((family.log_prob(dist, action), family.entropy(dist)), expected, strict=True):
+        assert ours.shape == (64,)
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+        weight = torch.arange(1.0, 65.0, dtype=torch.float64)
+        for inputs in (out, log_std):
+            got, wanted = (
+                torch.autograd.grad((weight * x).sum(), inputs, retain_graph=True, allow_unused=True)[0] for x in (ours, theirs)
+            )
+            torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_samples_of_choices_and_numbers_have_their_probabilities():
+    """100 000 draws: frequencies and moments within five standard errors, parts independent; the mode is the likeliest."""
+    draws, logits, mean, log_std = 100_000, torch.tensor([0.0, 1.0, -1.0]), torch.tensor([3.0, -2.0]), torch.tensor([0.0, -1.0])
+    family = Hybrid((3,), 2)
+    dist = parameters(torch.cat([logits, mean]).expand(draws, 5), log_std, family)
+    action = family.sample(dist, family.noise((draws, 5), generator(24)))
+    assert action.dtype == torch.float32
+    assert action.shape == (draws, 3)
+    probability = logits.softmax(-1)
+    frequency = action[:, 0].long().bincount(minlength=3) / draws
+    assert ((frequency - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
+    std = log_std.exp()
+    assert ((action[:, 1:].mean(0) - mean).abs() <= 5 * std / draws**0.5).all()
+    assert ((action[:, 1:].std(0) - std).abs() <= 5 * std / (2 * draws) ** 0.5).all()
+    correlation = torch.corrcoef(action.T.double()) - torch.eye(3)
+    assert correlation.abs().max() < 5 / draws**0.5
+    assert family.mode(dist)[0].tolist() == [1.0, 3.0, -2.0]

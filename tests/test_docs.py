@@ -33,7 +33,10 @@ EXAMPLES = {
         "test_module_policy.test_the_pages_network_learns",
         "test_export.test_the_pages_file_runs",
     ],
-    "docs/environments.md": ["test_collect_runs.test_the_pages_environment_learns"],
+    "docs/environments.md": [
+        "test_composite_actions.test_the_example_of_the_docs",
+        "test_collect_runs.test_the_pages_environment_learns",
+    ],
     "docs/memory.md": ["test_export.test_the_pages_memory"],
 }
 

@@ -1,9 +1,11 @@
-"""Environments whose actions are Dicts and Tuples, and whose best action is known. Knows nothing of fastppo.
+"""Environments whose actions are Dicts and Tuples, and whose best action is known. Knows nothing of fastppo,
+but for the wrapper of `Kick`.
 
 Their ids work as `composites:Parts` wherever tests/support is on the path (conftest.py puts it there).
 """
 
 import copy
+from dataclasses import dataclass
 from typing import ClassVar
 
 import gymnasium as gym
@@ -63,6 +65,8 @@ class Parts(gym.Env):
         if mask in ("method", "method parts"):
             self.action_masks = self.told_mask
         self.received, self.legal = [], None
+        places = leaves(self.action_space, self.action_space.sample())
+        self.numbers = {path: numbers_of(space) for path, space, _ in places if numbers_of(space)}
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -96,11 +100,6 @@ class Parts(gym.Env):
                 assert legal[value], f"{part} at {path} is illegal: {legal}"
         return float(sum(value == (0 if self.goal < 0 else n - 1) for value, n in zip(chosen, numbers, strict=True)))
 
-    def most(self):
-        """The reward of a step whose action is right in every part."""
-        each = leaves(self.action_space, self.action_space.sample())
-        return float(sum(len(numbers_of(space)) or np.prod(space.shape) for _, space, _ in each))
-
     def told_mask(self):
         """The present mask as `mask` says."""
         if self.mask in ("info", "method"):
@@ -122,8 +121,7 @@ class Parts(gym.Env):
         self.goal = float(self.np_random.choice([-1.0, 1.0]))
         info = {}
         if self.mask:
-            each = leaves(self.action_space, self.action_space.sample())
-            self.legal = {path: list(map(self._legal, numbers_of(space))) for path, space, _ in each if numbers_of(space)}
+            self.legal = {path: list(map(self._legal, numbers)) for path, numbers in self.numbers.items()}
             if "method" not in self.mask:
                 info["action_mask"] = self.told_mask()
         return np.array([self.goal], np.float32), info
@@ -165,3 +163,38 @@ def _arrays(action):
 
 gym.register("PartsVector-v0", vector_entry_point=PartsVector)
 gym.register("TensorParts-v0", vector_entry_point=TensorParts)
+
+
+@dataclass(frozen=True)
+class Kick:
+    """On the device: each step pays for the way and the bits that the observation, -1 or 1, asks for, less the error of two
+
+    numbers that should be half of it.
+    """
+
+    max_episode_steps: int | None = 8
+    num_random: ClassVar[int] = 1
+    observation_space: ClassVar[gym.Space] = Box(-1.0, 1.0, (1,), np.float32)
+    action_space: ClassVar[gym.Space] = Dict(
+        [("way", Discrete(3, start=-1)), ("force", Tuple([Box(-1.0, 1.0, (2,), np.float32), MultiBinary(2)]))]
+    )
+
+    def reset(self, random):
+        goal = torch.where(random[:, 0] < 0.5, -1.0, 1.0)
+        return goal, goal[:, None]
+
+    def step(self, state, action, random):
+        force, bits = action["force"]
+        right = (action["way"] == state.long()).float() + (bits == (state > 0)[:, None]).float().sum(-1)
+        goal, obs = self.reset(random)
+        none = torch.zeros_like(goal, dtype=torch.bool)
+        return goal, obs, right - (force - 0.5 * state[:, None]).abs().sum(-1), none, none
+
+
+def _kick(num_envs, **kwargs):
+    from fastppo.envs.device import TorchVectorEnv  # here: the other environments need no fastppo
+
+    return TorchVectorEnv(Kick(**kwargs), num_envs)
+
+
+gym.register("Kick-v0", vector_entry_point=_kick)
