@@ -23,6 +23,7 @@ def check_combinations(config: "TrainConfig") -> None:
             f"--vectorization {config.vectorization} is for --backend gymnasium; "
             f"{config.backend} steps all at once: leave it off"
         )
+    config.preprocessing.wrappers  # noqa: B018  # raises UsageError
     for name in config.preprocessing.flags if config.backend in ("torch", "envpool") else ():
         raise UsageError(
             f"{name} wraps environments one by one, and --backend {config.backend} steps all at once: "

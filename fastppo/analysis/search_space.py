@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KINDS = ("choice", "uniform", "log", "one_minus_log", "power_of_two")
 # settings of TrainConfig for environment, length, hardware, output and storage
 NOT_SEARCHED = RESUMABLE | {
-    *("preset", "env_id", "env_kwargs", "max_episode_steps", "reward_weights", "vectorization", "backend"),
+    *("preset", "env_id", "env_kwargs", "max_episode_steps", "wrapper", "reward_weights", "vectorization", "backend"),
     *("seed", "num_seeds", "exact_resume", "init_from"),
 }
 # of these, the sweep itself sets these for each seed of a trial

@@ -17,7 +17,8 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from fastppo.errors import UsageError, nearest
+from fastppo.errors import UsageError
+from fastppo.system.named import find_named, place_of
 
 Function = Callable[..., Any]
 
@@ -74,25 +75,13 @@ def imported_spec(env_id: str) -> EnvSpec:
     """The spec of module:name, whose module has been imported. Raises UsageError unless `name` is a function or class in it."""
     module_name, _, name = env_id.rpartition(":")
     module = importlib.import_module(module_name)
-    try:
-        found = operator.attrgetter(name)(module)
-    except AttributeError:
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(
-            f"--env-id {env_id}: {_place(module)} registers no environment {name!r} and has no such function or class"
-            f"{nearest(name, [*gym.registry, *names])}"
-        ) from None
+    said = f"{place_of(module)} registers no environment {name!r} and has no such function or class"
+    found = find_named(module, name, f"--env-id {env_id}: {said}", gym.registry)
     if isinstance(found, gym.Env | VectorEnv):
         raise UsageError(f"--env-id {env_id}: {name} is one environment; name a function or class that makes one")
     if not callable(found):
         raise UsageError(f"--env-id {env_id}: {name} is of type {type(found).__name__}, not a function or class")
     return _spec(env_id, found)
-
-
-def _place(module: Any) -> str:
-    """The name of a module and its file."""
-    file = getattr(module, "__file__", None)
-    return module.__name__ if file is None else f"{module.__name__} ({file})"
 
 
 def _spec(env_id: str, function: Function) -> EnvSpec:

@@ -4,13 +4,11 @@
 function or class of the module (envs/functions.py).
 """
 
-import importlib
-from pathlib import Path
-
 import gymnasium as gym
 
 from fastppo.envs.functions import given_spec, imported_spec, is_nameless
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
+from fastppo.errors import UsageError, nearest
+from fastppo.system.named import import_module, is_dotted
 
 INSTALL = "pip install 'fastppo[{}]'"
 
@@ -25,7 +23,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     try:
         return gym.spec(name)
     except gym.error.Error as error:
-        if name != env_id and _is_dotted(name):
+        if name != env_id and is_dotted(name):
             return imported_spec(env_id)
         reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
         raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
@@ -35,30 +33,8 @@ def import_module_of(env_id: str) -> str:
     """Import the module of module:Id, so that it registers its environments, and return the Id; raises UsageError."""
     module, _, name = env_id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ENVIRONMENT_ERRORS as error:  # a user's module may raise anything; a script exits
-            is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-            reason = _where_to_find(module) if is_missing or not _is_dotted(module) else located(error)
-            raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {reason}") from None
+        import_module(module, f"--env-id {env_id}")
     return name
-
-
-def _is_dotted(name: str) -> bool:
-    return all(map(str.isidentifier, name.split(".")))
-
-
-def _where_to_find(module: str) -> str:
-    """What to do about a module that Python does not find."""
-    dotted = module.removesuffix(".py").strip("./").replace("/", ".")
-    if dotted != module:
-        return f"write it with dots and without .py, as {dotted}"
-    top = module.partition(".")[0]
-    here = [path.stem for path in Path().glob("*.py")]
-    return (
-        f"it is neither installed nor in this folder{nearest(module, here)}; start in the folder of {top}, "
-        "or add that folder to PYTHONPATH"
-    )
 
 
 def is_atari(env_id: str) -> bool:
