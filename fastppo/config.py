@@ -185,6 +185,8 @@ class TrainConfig:
     target_kl: Annotated[float | None, POSITIVE, LEARNING] = None
     """Skip the rest of an update once a minibatch's KL estimate exceeds this."""
 
+    policy: Annotated[str | None, MAY_CHANGE] = None
+    """A network of your own instead of ours: module:NAME of a class or function (inputs, num_outputs) -> torch.nn.Module."""
     hidden_sizes: Annotated[tuple[int, ...] | None, WIDTHS] = None
     """Widths of the hidden layers; default 64 64, with images none after the convolutions."""
     activation: Activation = "tanh"

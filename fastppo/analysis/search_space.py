@@ -101,6 +101,8 @@ def built_in_space(base: TrainConfig, steps: int, fixed: Collection[str]) -> Spa
     without = set(fixed)
     if is_atari(base.env_id):
         without |= {"norm_obs", "hidden_sizes", "activation"}
+    if base.policy is not None:
+        without |= {"hidden_sizes", "activation"}
     if base.clip_reward:
         without.add("norm_reward")
     if "num_minibatches" in fixed:

@@ -7,7 +7,6 @@ Such a function becomes an EnvSpec, so everything that works with a registered i
 import contextlib
 import importlib
 import inspect
-import operator
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.errors import UsageError
-from fastppo.system.named import find_named, place_of
+from fastppo.system.named import find_named, importable_name, place_of
 
 Function = Callable[..., Any]
 
@@ -47,13 +46,12 @@ def naming(function: Function) -> Iterator[str]:
 
 def env_id_of(function: Function) -> str:
     """The env_id that is recorded for a function: 'my_module:make_env', or 'my_module:<make_env>' if it cannot be imported."""
+    name = importable_name(function)
+    if name is not None and name.rpartition(":")[2] not in gym.registry:
+        return name
     named = function if hasattr(function, "__qualname__") else type(function)
-    module, name = str(named.__module__), str(named.__qualname__)
-    if module != "__main__" and name not in gym.registry:
-        with contextlib.suppress(Exception):
-            if operator.attrgetter(name)(importlib.import_module(module)) is function:
-                return f"{module}:{name}"
-    return f"{module}:{name}" if "<" in name else f"{module}:<{name}>"
+    module, own = str(named.__module__), str(named.__qualname__)
+    return f"{module}:{own}" if "<" in own else f"{module}:<{own}>"
 
 
 def is_nameless(env_id: str) -> bool:

@@ -1,9 +1,9 @@
 """Preprocessing of one environment, by gymnasium's wrappers where these fit. Does not import torch.
 
 From the environment outwards: wrappers of the user's own in their order, time (TimeAwareObservation), frame skip, reward
-weights, greyscale, resize, frame stack (FrameStackObservation), rescaled actions (RescaleAction). For pictures this is the order
-of DQN (Mnih et al., 2015) and OpenAI baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them and counts
-the environment's own steps.
+weights, greyscale, resize, frame stack (FrameStackObservation), rescaled actions (RescaleAction). For pictures this is the
+order of DQN (Mnih et al., 2015) and OpenAI baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them, and
+counts the environment's own steps.
 
 Greyscale and resize apply to every picture of a Dict or Tuple observation. Stacked pictures are joined to one with more
 channels, channels first; a stacked array of numbers to one vector. The first observation of an episode fills its stack.

@@ -1,5 +1,6 @@
 """`module:NAME`, a function or class of the user's or of a package, imported by its name. Costs no torch and no gymnasium."""
 
+import contextlib
 import importlib
 import operator
 from collections.abc import Collection
@@ -20,6 +21,16 @@ def load_named(text: str, flag: str) -> Any:
     if not callable(found):
         raise UsageError(f"{flag} {text}: {name} is of type {type(found).__name__}, not a function or class")
     return found
+
+
+def importable_name(thing: Any) -> str | None:
+    """module:NAME of a function or class, or of the class of another object; None where that does not import it again."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    module, name = str(named.__module__), str(named.__qualname__)
+    with contextlib.suppress(Exception):
+        if module != "__main__" and operator.attrgetter(name)(importlib.import_module(module)) is thing:
+            return f"{module}:{name}"
+    return None
 
 
 def import_module(name: str, said: str) -> ModuleType:
