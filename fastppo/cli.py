@@ -111,7 +111,8 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Settings from the flags of `fastppo.train`, which override the preset's or the resumed run's."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
-    args = _with_newest_run(_with_answers([_with_current_name(arg) for arg in args]))
+    args = _with_answers([_with_current_name(arg) for arg in args])
+    args = _with_newest_run(_joined("--wrapper", args))
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
@@ -153,6 +154,25 @@ def _with_answers(args: Sequence[str]) -> list[str]:
         alone = following not in ("True", "False", "None") and arg.replace("_", "-") in answers
         found.append(f"--rescale-action={answers[arg.replace('_', '-')]}" if alone else arg)
     return found
+
+
+def _joined(name: str, args: Sequence[str]) -> list[str]:
+    """The arguments, with all values of a flag that may be repeated after its first occurrence."""
+    values: list[str] = []
+    others: list[str] = []
+    first: int | None = None
+    inside = False
+    for arg in args:
+        given, equals, text = arg.partition("=")
+        if given.replace("_", "-") == name:
+            inside, first = not equals, len(others) if first is None else first
+            values += [text] if equals else []
+        elif inside and not arg.startswith("-"):
+            values.append(arg)
+        else:
+            inside = False
+            others.append(arg)
+    return others if first is None else [*others[:first], name, *values, *others[first:]]
 
 
 def _with_newest_run(args: Sequence[str]) -> list[str]:

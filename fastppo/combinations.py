@@ -23,6 +23,7 @@ def check_combinations(config: "TrainConfig") -> None:
             f"--vectorization {config.vectorization} is for --backend gymnasium; "
             f"{config.backend} steps all at once: leave it off"
         )
+    config.preprocessing.wrappers  # noqa: B018  # raises UsageError
     for name in config.preprocessing.flags if config.backend in ("torch", "envpool") else ():
         raise UsageError(
             f"{name} wraps environments one by one, and --backend {config.backend} steps all at once: "
@@ -32,6 +33,8 @@ def check_combinations(config: "TrainConfig") -> None:
         raise UsageError("--max-episode-steps and --env-kwargs max_episode_steps are the same time limit: give one of them")
     if config.eval_every is not None and config.eval_episodes == 0:
         raise UsageError(f"--eval-every {config.eval_every} plays --eval-episodes episodes each time: set that to at least 1")
+    if config.policy is not None and config.rnn is not None:
+        raise UsageError(f"--rnn {config.rnn} is a part of our networks, and --policy is a whole one of yours: leave it off")
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)

@@ -8,6 +8,7 @@ import json
 import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
@@ -35,7 +36,7 @@ from fastppo.bounds import (
     within,
 )
 from fastppo.combinations import check_combinations
-from fastppo.envs.preprocessing import Preprocessing
+from fastppo.envs.preprocessing import Preprocessing, parse_pairs
 from fastppo.errors import UsageError, nearest
 from fastppo.system.json_files import read_json
 from fastppo.system.paths import absolute
@@ -55,28 +56,12 @@ LEARNING = "may change on --resume, and with it what is learned"
 ENVIRONMENTS = "may change on --resume, where new episodes then start"
 
 
-def _parse_env_kwargs(pairs: list[str]) -> dict[str, Any]:
-    """['a=1', 'b=text'] -> {'a': 1, 'b': 'text'}: values are JSON where they parse as such, else text."""
-    kwargs: dict[str, Any] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator or not key.isidentifier():
-            raise UsageError(f"--env-kwargs takes KEY=VALUE pairs, got {pair!r}; write for example: --env-kwargs g=9.81")
-        try:
-            kwargs[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
-        except json.JSONDecodeError:
-            kwargs[key] = text
-        except RecursionError:
-            raise UsageError(f"--env-kwargs {key}: its value is nested too deeply") from None
-    return kwargs
-
-
 EnvKwargs = Annotated[
     dict[str, Any],
     PrimitiveConstructorSpec(
         nargs="*",
         metavar="[KEY=VALUE ...]",
-        instance_from_str=_parse_env_kwargs,
+        instance_from_str=partial(parse_pairs, flag="--env-kwargs"),
         is_instance=lambda instance: isinstance(instance, dict),
         str_from_instance=lambda kwargs: [f"{key}={json.dumps(value)}" for key, value in kwargs.items()],
     ),
@@ -97,6 +82,8 @@ class TrainConfig:
     """Keyword arguments for the environment, as KEY=VALUE."""
     max_episode_steps: Annotated[int | None, at_least(1), ENVIRONMENTS] = None
     """Time limit of an episode in the environment's own steps, told as truncation; default: the registered one."""
+    wrapper: Annotated[tuple[str, ...], ENVIRONMENTS] = ()
+    """A wrapper of each one, module:NAME [KEY=VALUE ...], as gymnasium.wrappers:FlattenObservation; several in order."""
     frame_skip: Annotated[int, at_least(1), ENVIRONMENTS] = 1
     """Steps that each action is repeated for; their rewards are summed."""
     grayscale: Annotated[bool, ENVIRONMENTS] = False
@@ -206,6 +193,8 @@ class TrainConfig:
     target_kl: Annotated[float | None, POSITIVE, LEARNING] = None
     """Skip the rest of an update once a minibatch's KL estimate exceeds this."""
 
+    policy: Annotated[str | None, MAY_CHANGE] = None
+    """A network of your own instead of ours: module:NAME of a class or function (inputs, num_outputs) -> torch.nn.Module."""
     hidden_sizes: Annotated[tuple[int, ...] | None, WIDTHS] = None
     """Widths of the hidden layers; default 64 64, with images none after the convolutions."""
     activation: Activation = "tanh"

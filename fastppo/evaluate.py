@@ -75,12 +75,13 @@ def _main(args: Sequence[str]) -> None:
         from fastppo.analysis.loading import agent_from_checkpoint
         from fastppo.analysis.rendered_episodes import record_episodes, show_episodes
         from fastppo.analysis.video import choose_suffix
+        from fastppo.policy.module_policy import named_factory
         from fastppo.run.checkpoint_file import load_checkpoint
 
     torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
     path = directory / "checkpoints" / f"{settings.checkpoint}.pt"
     checkpoint = load_checkpoint(path)
-    agent = agent_from_checkpoint(checkpoint, config, path)
+    agent = agent_from_checkpoint(checkpoint, config, path, policy=named_factory(config.policy))
     trained_steps = int(checkpoint["global_step"])
     plan = EvaluationPlan(settings.episodes, settings.seed, settings.deterministic, trained_steps, settings.max_steps)
     videos: list[Path] = []

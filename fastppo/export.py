@@ -49,10 +49,13 @@ def _main(args: Sequence[str]) -> None:
     import torch  # here, so that --help and wrong flags do not wait for it
 
     from fastppo.analysis.loading import load_policy
+    from fastppo.policy.module_policy import named_factory
 
     torch.set_num_threads(1)
-    print(export_policy(load_policy(run_dir, settings.checkpoint), output, settings.format))
-    preprocessing = read_run_config(Path(run_dir)).preprocessing.words
+    config = read_run_config(Path(run_dir))
+    policy = load_policy(run_dir, settings.checkpoint, policy=named_factory(config.policy))
+    print(export_policy(policy, output, settings.format))
+    preprocessing = config.preprocessing.words
     if preprocessing:
         print(f"the file does not contain {preprocessing}: prepare observations and actions as training did")
 

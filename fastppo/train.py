@@ -9,6 +9,7 @@ from fastppo.cli import parse_train, run
 from fastppo.config import default_runs
 from fastppo.envs.envpool import task_of
 from fastppo.envs.registry import find_spec, shorten_spinning
+from fastppo.envs.wrappers import find_wrapper
 from fastppo.system.imports import lasting_imports
 from fastppo.system.paths import current_directory
 
@@ -17,6 +18,8 @@ def _main(args: Sequence[str]) -> None:
     place = current_directory()  # before the environment's module is imported, which may change it
     config = parse_train(args)
     runs = default_runs(config, place)
+    for name, _ in config.preprocessing.wrappers:
+        find_wrapper(name)
     task_of(config.env_id) if config.backend == "envpool" else find_spec(config.env_id)
     shorten_spinning(config.env_id, config.backend)
     with lasting_imports():

@@ -109,7 +109,8 @@ def test_a_run_is_the_same_twice_and_goes_on(tmp_path):
     assert torch.equal(results[0].policy.params, results[1].policy.params)
     run_dir = results[0].run_dir
     config = TrainConfig.from_json(run_dir / "config.json")
-    config = TrainConfig(**{**vars(config), "resume": str(run_dir), "run_dir": None, "num_iterations": 3})
+    assert config.policy == "test_module_policy:Fixed"
+    config = TrainConfig(**{**vars(config), "resume": str(run_dir), "run_dir": None, "num_iterations": 3, "policy": None})
     again = train(config, policy=Fixed)
     assert again.summary["iterations"] == 3
     obs = np.zeros((5, 3), np.float32)
@@ -145,7 +146,8 @@ def test_what_is_no_parameter_is_kept_and_left_alone(tmp_path):
 
 def test_a_run_of_ones_own_network_without_it(tmp_path, capsys):
     """load_policy and both command lines say what is missing; exit code 2. And one of ours is not taken for somebody's."""
-    run_dir = probe(tmp_path, "Walk-v0", num_iterations=1).run_dir
+    run_dir = probe(tmp_path, "Walk-v0", lambda *args: Small(*args), num_iterations=1).run_dir  # which cannot be imported
+    assert TrainConfig.from_json(run_dir / "config.json").policy is None
     missing = r"this run's network is a Small of your own: give what made it as policy=\.\.\. in Python"
     with pytest.raises(UsageError, match=missing):
         load_policy(run_dir)

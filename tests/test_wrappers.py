@@ -1,6 +1,7 @@
 """Preprocessing by flags: each wrapper against gymnasium's or literal numbers, their order, and the verbs that apply them."""
 
 import json
+import re
 import sys
 
 import cv2
@@ -314,3 +315,87 @@ def test_without_opencv(monkeypatch):
         film({"resize": (40,)})
     with pytest.raises(UsageError, match="or keep pictures of 100 x 120 with --resize 0"):
         film({}, height=100, width=120)
+
+
+# --- wrappers of one's own
+
+
+class Times(gym.RewardWrapper):
+    """Rewards times `by`."""
+
+    def __init__(self, env, by=2.0, name="times"):
+        super().__init__(env)
+        self.by = by
+
+    def reward(self, reward):
+        return reward * self.by
+
+
+class Plus(gym.RewardWrapper):
+    """Rewards plus 1."""
+
+    def reward(self, reward):
+        return reward + 1.0
+
+
+def no_environment(env):
+    """A function that forgets to return."""
+
+
+OWN = ("test_wrappers:Plus", "test_wrappers:Times", "by=3", "name=a b")
+
+
+def test_own_wrappers_are_put_on_in_order():
+    """(reward + 1) * 3 of the frames 1 to 10, not reward * 3 + 1; those of the settings are outside of them."""
+    settings = Preprocessing(wrapper=OWN, frame_skip=10)
+    assert settings.wrappers == [("test_wrappers:Plus", {}), ("test_wrappers:Times", {"by": 3, "name": "a b"})]
+    assert settings.flags == ["--frame-skip", "--wrapper"]
+    env = wrapped(Film(), settings)
+    env.reset()
+    assert env.step(0)[1] == 3 * (55.0 + 10)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "grouped", "auto"])
+def test_every_verb_puts_own_wrappers_on(vectorization, tmp_path, capsys):
+    """Train, config.json, evaluate, videos, resume and evaluation during training: each sees the changed rewards."""
+    run_dir = str(tmp_path / "run")
+    flags = ["--env-id", "test_wrappers:Film-v0", "--num-envs", "2", "--num-steps", "8", "--num-iterations", "2", "--plain"]
+    flags += ["--eval-episodes", "1", "--compile", "off", "--update-epochs", "1", "--cnn-size", "8", "--run-dir", run_dir]
+    flags += ["--vectorization", vectorization, "--num-threads", "2", "--eval-every", "1"]
+    asked = ["--wrapper", OWN[0], "--gamma", "0.9", f"--wrapper={OWN[1]}", "--wrapper", *OWN[2:]]
+    assert console(["train", *flags, *asked]) == 0
+    said = capsys.readouterr().out
+    assert said.count("return 195.0 +- 0.0 in 1 episodes") == 3  # 3 * (1 + ... + 10 + 10)
+    config = read_run_config(tmp_path / "run")
+    assert (config.wrapper, config.gamma) == (OWN, 0.9)
+    assert console(["evaluate", run_dir, "--episodes", "2", "--video", "gif"]) == 0
+    captured = capsys.readouterr().out
+    assert "return 195 in 10 steps" in captured
+    assert json.loads(captured.splitlines()[-1])["return_mean"] == 195.0
+    assert console(["train", "--resume", run_dir, "--num-iterations", "3"]) == 0
+    assert read_run_config(tmp_path / "run").wrapper == OWN
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["test_wrappers:Plu"], "--wrapper test_wrappers:Plu: test_wrappers (.*) has no 'Plu'; nearest: Plus"),
+        (
+            ["FlattenObservatio"],
+            "--wrapper FlattenObservatio: write module:NAME; nearest: gymnasium.wrappers:FlattenObservation",
+        ),
+        (["by=2"], "--wrapper by=2: name the wrapper first, as --wrapper my_module:MyWrapper by=2"),
+        (["no_module:Plus"], "--wrapper no_module:Plus: module 'no_module' cannot be imported: it is neither installed nor in"),
+        (["test_wrappers:OWN"], "--wrapper test_wrappers:OWN: OWN is of type tuple, not a function or class"),
+        (["test_wrappers:Times", "of=2"], "--wrapper test_wrappers:Times: its arguments do not fit: TypeError: .*'of'"),
+        (["test_wrappers:Times", "2b=2"], "--wrapper test_wrappers:Times takes KEY=VALUE pairs, got '2b=2'"),
+        (["test_wrappers:no_environment"], "--wrapper test_wrappers:no_environment: it returned None, not a gymnasium Env"),
+        (["test_wrappers:Plus", "--backend", "torch"], "--wrapper wraps environments one by one, and --backend torch"),
+        (["test_wrappers:Plus", "--vectorization", "entry-point"], "--wrapper wraps environments one by one, and CartPole-v1"),
+    ],
+)
+def test_a_wrong_wrapper_is_one_line(given, says, tmp_path, capsys):
+    """With the flag and the nearest name, before anything is written."""
+    assert console(["train", "--plain", "--run-dir", str(tmp_path / "run"), "--wrapper", *given]) == 2
+    assert re.search(says, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

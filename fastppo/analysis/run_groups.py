@@ -21,7 +21,8 @@ from fastppo.run.metrics_file import read_rows
 from fastppo.system.text import printable
 
 # settings that do not change what is learned: the seed, the preset's name, and how a run is shown, stored and computed
-_NO_SETTING = (RESUMABLE - {"total_timesteps", "num_iterations", "checkpoint_iterations"}) | {"seed", "preset", "env_id"}
+_SHAPING = {"total_timesteps", "num_iterations", "checkpoint_iterations", "policy"}  # may change on --resume, and shape the run
+_NO_SETTING = (RESUMABLE - _SHAPING) | {"seed", "preset", "env_id"}
 SETTINGS = ("env_id", *(spec.name for spec in fields(TrainConfig) if spec.name not in _NO_SETTING))
 LARGEST = 1e100  # a larger number is an error, and matplotlib cannot draw it
 POINTS = 200  # of a group's curve

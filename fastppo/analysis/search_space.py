@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 KINDS = ("choice", "uniform", "log", "one_minus_log", "power_of_two")
 # settings of TrainConfig for environment, length, hardware, output and storage
 NOT_SEARCHED = RESUMABLE | {
-    *("preset", "env_id", "env_kwargs", "max_episode_steps", "reward_weights", "vectorization", "backend"),
+    *("preset", "env_id", "env_kwargs", "max_episode_steps", "wrapper", "reward_weights", "vectorization", "backend"),
     *("seed", "num_seeds", "exact_resume", "init_from"),
 }
 # of these, the sweep itself sets these for each seed of a trial
@@ -101,6 +101,8 @@ def built_in_space(base: TrainConfig, steps: int, fixed: Collection[str]) -> Spa
     without = set(fixed)
     if is_atari(base.env_id):
         without |= {"norm_obs", "hidden_sizes", "activation"}
+    if base.policy is not None:
+        without |= {"hidden_sizes", "activation"}
     if base.clip_reward:
         without.add("norm_reward")
     if "num_minibatches" in fixed:

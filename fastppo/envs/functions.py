@@ -7,7 +7,6 @@ Such a function becomes an EnvSpec, so everything that works with a registered i
 import contextlib
 import importlib
 import inspect
-import operator
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +18,8 @@ from gymnasium.vector import VectorEnv
 
 from fastppo.envs.agents import AgentsEnv, has_agents
 from fastppo.envs.old_gym import converted, is_old, takes_seed
-from fastppo.errors import UsageError, nearest
+from fastppo.errors import UsageError
+from fastppo.system.named import find_named, importable_name, place_of
 
 Function = Callable[..., Any]
 
@@ -48,13 +48,12 @@ def naming(function: Function) -> Iterator[str]:
 
 def env_id_of(function: Function) -> str:
     """The env_id that is recorded for a function: 'my_module:make_env', or 'my_module:<make_env>' if it cannot be imported."""
+    name = importable_name(function)
+    if name is not None and name.rpartition(":")[2] not in gym.registry:
+        return name
     named = function if hasattr(function, "__qualname__") else type(function)
-    module, name = str(named.__module__), str(named.__qualname__)
-    if module != "__main__" and name not in gym.registry:
-        with contextlib.suppress(Exception):
-            if operator.attrgetter(name)(importlib.import_module(module)) is function:
-                return f"{module}:{name}"
-    return f"{module}:{name}" if "<" in name else f"{module}:<{name}>"
+    module, own = str(named.__module__), str(named.__qualname__)
+    return f"{module}:{own}" if "<" in own else f"{module}:<{own}>"
 
 
 def is_nameless(env_id: str) -> bool:
@@ -76,14 +75,8 @@ def imported_spec(env_id: str) -> EnvSpec:
     """The spec of module:name, whose module has been imported. Raises UsageError unless `name` is a function or class in it."""
     module_name, _, name = env_id.rpartition(":")
     module = importlib.import_module(module_name)
-    try:
-        found = operator.attrgetter(name)(module)
-    except AttributeError:
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UsageError(
-            f"--env-id {env_id}: {_place(module)} registers no environment {name!r} and has no such function or class"
-            f"{nearest(name, [*gym.registry, *names])}"
-        ) from None
+    said = f"{place_of(module)} registers no environment {name!r} and has no such function or class"
+    found = find_named(module, name, f"--env-id {env_id}: {said}", gym.registry)
     if isinstance(found, gym.Env | VectorEnv):
         raise UsageError(f"--env-id {env_id}: {name} is one environment; name a function or class that makes one")
     if not callable(found):
@@ -98,15 +91,9 @@ def module_spec(env_id: str) -> EnvSpec:
         if callable(function := getattr(module, name, None)):
             return _spec(env_id, function)
     raise UsageError(
-        f"--env-id {env_id}: {_place(module)} has no function parallel_env or env, as PettingZoo's modules have; name a "
+        f"--env-id {env_id}: {place_of(module)} has no function parallel_env or env, as PettingZoo's modules have; name a "
         f"function or class of it, as {env_id}:NAME"
     )
-
-
-def _place(module: Any) -> str:
-    """The name of a module and its file."""
-    file = getattr(module, "__file__", None)
-    return module.__name__ if file is None else f"{module.__name__} ({file})"
 
 
 def _spec(env_id: str, function: Function) -> EnvSpec:

@@ -3,7 +3,12 @@
 Costs no gymnasium.
 """
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fastppo.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Preprocessing:
     agent_id: bool = False
     """The observation of each of several agents includes a one-hot vector of the agent."""
 
+    wrapper: tuple[str, ...] = ()
+    """Wrappers of one's own, the innermost: module:NAME of each, followed by its arguments as KEY=VALUE."""
     reward_weights: tuple[float, ...] | None = None
     """The reward is the weighted sum of the parts of a vector; None: it is a number."""
 
@@ -38,6 +45,19 @@ class Preprocessing:
         return ["--" + name.replace("_", "-") for name in asked]
 
     @property
+    def wrappers(self) -> list[tuple[str, dict[str, Any]]]:
+        """module:NAME and keyword arguments of each --wrapper. Raises UsageError for arguments without a wrapper."""
+        found: list[tuple[str, list[str]]] = []
+        for word in self.wrapper:
+            if "=" not in word:
+                found.append((word, []))
+            elif not found:
+                raise UsageError(f"--wrapper {word}: name the wrapper first, as --wrapper my_module:MyWrapper {word}")
+            else:
+                found[-1][1].append(word)
+        return [(name, parse_pairs(pairs, f"--wrapper {name}")) for name, pairs in found]
+
+    @property
     def words(self) -> str:
         """The flags for observations and actions with their values, for a line of text; '' without any."""
         words = []
@@ -45,3 +65,19 @@ class Preprocessing:
             value = getattr(self, name[2:].replace("-", "_"))
             words += [name, *([] if value is True else map(str, value) if isinstance(value, tuple) else [str(value)])]
         return " ".join(words)
+
+
+def parse_pairs(pairs: Sequence[str], flag: str) -> dict[str, Any]:
+    """['a=1', 'b=text'] -> {'a': 1, 'b': 'text'}: values are JSON where they parse as such, else text. Raises UsageError."""
+    kwargs: dict[str, Any] = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator or not key.isidentifier():
+            raise UsageError(f"{flag} takes KEY=VALUE pairs, got {pair!r}; write for example: {flag} g=9.81")
+        try:
+            kwargs[key] = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        except json.JSONDecodeError:
+            kwargs[key] = text
+        except RecursionError:
+            raise UsageError(f"{flag} {key}: its value is nested too deeply") from None
+    return kwargs

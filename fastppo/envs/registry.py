@@ -5,16 +5,13 @@ function or class of the module (envs/functions.py). `package.module` is a modul
 PettingZoo's form, with `parallel_env` or `env`.
 """
 
-import contextlib
-import importlib
 import os
-import pkgutil
-from pathlib import Path
 
 import gymnasium as gym
 
 from fastppo.envs.functions import given_spec, imported_spec, is_nameless, module_spec
-from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
+from fastppo.errors import UsageError, nearest
+from fastppo.system.named import import_module, is_dotted
 
 INSTALL = "pip install 'fastppo[{}]'"
 PETTINGZOO = ("pettingzoo", "mpe2")  # packages of the extra of that name
@@ -30,9 +27,9 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     try:
         return gym.spec(name)
     except gym.error.Error as error:
-        if name != env_id and _is_dotted(name):
+        if name != env_id and is_dotted(name):
             return imported_spec(env_id)
-        if "." in env_id and _is_dotted(env_id):
+        if "." in env_id and is_dotted(env_id):
             _import(env_id, env_id)
             return module_spec(env_id)
         reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
@@ -50,41 +47,15 @@ def import_module_of(env_id: str) -> str:
 def _import(module: str, env_id: str) -> None:
     """Import a module that --env-id names; raises UsageError."""
     try:
-        importlib.import_module(module)
-    except ENVIRONMENT_ERRORS as error:  # a user's module may raise anything; a script exits
-        if isinstance(error, ModuleNotFoundError) and module.partition(".")[0] in PETTINGZOO and not _is_part(module, error):
-            message = f"--env-id {env_id} needs a package that is not installed: {INSTALL.format('pettingzoo')}"
-            raise UsageError(message) from None
-        is_missing = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}.")
-        reason = _where_to_find(module) if is_missing or not _is_dotted(module) else located(error)
-        raise UsageError(f"--env-id {env_id}: module {module!r} cannot be imported: {reason}") from None
-
-
-def _is_part(module: str, error: ModuleNotFoundError) -> bool:
-    """Whether the module that is missing is a part of an installed package: a name that is not right."""
-    return str(error.name).startswith(module.partition(".")[0] + ".")
-
-
-def _is_dotted(name: str) -> bool:
-    return all(map(str.isidentifier, name.split(".")))
-
-
-def _where_to_find(module: str) -> str:
-    """What to do about a module that Python does not find."""
-    dotted = module.removesuffix(".py").strip("./").replace("/", ".")
-    if dotted != module:
-        return f"write it with dots and without .py, as {dotted}"
-    top = module.partition(".")[0]
-    parent, _, name = module.rpartition(".")
-    with contextlib.suppress(*ENVIRONMENT_ERRORS):
-        if parent and (package := importlib.import_module(parent)):
-            known = [found.name for found in pkgutil.iter_modules(package.__path__)]
-            return f"{parent} has no module {name}{nearest(name, known)}"
-    here = [path.stem for path in Path().glob("*.py")]
-    return (
-        f"it is neither installed nor in this folder{nearest(module, here)}; start in the folder of {top}, "
-        "or add that folder to PYTHONPATH"
-    )
+        import_module(module, f"--env-id {env_id}")
+    except UsageError as error:
+        package, missing = module.partition(".")[0], error.__context__
+        if package not in PETTINGZOO or not isinstance(missing, ModuleNotFoundError):
+            raise
+        if str(missing.name).startswith(package + "."):  # the package is there, and has no such part
+            raise
+        message = f"--env-id {env_id} needs a package that is not installed: {INSTALL.format('pettingzoo')}"
+        raise UsageError(message) from None
 
 
 def is_atari(env_id: str) -> bool:

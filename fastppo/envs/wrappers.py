@@ -1,8 +1,9 @@
 """Preprocessing of one environment, by gymnasium's wrappers where these fit. Does not import torch.
 
-From the environment outwards: time (TimeAwareObservation), frame skip, reward weights, greyscale, resize, frame stack
-(FrameStackObservation), rescaled actions (rescale_box). For pictures this is the order of DQN (Mnih et al., 2015) and OpenAI
-baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them and counts the environment's own steps.
+From the environment outwards: wrappers of the user's own in their order, time (TimeAwareObservation), frame skip, reward
+weights, greyscale, resize, frame stack (FrameStackObservation), rescaled actions (rescale_box). For pictures this is the order
+of DQN (Mnih et al., 2015) and OpenAI baselines. The time limit (TimeLimit, by gymnasium.make) is inside all of them, and counts
+the environment's own steps.
 
 Greyscale and resize apply to every picture of a Dict or Tuple observation. Stacked pictures are joined to one with more
 channels, channels first; a stacked array of numbers to one vector. The first observation of an episode fills its stack.
@@ -22,7 +23,8 @@ from fastppo.envs.agents import AgentId, agents_of
 from fastppo.envs.masks import has_mask
 from fastppo.envs.numbered import REWARD_PARTS
 from fastppo.envs.preprocessing import Preprocessing
-from fastppo.errors import UsageError
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
+from fastppo.system.named import load_named
 
 MIN_SIDE = 36  # a smaller array of bytes is no picture (MIN_IMAGE_SIDE of policy/spaces.py)
 LARGE = 96  # pictures with a longer side are resized by default
@@ -40,6 +42,8 @@ def wrapped(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[Any, Any
         return _wrapped_agents(env, settings)
     if settings.agent_id:
         raise UsageError("--agent-id is for environments of several agents, and this has one: leave it off")
+    for name, kwargs in settings.wrappers:
+        env = _own(env, name, kwargs)
     if settings.time_aware:
         env = _time_aware(env)
     if settings.frame_skip > 1:
@@ -65,6 +69,34 @@ def _wrapped_agents(env: gym.Env[Any, Any], settings: Preprocessing) -> gym.Env[
                 "module:NAME (docs/environments.md)"
             )
     return AgentId(env) if settings.agent_id else env
+
+
+def _own(env: gym.Env[Any, Any], name: str, kwargs: Mapping[str, Any]) -> gym.Env[Any, Any]:
+    """`env` inside one --wrapper, called with it and the keyword arguments."""
+    function = find_wrapper(name)
+    try:
+        made = function(env, **kwargs)
+    except UsageError as error:
+        raise UsageError(f"--wrapper {name}: {error}") from None
+    except ENVIRONMENT_ERRORS as error:
+        what = "its arguments do not fit: " if isinstance(error, TypeError) and "argument" in str(error) else ""
+        raise UsageError(f"--wrapper {name}: {what}{located(error)}") from None
+    if not isinstance(made, gym.Env):
+        kind = "None" if made is None else f"a {type(made).__module__}.{type(made).__qualname__}"
+        raise UsageError(f"--wrapper {name}: it returned {kind}, not a gymnasium Env")
+    return made
+
+
+def find_wrapper(name: str) -> Callable[..., Any]:
+    """The function or class of a --wrapper. Raises UsageError with the nearest names."""
+    if ":" not in name:
+        import gymnasium.wrappers  # here: 0.2 s
+
+        known = [f"gymnasium.wrappers:{key}" for key in gymnasium.wrappers.__all__]
+        hint = nearest(f"gymnasium.wrappers:{name}", known) or ", such as gymnasium.wrappers:FlattenObservation"
+        raise UsageError(f"--wrapper {name}: write module:NAME{hint}")
+    found: Callable[..., Any] = load_named(name, "--wrapper")
+    return found
 
 
 class FrameSkip(gym.Wrapper[Any, Any, Any, Any]):

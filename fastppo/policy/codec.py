@@ -58,9 +58,9 @@ def weights_from_state(state: Mapping[str, Any], network: Network) -> Tensor:
     saved_name, module_name = state["module"], _module_name(network)
     if saved_name != module_name:
         wanted = (
-            "ours: leave policy= out"
+            "ours: leave policy= out, or --policy"
             if saved_name is None
-            else f"a {str(saved_name)[:100]} of your own: give what made it as policy=... in Python"
+            else f"a {str(saved_name)[:100]} of your own: give what made it as policy=... in Python, or as --policy module:NAME"
         )
         made = "" if module_name is None else f", and policy= makes a {module_name}"
         raise UsageError(f"this run's network is {wanted}, as train and load_policy take it{made}")

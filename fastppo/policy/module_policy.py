@@ -13,9 +13,15 @@ from fastppo.policy.distributions import masked, num_normal, parameters
 from fastppo.policy.encoder import encode
 from fastppo.policy.network import DistributionMixin, check_shapes
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsSpec
+from fastppo.system.named import load_named
 
 ModuleFactory = Callable[[Any, int], nn.Module]
 LOG_STD = "fastppo.log_std"  # no user's module has a weight of this name
+
+
+def named_factory(name: str | None) -> ModuleFactory | None:
+    """The factory that --policy names; None without one. Imports its module. Raises UsageError with the nearest names."""
+    return None if name is None else load_named(name, "--policy")
 
 
 class ModulePolicy(DistributionMixin):

@@ -8,6 +8,7 @@ environments and programs are one.
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,13 +22,14 @@ from fastppo.callbacks import Callback, CallbackFunction, checked_callbacks
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.fused.kernels import Kernels
-from fastppo.policy.module_policy import ModuleFactory
+from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.ranks import Ranks, checked, is_first_of_machine
 from fastppo.rollout.collector import Collector, start_collector
 from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases
 from fastppo.system.cpus import is_forked
 from fastppo.system.devices import enough_memory
 from fastppo.system.modes import plain
+from fastppo.system.named import importable_name
 from fastppo.system.paths import current_directory
 from fastppo.system.platforms import SIGPIPE, process_age
 from fastppo.training.arguments import GivenEnvs, arguments
@@ -57,7 +59,8 @@ def train(
     Args:
         config: settings, or an env_id.
         policy: `policy(inputs, num_outputs) -> torch.nn.Module`, a network of your own instead of ours: see
-            fastppo.policy.module_policy.ModulePolicy for what it is given and returns.
+            fastppo.policy.module_policy.ModulePolicy for what it is given and returns. One that can be imported is recorded as
+            config.policy, module:name, and the command line finds it there.
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
         envs: an environment of your own, several in a list, or a vector environment, trained and evaluated on, and left open.
             The run is named after the id it was registered with, or its class, unless env_id is set. A function or class is
@@ -87,6 +90,10 @@ def train_in(
     envs: VectorEnv | None = None,
 ) -> TrainResult:
     """`train`, with absolute paths. place: where a run directory goes that `config` does not name."""
+    if policy is None:
+        policy = named_factory(config.policy)
+    else:
+        config = replace(config, policy=importable_name(policy))
     with contextlib.ExitStack() as cleanup:
         if torch.is_inference_mode_enabled():  # its tensors could not be trained on
             cleanup.enter_context(torch.inference_mode(False))
