@@ -22,6 +22,7 @@ from fastppo.callbacks import Callback
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.envs.functions import naming
+from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import UsageError
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory
@@ -55,7 +56,8 @@ def train(
         policy: `policy(inputs, num_outputs) -> torch.nn.Module`, a network of your own instead of ours: see
             fastppo.policy.module_policy.ModulePolicy for what it is given and returns.
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
-        envs: a vector environment of your own instead of one made from env_id, trained and evaluated on, and left open. The run
+        envs: a vector environment of your own, or a simulator as in envs/simulators.py, instead of one made from env_id. It is
+            trained and evaluated on, and left open. The run
             is named after the id it was registered with, or its class, unless env_id is set.
         env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
             makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
@@ -70,7 +72,7 @@ def train(
     place = current_directory()  # before the code of an environment changes it
     config = with_absolute_paths(config, place)
     if env_fn is None:
-        return train_in(default_runs(config, place), config, policy, callbacks, envs)
+        return train_in(default_runs(config, place), config, policy, callbacks, as_vector_env(envs))
     if envs is not None:
         raise UsageError("envs and env_fn both say what to train on: give one of them")
     with naming(env_fn) as env_id:
