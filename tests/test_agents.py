@@ -86,7 +86,7 @@ def test_rows_by_hand():
     assert rollout["obs"][5, 1].tolist()[:2] == [1, 5]  # what truncation is bootstrapped from
     assert rollout["obs"][2:6, 0, 1].tolist() == [2, 2, 2, 2]  # the last one of an agent that has ended
     assert rollout["obs"][:, 2, 1].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2]
-    assert collector.outcomes().episode_end.nonzero()[0].tolist() == [5, 5, 5]
+    assert collector.outcomes().episode_end.nonzero()[0].tolist() == [5]  # of the last agent
 
 
 def test_memory_starts_with_the_agent():
@@ -175,7 +175,7 @@ def test_a_time_limit_truncates_who_is_there():
     assert rollout["terminated"].nonzero().tolist() == [[1, 0]]
     assert rollout["valid"][4].tolist() == [F, F, F]
     assert rollout["valid"][5].tolist() == [T, F, T]
-    assert collector.outcomes().episode_end.nonzero()[0].tolist() == [3, 3, 3]
+    assert collector.outcomes().episode_end.nonzero()[0].tolist() == [3, 3]
 
 
 def test_processes_step_as_one_does():

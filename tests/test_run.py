@@ -193,7 +193,7 @@ def test_ten_events_a_second(tmp_path, monkeypatch, interval, written):
 
 def test_global_step_counts_transitions_only(tmp_path):
     """Steps that only reset an environment are no steps: one-step episodes make every other row one of those."""
-    result = train(short_run(tmp_path / "run", env_id="environments:ProbeConstantReward-v0"))
+    result = train(short_run(tmp_path / "run", env_id="environments:ProbeConstantReward-v0", autoreset="next-step"))
     assert [int(row["global_step"]) for row in rows_of(result.run_dir)] == [64, 128, 192]
     assert result.summary["global_step"] == 192
     assert [int(row["episodes"]) for row in rows_of(result.run_dir)] == [64, 128, 192]
@@ -203,9 +203,8 @@ def test_global_step_counts_transitions_only(tmp_path):
 
 def test_total_timesteps_counts_transitions_only(tmp_path):
     """The run goes on until that many transitions were made, and no iteration longer."""
-    result = train(
-        short_run(tmp_path / "run", env_id="environments:ProbeConstantReward-v0", num_iterations=None, total_timesteps=129)
-    )
+    settings = {"env_id": "environments:ProbeConstantReward-v0", "autoreset": "next-step"}
+    result = train(short_run(tmp_path / "run", **settings, num_iterations=None, total_timesteps=129))
     assert [int(row["global_step"]) for row in rows_of(result.run_dir)] == [64, 128, 192]
 
 
@@ -236,7 +235,8 @@ def test_best_is_the_one_with_the_highest_return(tmp_path):
     Of RiseAndFall's 16 episodes an environment the third iteration has the 33rd to the 48th, which cost 7 to 0 and 1 to 8:
     4 on average, with a variance of 5.5.
     """
-    result = train(short_run(tmp_path / "run", env_id="environments:RiseAndFall-v0", num_iterations=8))
+    settings = {"env_id": "environments:RiseAndFall-v0", "autoreset": "next-step", "num_iterations": 8}
+    result = train(short_run(tmp_path / "run", **settings))
     best, last = checkpoint(result.run_dir, "best"), checkpoint(result.run_dir)
     assert best["iteration"] == 2  # after two updates: before the third
     assert best["best_return"] == pytest.approx(-4.0 - 3.0 * (5.5 / 63) ** 0.5)

@@ -121,7 +121,7 @@ def play_episodes(
         obs, mask = step.obs, step.action_mask
         reward, terminated, truncated = map(to_host, (step.reward, step.terminated, step.truncated))
         done = np.logical_or(terminated, truncated) & valid
-        over = done if step.game_over is None else to_host(step.game_over)
+        over = done if step.game_over is None else done & to_host(step.game_over)
         of_agents = np.where(valid, reward, 0.0).reshape(num_envs, num_agents)
         over, acted = over.reshape(num_envs, num_agents).any(-1), valid.reshape(num_envs, num_agents).any(-1)
         counted, reward = acted & (left > 0), of_agents.mean(-1)

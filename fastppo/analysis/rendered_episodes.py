@@ -59,7 +59,7 @@ def play(agent: Agent, envs: AutoresetEnvs, show: Show, seed: int | None, determ
             reward, terminated, truncated = map(to_host, (step.reward, step.terminated, step.truncated))
             total += float(np.where(counts, reward, 0.0).mean())  # of several agents: the mean of their returns
             done = np.logical_or(terminated, truncated) & counts
-            if (done if step.game_over is None else to_host(step.game_over)).any():
+            if (done if step.game_over is None else done & to_host(step.game_over)).any():
                 break
             agent.reset(done if envs.keeps_final_obs else ~counts)  # whose next observation is the first of a new life
             if not envs.keeps_final_obs:  # the step after the end of a life only resets

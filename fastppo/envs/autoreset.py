@@ -57,7 +57,7 @@ class Step(NamedTuple):
     truncated: Batch
     final_obs: Structure | None
     action_mask: Batch | None = None  # (N, A): legal under `obs`, all True where an episode ended; None: there are no masks
-    game_over: Batch | None = None  # (N,): a whole episode ended, not one life or agent of it; None: every end is that of one
+    game_over: Batch | None = None  # (N,): the end is that of a whole episode, not of a life or agent in it; None: every end is
     reward_parts: Batch | None = None  # (N, K): the parts whose weighted sum is the reward; None where it is a number
 
 

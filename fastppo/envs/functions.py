@@ -18,6 +18,7 @@ from gymnasium.vector import VectorEnv
 
 from fastppo.envs.agents import AgentsEnv, has_agents
 from fastppo.envs.old_gym import converted, is_old, takes_seed
+from fastppo.envs.simulators import as_vector_env, refuse_many
 from fastppo.errors import UsageError
 from fastppo.system.named import find_named, importable_name, place_of
 
@@ -99,7 +100,9 @@ def module_spec(env_id: str) -> EnvSpec:
 def _spec(env_id: str, function: Function) -> EnvSpec:
     """A function or class as gymnasium takes it."""
     name = re.sub(r"[^\w:.-]", "_", env_id)  # as the letters of a registered id
-    makes_many = issubclass(function, VectorEnv) if isinstance(function, type) else "num_envs" in _arguments(function)
+    makes_many = "num_envs" in _arguments(function)
+    if isinstance(function, type) and issubclass(function, VectorEnv | gym.Env):
+        makes_many = issubclass(function, VectorEnv)
     entry_point: Any = partial(_make, function, VectorEnv if makes_many else gym.Env)
     entry_point.__module__ = getattr(function, "__module__", "")  # presets are by package
     if isinstance(metadata := getattr(function, "metadata", None), dict):
@@ -121,6 +124,10 @@ def _make(function: Function, kind: type, /, **kwargs: Any) -> Any:
         raise UsageError("it cannot be rendered, since it has no argument render_mode")
     if kind is gym.Env and has_agents(made):
         return AgentsEnv(made)
+    if kind is VectorEnv:
+        made = as_vector_env(made)
+    elif isinstance(made, kind):
+        refuse_many(made)
     if not isinstance(made, kind):
         what = "None" if made is None else f"a {type(made).__module__}.{type(made).__qualname__}"
         raise UsageError(f"it returned {what}, not a gymnasium {kind.__name__}")

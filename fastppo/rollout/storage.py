@@ -119,13 +119,15 @@ def outcomes_of(
 
     Args:
         cut: the result of `cut_episodes`.
-        game_over: (T, N), the ends of whole episodes, if there are others too: of lives or agents.
+        game_over: (T, N), which ends are those of whole episodes, if there are others too: of lives or agents.
         reward_parts: (K, T, N), if the rewards are weighted sums.
     """
     reward, terminated, truncated, valid = (_to_array(rows[key][:-1]) for key in STEP_KEYS)  # sync: once
     cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
-    episode_end = terminated | truncated if game_over is None else game_over.copy()
-    episode_end[-1] |= cut_rows
+    episode_end = terminated | truncated
+    if game_over is not None:
+        episode_end &= game_over
+        episode_end[-1] |= cut_rows
     return Outcomes(reward, terminated, truncated, valid, episode_end, cut_rows, reward_parts)
 
 

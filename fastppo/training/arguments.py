@@ -13,6 +13,7 @@ from gymnasium.vector import VectorEnv
 from fastppo.config import TrainConfig, with_settings
 from fastppo.envs.functions import naming
 from fastppo.envs.numbered import NumberedVectorEnv
+from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
 from fastppo.presets import preset_for
 
@@ -77,6 +78,7 @@ def vector_of(envs: Any) -> VectorEnv:
 
     Raises UsageError for anything else, and for environments that do not fit together.
     """
+    envs = as_vector_env(envs)
     if isinstance(envs, VectorEnv):
         return envs
     each = [envs] if isinstance(envs, gym.Env) else envs

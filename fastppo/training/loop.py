@@ -62,9 +62,9 @@ def train(
             fastppo.policy.module_policy.ModulePolicy for what it is given and returns. One that can be imported is recorded as
             config.policy, module:name, and the command line finds it there.
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
-        envs: an environment of your own, several in a list, or a vector environment, trained and evaluated on, and left open.
-            The run is named after the id it was registered with, or its class, unless env_id is set. A function or class is
-            an env_fn.
+        envs: an environment of your own, several in a list, a vector environment, or a simulator of tensors as in
+            envs/simulators.py; trained and evaluated on, and left open. The run is named after the id that it was registered
+            with, or its class, unless env_id is set. A function or class is an env_fn.
         env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
             makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
             cannot be imported (a lambda) has to be given again.
