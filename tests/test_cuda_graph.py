@@ -103,13 +103,21 @@ def test_captured_programs_give_the_eager_numbers(case, monkeypatch):
     ids=str,
 )
 def test_captured_learn_of_all_settings(policy, settings):
-    """Resetting rows of weight 0, a stop by KL, minibatches in parts, both estimators: the eager numbers to the bit."""
+    """Resetting rows of weight 0, a stop by KL, minibatches in parts, both estimators: the eager numbers to the bit.
+
+    The buffers keep their addresses, and what a call has returned is not overwritten by the next one.
+    """
     learn, example = job(policy, normalized=True, **settings)
     with recorded_graphs():
         captured = GraphedProgram(learn, example)
+        buffers = [*captured._buffers, *tree_leaves(tuple(captured._results))]
+        places, returned = [x.data_ptr() for x in buffers], []
         for seed in (0, 9):
             arguments = job(policy, seed=seed, normalized=True, **settings)[1]
-            assert_equal(captured(*arguments), learn(*arguments))
+            returned.append((captured(*arguments), learn(*arguments)))
+        for ours, theirs in returned:
+            assert_equal(ours, theirs)
+        assert [x.data_ptr() for x in buffers] == places
 
 
 def test_bound_arguments_are_copied_once():

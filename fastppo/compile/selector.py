@@ -341,6 +341,8 @@ class ProgramSelector:
         while self._rungs[name]:
             tier = self._rungs[name].pop(0)
             form, reason = None, CompileError("it failed in another rank")
+            if tier == COMPILED_GRAPH:
+                self._note(f"programs: compiling the steps of {name} for the GPU")
             try:
                 form = GraphedProgram(spec.program, spec.example, spec.seeds, tier == COMPILED_GRAPH)
             except CompileError as error:
