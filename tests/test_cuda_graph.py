@@ -5,6 +5,8 @@ tensors, gradients included; tests/test_fake_gpu.py does so for CUDA's, without 
 """
 
 import contextlib
+import csv
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -19,13 +21,14 @@ from fastppo.config import TrainConfig
 from fastppo.core.acting import act_from_params
 from fastppo.core.scan import scan
 from fastppo.rollout.collector import start_collector
+from fastppo.train import console
 from fastppo.training.job import allocate_buffers, draw_noise
 from fastppo.training.loop import draw_minibatches
 from fastppo.training.programs import build_programs
 from fastppo.training.setup import prepare
 from support.cpu_graphs import RecordedGraph, recorded_graphs
 from support.gpu_runs import CASES, OF_A_MINIBATCH, OF_A_STEP_OF_MEMORY, watched_graphs
-from support.processes import PretendedRanks
+from support.processes import TIMES, PretendedRanks
 from support.programs import CATEGORICAL_POLICY, NORMAL_POLICY, job, to_meta
 
 META = torch.device("meta")
@@ -100,13 +103,21 @@ def test_captured_programs_give_the_eager_numbers(case, monkeypatch):
     ids=str,
 )
 def test_captured_learn_of_all_settings(policy, settings):
-    """Resetting rows of weight 0, a stop by KL, minibatches in parts, both estimators: the eager numbers to the bit."""
+    """Resetting rows of weight 0, a stop by KL, minibatches in parts, both estimators: the eager numbers to the bit.
+
+    The buffers keep their addresses, and what a call has returned is not overwritten by the next one.
+    """
     learn, example = job(policy, normalized=True, **settings)
     with recorded_graphs():
         captured = GraphedProgram(learn, example)
+        buffers = [*captured._buffers, *tree_leaves(tuple(captured._results))]
+        places, returned = [x.data_ptr() for x in buffers], []
         for seed in (0, 9):
             arguments = job(policy, seed=seed, normalized=True, **settings)[1]
-            assert_equal(captured(*arguments), learn(*arguments))
+            returned.append((captured(*arguments), learn(*arguments)))
+        for ours, theirs in returned:
+            assert_equal(ours, theirs)
+        assert [x.data_ptr() for x in buffers] == places
 
 
 def test_bound_arguments_are_copied_once():
@@ -117,6 +128,54 @@ def test_bound_arguments_are_copied_once():
         bound = GraphedProgram(act, (params * 2, normalization, rollout["obs"][0], noise)).bind((params, normalization), ())
         for obs in rollout["obs"]:
             assert_equal((bound(obs, noise),), (act(params, normalization, obs, noise),))
+
+
+def run_of(run_dir, *flags):
+    """(summary, rows of metrics.csv without times) of a short run."""
+    common = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2", "--num-threads", "1", "--eval-episodes", "0"]
+    assert console([*common, "--device", "cpu", "--plain", "--run-dir", str(run_dir), *flags]) == 0
+    return json.loads((run_dir / "summary.json").read_text()), rows_of(run_dir)
+
+
+def rows_of(run_dir):
+    """metrics.csv without times."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{name: x for name, x in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [
+            "--env-id",
+            "Pendulum-v1",
+            "--vectorization",
+            "sync",
+            "--norm-obs",
+            "--norm-reward",
+            "--anneal-lr",
+            "--target-kl",
+            "0.01",
+        ],
+        ["--env-id", "CartPole-v1", "--backend", "torch", "--rnn", "gru", "--rnn-hidden-size", "8", "--no-anneal-lr"],
+    ],
+    ids=["environments on the host", "on the device, memory"],
+)
+def test_runs_with_captured_programs_are_the_eager_ones(flags, tmp_path, monkeypatch):
+    """Statistics, annealing and episodes that go on reach the buffers: every metric of five iterations is that of the eager
+    run, to the last digit. So it is after a --resume, which captures anew.
+    """
+    _, eager = run_of(tmp_path / "eager", *flags, "--num-iterations", "5", "--compile", "off")
+    monkeypatch.setattr(ProgramSelector, "on_gpu", True)
+    with recorded_graphs():
+        summary, captured = run_of(tmp_path / "captured", *flags, "--num-iterations", "5")
+        assert (summary["tier"], set(summary["deviations"].values())) == ("cuda-graph", {0.0})
+        assert captured == eager
+        if "torch" in flags:
+            run = tmp_path / "resumed"
+            run_of(run, *flags, "--num-iterations", "3")
+            assert console(["--resume", str(run), "--num-iterations", "5", "--plain"]) == 0
+            assert rows_of(run) == eager
 
 
 def plan_of(part):

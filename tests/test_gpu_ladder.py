@@ -54,8 +54,9 @@ def test_on_compiles_steps_and_captures_them(gpu):
     tiers = chosen(gpu, "on")
     assert in_use(tiers) == ("compiled-cuda-graph", "cuda-graph")
     assert (tiers.name, tiers.deviations) == ("compiled-cuda-graph + cuda-graph", {"learn": 0.0, "act": 0.0})
-    assert len(gpu.notes) == 1
-    assert "compiled-cuda-graph + cuda-graph, ready" in gpu.notes[0]
+    assert gpu.notes[0] == "programs: compiling the steps of learn for the GPU"
+    assert "compiled-cuda-graph + cuda-graph, ready" in gpu.notes[1]
+    assert len(gpu.notes) == 2
 
 
 def test_auto_waits_for_no_compiler(gpu):
@@ -89,7 +90,7 @@ def test_wrong_numbers_are_never_used(gpu, wrong):
     gpu.deviations = {"compiled-cuda-graph": wrong}
     tiers = chosen(gpu, "on")
     assert tiers.learn()[0] == "eager"
-    assert gpu.notes[1:] == [
+    assert gpu.notes[2:] == [
         "programs: learn is cuda-graph and compared with eager again: the compiled-cuda-graph one differs from it by "
         f"{wrong:.2g}; please report this"
     ]
@@ -136,8 +137,11 @@ def run_as_traced(graph, inputs):
     return graph
 
 
-@pytest.mark.parametrize("policy", [CATEGORICAL_POLICY, NORMAL_POLICY], ids=["categorical", "normal"])
-@pytest.mark.parametrize("settings", [{}, {"microbatch_size": 5}, {"target_kl": 0.001}], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [(CATEGORICAL_POLICY, {}), (NORMAL_POLICY, {"microbatch_size": 5, "target_kl": 0.001})],
+    ids=["categorical", "normal, in parts, KL stop"],
+)
 def test_compiled_steps_are_the_steps(policy, settings, monkeypatch):
     """What is handed to the compiler is a step with all that it reads as inputs: with other data the eager numbers."""
     monkeypatch.setattr(cuda_graph, "compile_step", run_as_traced)

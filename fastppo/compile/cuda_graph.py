@@ -34,7 +34,9 @@ class Graph:
 
     def begin(self) -> None:
         """From here on the operations of the current stream are recorded and not run. They have memory of their own."""
-        self._capture.enter_context(torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()))
+        # thread_local, as in Inductor's own graphs: NCCL's watchdog asks the device from a thread of its own at any time
+        mode, stream = "thread_local", torch.cuda.current_stream()
+        self._capture.enter_context(torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode))
 
     def end(self) -> None:
         """Up to here."""

@@ -112,6 +112,12 @@ class ProgramSelector:
         return " + ".join(sorted(set(self._tiers.values()), key=TIERS.index))
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether programs run on a GPU: they are then captured."""
+        params: torch.Tensor = self._specs["learn"].example[0]
+        return params.is_cuda
+
+    @property
     def tiers(self) -> dict[str, str]:
         """The form in use of each program."""
         return dict(self._tiers)
@@ -176,13 +182,12 @@ class ProgramSelector:
         """Take up what is there: fused programs, captured ones on a GPU, compiled ones in the cache. build: make the rest."""
         failed = unfused = None
         several = self._ranks.size > 1
-        on_gpu = self._specs["learn"].example[0].is_cuda
-        if on_gpu:
+        if self.on_gpu:
             self._to_fuse.clear()
         if self._to_fuse:
             unfused = self._fuse(wait=build or several)
         try:
-            if on_gpu:
+            if self.on_gpu:
                 self._capture(build)
             else:
                 self._load(build=build and self._ranks.local_rank == 0)
@@ -336,6 +341,8 @@ class ProgramSelector:
         while self._rungs[name]:
             tier = self._rungs[name].pop(0)
             form, reason = None, CompileError("it failed in another rank")
+            if tier == COMPILED_GRAPH:
+                self._note(f"programs: compiling the steps of {name} for the GPU")
             try:
                 form = GraphedProgram(spec.program, spec.example, spec.seeds, tier == COMPILED_GRAPH)
             except CompileError as error:
