@@ -14,8 +14,8 @@ from gymnasium.vector import SyncVectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
 from fastppo import TrainConfig, UsageError, load_policy, train
-from fastppo.action_masks import flat_mask
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
+from fastppo.core.action_masks import flat_mask
 from fastppo.envs import check
 from fastppo.envs.wrappers import Preprocessing, wrapped
 from fastppo.export import export_policy

@@ -13,7 +13,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # The floors, lowest first. A unit is a folder, a module, or a few modules that belong together. It may import itself and the
 # units on lower floors, none on its own floor. Every module is on one floor.
 FLOORS = (
-    ({"errors"}, {"random_streams"}, {"action_masks"}),
+    ({"errors"}, {"random_streams"}),
     ({"system"},),
     ({"core"}, {"ranks"}),
     ({"compile"}, {"policy"}, {"envs"}),

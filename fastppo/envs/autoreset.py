@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 
-from fastppo.action_masks import flat_mask, mask_of
+from fastppo.core.action_masks import flat_mask, mask_of
 from fastppo.envs.agents import AgentRows
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline

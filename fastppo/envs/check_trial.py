@@ -13,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from fastppo.action_masks import choices_of, leaf_spaces
+from fastppo.core.action_masks import choices_of, leaf_spaces
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.check_calls import CallChecker, RefusedError
 from fastppo.envs.check_ends import ACTION_COUNTS, NOT_DECLARED, FinalObs, NextAction, action_like, arrays_of, leaves, numbers

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fastppo.action_masks import leaf_spaces
+from fastppo.core.action_masks import leaf_spaces
 from fastppo.system.devices import resolved
 
 State = Any  # a tensor, or a tuple, dict or NamedTuple of tensors, each (N, ...)

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.spaces import Dict, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from fastppo.action_masks import flat_mask
+from fastppo.core.action_masks import flat_mask
 from fastppo.envs.masks import masks_of, owner_of
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, located
 

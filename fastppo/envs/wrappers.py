@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
-from fastppo.action_masks import leaf_spaces
+from fastppo.core.action_masks import leaf_spaces
 from fastppo.envs.agents import AgentId, agents_of
 from fastppo.envs.masks import has_mask
 from fastppo.envs.numbered import REWARD_PARTS

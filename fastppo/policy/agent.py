@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.action_masks import flat_mask
+from fastppo.core.action_masks import flat_mask
 from fastppo.core.contracts import Normalization, Obs, normalize_obs
 from fastppo.policy.distributions import masked
 from fastppo.policy.network import Network
