@@ -28,6 +28,7 @@ CUDA_GRAPHS = ("torch.cuda.CUDAGraph", "torch.cuda.graph", "torch.cuda.graphs", 
 MAY_NAME = {
     "fastppo.compile.inductor": (
         "torch._inductor.compile_fx.compile_fx_inner",
+        "torch._inductor.compile",
         "torch._inductor.config",
         "torch._inductor.virtualized.V",
         "torch._dynamo.utils.get_metrics_context",

@@ -16,13 +16,13 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastppo.compile.compile_errors import CompileError, first_line
+from fastppo.compile.inductor import compile_step
 from fastppo.compile.program import Example, Program, execution_of, flat_tensors, of_all_seeds, plain
 from fastppo.compile.static_loops import StaticLoops
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.core.seed_axis import Seeds
 
 WARM_UPS = 3  # before a capture, as PyTorch advises: libraries allocate and choose their kernels in the first calls
-MOST_OPERATIONS = 1000  # of a step that is compiled; sequences of a policy with memory have more
 
 
 class Graph:
@@ -60,20 +60,6 @@ def side_stream() -> Iterator[None]:
 def has_loops(program: Program) -> bool:
     """Whether a program may have loops: it then has a setting that says how they run."""
     return "execution" in inspect.signature(program.func).parameters
-
-
-def compile_step(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """One step compiled by Inductor, without graphs of its own. Raises CompileError."""
-    if len(graph.graph.nodes) > MOST_OPERATIONS:
-        raise CompileError(f"a step of {len(graph.graph.nodes)} operations is too large to compile")
-    try:
-        import torch._inductor
-
-        compiled: Callable[..., Any] = torch._inductor.compile(graph, list(inputs), options={"triton.cudagraphs": False})
-        compiled(*inputs)
-    except Exception as error:  # compilers and drivers raise errors of many types
-        raise CompileError(f"a step could not be compiled: {type(error).__name__}: {first_line(error)}") from error
-    return compiled
 
 
 class GraphedProgram:

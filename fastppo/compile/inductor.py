@@ -1,4 +1,4 @@
-"""Compile a whole program, `learn` or `act`, with Inductor into one shared library for the CPU. Knows no algorithm.
+"""Compile with Inductor: a whole program into one library for the CPU, or one step of a loop for a GPU. Knows no algorithm.
 
 compile/trace.py traces the program once, Inductor generates C++ for all of it, and g++ compiles a library. The cache stores the
 library. Other processes load it without importing Inductor, tracing or compiling (compile/compiled_program.py).
@@ -19,14 +19,15 @@ shapes, dtypes and strides.
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastppo.compile import library_cache, native
-from fastppo.compile.compile_errors import CompileError, LoadError, explain
+from fastppo.compile.compile_errors import CompileError, LoadError, explain, first_line
 from fastppo.compile.compiled_program import CompiledProgram, load
 from fastppo.compile.key import cache_key, native_key
 from fastppo.compile.program import Example, Program, flat_tensors, of_one_call
@@ -46,6 +47,7 @@ INDUCTOR_OPTIONS: dict[str, Any] = {
     # Skips a test program that Inductor would compile and run (2.5 s). /proc/cpuinfo gives the same answer.
     "cpp.vec_isa_ok": True,
 }
+MOST_OPERATIONS = 1000  # of a step for a GPU; the sequences of a policy with memory have more
 
 
 def compile_program(
@@ -85,6 +87,31 @@ def compile_program(
     if loaded is None:
         raise CompileError(f"the program vanished from {cache_dir} while it was being built")
     return loaded
+
+
+def compile_step(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """One step of a loop, compiled in this process for the device of its inputs; without CUDA graphs. Raises CompileError.
+
+    What Inductor writes is kept in the cache's directory as long as the step is in use.
+    """
+    if len(graph.graph.nodes) > MOST_OPERATIONS:
+        raise CompileError(f"a step of {len(graph.graph.nodes)} operations is too large to compile")
+    cache_dir = library_cache.cache_dir()
+    library_cache.check_cache_dir(cache_dir)
+    try:
+        from torch._inductor import compile as compile_graph
+
+        directory = tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True)
+        with _environment("TORCHINDUCTOR_CACHE_DIR", directory.name):
+            compiled = compile_graph(graph, list(inputs), options={"triton.cudagraphs": False})
+            compiled(*inputs)
+    except Exception as error:  # compilers and drivers raise errors of many types
+        raise CompileError(f"a step could not be compiled: {type(error).__name__}: {first_line(error)}") from error
+
+    def step(*given: Tensor, _directory: Any = directory) -> Any:
+        return compiled(*given)
+
+    return step
 
 
 def _about(title: str) -> dict[str, str]:
