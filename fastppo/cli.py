@@ -147,13 +147,16 @@ def _with_current_name(arg: str) -> str:
 
 
 def _with_answers(args: Sequence[str]) -> list[str]:
-    """The arguments, with the value of --rescale-action, which is true, false or none, where it stands alone or after --no."""
-    answers = {"--rescale-action": "True", "--no-rescale-action": "False"}
-    found = []
-    for arg, following in itertools.pairwise([*args, ""]):
-        alone = following not in ("True", "False", "None") and arg.replace("_", "-") in answers
-        found.append(f"--rescale-action={answers[arg.replace('_', '-')]}" if alone else arg)
-    return found
+    """The arguments, with the value of a flag that needs none."""
+    answers = {
+        "--rescale-action": "--rescale-action=True",
+        "--no-rescale-action": "--rescale-action=False",
+        "--verbose": "--verbose=2",
+        "--quiet": "--verbose=0",
+    }
+    values = ("True", "False", "None", "0", "1", "2")
+    pairs = itertools.pairwise([*args, ""])
+    return [arg if following in values else answers.get(arg.replace("_", "-"), arg) for arg, following in pairs]
 
 
 def _joined(name: str, args: Sequence[str]) -> list[str]:

@@ -260,8 +260,11 @@ class TrainConfig:
     """The tracker's project or experiment."""
     plain: Annotated[bool, MAY_CHANGE] = False
     """Log lines instead of the live display (always when the output is not a terminal)."""
+    verbose: Annotated[int, between(0, 2), MAY_CHANGE] = 1
+    """0: print nothing. 2, or --verbose alone: also what can be reproduced."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "verbose", int(self.verbose) if isinstance(self.verbose, bool) else self.verbose)
         for name in _TYPES:
             object.__setattr__(self, name, plain(getattr(self, name)))
             check_setting(name, getattr(self, name))

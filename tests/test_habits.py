@@ -89,15 +89,29 @@ def test_resume_without_a_directory(here, capsys):
     assert console(["train", "--resume", "--total-timesteps", "128"]) == 0
     out = capsys.readouterr().out
     assert "the newest run: " in out
-    assert "steps/s since it was resumed; results in" in out.splitlines()[-1]
+    assert "steps/s since it was resumed; results in" in out.splitlines()[-2]
+    assert out.splitlines()[-1] == f"to watch it: python -m fastppo.evaluate {here / 'runs/new'} --render human"
     assert int(columns(here / "runs/new")[-1]["global_step"]) >= 128
     assert int(columns(here / "runs/old")[-1]["global_step"]) < 128
+
+
+@pytest.mark.parametrize(
+    ("flags", "least", "most"), [(["--quiet"], 0, 0), (["--verbose", "0"], 0, 0), ([], 4, 7), (["--verbose"], 6, 9)], ids=str
+)
+def test_how_much_is_printed(flags, least, most, tmp_path, capsys):
+    """Nothing, at most five lines before the first iteration, or also what can be reproduced."""
+    assert console(["train", *TINY, "--num-iterations", "1", "--run-dir", str(tmp_path / "run"), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert least <= len(lines) <= most, lines
+    before = lines[: next((number for number, line in enumerate(lines) if " it 1 " in line), 0)]
+    assert len(before) <= (5 if flags != ["--verbose"] else 7)
+    assert any(line.startswith("same seed: ") for line in lines) is (flags == ["--verbose"])
 
 
 def test_a_complete_run_says_so(here, capsys):
     """Instead of "0 steps/s"; a run that was not resumed never says it."""
     assert console(["train", "--resume", "runs/old"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    last = capsys.readouterr().out.splitlines()[-2]
     steps = columns(here / "runs/old")[-1]["global_step"]
     assert last.startswith(f"nothing left to train: the run has all its {steps} steps (--total-timesteps")
     assert "steps/s" not in last

@@ -232,7 +232,8 @@ def test_what_would_not_be_exact_is_refused(flags, tmp_path, capsys):
 )
 def test_what_is_promised_is_told_and_kept(settings, promised, tmp_path, capsys):
     """Printed at the start and kept in summary.json, with the versions of everything that has a part in it."""
-    result = train(settings_of("entry point", tmp_path / "run", **{"exact_resume": False, "num_iterations": 1} | settings))
+    settings = {"exact_resume": False, "num_iterations": 1, "verbose": 2} | settings
+    result = train(settings_of("entry point", tmp_path / "run", **settings))
     told = capsys.readouterr().out
     assert promised in told
     assert any(promised in line for line in result.summary["reproducibility"])

@@ -60,7 +60,7 @@ def make_rgb_env(config: EnvConfig) -> VectorEnv:
         raise UsageError(f"--env-id {config.env_id} cannot be rendered: EnvPool has no render modes")
     config = replace(config, vectorization="entry-point" if find_spec(config.env_id).entry_point is None else "sync")
     rendered = replace(config, env_kwargs={**kwargs, "render_mode": "rgb_array"})
-    if "rgb_array" in _declared_modes(find_spec(config.env_id)):
+    if "rgb_array" in declared_modes(find_spec(config.env_id)):
         return with_agent_rows(make_gymnasium_envs(rendered))
     envs = make_gymnasium_envs(config)
     modes = envs.metadata.get("render_modes") or ()
@@ -75,7 +75,7 @@ def make_rgb_env(config: EnvConfig) -> VectorEnv:
     return with_agent_rows(make_gymnasium_envs(rendered))
 
 
-def _declared_modes(spec: gym.envs.registration.EnvSpec) -> Collection[str]:
+def declared_modes(spec: gym.envs.registration.EnvSpec) -> Collection[str]:
     """The render modes that an environment's class declares; () where only an environment tells."""
     maker: Any = spec.entry_point
     if isinstance(maker, str):

@@ -61,7 +61,7 @@ def make_display(plain: bool, title: str) -> Display:
 
 
 class NoDisplay:
-    """Shows nothing, because another process does."""
+    """Shows nothing, with --verbose 0 or because another process does."""
 
     reader_gone = False
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from gymnasium.vector import VectorEnv
 
+from fastppo.config import TrainConfig
+from fastppo.envs.registry import find_spec
+from fastppo.envs.render import declared_modes
 from fastppo.errors import RankLost, TrainingFault
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.ranks import Ranks
@@ -102,6 +105,8 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
         if job.top is not None:
             result = save_joint_results(job.top, task.config, results, [run.config.seed for run in failed], note)
         note(_last_line(result, task.config.resume is not None, stop.received is not None))
+        if given is None and not stop.received and _opens_windows(task.config):
+            note(f"to watch it: python -m fastppo.evaluate {results[0].run_dir} --render human")
     if stop.received:
         note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
         _leave_together(task.ranks)
@@ -119,6 +124,11 @@ def _last_line(result: TrainResult, is_resumed: bool, is_stopped: bool) -> str:
         return f"nothing left to train: the run has all its {steps:,} steps ({more}); results in {result.run_dir}"
     speed = f"{sps:,.0f} steps/s{' since it was resumed' if is_resumed else ''}"
     return f"{steps:,} steps in {seconds:.1f} s, {speed}; results in {result.run_dir}"
+
+
+def _opens_windows(config: TrainConfig) -> bool:
+    """Whether the class of the environment declares images, which `evaluate --render human` shows in a window."""
+    return config.backend != "envpool" and "rgb_array" in declared_modes(find_spec(config.env_id))
 
 
 def _about(job: Job) -> Mapping[str, Any]:

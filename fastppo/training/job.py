@@ -166,7 +166,7 @@ def start_job(
     if task.trial is not None and selector.name == "eager" and torch.get_num_threads() > 1:
         thread_watch = Watch(task.trial, display.note, task.provenance)
     promises = guarantees(task.device, selector.may_change, task.restarts or task.on_device, thread_watch is not None)
-    for line in promises:
+    for line in promises if task.config.verbose > 1 else ():
         display.note(line)
     return Job(task, runs, top, display, buffers, selector, thread_watch, promises, StopSignals())
 
@@ -215,7 +215,8 @@ def _open_display(task: Task, cleanup: contextlib.ExitStack) -> Display:
     configs = task.configs
     seeds = f"seed {configs[0].seed}" if len(configs) == 1 else f"seeds {configs[0].seed} to {configs[-1].seed}"
     title = f"fastppo · {task.config.env_id} · {seeds}"
-    display: Display = make_display(task.config.plain, title) if task.ranks.is_main else NoDisplay()
+    shows = task.ranks.is_main and task.config.verbose
+    display: Display = make_display(task.config.plain, title) if shows else NoDisplay()
     cleanup.callback(display.close)  # restores the terminal's cursor in all cases
     return display
 
