@@ -96,7 +96,7 @@ def test_resume_without_a_directory(here, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "least", "most"), [(["--quiet"], 0, 0), (["--verbose", "0"], 0, 0), ([], 4, 7), (["--verbose"], 6, 9)], ids=str
+    ("flags", "least", "most"), [(["--quiet"], 0, 0), (["--verbose", "0"], 0, 0), ([], 4, 8), (["--verbose"], 6, 10)], ids=str
 )
 def test_how_much_is_printed(flags, least, most, tmp_path, capsys):
     """Nothing, at most five lines before the first iteration, or also what can be reproduced."""

@@ -26,6 +26,7 @@ from fastppo.run.loggers import Loggers, NoLoggers
 from fastppo.run.metrics import RARE, ordered_row, part_name
 from fastppo.run.tracking import Tracker
 from fastppo.training.checkpoints import Checkpoints
+from fastppo.training.diagnosis import PATIENCE, Diagnosis, share_at_bounds
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, gather_environments, normalization_of, preserved, snapshot
 from fastppo.training.update import FrozenInputs, frozen_inputs, read_metrics, update_obs_moments, update_return_moments
@@ -173,6 +174,8 @@ class TrainingRun:
         self._evaluation: EvaluationResult | None = None  # of the policy after the last iteration
         self._resume_point = ResumePoint(state, f"iteration {state.iteration + 1}", has_all=True)
         self._checkpoint_due = False
+        self._diagnosis = Diagnosis(config, task.action.num_logits == task.action.size)
+        self._at_bounds = 0.0  # in an iteration not long ago
         self._has_noted_endless = False
 
     @property
@@ -241,6 +244,8 @@ class TrainingRun:
         state.adam, state.return_mean, state.return_std = result.adam, result.return_mean, result.return_std
         if not self.is_blank:  # else see `normalize`
             update_obs_moments(state, rollout, self._task.ranks.total)
+        if state.iteration % PATIENCE == 1:
+            self._at_bounds = share_at_bounds(self._task.action, rollout["action"])
         return metrics
 
     def record(self, outcomes: Outcomes, metrics: Mapping[str, float], learning_rate: Tensor, times: Times) -> None:
@@ -323,6 +328,8 @@ class TrainingRun:
         config, state, ranks = self.config, self.state, self._task.ranks
         self.enough = self._solved()
         self._note_endless_episodes()
+        for line in self._diagnosis.update(self.row, self.progress, self._at_bounds):
+            self.note(line)
         logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0 or self._evaluation is not None
         if logs:
             self.loggers.log(self.row)
