@@ -10,5 +10,5 @@ trap 'rm -rf "$oldest"' EXIT
 python3 -m venv "$oldest"
 grep -v "^gymnasium==" constraints.txt >"$oldest/constraints.txt"
 "$oldest/bin/python" -m pip install --quiet --constraint "$oldest/constraints.txt" --editable ".[dev]" "gymnasium==$version"
-names=(versions autoreset check env_faults episodes grouped masks probe rollout seeds spaces video)
+names=(versions autoreset check env_faults composite_actions episodes grouped masks probes rollout seeds spaces video)
 "$oldest/bin/python" -m pytest -n 0 $(printf "tests/test_%s.py " "${names[@]}") "$@"

@@ -10,6 +10,7 @@ import sys
 import gymnasium as gym
 import pytest
 import torch
+from composites import SPACES
 from environments import ACTIONS
 
 from fastppo.compile.inductor import compile_program
@@ -37,8 +38,9 @@ def _one_thread():
         ("tuple", ACTIONS["multi-discrete"], None),
         ("image (H, W, C)", gym.spaces.Discrete(3), None),
         ("float64", ACTIONS["box"], Small),
+        ("float32", SPACES["hybrid"], None),
     ],
-    ids=["structure with an image", "image", "own network"],
+    ids=["structure with an image", "image", "own network", "parts of an action"],
 )
 def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
     """Pixels as bytes through the convolutions, beside numbers and choices; somebody's module with a log standard deviation
@@ -60,8 +62,10 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
         ("tuple", ACTIONS["multi-discrete"], None),
         ("masked", ACTIONS["multi-discrete"], None),
         ("float64", ACTIONS["box"], Small),
+        ("float32", SPACES["hybrid"], None),
+        ("float32", SPACES["hybrid"], Small),
     ],
-    ids=["nested", "structure with an image", "masked", "own network"],
+    ids=["nested", "structure with an image", "masked", "own network", "parts of an action", "parts and own network"],
 )
 def test_traced_program_equals_eager_for(observation, action, policy):
     """As the compiler is given it: leaves of all kinds, in an order that both sides agree on; somebody's module."""

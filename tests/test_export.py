@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import composites
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 
 from fastppo import TrainConfig, TrainingFault, UsageError, load_policy, train
 from fastppo.__main__ import console as fastppo_console
+from fastppo.analysis.export_trial import differences, make_trial
 from fastppo.export import console, export_policy
 from fastppo.policy.agent import Agent
 from fastppo.policy.deployment import DeployedPolicy
@@ -40,6 +42,7 @@ CASES = {  # observation and action space, squash, whether a mask comes in the i
     "image": (OBSERVATIONS["image (H, W, C)"], ACTIONS["multi-binary"], False, False),
     "one-hot": (OBSERVATIONS["discrete"], ACTIONS["multi-discrete 2-D"], False, False),
 }
+PARTS = (OBSERVATIONS["float32"], composites.SPACES["hybrid"], True, True)  # of a Dict action
 
 
 def format_params():
@@ -64,9 +67,9 @@ both = pytest.mark.parametrize("format", format_params())
 
 def make_agent(case, normalize=True, **settings):
     """A policy that nobody trained, whose actions vary, with statistics that have moved."""
-    obs_space, action_space, squash, masked = CASES[case]
+    obs_space, action_space, squash, masked = CASES.get(case, PARTS)
     action = action_spec(action_space, squash)
-    obs = obs_spec(obs_space, action.size if masked else None, action)
+    obs = obs_spec(obs_space, action.num_logits if masked else None, action)
     network = make_network(obs, action, TrainConfig(cnn_size=16, hidden_sizes=(8, 8), rnn_hidden_size=8, **settings))
     generator = torch.Generator().manual_seed(1)
     params = network.init(generator)
@@ -85,7 +88,7 @@ def observed(agent, rows, seed=3):
     space.seed(seed)
     obs, mask = space.sample(), None
     if agent.obs.info_mask is not None:
-        mask = np.random.default_rng(seed).integers(2, size=(rows, agent.action.size), dtype=np.int8)
+        mask = np.random.default_rng(seed).integers(2, size=(rows, agent.action.num_logits), dtype=np.int8)
     return obs, mask, {leaf.key: leaf.find(obs) if leaf is not agent.obs.info_mask else mask for leaf in agent.obs}
 
 
@@ -477,3 +480,62 @@ def test_the_pages_memory(changes, right, remembering, monkeypatch):
                 same.append(policy.act(obs[index]) == action[index])
     assert episodes > 20
     assert all(same) == right
+
+
+@pytest.mark.parametrize(("format", "memory"), [("torch", {}), ("onnx", {"rnn": "gru"})])
+def test_a_file_has_an_output_for_each_part_of_an_action(format, memory, tmp_path):
+    """In the order of the space and of its types, then the memory; each part acts as the policy does."""
+    for package in ("onnx", "onnxruntime", "onnxscript") if format == "onnx" else ():
+        pytest.importorskip(package)
+    agent = make_agent("parts", **memory)
+    path = tmp_path / f"policy{SUFFIX[format]}"
+    outputs = export_policy(agent, path, format).outputs
+    assert {name: what for name, what in outputs.items() if name != "next_memory"} == {
+        "action.move": "int64 (batch)",
+        "action.aim.0": "float64 (batch, 2)",
+        "action.aim.1": "int64 (batch, 1, 2)",
+        "action.fire": "int8 (batch, 2)",
+        "action.gas": "float16 (batch, 1, 1)",
+    }
+    assert list(outputs)[-1] == ("next_memory" if memory else "action.gas")
+    obs, mask, inputs = observed(agent, 200)
+    parts = composites.leaves(agent.action.space, agent.act(obs, action_mask=mask))
+    if memory:
+        inputs["memory"] = np.zeros((200, 8), np.float32)
+    if format == "onnx":
+        import onnxruntime
+
+        got = onnxruntime.InferenceSession(path).run(list(outputs), inputs)
+    else:
+        got = [x.numpy() for x in torch.export.load(path).module()({name: torch.from_numpy(x) for name, x in inputs.items()})]
+    for one, (_, space, other) in zip(got[: len(parts)], parts, strict=True):
+        assert one.dtype == other.dtype == space.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+        assert len(np.unique(other, axis=0)) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "least"),
+    [
+        ("action.gas", lambda x: x, 0.0),
+        ("action.gas", lambda x: x - np.float16(0.01) * (x > 0.1), 0.005),
+        ("action.fire", lambda x: 1 - x, 0.05),
+        ("action.move", lambda x: x + 9, np.inf),
+        ("action.aim.0", lambda x: x.astype(np.float32), np.inf),
+        ("action.aim.1", lambda x: x.reshape(-1, 2), np.inf),
+    ],
+)
+def test_a_file_that_differs_in_one_part_is_noticed(name, change, least):
+    """Another number, another choice, an action outside its space, another type or shape."""
+    agent = make_agent("parts")
+    policy = DeployedPolicy(agent)
+
+    def run(inputs):
+        with torch.no_grad():
+            parts = policy({key: torch.from_numpy(x) for key, x in inputs.items()})
+        outputs = {leaf.key: x.numpy() for leaf, x in zip(agent.action.leaves, parts, strict=True)}
+        return {**outputs, name: change(outputs[name])}
+
+    found, _ = differences(policy, make_trial(agent, 0), run)
+    assert found >= least
+    assert least > 0 or found < 1e-6

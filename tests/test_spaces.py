@@ -422,7 +422,12 @@ def test_a_policy_refuses_what_it_was_not_trained_on(tmp_path):
         (Dict(action_mask=MultiBinary(3)), "nothing to observe"),
         (Dict(a=Discrete(2), action_mask=Tuple([MultiBinary(3)])), "supported: MultiBinary"),
         (Dict(a=Discrete(2), action_mask=MultiBinary(4)), "an action_mask of 4 numbers does not fit .* which has 3 choices"),
-        (Dict(a=gym.spaces.Sequence(Discrete(2))), r"\(at a\) is not supported"),
+        (
+            Dict(a=gym.spaces.Sequence(Discrete(2))),
+            r"\(at a\) is not supported; .* pad it to a Box with a gymnasium\.ObservationW",
+        ),
+        (gym.spaces.Text(3), r"not supported; .* pad it to a Box"),
+        (gym.spaces.Graph(Box(0, 1, (2,)), None), r"not supported; .* pad it to a Box"),
     ],
 )
 def test_spaces_that_are_refused(space, message):

@@ -3,7 +3,7 @@
 Knows nothing of environments or policies. Does not import torch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -40,18 +40,32 @@ def flat_mask(mask: Any, space: gym.Space[Any]) -> NDArray[Any]:
 
     Raises ValueError for a part of another size or of no name in the space.
     """
-    if isinstance(space, Dict) and isinstance(mask, Mapping):
+    return np.concatenate(list(_parts(mask, space))) if _has_parts(mask, space) else _flat(mask)
+
+
+def _has_parts(mask: Any, space: gym.Space[Any]) -> bool:
+    if isinstance(space, Dict):
+        return isinstance(mask, Mapping)
+    return isinstance(space, Tuple) and isinstance(mask, tuple | list) and not all(map(_is_number, mask))
+
+
+def _parts(mask: Any, space: gym.Space[Any]) -> Iterator[NDArray[Any]]:
+    """The masks of the parts of a space, in its order."""
+    if _has_parts(mask, space) and isinstance(space, Dict):
         _refuse_unknown(mask, space.spaces)
-        pairs = [(mask.get(name), part) for name, part in space.spaces.items()]
-    elif isinstance(space, Tuple) and isinstance(mask, tuple | list) and not all(map(_is_number, mask)):
-        pairs = list(zip(mask, space.spaces, strict=True))
+        for name, part in space.spaces.items():
+            yield from _parts(mask.get(name), part)
+    elif _has_parts(mask, space) and isinstance(space, Tuple):
+        if len(mask) != len(space.spaces):
+            raise ValueError(f"an action_mask of {len(mask)} parts for {space}, which has {len(space.spaces)}")
+        for one, part in zip(mask, space.spaces, strict=True):
+            yield from _parts(one, part)
     else:
-        return _flat(mask)
-    flat = [np.ones(sum(choices_of(part)), bool) if one is None else flat_mask(one, part) for one, part in pairs]
-    for one, (_, part) in zip(flat, pairs, strict=True):
-        if len(one) != sum(choices_of(part)):
-            raise ValueError(f"an action_mask of {len(one)} numbers for {part}, which has {sum(choices_of(part))} choices")
-    return np.concatenate(flat)
+        size = sum(choices_of(space))
+        flat = np.ones(size, bool) if mask is None else _flat(mask)
+        if len(flat) != size:
+            raise ValueError(f"an action_mask of {len(flat)} numbers for {space}, which has {size} choices")
+        yield flat
 
 
 def _is_number(value: Any) -> bool:
