@@ -199,10 +199,14 @@ class TrainConfig:
     """Widths of the hidden layers; default 64 64, with images none after the convolutions."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
+    layer_norm: bool = False
+    """Layer normalisation in the hidden layers, before each activation."""
+    cnn: Literal["nature", "impala"] = "nature"
+    """Network for images: of DQN in Nature, or IMPALA's residual one (256 features there: --cnn-size 256)."""
     cnn_size: Annotated[int, WIDTH] = 512
-    """Features of an image: width of the layer after the three convolutions of the Nature CNN."""
+    """Features of an image: width of the layer after the convolutions."""
     cnn_activation: Activation = "relu"
-    """Activation of the Nature CNN."""
+    """Activation of the convolutions."""
     share_backbone: bool = False
     """One network with two heads instead of separate actor and critic."""
     rnn: Literal["lstm", "gru"] | None = None

@@ -298,6 +298,17 @@ def test_what_a_trial_is_trained_with(tmp_path, stub):
         assert getattr(first, name) == getattr(preset, name)
 
 
+def test_a_sweep_by_evaluations(tmp_path, stub):
+    """--eval-every after -- : its episodes are played, and the trial goes by its column, which these runs do not have."""
+    stub()
+    args = ["--trials", "1", "--seeds", "1", "--steps", "1000", "--study-dir", str(tmp_path / "study")]
+    assert console([*args, "--", "--eval-every", "2", "--eval-episodes", "3"]) == 3
+    flags = json.loads((tmp_path / "study" / "trial-0000" / "seed-1" / "flags.json").read_text())
+    assert flags["--eval-episodes"] == "3"
+    assert load_preset(tmp_path / "study" / "trial-0000" / "preset.json").eval_every == 2
+    assert console([*args, "--", "--eval-episodes", "3"]) == 2
+
+
 def test_pruning(tmp_path, stub, capsys):
     """A trial below the median of those before it is stopped by SIGTERM on its way, and has no value."""
     stub(trial_5="bad")

@@ -36,10 +36,10 @@ SERIAL_WORK = 2**22  # multiplications of a call of `act` that one thread does a
 
 
 def covers(network: Network) -> TypeGuard[Covered]:
-    """Whether the fused programs compute this network: multi-layer perceptrons, on anything but images."""
+    """Whether the fused programs compute this network: perceptrons without layer normalisation, on anything but images."""
     if isinstance(network, ActorCritic):
-        return not any(leaf.kind == "image" for leaf in network.encoder.leaves)
-    return isinstance(network, MLPActorCritic)
+        return covers(network.mlp) and not any(leaf.kind == "image" for leaf in network.encoder.leaves)
+    return isinstance(network, MLPActorCritic) and not network.layer_norm
 
 
 def mlp_of(network: Covered) -> MLPActorCritic:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.core.contracts import Obs, Weights
+from fastppo.policy.impala import impala, impala_shapes, init_impala
 from fastppo.policy.mlp import ACTIVATIONS
 from fastppo.policy.network import Shaped, check_shapes
 from fastppo.policy.spaces import ObsLeaf
@@ -17,21 +18,27 @@ NATURE_CNN = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
 
 @dataclass(frozen=True)
 class Encoder(Shaped):
-    """Any observation as one vector. Each image has its own Nature CNN (Mnih et al., 2015). A `Part`.
+    """Any observation as one vector. Each image has its own CNN: Nature's (Mnih et al., 2015) or IMPALA's. A `Part`.
 
     leaves: those of `spaces.obs_spec`.
     cnn_size: number of features of the last layer of a CNN. cnn_activation: after each of its layers.
+    cnn: "nature" or "impala".
     """
 
     leaves: tuple[ObsLeaf, ...]
     cnn_size: int = 512
     cnn_activation: str = "relu"
+    cnn: str = "nature"
     shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         shapes: dict[str, tuple[int, ...]] = {}
         for leaf in self.leaves:
             if leaf.kind != "image":
+                continue
+            if self.cnn == "impala":
+                named = impala_shapes(channels_first(leaf.shape), self.cnn_size)
+                shapes |= {f"cnn.{leaf.key}.{name}": shape for name, shape in named}
                 continue
             channels, height, width = channels_first(leaf.shape)
             for layer, (filters, kernel, stride) in enumerate(NATURE_CNN):
@@ -48,10 +55,13 @@ class Encoder(Shaped):
         return sum(self.cnn_size if leaf.kind == "image" else leaf.size for leaf in self.leaves if leaf.kind != "mask")
 
     def init(self, generator: torch.Generator) -> Tensor:
-        """Orthogonal weights, gain sqrt(2), zero biases."""
+        """Orthogonal weights, gain sqrt(2), zero biases; of IMPALA's CNN as torch.nn does by default."""
         params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
         for name, weight in self.weights(params).items():
-            if name.endswith(".weight"):
+            if self.cnn == "impala":
+                shape = self.shapes[f"{name.rpartition('.')[0]}.weight"]
+                init_impala(weight, math.prod(shape[1:]) if len(shape) == 4 else shape[0], generator)
+            elif name.endswith(".weight"):
                 matrix = params.new_empty(weight.shape)
                 weight.copy_(torch.nn.init.orthogonal_(matrix, math.sqrt(2.0), generator=generator))
         return params
@@ -88,6 +98,8 @@ class Encoder(Shaped):
         """
         activation = ACTIVATIONS[self.cnn_activation]
         x = pixels.reshape(-1, *pixels.shape[-3:]).contiguous(memory_format=torch.channels_last)
+        if self.cnn == "impala":
+            return impala(weights, f"cnn.{leaf.key}.", x, activation).reshape(*pixels.shape[:-3], -1)
         for layer, (_, _, stride) in enumerate(NATURE_CNN):
             weight, bias = weights[f"cnn.{leaf.key}.{layer}.weight"], weights[f"cnn.{leaf.key}.{layer}.bias"]
             x = activation(nn.functional.conv2d(x, weight, bias, stride))

@@ -20,6 +20,10 @@ class NetworkConfig(Protocol):
     @property
     def activation(self) -> str: ...
     @property
+    def layer_norm(self) -> bool: ...
+    @property
+    def cnn(self) -> str: ...
+    @property
     def cnn_size(self) -> int: ...
     @property
     def cnn_activation(self) -> str: ...
@@ -53,7 +57,7 @@ def make_network(
     sizes = config.hidden_sizes
     if sizes is None:
         sizes = () if obs.has_images else (64, 64)
-    encoder = Encoder(obs.leaves, config.cnn_size, config.cnn_activation)
+    encoder = Encoder(obs.leaves, config.cnn_size, config.cnn_activation, config.cnn)
     mlp = MLPActorCritic(
         encoder.size if config.rnn is None else config.rnn_hidden_size,
         action.size,
@@ -62,6 +66,7 @@ def make_network(
         config.activation,
         config.share_backbone,
         config.log_std_init,
+        config.layer_norm,
     )
     if config.rnn is not None:
         users = 1 if config.rnn_shared or config.share_backbone else 2

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,13 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
 }
+
+
+NORM = ("norm.weight", "norm.bias")  # of a hidden layer with layer normalisation
+
+
+def _unchanged(layer: int, x: Tensor) -> Tensor:
+    return x
 
 
 def _rows(obs: Tensor) -> Tensor:
@@ -41,6 +49,7 @@ class MLPActorCritic(DistributionMixin):
     activation: str = "tanh"
     share_backbone: bool = False
     log_std_init: float = 0.0
+    layer_norm: bool = False  # before each activation (Ba, Kiros and Hinton, 2016, arXiv 1607.06450)
     shapes: dict[str, tuple[int, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +68,8 @@ class MLPActorCritic(DistributionMixin):
             for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
                 shapes[f"{trunk}.{layer}.weight"] = (fan_in, fan_out)
                 shapes[f"{trunk}.{layer}.bias"] = (fan_out,)
+                if self.layer_norm:
+                    shapes |= {f"{trunk}.{layer}.{part}": (fan_out,) for part in NORM}
         features = (self.obs_size, *self.hidden_sizes)[-1]
         for head, size in (("actor", self.action_size), ("critic", 1)):
             shapes[f"{head}.head.weight"] = (features, size)
@@ -72,7 +83,9 @@ class MLPActorCritic(DistributionMixin):
         critic's, zero biases (Andrychowicz et al., 2021, arXiv 2006.05990; Engstrom et al., 2020, arXiv 2005.12729)."""
         params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
         for name, weight in self.weights(params).items():
-            if name.endswith(".weight"):
+            if name.endswith(NORM[0]):
+                weight.fill_(1.0)
+            elif name.endswith(".weight"):
                 gain = {"actor.head.weight": 0.01, "critic.head.weight": 1.0}.get(name, math.sqrt(2.0))
                 torch.nn.init.orthogonal_(weight, gain, generator=generator)
             elif name == "actor.log_std":
@@ -131,18 +144,26 @@ class MLPActorCritic(DistributionMixin):
         takes 91 us instead of 133 on two cores, because each core computes one network.
         """
         activation = ACTIVATIONS[self.activation]
+        norm = partial(self._normalized, weights, trunks) if self.layer_norm else _unchanged
         if len(trunks) == 1:  # acting: 40 us for eight observations; the batched product takes 74
             (x,) = x
             for layer in range(len(self.hidden_sizes)):
-                x = activation(torch.addmm(weights[f"{trunks[0]}.{layer}.bias"], x, weights[f"{trunks[0]}.{layer}.weight"]))
+                x = torch.addmm(weights[f"{trunks[0]}.{layer}.bias"], x, weights[f"{trunks[0]}.{layer}.weight"])
+                x = activation(norm(layer, x))
             return x.unsqueeze(0)
         x = x.expand(len(trunks), -1, -1)  # (K, R, D)
         for layer in range(len(self.hidden_sizes)):
             weight, bias = (
                 torch.stack([weights[f"{trunk}.{layer}.{part}"] for trunk in trunks]) for part in ("weight", "bias")
             )  # (K, in, out), (K, out)
-            x = activation(torch.baddbmm(bias.unsqueeze(1), x, weight))
+            x = activation(norm(layer, torch.baddbmm(bias.unsqueeze(1), x, weight)))
         return x
+
+    def _normalized(self, weights: Weights, trunks: tuple[str, ...], layer: int, x: Tensor) -> Tensor:
+        """A hidden layer before its activation, (R, features) or (K, R, features), normalised over its features."""
+        scale, shift = (torch.stack([weights[f"{trunk}.{layer}.{part}"] for trunk in trunks]).unsqueeze(1) for part in NORM)
+        x_norm = torch.nn.functional.layer_norm(x, x.shape[-1:])
+        return (x_norm * scale + shift).reshape(x.shape)
 
     def _actor_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Any:
         # transposed, (A, R): a narrow output as A long rows, so that the next operations read contiguous vectors
