@@ -415,7 +415,8 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
     for spec in fields(TrainConfig):
         old, new = getattr(before, spec.name), getattr(after, spec.name)
         resumable = spec.name in RESUMABLE and not (spec.name == "checkpoint_iterations" and before.exact_resume)
-        by_default = spec.name == "resize" and new is None  # config.json has the size that was chosen
+        # config.json has the size or the autoreset that was chosen
+        by_default = (spec.name == "resize" and new is None) or (spec.name == "autoreset" and "auto" in (old, new))
         if old != new and not resumable and not by_default:
             raise UsageError(f"{flag(spec.name)} {new} cannot change on --resume: the run in {after.resume} has {old}")
     if after.run_dir not in (None, before.run_dir, after.resume):

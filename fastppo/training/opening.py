@@ -102,10 +102,9 @@ def choose_autoreset(local: TrainConfig, given: VectorEnv | None, copy: "Copy", 
 
 
 def with_autoreset(config: TrainConfig, found: OpenedEnvs) -> TrainConfig:
-    """The settings with the autoreset that was chosen, so that a resumed run has it too."""
-    if found.engine not in ONE_BY_ONE:
-        return config
-    return replace(config, autoreset="same-step" if found.envs.keeps_final_obs else "next-step")
+    """The settings with same-step where that was chosen, so that a resumed run has it too."""
+    is_chosen = found.engine in ONE_BY_ONE and found.envs.keeps_final_obs
+    return replace(config, autoreset="same-step") if is_chosen else config
 
 
 def with_size(config: TrainConfig, local: TrainConfig, found: OpenedEnvs) -> tuple[TrainConfig, TrainConfig, str | None]:
