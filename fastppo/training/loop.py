@@ -57,8 +57,8 @@ def train(
             fastppo.policy.module_policy.ModulePolicy for what it is given and returns.
         callbacks: called in their order between iterations, see fastppo.callbacks; for each seed by itself.
         envs: a vector environment of your own, or a simulator as in envs/simulators.py, instead of one made from env_id. It is
-            trained and evaluated on, and left open. The run
-            is named after the id it was registered with, or its class, unless env_id is set.
+            trained and evaluated on, and left open. The run is named after the id it was registered with, or its class, unless
+            env_id is set.
         env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
             makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
             cannot be imported (a lambda) has to be given again.
