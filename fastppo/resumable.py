@@ -50,4 +50,4 @@ def check_resumable(before: TrainConfig, after: TrainConfig) -> None:
 
 def _by_default(name: str, after: TrainConfig) -> bool:
     """Whether the setting was left open, and config.json has what was chosen."""
-    return name in LEFT_OPEN and getattr(after, name) is None
+    return (name in LEFT_OPEN and getattr(after, name) is None) or (name == "autoreset" and after.autoreset == "auto")

@@ -221,8 +221,8 @@ def test_a_run_that_is_stopped_because_it_solved(tmp_path):
     """best.pt is what solved it."""
     settings = {"env_id": "environments:ProbeConstantReward-v0", "num_iterations": 40, "stop_at_return": 1.0}
     result = train(tiny(tmp_path / "run", **settings))
-    assert result.summary["iterations"] == 7  # of 16 episodes each
-    assert best_of(result)["iteration"] == 6
+    assert result.summary["iterations"] == 4  # of 32 episodes each
+    assert best_of(result)["iteration"] == 3
     assert best_of(result)["best_return"] == result.summary["best_return_mean"] == 1.0
 
 

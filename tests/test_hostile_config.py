@@ -102,11 +102,11 @@ def test_what_an_environment_cannot_be_given():
 def test_settings_that_an_older_version_lacked(run_dir):
     """A config.json with fewer settings has defaults for the rest, and one from an editor that marks its encoding is read.
 
-    Large pictures are not resized in it, and wide actions not rescaled, as they were not then.
+    Large pictures are not resized in it, wide actions not rescaled, and episodes are reset in the next step, as it was then.
     """
     (run_dir / "config.json").write_bytes(b'\xef\xbb\xbf{"hidden_sizes": [8], "learning_rate": 1}')
     assert TrainConfig.from_json(run_dir / "config.json") == TrainConfig(
-        hidden_sizes=(8,), learning_rate=1.0, resize=(0,), rescale_action=False
+        hidden_sizes=(8,), learning_rate=1.0, resize=(0,), rescale_action=False, autoreset="next-step"
     )
     load_policy(run_dir)
 

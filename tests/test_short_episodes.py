@@ -89,13 +89,13 @@ def test_what_the_trial_sees():
         ({}, {"rnn": "gru", "num_minibatches": 2}, "same-step"),
         ({}, {"compile": "on"}, "same-step"),
         ({}, {"autoreset": "next-step"}, "next-step"),
-        ({}, {"check_env": False}, "next-step"),
-        ({"length": 12}, {}, "next-step"),
+        ({}, {"check_env": False}, "auto"),
+        ({"length": 12}, {}, "auto"),
     ],
     ids=str,
 )
 def test_every_row_is_a_transition(kwargs, settings, chosen, tmp_path):
-    """All of 2 x 16 rows an iteration, or half where each second row only resets; config.json has the choice."""
+    """All of 2 x 16 rows an iteration, or half where each second row only resets; config.json has same-step."""
     train(tiny(tmp_path / "run", env_id=f"{MODULE}:Short", env_kwargs=kwargs, num_iterations=2, eval_episodes=1, **settings))
     place = tmp_path / "run" / ("seed-2" if "num_seeds" in settings else "")
     row = read_rows(place / "metrics.csv")[-1]
@@ -112,12 +112,16 @@ def test_a_bandit_is_learned(tmp_path):
     assert train(tiny(tmp_path / "run", **settings, eval_episodes=50)).summary["eval_return_mean"] > 0.9
 
 
-def test_a_resumed_run_is_the_same(tmp_path):
-    """To the bit, with the choice of the run's start, though no trial is made again."""
+@pytest.mark.parametrize("from_python", [False, True])
+def test_a_resumed_run_is_the_same(from_python, tmp_path):
+    """To the bit, with the choice of the run's start, from the command line and with the same settings from Python."""
     settings = {"env_id": f"{MODULE}:Bandit", "exact_resume": True, "checkpoint_iterations": 2, "anneal_lr": False}
     train(tiny(tmp_path / "whole", **settings))
     train(tiny(tmp_path / "half", **{**settings, "num_iterations": 2}))
-    assert console(["train", "--resume", str(tmp_path / "half"), "--num-iterations", "4", "--no-check-env"]) == 0
+    if from_python:
+        train(tiny(tmp_path / "half", **settings, resume=str(tmp_path / "half")))
+    else:  # with no trial
+        assert console(["train", "--resume", str(tmp_path / "half"), "--num-iterations", "4", "--no-check-env"]) == 0
     whole, half = (
         torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True)["policy"]["weights"]
         for name in ("whole", "half")

@@ -112,8 +112,8 @@ def chosen_by_environment(config: TrainConfig, found: OpenedEnvs) -> tuple[Train
     if RESCALED in metadata and config.rescale_action is None:
         chosen["rescale_action"] = True
         lines.append(f"actions of {metadata[RESCALED]} are learned as -1 to 1 (--rescale-action False: as they are)")
-    if found.engine in ONE_BY_ONE:
-        chosen["autoreset"] = "same-step" if found.envs.keeps_final_obs else "next-step"
+    if found.engine in ONE_BY_ONE and found.envs.keeps_final_obs:
+        chosen["autoreset"] = "same-step"
     return with_agents(replace(config, **chosen), found), lines
 
 
