@@ -144,11 +144,13 @@ def renewal_of(changed: Collection[str]) -> Renewal:
     return None if not renewed else "made anew" if renewed <= MAKING else "other"
 
 
-def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, Any], renewed: Renewal) -> dict[str, Any]:
-    """The checkpoint with environments that start anew, as many as the fresh state has.
+def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, Any], renewed: Renewal) -> Mapping[str, Any]:
+    """The checkpoint with environments that start anew, as many as the fresh state has; with None as it is.
 
     Raises KeyError or TypeError if it is not a checkpoint.
     """
+    if renewed is None:
+        return checkpoint
     episodes, best = checkpoint["episodes"], checkpoint["best"]
     begins = torch.zeros_like(expected["best"]["spans"][0]["begins"])
     if renewed == "other":  # its returns say nothing of the other environment
@@ -161,6 +163,14 @@ def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, 
         "episodes": {**episodes, **running},
         "best": {**best, "spans": [{**span, "begins": begins} for span in best["spans"]]},
     }
+
+
+def _completed(checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The checkpoint with what an older version did not have; that judged the best policy by the last 100 episodes."""
+    checkpoint = {"best_evaluation": -math.inf, **checkpoint}
+    if "best" in checkpoint:
+        return checkpoint
+    return {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
 
 
 def load_state(
@@ -192,13 +202,8 @@ def load_state(
         params = weights_from_state(checkpoint["policy"], task.network)
         made_on = checkpoint["made_with"]["device"]
         same_device = made_on.partition(":")[0] == device.type
-        if not same_device:
-            checkpoint = {**checkpoint, "environments": None}
-        if "best" not in checkpoint:  # of an older version, which judged by the last 100 episodes
-            checkpoint = {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
-        checkpoint = {"best_evaluation": -math.inf, **checkpoint}  # which older versions had not
-        if renewed is not None:
-            checkpoint = with_new_environments(checkpoint, expected, renewed)
+        checkpoint = _completed(checkpoint if same_device else {**checkpoint, "environments": None}, expected)
+        checkpoint = with_new_environments(checkpoint, expected, renewed)
         check_alike(expected, checkpoint)
         counts = [checkpoint["iteration"], checkpoint["global_step"], checkpoint["episodes"]["episodes"]]
         if min(counts) < 0:
