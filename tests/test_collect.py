@@ -44,6 +44,7 @@ def test_collect_is_stepping_by_hand(env, squash, norm_obs):
     collector = start_collector(AutoresetEnvs(ours.envs), rollout, ours.obs, ours.spec, seed=7)
     obs, _ = twin.envs.reset(seed=7)
     done = torch.zeros(N, dtype=torch.bool)
+    (bounds,) = twin.spec.leaves
     ends = dict.fromkeys(("terminated", "truncated", "last row", "clipped"), 0)
     for number in range(6):
         noise = ours.noise(number)
@@ -58,7 +59,7 @@ def test_collect_is_stepping_by_hand(env, squash, norm_obs):
             done = expected["terminated"] | expected["truncated"]
             for key in ("terminated", "truncated"):
                 ends[key] += int(expected[key].sum())
-            ends["clipped"] += int(action.abs().gt(twin.spec.high).sum()) if twin.spec.low.numel() else 0
+            ends["clipped"] += int(action.abs().gt(bounds.high).sum()) if bounds.low.numel() else 0
         ends["last row"] += int(done.sum())
         assert torch.equal(rollout["obs"][T], obs)
         assert torch.equal(rollout["valid"][T], ~done)
@@ -67,7 +68,7 @@ def test_collect_is_stepping_by_hand(env, squash, norm_obs):
     assert ends["truncated"] > 0
     assert ends["last row"] > 0
     assert (ends["terminated"] > 0) == (env == CartPole(max_episode_steps=20))  # 7 steps are too few for a pole to fall
-    assert (ends["clipped"] > 0) == (twin.spec.low.numel() > 0)
+    assert (ends["clipped"] > 0) == (bounds.low.numel() > 0)
 
 
 def test_cut_episodes_end_and_begin_anew():
