@@ -9,7 +9,7 @@ train("CartPole-v1", callbacks=[enough])  # a function is called after every ite
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
@@ -74,9 +74,10 @@ def checked_callbacks(given: Iterable[Callback | CallbackFunction]) -> tuple[Cal
     for one in given:
         if isinstance(one, type):
             raise UsageError(f"callbacks holds the class {one.__name__}: give an object, {one.__name__}()")
-        if not isinstance(one, Callback) and not callable(one):
+        is_callback = all(hasattr(one, moment) for moment in ("on_iteration", "on_checkpoint", "on_end"))
+        if not is_callback and not callable(one):
             raise UsageError(f"callbacks holds a {type(one).__name__}: give a function, or an object of a subclass of Callback")
-        callbacks.append(one if isinstance(one, Callback) else _Function(one))
+        callbacks.append(cast("Callback", one) if is_callback else _Function(cast("CallbackFunction", one)))
     return tuple(callbacks)
 
 

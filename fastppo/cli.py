@@ -154,9 +154,8 @@ def _with_answers(args: Sequence[str]) -> list[str]:
         "--verbose": "--verbose=2",
         "--quiet": "--verbose=0",
     }
-    values = ("True", "False", "None", "0", "1", "2")
-    pairs = itertools.pairwise([*args, ""])
-    return [arg if following in values else answers.get(arg.replace("_", "-"), arg) for arg, following in pairs]
+    pairs = itertools.pairwise([*args, "--"])
+    return [answers.get(arg.replace("_", "-"), arg) if following.startswith("--") else arg for arg, following in pairs]
 
 
 def _joined(name: str, args: Sequence[str]) -> list[str]:

@@ -53,7 +53,7 @@ def lines_of(capsys):
         (["--env-kwargs", "gravity=" + 5000 * "["], ["--env-kwargs gravity", "nested"]),
         (["--env-id", "environments:Walk-v0", "--vectorization", "entry-point"], ["--vectorization", "sync"]),
         # spaces: the one found, and those supported
-        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=action"], ["Tuple", "MultiDiscrete", "Box"]),
+        (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=action"], ["Text", "MultiDiscrete", "Box"]),
         (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=integer-action"], ["int64", "Discrete", "Box"]),
         (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=text-obs"], ["Text", "Box", "Dict"]),
         (["--env-id", "environments:Spaces-v0", "--env-kwargs", "which=nested-obs"], ["Graph", "inner.0", "Box"]),

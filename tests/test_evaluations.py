@@ -51,7 +51,7 @@ class ActionDecidesForEver(ActionDecides):
 
 
 gym.register("Drawing-v0", Drawing)
-gym.register("Endless-v0", ActionDecidesForEver)
+gym.register("DecidesForEver-v0", ActionDecidesForEver)
 
 
 def evaluated(tmp_path, name="run", **settings):
@@ -237,7 +237,7 @@ def test_stop_at_return_asks_the_evaluation(tmp_path):
 
 def test_episodes_that_do_not_end_choose_nothing(tmp_path, capsys):
     """No episode of training or evaluation ends: a line, an empty cell, and training judges."""
-    result = evaluated(tmp_path, env_id="Endless-v0", eval_episodes=1)
+    result = evaluated(tmp_path, env_id="DecidesForEver-v0", eval_episodes=1)
     assert evaluations(result.run_dir) == []
     assert (result.summary["best_by"], result.summary["best_return_mean"]) == ("training", -math.inf)
     assert "no episode ended in the 1,000 steps of the evaluation" in capsys.readouterr().out

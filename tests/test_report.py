@@ -110,7 +110,7 @@ def test_a_finished_run(run, capsys):
 def test_every_setting_has_its_help():
     """Those that --help shows."""
     assert set(TEXTS) == set(vars(TrainConfig()))
-    assert TEXTS["learning_rate"] == "Adam's step size."
+    assert TEXTS["adam_eps"] == "Adam's epsilon."
 
 
 def test_phases_by_the_clock(tmp_path):

@@ -41,7 +41,7 @@ def test_stopped_and_resumed_equals_not_interrupted(case, tmp_path, monkeypatch)
 
 def test_without_exact_resume_it_differs(tmp_path, monkeypatch, capsys):
     """And says so: what the tests above show is not there by itself."""
-    config = replace(settings_of("entry point", tmp_path / "whole"), exact_resume=False)
+    config = replace(settings_of("entry point", tmp_path / "whole"), exact_resume=False, verbose=2)
     train(config)
     parted = replace(config, run_dir=str(tmp_path / "parted"))
     stopped_after(2, parted, monkeypatch)

@@ -92,7 +92,7 @@ def test_each_part_is_logged(settings, tmp_path):
     result = train(tiny(tmp_path / "run", **SETTINGS, **settings, eval_episodes=2))
     place = tmp_path / "run" / ("seed-2" if "num_seeds" in settings else "")
     rows = read_rows(place / "metrics.csv")
-    assert list(rows[-1])[len(METRICS) :] == ["episodic_return_0", "episodic_return_1", "episodic_return_2"]
+    assert [name for name in rows[-1] if name not in METRICS] == ["episodic_return_0", "episodic_return_1", "episodic_return_2"]
     for row in rows:
         parts = [float(row[f"episodic_return_{index}"]) for index in range(3)]
         assert float(row["episodic_return_mean"]) == pytest.approx(np.dot(parts, SETTINGS["reward_weights"]))

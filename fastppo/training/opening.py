@@ -97,7 +97,9 @@ def choose_autoreset(local: TrainConfig, given: VectorEnv | None, copy: "Copy", 
         return "auto"
     if local.autoreset != "auto":
         return local.autoreset
-    is_short = ranks.is_main and local.check_env and copy.tried().episode_length < SHORT_EPISODE
+    # of one environment there may be no copy beside it
+    tries = ranks.is_main and local.check_env and local.num_envs * local.num_seeds > 1
+    is_short = tries and copy.tried().episode_length < SHORT_EPISODE
     return ranks.agree("same-step" if is_short else "next-step")
 
 

@@ -224,7 +224,7 @@ class Spaces(Recorder):
         number = Box(-1.0, 1.0, (2,), np.float32)
         super().__init__(
             {"text-obs": Text(3), "nested-obs": Dict(position=number, inner=Tuple([Graph(number, None)]))}.get(which, number),
-            {"action": Tuple([Discrete(2), Discrete(3)]), "integer-action": Box(0, 5, (1,), np.int64)}.get(which, Discrete(2)),
+            {"action": Text(3), "integer-action": Box(0, 5, (1,), np.int64)}.get(which, Discrete(2)),
         )
 
 
