@@ -24,7 +24,7 @@ import gymnasium as gym
 import tyro
 from gymnasium.wrappers import TransformReward
 
-from fastppo.analysis.statistics import bootstrap_interval
+from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
 Trainer = Literal["general", "none", "sb3"]
 Make = Callable[..., gym.Env[Any, Any]]
@@ -165,7 +165,7 @@ def run(trainer: str, name: str, seed: int, config: UntunedConfig) -> None:
 
 
 def table(config: UntunedConfig, returns: Mapping[tuple[str, str, int], float]) -> tuple[str, dict[str, Any]]:
-    """The table in Markdown, and each trainer's mean over environments of the normalised return with its interval."""
+    """The table in Markdown, and each trainer's interquartile mean over environments, normalised, with its interval."""
     lines = ["| environment (random) | " + " | ".join(config.trainers) + " |", "|---" * (len(config.trainers) + 1) + "|"]
     shares: dict[str, list[float]] = {trainer: [] for trainer in config.trainers}
     for name in config.environments:
@@ -175,10 +175,10 @@ def table(config: UntunedConfig, returns: Mapping[tuple[str, str, int], float]) 
             cells.append(f"{statistics.fmean(values):.4g} ({', '.join(f'{value:.4g}' for value in values)})" if values else "")
             shares[trainer] += [statistics.fmean((value - random) / (best - random) for value in values)] if values else []
         lines.append(f"| {name} ({random:g}) | " + " | ".join(cells) + " |")
-    means = {trainer: statistics.fmean(values) for trainer, values in shares.items() if values}
+    means = {trainer: float(interquartile_mean(values)) for trainer, values in shares.items() if values}
     bounds = {trainer: tuple(map(float, bootstrap_interval(shares[trainer]))) for trainer in means}
     summed = (f"{means[name]:.2f} ({bounds[name][0]:.2f} to {bounds[name][1]:.2f})" for name in means)
-    lines.append("| normalised, mean (95 % over environments) | " + " | ".join(summed) + " |")
+    lines.append("| normalised, interquartile mean (95 %) | " + " | ".join(summed) + " |")
     return "\n".join(lines), {"means": means, "intervals": bounds}
 
 
