@@ -317,11 +317,11 @@ def _without_channel(obs: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _rescaled(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     from gymnasium.wrappers import TransformAction  # here: 0.2 s
 
-    if isinstance(env.action_space, Dict | Tuple) and not any(isinstance(part, Box) for part in leaf_spaces(env.action_space)):
+    boxes = _boxes(env.action_space)
+    if isinstance(env.action_space, Dict | Tuple) and not boxes:
         raise UsageError(f"--rescale-action needs a Box among the actions, and {env.action_space} has none: leave it off")
     space, function = _rescaled_space(env.action_space, is_part=isinstance(env.action_space, Dict | Tuple))
     rescaled = TransformAction(env, function, space)
-    boxes: list[Any] = [part for part in leaf_spaces(env.action_space) if isinstance(part, Box)]
     low, high = min(box.low.min() for box in boxes), max(box.high.max() for box in boxes)
     rescaled.metadata = {**env.metadata, RESCALED: f"{low:.4g} to {high:.4g}"}
     return rescaled
@@ -346,9 +346,14 @@ def _rescaled_space(space: Space[Any], is_part: bool) -> tuple[Space[Any], Funct
     return box, lambda action: np.fmin(np.fmax(function(action), low), high)
 
 
+def _boxes(space: Space[Any]) -> list[Any]:
+    """The Boxes of an action."""
+    return [part for part in leaf_spaces(space) if isinstance(part, Box)]
+
+
 def _is_far(space: Space[Any]) -> bool:
     """Whether a Gaussian of mean 0 and standard deviation 1 would leave most of an action's bounds, or of itself, unused."""
-    boxes: list[Any] = [part for part in leaf_spaces(space) if isinstance(part, Box)]
+    boxes = _boxes(space)
     if not all(box.dtype.kind == "f" and box.is_bounded() and (box.high > box.low).all() for box in boxes):
         return False
     halves = [(box.high / 2 - box.low / 2, box.high / 2 + box.low / 2) for box in boxes]
