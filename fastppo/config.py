@@ -148,6 +148,8 @@ class TrainConfig:
     """Adam's step size. None: chosen by the environment's spaces."""
     anneal_lr: Annotated[bool, LEARNING] = True
     """Anneal the learning rate linearly to 0 over the run."""
+    desired_kl: Annotated[float | None, POSITIVE, LEARNING] = None
+    """Adapt the learning rate after each iteration instead of annealing it, so that the KL estimate stays near this."""
     adam_eps: Annotated[float, POSITIVE, LEARNING] = 1e-5
     """Adam's epsilon."""
     num_minibatches: Annotated[int, at_least(1), LEARNING] = 4
@@ -165,6 +167,8 @@ class TrainConfig:
     """Discount factor."""
     gae_lambda: Annotated[float, FRACTION, LEARNING] = 0.95
     """Lambda of GAE."""
+    recompute_advantage: Annotated[bool, LEARNING] = False
+    """Estimate advantages again before each epoch, with the critic as it is by then (Andrychowicz et al. 2021, 3.5)."""
     norm_adv: Annotated[bool, LEARNING] = True
     """Standardise advantages in each minibatch."""
     norm_returns: bool = False
@@ -186,6 +190,8 @@ class TrainConfig:
     """Clip the change of the value like the ratio."""
     ent_coef: Annotated[float | None, NOT_NEGATIVE, LEARNING] = 0.0
     """Weight of the entropy bonus. None: chosen by the environment's spaces."""
+    ent_coef_end: Annotated[float | None, NOT_NEGATIVE, LEARNING] = None
+    """Weight of the entropy bonus at the end of the run, reached linearly; default: it stays as it is."""
     vf_coef: Annotated[float, NOT_NEGATIVE, LEARNING] = 0.5
     """Weight of the squared value error, as in the paper and Stable-Baselines3 (CleanRL halves the error: 0.5 is 0.25 here)."""
     max_grad_norm: Annotated[float, POSITIVE_OR_INFINITE, LEARNING] = 0.5
@@ -381,6 +387,8 @@ def without_rivals(config: TrainConfig, given: Collection[str]) -> TrainConfig:
             config = replace(config, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
     if "clip_reward" in given and "norm_reward" not in given:
         config = replace(config, norm_reward=False)
+    if "desired_kl" in given and "anneal_lr" not in given:
+        config = replace(config, anneal_lr=False)
     return config
 
 

@@ -96,7 +96,7 @@ def test_captured_programs_give_the_eager_numbers(case, monkeypatch):
     [
         {},
         {"target_kl": 0.001},
-        {"microbatch_size": 5},
+        {"microbatch_size": 5, "recompute_advantage": True},
         {"microbatch_size": 4, "norm_adv": False, "clip_vloss": False},
         {"advantage_estimator": "monte-carlo", "norm_returns": True, "clip_reward": True},
     ],

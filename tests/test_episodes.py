@@ -1,6 +1,7 @@
 """Episode statistics against gymnasium's, and every setting that changes the path through a run, trained for a moment."""
 
 import csv
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -12,10 +13,12 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 from fastppo import TrainConfig, train
 from fastppo.envs.autoreset import AutoresetEnvs
+from fastppo.errors import UsageError
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector
 from fastppo.rollout.storage import allocate_rollout
 from fastppo.run.episodes import EpisodeStatistics
+from fastppo.training.update import adapted_factor, coefficients_at
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 32])
@@ -142,9 +145,45 @@ def test_target_kl_leaves_out_the_rest(tmp_path):
 
 
 def test_schedules(tmp_path):
-    """The learning rate falls linearly with the iterations, or stands still."""
+    """The learning rate falls linearly with the iterations, or stands still, or follows the KL estimate."""
     assert trained(tmp_path / "falls", num_iterations=4, learning_rate=4e-3)["learning_rate"] == pytest.approx(1e-3)
     assert trained(tmp_path / "stands", anneal_lr=False, learning_rate=4e-3)["learning_rate"] == pytest.approx(4e-3)
+    settings = {"num_iterations": 3, "learning_rate": 4e-3, "anneal_lr": False}
+    assert trained(tmp_path / "grows", desired_kl=1.0, **settings)["learning_rate"] == pytest.approx(4e-3 * 1.5**2)
+    assert trained(tmp_path / "shrinks", desired_kl=1e-7, **settings)["learning_rate"] == pytest.approx(4e-3 / 1.5**2)
+    with pytest.raises(UsageError, match="--no-anneal-lr"):
+        TrainConfig(desired_kl=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rate", "approx_kl", "after"),
+    [
+        (1e-3, 0.021, 1e-3 / 1.5),
+        (1e-3, 0.019, 1e-3),
+        (1e-3, 0.006, 1e-3),
+        (1e-3, 0.004, 1.5e-3),
+        (1e-3, 0.0, 1e-3),
+        (9e-3, 0.001, 1e-2),
+        (1.2e-5, 1.0, 1e-5),
+        (0.1, 0.001, 0.1),
+        (1e-7, 1.0, 1e-7),
+    ],
+)
+def test_the_learning_rate_follows_the_kl_estimate(rate, approx_kl, after):
+    """A factor of 1.5 where the estimate is over twice or under half of --desired-kl, between 1e-5 and 1e-2."""
+    config = TrainConfig(learning_rate=1e-3, desired_kl=0.01, anneal_lr=False)
+    if not 1e-5 <= rate <= 1e-2:
+        config = replace(config, learning_rate=rate)
+    factor = adapted_factor(rate / config.learning_rate, approx_kl, config)
+    assert factor * config.learning_rate == pytest.approx(after)
+
+
+def test_the_entropy_bonus_falls_to_its_end():
+    """Linearly over the run; without --ent-coef-end it stays."""
+    config = TrainConfig(ent_coef=0.01, ent_coef_end=0.002)
+    weights = [coefficients_at(progress, config, torch.device("cpu"), 1.0).ent_coef.item() for progress in (0.0, 0.25, 1.2)]
+    assert weights == pytest.approx([0.01, 0.008, 0.002])
+    assert coefficients_at(0.9, TrainConfig(ent_coef=0.01), torch.device("cpu"), 1.0).ent_coef.item() == pytest.approx(0.01)
 
 
 def test_env_kwargs_reach_the_environment(tmp_path):

@@ -66,6 +66,7 @@ def networks(draw):
             "norm_adv": st.booleans(),
             "clip_reward": st.booleans(),
             "clip_vloss": st.booleans(),
+            "recompute_advantage": st.booleans(),
             "target_kl": st.sampled_from([None, 1e-3]),
             "max_grad_norm": st.sampled_from([0.5, 100.0]),
             "gamma": st.sampled_from([0.9, 1.0]),
@@ -132,7 +133,13 @@ def test_seeds_learn_as_if_alone():
 
 
 @pytest.mark.parametrize(
-    "options", [{"advantage_estimator": "monte-carlo", "norm_returns": True}, {"target_kl": 3e-3}], ids=str
+    "options",
+    [
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "recompute_advantage": True},
+        {"target_kl": 3e-3},
+        {"recompute_advantage": True},
+    ],
+    ids=str,
 )
 def test_ranks_learn_as_one_does(options):
     """Three processes with a third of the environments each, in two parts: one update of all rows, and equal bits in each."""
@@ -223,7 +230,7 @@ def operator_arguments():
         *(params, list(adam), rollout["obs"], None, None, rollout["action"].unsqueeze(-1)),
         [rollout[key] for key in ("reward", "terminated", "truncated", "valid")],
         *(permutation, list(numbers), None, [normalization.return_mean, normalization.return_std]),
-        *([3, 2, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1], [1, 1, 0, 1, 0]),
+        *([3, 2, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1, 0], [1, 1, 0, 1, 0]),
     )
 
 

@@ -95,6 +95,8 @@ NUMBERS = {
     "clip_coef": 0.3,
     "anneal_clip": True,
     "ent_coef": 0.2,
+    "ent_coef_end": 0.1,
+    "desired_kl": 0.01,
     "vf_coef": 0.1,
     "gamma": 0.9,
     "gae_lambda": 0.8,
@@ -114,7 +116,8 @@ def test_a_sweep_over_numbers_has_one_key(tmp_path, settings):
 
     first = keys()
     assert keys(**NUMBERS) == first
-    for changed in ({"norm_adv": False}, {"clip_vloss": True}, {"advantage": "monte-carlo"}, {"clip_reward": True}):
+    switches = {"norm_adv": False, "clip_vloss": True, "clip_reward": True, "recompute_advantage": True}
+    for changed in ({"advantage": "monte-carlo"}, *({name: on} for name, on in switches.items())):
         assert keys(**changed) != first  # while what changes the program does
 
 

@@ -94,7 +94,9 @@ class Reference(torch.nn.Module):
         return parameter.T if kind == "weight" else parameter
 
 
-def reference_update(policy, params, rollout, permutation, minibatch_size, norm_adv, clip_vloss, max_grad_norm):
+def reference_update(
+    policy, params, rollout, permutation, minibatch_size, norm_adv, clip_vloss, max_grad_norm, recompute_advantage
+):
     """The same update from torch.nn, torchrl's GAE and ClipPPOLoss, clip_grad_norm_ and torch.optim.Adam.
 
     Rows that are no transitions are thrown away instead of weighed. Returns the modules, the optimiser, the losses by
@@ -103,19 +105,18 @@ def reference_update(policy, params, rollout, permutation, minibatch_size, norm_
     model = Reference(policy, params)
     num_steps = rollout["reward"].shape[0] - 1
     obs, action, valid = rollout["obs"], rollout["action"][:num_steps], rollout["valid"][:num_steps]
+    terminated, truncated = rollout["terminated"][:num_steps], rollout["truncated"][:num_steps]
+
+    @torch.no_grad()
+    def estimate():
+        value = model.critic(obs).squeeze(-1)
+        done, reward = terminated | truncated, rollout["reward"][:num_steps]
+        return value, *generalized_advantage_estimate(127 / 128, 61 / 64, value[:-1], value[1:], reward, done, terminated)
+
+    value_all, advantage, value_target = estimate()
+    explained = sb3_explained_variance(value_all[:-1][valid].numpy(), value_target[valid].numpy())
     with torch.no_grad():
-        value_all = model.critic(obs).squeeze(-1)
         log_prob = model.dist(obs[:num_steps]).log_prob(action)
-        terminated, truncated = rollout["terminated"][:num_steps], rollout["truncated"][:num_steps]
-        advantage, value_target = generalized_advantage_estimate(
-            127 / 128,
-            61 / 64,
-            value_all[:-1],
-            value_all[1:],
-            rollout["reward"][:num_steps],
-            terminated | truncated,
-            terminated,
-        )
     probabilistic = (
         ProbabilisticTensorDictModule(
             ["loc", "scale"], ["action"], distribution_class=lambda loc, scale: Independent(Normal(loc, scale), 1)
@@ -150,7 +151,11 @@ def reference_update(policy, params, rollout, permutation, minibatch_size, norm_
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, eps=1e-5)
     losses = []
-    for index in permutation.reshape(-1, minibatch_size):
+    for number, index in enumerate(permutation.reshape(-1, minibatch_size)):
+        if recompute_advantage and number * minibatch_size % valid.numel() == 0:
+            value_all, advantage, value_target = estimate()
+            data["advantage"], data["value_target"] = advantage.reshape(-1, 1), value_target.reshape(-1, 1)
+            data["state_value"] = value_all[:-1].reshape(-1, 1)
         out = loss(data[index[valid.flatten()[index]]])
         optimizer.zero_grad()
         (out["loss_objective"] + out["loss_critic"] + out["loss_entropy"]).backward()
@@ -162,16 +167,24 @@ def reference_update(policy, params, rollout, permutation, minibatch_size, norm_
                 for x in (out["loss_objective"], out["loss_critic"] / 0.5, out["entropy"], out["clip_fraction"], grad_norm)
             ]
         )
-    explained = sb3_explained_variance(value_all[:-1][valid].numpy(), value_target[valid].numpy())
     return model, optimizer, torch.tensor(losses, dtype=torch.float64), explained
 
 
 @POLICIES
 @pytest.mark.parametrize(
-    ("epochs", "minibatches", "norm_adv", "clip_vloss", "max_grad_norm"),
-    [(1, 1, False, False, 1e9), (1, 1, True, True, 0.05), (3, 4, True, True, 0.5), (3, 4, False, False, 0.5)],
+    ("epochs", "minibatches", "norm_adv", "clip_vloss", "max_grad_norm", "recompute_advantage"),
+    [
+        (1, 1, False, False, 1e9, False),
+        (1, 1, True, True, 0.05, True),
+        (3, 4, True, True, 0.5, False),
+        (3, 4, False, False, 0.5, False),
+        (3, 4, True, True, 0.5, True),
+        (3, 4, False, False, 0.5, True),
+    ],
 )
-def test_learn_equals_an_update_of_other_peoples_parts(policy, epochs, minibatches, norm_adv, clip_vloss, max_grad_norm):
+def test_learn_equals_an_update_of_other_peoples_parts(
+    policy, epochs, minibatches, norm_adv, clip_vloss, max_grad_norm, recompute_advantage
+):
     """The whole of `learn`: values, log-probabilities, advantages, gather, loss, gradient, clipping, Adam and the metrics,
 
     over a rollout with both kinds of end and with resetting rows, which the reference never sees.
@@ -182,6 +195,7 @@ def test_learn_equals_an_update_of_other_peoples_parts(policy, epochs, minibatch
     permutation = make_permutation(epochs, 128)
     minibatch_size = 128 // minibatches
     options = {"norm_adv": norm_adv, "clip_vloss": clip_vloss, "max_grad_norm": max_grad_norm}
+    options["recompute_advantage"] = recompute_advantage
     model, optimizer, losses, explained = reference_update(policy, params, rollout, permutation, minibatch_size, **options)
     learned = update(policy, params, rollout, permutation, minibatch_size=minibatch_size, **options)
 
@@ -559,8 +573,9 @@ def test_programs_never_ask_the_host(policy):
         {"target_kl": 0.05},
         {"advantage_estimator": "monte-carlo", "norm_returns": True, "microbatch_size": 2},
         {"norm_adv": False, "final_obs": True},
+        {"advantage_estimator": "monte-carlo", "norm_returns": True, "recompute_advantage": True},
     ],
-    ids=["gae", "monte-carlo", "final_obs"],
+    ids=["gae", "monte-carlo", "final_obs", "recomputed"],
 )
 @POLICIES
 def test_workers_together_make_the_update_of_one(policy, options, workers):
@@ -583,8 +598,9 @@ def test_workers_together_make_the_update_of_one(policy, options, workers):
         {"target_kl": 0.003},
         {"advantage_estimator": "monte-carlo", "norm_returns": True, "microbatch_size": 2},
         {"norm_adv": False, "clip_vloss": False, "final_obs": True},
+        {"recompute_advantage": True},
     ],
-    ids=["gae", "monte-carlo", "final_obs"],
+    ids=["gae", "monte-carlo", "final_obs", "recomputed"],
 )
 @POLICIES
 def test_ranks_together_make_the_update_of_one(policy, options, ranks, workers):

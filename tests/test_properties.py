@@ -88,6 +88,7 @@ def any_settings(draw):
     settings |= {"minibatch_size": parts} if by_size else {"num_minibatches": parts}
     advantage = draw(st.sampled_from(["gae", "monte-carlo"]))
     switches = ["anneal_lr", "anneal_clip", "norm_obs", "norm_reward", "clip_vloss", "share_backbone", "reset_each_rollout"]
+    switches.append("recompute_advantage")
     settings |= {name: draw(st.booleans()) for name in (*switches, "exact_resume", "check_env")}
     rows = parts if by_size else batch_size // parts
     settings["norm_adv"] = draw(rare) or (rows > 1 and draw(st.booleans()))
@@ -102,6 +103,8 @@ def any_settings(draw):
         "gae_lambda": st.sampled_from([0.0, 0.95, 1.0]),
         "clip_coef": st.sampled_from([1e-3, 0.2, 5.0]),
         "ent_coef": st.sampled_from([0.0, 0.01]),
+        "ent_coef_end": st.none() | st.sampled_from([0.0, 0.1]),
+        "desired_kl": st.none() if settings["anneal_lr"] else st.none() | st.sampled_from([1e-4, 0.1]),
         "vf_coef": st.sampled_from([0.0, 0.5]),
         "max_grad_norm": st.sampled_from([0.5, math.inf]),
         "target_kl": st.none() | st.sampled_from([1e-9, 0.01, 10.0]),

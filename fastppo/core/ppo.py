@@ -60,6 +60,7 @@ class LearnConfig:
     norm_adv: bool
     clip_reward: bool
     clip_vloss: bool
+    recompute_advantage: bool = False  # before each epoch, with the critic as it is by then
 
 
 class Targets(NamedTuple):
@@ -111,6 +112,9 @@ def learn(
 ) -> LearnResult:
     """One iteration's whole update: values and advantages of the rollout, then E epochs of minibatches.
 
+    With recompute_advantage each epoch begins with values and advantages of its own, from the critic as it is by then
+    (Andrychowicz et al., 2021, arXiv 2006.05990, section 3.5). The ratio stays that to the policy that acted.
+
     Several calls can share one update (`Execution.num_workers`, `num_ranks`). Each worker of a rank is given the same tensors
     and goes through its own environments and rows; num_workers divides N and the units of a minibatch. Each rank is given its
     own environments and its own M rows of each minibatch, and T, N, B and M are those of one rank. All return the same, which
@@ -131,17 +135,11 @@ def learn(
     Raises:
         ValueError: there is no `worker` where there are several.
     """
-    shard = Shard.of(worker, execution)
+    shard, remembers = Shard.of(worker, execution), policy.rnn_state_size > 0
     with torch.no_grad():
         obs = normalize_obs(obs_of(rollout), normalization)  # (T+1, N, ...)
-        evaluation = evaluate_rollout(params, rollout, obs, normalization, policy, shard, execution)
-        targets = estimate_advantages(evaluation, rollout, coefficients, normalization, config, shard)
-        valid = rollout["valid"][:-1].to(params.dtype)  # (T, N)
-        variance_explained = explained_variance(evaluation.value, targets.value_target, valid, shard.sum_over_ranks)
-        rows = Rows(evaluation.log_prob, targets.advantage, targets.value_target, evaluation.value, valid)
-        remembers = policy.rnn_state_size > 0
-        minibatches = make_minibatches(permutation, rows, remembers, config, shard, execution)
         units = make_units(rollout, obs, remembers)
+        valid = rollout["valid"][:-1].to(params.dtype)  # (T, N)
 
     def loss(params: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         log_prob, value, entropy = evaluate_units(params, index, units, policy, execution.cells)
@@ -149,8 +147,21 @@ def learn(
 
     gradient = partial(minibatch_gradient, loss=loss, shard=shard, execution=execution)
     step = partial(minibatch_step, gradient=gradient, coefficients=coefficients)
-    running = torch.ones((), dtype=torch.bool, device=params.device)
-    (params, adam, _), (minibatch_metrics,) = execution.scan(step, (params, adam, running), tuple(minibatches))
+    carry = (params, adam, torch.ones((), dtype=torch.bool, device=params.device))
+    all_metrics = []
+    for epoch, permutations in enumerate(permutation.split(1) if config.recompute_advantage else [permutation]):
+        with torch.no_grad():
+            evaluation = evaluate_rollout(carry[0], rollout, obs, normalization, policy, shard, execution)
+            targets = estimate_advantages(evaluation, rollout, coefficients, normalization, config, shard)
+            normalization = normalization._replace(return_mean=targets.return_mean, return_std=targets.return_std)
+            if epoch == 0:
+                old_log_prob = evaluation.log_prob
+                variance_explained = explained_variance(evaluation.value, targets.value_target, valid, shard.sum_over_ranks)
+            rows = Rows(old_log_prob, targets.advantage, targets.value_target, evaluation.value, valid)
+            minibatches = make_minibatches(permutations, rows, remembers, config, shard, execution)
+        carry, (metrics,) = execution.scan(step, carry, tuple(minibatches))
+        all_metrics.append(metrics)
+    (params, adam, _), minibatch_metrics = carry, torch.cat(all_metrics)
     with torch.no_grad():
         summary = summarize(minibatch_metrics, variance_explained, params)
     return LearnResult(params, adam, minibatch_metrics, variance_explained, targets.return_mean, targets.return_std, summary)

@@ -126,7 +126,7 @@ class FusedLearn:
                 returns=[normalization.return_mean, normalization.return_std],
                 network=self._description,
                 minibatch_size=config.minibatch_size,
-                switches=[int(x) for x in (*switches, config.clip_vloss)],
+                switches=[int(x) for x in (*switches, config.clip_vloss, config.recompute_advantage)],
                 execution=[self._num_parts, num_threads, self.ranks.rank, self.ranks.size, self._address],
             )
         except RuntimeError:

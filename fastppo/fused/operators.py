@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
 
+SWITCHES = ("monte_carlo", "norm_returns", "norm_adv", "clip_reward", "clip_vloss", "recompute_advantage")
 ACTIVATIONS = ("tanh", "relu", "elu", "silu", "gelu")  # in the order of vector.h
 
 
@@ -40,8 +41,8 @@ LearnCall = _structure(
     **_all(_POINTER, "reward_scale return_mean return_std"),
     **_all(_POINTER, "new_params new_exp_avg new_exp_avg_sq new_step minibatch_metrics explained_variance"),
     **_all(_POINTER, "new_return_mean new_return_std summary"),
-    **_all(_INTEGER, "num_steps num_envs num_minibatches minibatch_size"),
-    **_all(_INTEGER, "monte_carlo norm_returns norm_adv clip_reward clip_vloss"),
+    **_all(_INTEGER, "num_steps num_envs num_epochs num_minibatches minibatch_size"),
+    **_all(_INTEGER, " ".join(SWITCHES)),
     **_all(_INTEGER, "num_parts num_threads rank num_ranks"),
     exchange=_POINTER,
 )
@@ -50,7 +51,6 @@ ActCall = _structure(
     **_all(_POINTER, "obs obs_mean obs_scale action_mask noise action"),
     **_all(_INTEGER, "num_rows num_threads"),
 )
-SWITCHES = ("monte_carlo", "norm_returns", "norm_adv", "clip_reward", "clip_vloss")
 EXECUTION = ("num_parts", "num_threads", "rank", "num_ranks", "exchange")
 
 
@@ -184,7 +184,7 @@ def mlp_learn(
         *(_address(x, kind) for x in (*coefficients, reward_scale, *returns)),
         *(x.data_ptr() for x in results),
     ]
-    sizes = (rows - 1, num_envs, num_minibatches, minibatch_size)
+    sizes = (rows - 1, num_envs, len(permutation), num_minibatches, minibatch_size)
     shape = network_shape(network)
     call = LearnCall(shape, *address, *sizes, *switches, *execution[:-1], execution[-1] or None)
     if functions().fastppo_learn(ctypes.addressof(call)) != 0:

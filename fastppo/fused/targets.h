@@ -25,8 +25,8 @@ struct LearnCall {  // as in operators.py; every field has 8 bytes
   const float *reward_scale, *return_mean, *return_std;    // (); reward_scale may be null
   float *new_params, *new_exp_avg, *new_exp_avg_sq, *new_step;
   float *minibatch_metrics, *explained_variance, *new_return_mean, *new_return_std, *summary;
-  int64_t num_steps, num_envs, num_minibatches, minibatch_size;
-  int64_t monte_carlo, norm_returns, norm_adv, clip_reward, clip_vloss;
+  int64_t num_steps, num_envs, num_epochs, num_minibatches, minibatch_size;
+  int64_t monte_carlo, norm_returns, norm_adv, clip_reward, clip_vloss, recompute_advantage;
   int64_t num_parts, num_threads, rank, num_ranks;
   Exchange* exchange;  // null with one rank
 };
@@ -51,7 +51,8 @@ class Targets {
  public:
   explicit Targets(const LearnCall& call)
       : call_(call), network_(call.network), num_rows_(call.num_steps * call.num_envs), params_(network_.size),
-        values_(num_rows_ + call.num_envs), next_values_(num_rows_), targets_(num_rows_), statistics_(call.num_minibatches) {
+        values_(num_rows_ + call.num_envs), next_values_(num_rows_), targets_(num_rows_), statistics_(call.num_minibatches),
+        return_mean_(*call.return_mean), return_std_(*call.return_std) {
     for (int64_t part = 0; part < call.num_parts; ++part) parts_.emplace_back(network_);
     network_.pack(call.params, params_.get());
   }
@@ -62,8 +63,8 @@ class Targets {
     return {n * part / call_.num_parts, n * (part + 1) / call_.num_parts};
   }
 
-  // forward.evaluate_rollout: log pi(a|s), V(s) and V(s') of this part's rows.
-  void evaluate_rollout(int64_t number) {
+  // forward.evaluate_rollout: log pi(a|s), in the first epoch, V(s) and V(s') of this part's rows.
+  void evaluate_rollout(int64_t number, bool is_first_epoch) {
     const auto [first, last] = share_of(number, num_rows_ + call_.num_envs);  // rows of step T have a value only
     Part& part = parts_[number];
     network_.transpose_heads(params_.get(), part.turned.get());
@@ -73,11 +74,12 @@ class Targets {
       for (int64_t row = from; row < std::min(from + kBlockRows, last); ++row) rows.push_back(row);
       const auto n = static_cast<int64_t>(rows.size());
       forward_rows(part, call_.obs, rows.data(), n);
-      read_actions(part, rows.data(), n);
       for (int64_t i = 0; i < n; ++i) {
         values_[rows[i]] = part.block.critic.column(0)[i];
         if (rows[i] < num_rows_ && has_final(rows[i])) ended.push_back(rows[i]);
       }
+      if (!is_first_epoch) continue;
+      read_actions(part, rows.data(), n);
       for (int64_t r = 0; r < n; r += kWidth) {
         const Vector log_prob = distribution(part, r).log_prob;
         for (int64_t i = r; i < std::min(r + kWidth, n) && rows[i] < num_rows_; ++i) targets_[rows[i]].old_log_prob = log_prob[i - r];
@@ -122,7 +124,7 @@ class Targets {
     return {chosen.log_prob + components.log_prob, chosen.entropy + components.entropy};
   }
 
-  // ppo.estimate_advantages and explained_variance, for all rows.
+  // ppo.estimate_advantages, for all rows.
   void estimate_advantages() {
     const int64_t num_steps = call_.num_steps, num_envs = call_.num_envs;
     for (int64_t row = 0; row < num_rows_; ++row) {
@@ -130,8 +132,6 @@ class Targets {
       targets_[row].old_value = values_[row];
       targets_[row].valid = call_.valid[row] ? 1.0f : 0.0f;
     }
-    new_return_mean_ = *call_.return_mean;
-    new_return_std_ = *call_.return_std;
     const float gamma = *call_.gamma, decay = gamma * *call_.gae_lambda;
     std::vector<float> later(num_envs, 0.0f);  // of step t + 1
     for (int64_t t = num_steps - 1; t >= 0; --t) {
@@ -141,7 +141,7 @@ class Targets {
         const float goes_on = terminated || truncated ? 0.0f : 1.0f, reward = scaled_reward(call_.reward[row]);
         Target& target = targets_[row];
         if (call_.monte_carlo) {  // advantages.monte_carlo_return
-          const float bootstrap = next_values_[row] * *call_.return_std + *call_.return_mean;
+          const float bootstrap = next_values_[row] * return_std_ + return_mean_;
           later[env] = reward + gamma * bootstrap * (truncated && !terminated ? 1.0f : 0.0f) + gamma * goes_on * later[env];
           target.value_target = later[env];
         } else {  // advantages.generalized_advantage
@@ -153,7 +153,6 @@ class Targets {
       }
     }
     if (call_.monte_carlo) finish_returns();
-    explained_variance();
   }
 
   float scaled_reward(float reward) const {
@@ -165,12 +164,12 @@ class Targets {
   void finish_returns() {
     if (call_.norm_returns) {
       const auto [mean, std] = mean_and_std([](const Target& row) { return row.value_target; });
-      new_return_mean_ = static_cast<float>(mean);
-      new_return_std_ = static_cast<float>(std);
+      return_mean_ = static_cast<float>(mean);
+      return_std_ = static_cast<float>(std);
     }
     for (int64_t row = 0; row < num_rows_; ++row) {
       Target& target = targets_[row];
-      if (call_.norm_returns) target.value_target = (target.value_target - new_return_mean_) / (new_return_std_ + 1e-8f);
+      if (call_.norm_returns) target.value_target = (target.value_target - return_mean_) / (return_std_ + 1e-8f);
       target.advantage = target.value_target - values_[row];
     }
   }
@@ -208,18 +207,18 @@ class Targets {
     std::copy(floats.begin(), floats.end(), sums);
   }
 
-  // ppo.make_minibatches: transitions, and what standardises advantages, of every stride-th minibatch.
-  void minibatch_statistics(int64_t first, int64_t stride) {
+  // ppo.make_minibatches: transitions, and what standardises advantages, of every stride-th minibatch from first to last.
+  void minibatch_statistics(int64_t first, int64_t last, int64_t stride) {
     const int64_t n = call_.num_minibatches;
     std::vector<double> sums(2 * n, 0.0), squares(n, 0.0);
-    for (int64_t l = first; l < n; l += stride) {
+    for (int64_t l = first; l < last; l += stride) {
       for_minibatch(l, [&](const Target& row) {
         sums[2 * l] += row.valid;
         sums[2 * l + 1] += static_cast<double>(row.advantage) * row.valid;
       });
     }
     total(sums.data(), 2 * n);
-    for (int64_t l = first; l < n; l += stride) {
+    for (int64_t l = first; l < last; l += stride) {
       const double mean = sums[2 * l + 1] / std::max(sums[2 * l], 1.0);
       statistics_[l].num_transitions = sums[2 * l];
       if (!call_.norm_adv) continue;
@@ -228,7 +227,7 @@ class Targets {
     }
     if (!call_.norm_adv) return;
     total(squares.data(), n);
-    for (int64_t l = first; l < n; l += stride) {
+    for (int64_t l = first; l < last; l += stride) {
       const double std = std::sqrt(squares[l] / std::max(sums[2 * l] - 1.0, 1.0));
       statistics_[l].advantage_scale = 1.0f / (static_cast<float>(std) + 1e-8f);
     }
@@ -248,7 +247,7 @@ class Targets {
   std::vector<Target> targets_;              // (T, N)
   std::vector<Statistics> statistics_;       // (L,)
   std::vector<Part> parts_;
-  float new_return_mean_ = 0.0f, new_return_std_ = 1.0f;
+  float return_mean_, return_std_;           // the critic's units; after an epoch, those of its targets
   std::atomic<bool> failed_{false};  // an exchange with other processes
 };
 

@@ -26,8 +26,8 @@ class Update : Targets {
     network_.unpack(params_.get(), call_.new_params);
     network_.unpack(exp_avg_.get(), call_.new_exp_avg);
     network_.unpack(exp_avg_sq_.get(), call_.new_exp_avg_sq);
-    *call_.new_return_mean = new_return_mean_;
-    *call_.new_return_std = new_return_std_;
+    *call_.new_return_mean = return_mean_;
+    *call_.new_return_std = return_std_;
     summarize();
     return 0;
   }
@@ -43,18 +43,22 @@ class Update : Targets {
     const auto for_parts = [&](auto body) {
       for (int64_t part = thread; part < call_.num_parts; part += call_.num_threads) body(part);
     };
-    for_parts([&](int64_t part) { evaluate_rollout(part); });
-    barrier_.wait();
-    if (thread == 0) estimate_advantages();
-    barrier_.wait();
-    if (call_.num_ranks == 1) {
-      for_parts([&](int64_t part) { minibatch_statistics(part, call_.num_parts); });
-    } else if (thread == 0) {
-      minibatch_statistics(0, 1);
-    }
-    barrier_.wait();
+    const int64_t evaluations = call_.recompute_advantage ? call_.num_epochs : 1, each = call_.num_minibatches / evaluations;
     Progress progress{*call_.step};
     for (int64_t l = 0; l < call_.num_minibatches; ++l) {
+      if (l % each == 0) {
+        for_parts([&](int64_t part) { evaluate_rollout(part, l == 0); });
+        barrier_.wait();
+        if (thread == 0) estimate_advantages();
+        if (thread == 0 && l == 0) explained_variance();
+        barrier_.wait();
+        if (call_.num_ranks == 1) {
+          for_parts([&](int64_t part) { minibatch_statistics(l + part, l + each, call_.num_parts); });
+        } else if (thread == 0) {
+          minibatch_statistics(l, l + each, 1);
+        }
+        barrier_.wait();
+      }
       if (failed_) return;
       for_parts([&](int64_t part) { minibatch_gradient(part, l); });
       barrier_.wait();

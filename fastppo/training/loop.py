@@ -255,8 +255,7 @@ def account(job: Job, update: Update, times: Times) -> None:
         job.first_update_seconds = process_age()
     job.iterations += 1
     for index, metrics in update.metrics.items():
-        learning_rate = job.buffers.inputs[index].coefficients.learning_rate
-        runs[index].record(update.outcomes[index], metrics, learning_rate, times)
+        runs[index].record(update.outcomes[index], metrics, job.buffers.inputs[index].coefficients, times)
         evaluate(job, runs[index])
         with isolating_fault(job, index):
             runs[index].log_and_call_back(partial(job.environments_of, index))

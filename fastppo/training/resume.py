@@ -131,7 +131,9 @@ def _continue_environments(state: TrainState, restarts: bool) -> str:
 
 def _annealing_note(before: TrainConfig, config: TrainConfig) -> str | None:
     """A line for people if the run has a new length and something is annealed over it."""
-    annealed = [name for name, on in (("learning rate", config.anneal_lr), ("clip range", config.anneal_clip)) if on]
+    switches = {"learning rate": config.anneal_lr, "clip range": config.anneal_clip}
+    switches["entropy bonus"] = config.ent_coef_end is not None
+    annealed = [name for name, on in switches.items() if on]
     same = (config.total_timesteps, config.num_iterations) == (before.total_timesteps, before.num_iterations)
     if same or not annealed:
         return None
@@ -167,7 +169,7 @@ def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, 
 
 def _completed(checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> Mapping[str, Any]:
     """The checkpoint with what an older version did not have; that judged the best policy by the last 100 episodes."""
-    checkpoint = {"best_evaluation": -math.inf, **checkpoint}
+    checkpoint = {"best_evaluation": -math.inf, "learning_rate_factor": 1.0, **checkpoint}
     if "best" in checkpoint:
         return checkpoint
     return {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
@@ -215,6 +217,7 @@ def load_state(
         state.seconds = checkpoint["seconds"]
         state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
         state.best_evaluation = checkpoint["best_evaluation"]
+        state.learning_rate_factor = checkpoint["learning_rate_factor"]
         if renewed == "other":
             state.best, state.best_evaluation = BestPolicy(len(state.return_carry), snapshot(state)), -math.inf
         state.environments = checkpoint["environments"]

@@ -64,6 +64,7 @@ class TrainState:
     iteration: int = 0
     global_step: int = 0
     seconds: float = 0.0
+    learning_rate_factor: float = 1.0  # of --desired-kl
     environments: dict[str, Any] | None = None  # their state at this point, if they can be saved
     best_evaluation: float = -math.inf  # mean return of the best policy of --eval-every; -inf: none has judged best.pt
 
@@ -193,6 +194,7 @@ def checkpoint_of(
         "episodes": state.episodes.state_dict(),
         "best": state.best.state_dict(snapshot_data),
         "best_evaluation": state.best_evaluation,
+        "learning_rate_factor": state.learning_rate_factor,
     }
 
 

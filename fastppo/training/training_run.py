@@ -17,7 +17,7 @@ from torch import Tensor
 from fastppo.analysis.evaluation import EvaluationResult
 from fastppo.callbacks import Callback, View, is_yes
 from fastppo.config import TrainConfig
-from fastppo.core.contracts import LearnResult, Normalization
+from fastppo.core.contracts import Coefficients, LearnResult, Normalization
 from fastppo.errors import RankLost, TrainingFault, brief
 from fastppo.rollout.storage import Outcomes
 from fastppo.run.directory import RunDirectory
@@ -29,7 +29,14 @@ from fastppo.training.checkpoints import Checkpoints
 from fastppo.training.diagnosis import PATIENCE, Diagnosis, share_at_bounds
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, gather_environments, normalization_of, preserved, snapshot
-from fastppo.training.update import FrozenInputs, frozen_inputs, read_metrics, update_obs_moments, update_return_moments
+from fastppo.training.update import (
+    FrozenInputs,
+    adapted_factor,
+    frozen_inputs,
+    read_metrics,
+    update_obs_moments,
+    update_return_moments,
+)
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 ENDLESS_STEPS = 1_000  # steps of each environment without the end of an episode before a line says so
@@ -242,17 +249,18 @@ class TrainingRun:
         state = self.state
         state.params.copy_(result.params)
         state.adam, state.return_mean, state.return_std = result.adam, result.return_mean, result.return_std
+        state.learning_rate_factor = adapted_factor(state.learning_rate_factor, metrics["approx_kl"], self.config)
         if not self.is_blank:  # else see `normalize`
             update_obs_moments(state, rollout, self._task.ranks.total)
         if state.iteration % PATIENCE == 1:
             self._at_bounds = share_at_bounds(self._task.action, rollout["action"])
         return metrics
 
-    def record(self, outcomes: Outcomes, metrics: Mapping[str, float], learning_rate: Tensor, times: Times) -> None:
+    def record(self, outcomes: Outcomes, metrics: Mapping[str, float], coefficients: Coefficients, times: Times) -> None:
         """Count the iteration's steps and episodes, and make its row of metrics.
 
         Args:
-            outcomes: (T, N) each, of all processes. metrics: the result of `apply_update`. learning_rate: () of the iteration.
+            outcomes: (T, N) each, of all processes. metrics: the result of `apply_update`. coefficients: of the iteration.
         """
         state = self.state
         restart = self.checkpoints.restarts_at(state.iteration + 1)
@@ -268,7 +276,7 @@ class TrainingRun:
         before, self._evaluation = state.best_return, None
         self._keep_best(state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state)))
         self.new_best = state.best_return > before
-        self.row = self._row(outcomes, metrics, learning_rate, times)
+        self.row = self._row(outcomes, metrics, coefficients, times)
 
     def _keep_best(self, found: PolicySnapshot | None) -> None:
         """Keep a policy that training has found to be the best, unless evaluations say which is."""
@@ -293,11 +301,11 @@ class TrainingRun:
             self.note(result.remark)
 
     def _row(
-        self, outcomes: Outcomes, metrics: Mapping[str, float], learning_rate: Tensor, times: Times
+        self, outcomes: Outcomes, metrics: Mapping[str, float], coefficients: Coefficients, times: Times
     ) -> dict[str, int | float]:
         state, config = self.state, self.config
         terminated, truncated, valid = outcomes.terminated, outcomes.truncated, outcomes.valid
-        entropy = (config.ent_coef or 0.0) * metrics["entropy"]
+        entropy = coefficients.ent_coef.item() * metrics["entropy"]
         return ordered_row(
             {
                 "iteration": state.iteration,
@@ -311,7 +319,7 @@ class TrainingRun:
                 "truncations": int((truncated & ~terminated & valid).sum()),
                 "loss": metrics["policy_loss"] + config.vf_coef * metrics["value_loss"] - entropy,
                 **metrics,
-                "learning_rate": learning_rate.item(),
+                "learning_rate": coefficients.learning_rate.item(),
                 "env_share": times.env / times.total,
                 "act_share": times.act / times.total,
                 "learn_share": times.learn / times.total,

@@ -21,6 +21,8 @@ from fastppo.run.metrics import METRICS
 from fastppo.system.modes import ours
 from fastppo.training.state import TrainState, normalization_of
 
+LOWEST_RATE, HIGHEST_RATE = 1e-5, 1e-2  # of --desired-kl
+
 
 class FrozenInputs(NamedTuple):
     """What programs read beside parameters and rollout. It does not change within an iteration."""
@@ -31,19 +33,44 @@ class FrozenInputs(NamedTuple):
 
 def frozen_inputs(state: TrainState, progress: float, config: TrainConfig) -> FrozenInputs:
     """The inputs of the iteration that starts at `progress`."""
-    return FrozenInputs(normalization_of(state), coefficients_at(progress, config, state.params.device))
+    return FrozenInputs(
+        normalization_of(state), coefficients_at(progress, config, state.params.device, state.learning_rate_factor)
+    )
 
 
-def coefficients_at(progress: float, config: TrainConfig, device: torch.device) -> Coefficients:
-    """The numbers of the iteration that starts at `progress`, a share of the run: learning rate and clip range annealed."""
+def coefficients_at(progress: float, config: TrainConfig, device: torch.device, learning_rate_factor: float) -> Coefficients:
+    """The numbers of the iteration that starts at `progress`, a share of the run, some of them annealed.
+
+    learning_rate_factor: see `adapted_factor`.
+    """
     values: dict[str, float] = {name: getattr(config, name) for name in Coefficients._fields}
-    if config.anneal_lr:
-        values["learning_rate"] *= 1.0 - progress
+    values["learning_rate"] *= 1.0 - progress if config.anneal_lr else learning_rate_factor
+    if config.ent_coef_end is not None:
+        values["ent_coef"] += (config.ent_coef_end - values["ent_coef"]) * min(progress, 1.0)
     if config.anneal_clip:
         values["clip_coef"] *= 1.0 - progress
     if config.target_kl is None:
         values["target_kl"] = math.inf
     return Coefficients(*torch.tensor(list(values.values()), dtype=torch.float32, device=device).unbind())
+
+
+def adapted_factor(factor: float, approx_kl: float, config: TrainConfig) -> float:
+    """The factor of the learning rate after an iteration with that KL estimate, where --desired-kl is on.
+
+        rate / 1.5  where  approx_kl > 2 desired_kl,       rate * 1.5  where  0 < approx_kl < desired_kl / 2
+
+    within 1e-5 and 1e-2, unless it starts outside. rsl_rl's schedule "adaptive" (Rudin et al., 2022, arXiv 2109.11978) does the
+    same after each minibatch.
+    """
+    start, desired = config.learning_rate, config.desired_kl
+    if start is None or desired is None:
+        return factor
+    rate = start * factor
+    if approx_kl > 2.0 * desired:
+        rate = max(rate / 1.5, min(LOWEST_RATE, rate))
+    elif 0.0 < approx_kl < desired / 2.0:
+        rate = min(rate * 1.5, max(HIGHEST_RATE, rate))
+    return rate / start
 
 
 def read_metrics(result: LearnResult) -> dict[str, float]:
