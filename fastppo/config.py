@@ -223,6 +223,8 @@ class TrainConfig:
     """Number of recurrent layers."""
     rnn_shared: bool = False
     """Share the recurrent layers between actor and critic (always with --share-backbone)."""
+    init: Literal["orthogonal", "torch"] = "orthogonal"
+    """Initial weights: orthogonal, or as torch's Linear and Conv2d draw them (Stable-Baselines3's ortho_init=False)."""
     log_std_init: Annotated[float, within(-20, 20)] = 0.0
     """Initial log standard deviation of continuous actions."""
     squash_actions: bool = False

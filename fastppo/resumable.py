@@ -25,7 +25,7 @@ REASONS = {  # why a setting may not change
     "num_agents": "each agent has rows of its own",
     "preset": "give the settings themselves as flags",
     "init_from": "it has weights of its own by now",
-    "log_std_init": "it is where that weight started",
+    **dict.fromkeys(("init", "log_std_init"), "its weights have started"),
 }
 OF_THE_NETWORK = "its network was made with it"
 

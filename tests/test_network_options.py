@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 from torch import nn
 
 from fastppo import TrainConfig, load_policy, train
@@ -14,7 +14,9 @@ from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.make_network import make_network
 from fastppo.policy.mlp import MLPActorCritic
+from fastppo.policy.network import draw_as_torch
 from fastppo.policy.spaces import action_spec, obs_spec
+from fastppo.training.state import init_state
 from support.resume import differing
 from support.runs import checkpoint, tiny, trained
 
@@ -171,6 +173,40 @@ def test_the_settings_choose_them():
     network = make_network(obs, action, TrainConfig(cnn="impala", cnn_size=8, hidden_sizes=(4,), layer_norm=True))
     names = network.weights(network.init(torch.Generator().manual_seed(0))).keys()
     assert {"cnn.obs.2.1.1.weight", "cnn.obs.features.bias", "critic.0.norm.weight"} <= names
+
+
+@pytest.mark.parametrize("share_backbone", [False, True])
+def test_weights_as_torch_draws_them(share_backbone):
+    """Oracle: the ranges of torch.nn.Linear's and Conv2d's own weights and biases. Other weights are untouched."""
+    obs = obs_spec(Dict(picture=Box(0, 255, (3, 36, 36), np.uint8), x=Box(-1, 1, (5,))))
+    settings = {"hidden_sizes": (64, 32), "cnn_size": 16, "share_backbone": share_backbone, "layer_norm": True}
+    network = make_network(obs, action_spec(Box(-1, 1, (2,)), False), TrainConfig(log_std_init=-0.5, **settings))
+    params = network.init(torch.Generator().manual_seed(0))
+    weights = network.weights(params)
+    draw_as_torch(weights, torch.Generator().manual_seed(1))
+    trunk = "backbone" if share_backbone else "critic"
+    layers = {"cnn.obs.picture.0": nn.Conv2d(3, 32, 8, 4), "cnn.obs.picture.1": nn.Conv2d(32, 64, 4, 2)}
+    layers |= {f"{trunk}.0": nn.Linear(21, 64), f"{trunk}.1": nn.Linear(64, 32), "actor.head": nn.Linear(32, 2)}
+    for name, layer in layers.items():
+        for part, theirs in layer.named_parameters():
+            ours = weights[f"{name}.{part}"]
+            assert ours.shape in (theirs.shape, theirs.shape[::-1])
+            assert 0 < ours.abs().max() < 1.1 * layer.weight.abs().max(), (name, part)
+            assert ours.numel() < 60 or ours.abs().max() > 0.8 * layer.weight.abs().max(), (name, part)
+    assert (weights["actor.log_std"] == -0.5).all()
+    assert (weights[f"{trunk}.0.norm.weight"] == 1.0).all()
+    assert torch.equal(network.flatten(weights), params)  # the buffer itself was filled
+
+
+def test_the_flag_draws_them(tmp_path):
+    """--init torch: a first layer within +-1 / sqrt(4), its biases not zero; without it they are."""
+    for init, drawn in (("torch", True), ("orthogonal", False)):
+        state = init_state(
+            TrainConfig(init=init), MLPActorCritic(4, 2, CATEGORICAL), obs_spec(Box(-1, 1, (4,))), torch.device("cpu")
+        )
+        weights = MLPActorCritic(4, 2, CATEGORICAL).weights(state.params)
+        assert bool(weights["actor.0.bias"].any()) is drawn
+        assert (weights["actor.0.weight"].abs().max().item() <= 0.5) is drawn
 
 
 def test_a_run_with_impala(tmp_path):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.core.contracts import Obs, Weights
-from fastppo.policy.impala import impala, impala_shapes, init_impala
+from fastppo.policy.impala import impala, impala_shapes
 from fastppo.policy.mlp import ACTIVATIONS
-from fastppo.policy.network import Shaped, check_shapes
+from fastppo.policy.network import Shaped, check_shapes, draw_as_torch
 from fastppo.policy.spaces import ObsLeaf
 
 # (filters, kernel, stride) of the convolutions of Mnih et al., 2015, "Human-level control through deep reinforcement learning"
@@ -57,11 +57,11 @@ class Encoder(Shaped):
     def init(self, generator: torch.Generator) -> Tensor:
         """Orthogonal weights, gain sqrt(2), zero biases; of IMPALA's CNN as torch.nn does by default."""
         params = torch.zeros(self.num_params, dtype=torch.float32, device="cpu")
+        if self.cnn == "impala":
+            draw_as_torch(self.weights(params), generator)
+            return params
         for name, weight in self.weights(params).items():
-            if self.cnn == "impala":
-                shape = self.shapes[f"{name.rpartition('.')[0]}.weight"]
-                init_impala(weight, math.prod(shape[1:]) if len(shape) == 4 else shape[0], generator)
-            elif name.endswith(".weight"):
+            if name.endswith(".weight"):
                 matrix = params.new_empty(weight.shape)
                 weight.copy_(torch.nn.init.orthogonal_(matrix, math.sqrt(2.0), generator=generator))
         return params

@@ -4,7 +4,6 @@ Three sequences of a convolution, a maximum over 3 x 3 pixels with stride 2, and
 one layer of features. Pure functions of weights by name. Knows nothing of observations or of the flat buffer.
 """
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -35,12 +34,6 @@ def impala_shapes(image: tuple[int, int, int], size: int) -> Iterator[tuple[str,
 def _block_names(sequence: int) -> list[str]:
     """The names of a sequence's convolutions in its residual blocks, two for each."""
     return [f"{sequence}.{block}.{part}" for block in range(BLOCKS) for part in range(2)]
-
-
-def init_impala(weight: Tensor, fan_in: int, generator: torch.Generator) -> None:
-    """Fill a weight or bias as torch.nn does by default: uniform between -1 / sqrt(fan_in) and that."""
-    bound = 1.0 / math.sqrt(fan_in)
-    weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).uniform_(-bound, bound, generator=generator))
 
 
 def impala(weights: Weights, prefix: str, x: Tensor, activation: Activation) -> Tensor:

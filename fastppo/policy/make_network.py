@@ -38,6 +38,8 @@ class NetworkConfig(Protocol):
     @property
     def rnn_shared(self) -> bool: ...
     @property
+    def init(self) -> Literal["orthogonal", "torch"]: ...
+    @property
     def log_std_init(self) -> float: ...
     @property
     def squash_actions(self) -> bool: ...
@@ -53,6 +55,8 @@ def make_network(
     if policy is not None:
         if config.rnn is not None:
             raise UsageError(f"--rnn {config.rnn} is a part of our networks, and policy= is a whole one of yours: leave it off")
+        if config.init != "orthogonal":
+            raise UsageError(f"--init {config.init} is for our networks, and yours draws its own weights: leave it off")
         return ModulePolicy(policy, obs, action, config.log_std_init, seed)
     sizes = config.hidden_sizes
     if sizes is None:

@@ -62,6 +62,18 @@ class DistributionMixin:
         return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
+def draw_as_torch(weights: Weights, generator: torch.Generator) -> None:
+    """Draw matrices (in, out), filters (out, in, k, k) and their biases as torch.nn.Linear and Conv2d do by default, in place.
+
+    Uniform between -1 / sqrt(number of inputs) and that. Other weights stay as they are.
+    """
+    for name, weight in weights.items():
+        filters = weights.get(f"{name.rpartition('.')[0]}.weight")
+        if name.endswith((".weight", ".bias")) and filters is not None and filters.ndim in (2, 4):
+            bound = 1.0 / math.sqrt(filters[0].numel() if filters.ndim == 4 else filters.shape[0])
+            weight.copy_(torch.empty(weight.shape, dtype=weight.dtype).uniform_(-bound, bound, generator=generator))
+
+
 class Part(Protocol):
     """A part of a network, with its own section of the flat buffer."""
 

@@ -16,7 +16,7 @@ from fastppo.config import TrainConfig
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.contracts import Normalization
 from fastppo.policy.codec import policy_state
-from fastppo.policy.network import Network
+from fastppo.policy.network import Network, draw_as_torch
 from fastppo.policy.normalization import (
     RunningMoments,
     init_moments,
@@ -86,7 +86,11 @@ class TrainState:
 
 def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torch.device) -> TrainState:
     """A state with fresh parameters and statistics."""
-    params = network.init(torch.Generator("cpu").manual_seed(seed_of(config.seed, Stream.PARAMETERS))).to(device)
+    generator = torch.Generator("cpu").manual_seed(seed_of(config.seed, Stream.PARAMETERS))
+    params = network.init(generator)
+    if config.init == "torch":
+        draw_as_torch(network.weights(params), generator)
+    params = params.to(device)
     drawn_from = {"actions": Stream.ACTIONS, "minibatches": Stream.MINIBATCHES}
     start = PolicySnapshot(
         params=params.clone(),
