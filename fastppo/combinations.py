@@ -18,8 +18,6 @@ def check_combinations(config: "TrainConfig") -> None:
         raise UsageError("--clip-reward and --norm-reward both set the scale of rewards: choose one")
     if config.desired_kl is not None and config.anneal_lr:
         raise UsageError("--desired-kl and --anneal-lr both change the learning rate: choose one (--no-anneal-lr)")
-    if config.norm_returns and config.advantage != "monte-carlo":
-        raise UsageError("--norm-returns is for --advantage monte-carlo: set that too, or use --norm-reward")
     if config.backend in ("torch", "envpool") and config.vectorization != "auto":
         raise UsageError(
             f"--vectorization {config.vectorization} is for --backend gymnasium; "

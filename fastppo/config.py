@@ -172,7 +172,7 @@ class TrainConfig:
     norm_adv: Annotated[bool, LEARNING] = True
     """Standardise advantages in each minibatch."""
     norm_returns: bool = False
-    """Standardise the returns of each rollout before the critic learns them (with --advantage monte-carlo)."""
+    """Standardise the returns of each rollout before the critic learns them; its values are translated back."""
     norm_obs: bool = False
     """Normalise observations by their running mean and standard deviation."""
     norm_reward: bool = False

@@ -171,7 +171,7 @@ def test_json_and_back(name, tmp_path):
         ({"compile": "maybe"}, "--compile"),
         ({"hidden_sizes": (64, 0)}, "--hidden-sizes"),
         ({"device": "gpu"}, "--device"),
-        ({"norm_returns": True}, "--norm-returns"),
+        ({"desired_kl": 0.01}, "--desired-kl and --anneal-lr"),
         ({"clip_reward": True, "norm_reward": True}, "--clip-reward and --norm-reward"),
         ({"num_minibatches": 7}, r"--num-minibatches 7 .*4 or 8"),
         ({"minibatch_size": 5000}, r"--minibatch-size 5000 .*1024"),

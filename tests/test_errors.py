@@ -88,7 +88,7 @@ def lines_of(capsys):
         (["--num-threads", str(2**40)], ["--num-threads", "4096"]),
         (["--log-std-init", "1e308"], ["--log-std-init", "-20 and 20"]),
         (["--advantage", "gea"], ["--advantage", "gae", "monte-carlo"]),
-        (["--norm-returns"], ["--norm-returns", "monte-carlo"]),
+        (["--desired-kl", "0.01", "--anneal-lr"], ["--desired-kl", "--no-anneal-lr"]),
         (["--activation", "swish"], ["--activation", "silu"]),
         (["--activation", 1000 * "x"], ["--activation", "silu"]),
         (["--preset", "defalt"], ["--preset", "default", "article", "continuous"]),

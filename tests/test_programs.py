@@ -15,11 +15,14 @@ from torchrl.objectives.value.functional import generalized_advantage_estimate
 from fastppo.core.acting import act
 from fastppo.core.adam import AdamState, init_adam
 from fastppo.core.contracts import Normalization
+from fastppo.core.forward import Evaluation
 from fastppo.core.gradient import functional_grad_and_aux, grad_and_aux
 from fastppo.core.minibatches import draw_permutation
-from fastppo.core.ppo import MINIBATCH_METRICS
+from fastppo.core.ppo import MINIBATCH_METRICS, estimate_advantages
+from fastppo.core.sharding import Shard
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.mlp import MLPActorCritic
+from support.learn_settings import coefficients, learn_settings
 from support.programs import (
     COLUMN,
     DISCRETE,
@@ -399,6 +402,28 @@ def test_monte_carlo_returns_are_standardised_and_translated_by_hand():
     learned = update(DISCRETE, params, rollout, make_permutation(1, 4), **options)
     assert column(learned, "value_loss")[0] == pytest.approx(14 / 3, abs=1e-5)
     assert (learned.return_mean.item(), learned.return_std.item()) == (0.0, 1.0)
+
+
+@POLICIES
+def test_a_standardised_critic_gives_the_advantages_of_a_plain_one(policy):
+    """`norm_returns` with GAE: values are translated back before the deltas, and targets standardised after them.
+
+    Oracle: `estimate_advantages` of a critic that says the translated values itself, standardised by torch.
+    """
+    rollout = make_rollout(policy, 16, 4)
+    generator = torch.Generator().manual_seed(5)
+    value, next_value = (torch.randn(16, 4, generator=generator) for _ in range(2))
+    evaluation = Evaluation(torch.zeros(16, 4), value, next_value)
+    translated = Evaluation(torch.zeros(16, 4), value * 3.0 + 10.0, next_value * 3.0 + 10.0)
+    normalization = OFF._replace(return_mean=torch.tensor(10.0), return_std=torch.tensor(3.0))
+    settings = {"minibatch_size": 16, "clip_vloss": False}
+    plain, standardised = (learn_settings(norm_returns=on, **settings)["config"] for on in (False, True))
+    expected = estimate_advantages(translated, rollout, coefficients(), OFF, plain, Shard())
+    found = estimate_advantages(evaluation, rollout, coefficients(), normalization, standardised, Shard())
+    torch.testing.assert_close(found.advantage, expected.advantage)
+    targets = expected.value_target[rollout["valid"][:-1]]
+    torch.testing.assert_close(found.value_target[rollout["valid"][:-1]], (targets - targets.mean()) / targets.std())
+    torch.testing.assert_close((found.return_mean, found.return_std), (targets.mean(), targets.std()))
 
 
 # --- stopping, skipping, schedules ---

@@ -88,11 +88,10 @@ def any_settings(draw):
     settings |= {"minibatch_size": parts} if by_size else {"num_minibatches": parts}
     advantage = draw(st.sampled_from(["gae", "monte-carlo"]))
     switches = ["anneal_lr", "anneal_clip", "norm_obs", "norm_reward", "clip_vloss", "share_backbone", "reset_each_rollout"]
-    switches.append("recompute_advantage")
+    switches += ["recompute_advantage", "norm_returns"]
     settings |= {name: draw(st.booleans()) for name in (*switches, "exact_resume", "check_env")}
     rows = parts if by_size else batch_size // parts
     settings["norm_adv"] = draw(rare) or (rows > 1 and draw(st.booleans()))
-    settings["norm_returns"] = draw(rare) or (advantage == "monte-carlo" and draw(st.booleans()))
     settings["clip_reward"] = draw(rare) or (not settings["norm_reward"] and draw(st.booleans()))
     action = ACTIONS[settings["env_kwargs"]["action"]] if "action" in settings.get("env_kwargs", {}) else None
     settings["squash_actions"] = draw(rare) or (is_bounded(action) and draw(st.booleans()))
@@ -138,7 +137,6 @@ def is_legal(settings):
         batch_size % parts == 0
         and (rows > 1 or not settings["norm_adv"])
         and not (settings["clip_reward"] and settings["norm_reward"])
-        and (settings["advantage"] == "monte-carlo" or not settings["norm_returns"])
         and (bounded or not settings["squash_actions"])
         and (kwargs.get("observation") != "masked" or kwargs.get("action") == "multi-discrete")  # the mask is of five choices
     )

@@ -178,30 +178,32 @@ def estimate_advantages(
     """Advantages and what the critic learns towards, from rewards r that are clipped and scaled as the settings say.
 
         gae:          A = sum over k of (gamma lambda)^k delta[t+k],   V_target = A + V
-        monte-carlo:  V_target = R, the discounted reward to the end, or (R - mean) / std (norm_returns),   A = V_target - V
+        monte-carlo:  V_target = R, the discounted reward to the end,   A = V_target - V
 
-    See core/advantages.py for both.
+    See core/advantages.py for both. With norm_returns the critic learns (V_target - mean) / std of the rollout. Its outputs are
+    translated back for the deltas and bootstraps of the next rollout. With monte-carlo, A is in the critic's units.
     """
-    _, value, next_value = evaluation
+    return_mean, return_std = normalization.return_mean, normalization.return_std
+    value, next_value = (x * return_std + return_mean for x in evaluation[1:])  # in units of the reward
     reward, terminated, truncated = (rollout[key][:-1] for key in ("reward", "terminated", "truncated"))  # (T, N)
     if config.clip_reward:
         reward = reward.sign()
     if normalization.reward_scale is not None:
         reward = (reward * normalization.reward_scale).clamp(-10.0, 10.0)
-    return_mean, return_std = normalization.return_mean, normalization.return_std
+    gamma = coefficients.gamma
     if config.advantage_estimator == "gae":
         advantage, value_target = generalized_advantage(
-            reward, value, next_value, terminated, truncated, coefficients.gamma, coefficients.gae_lambda
+            reward, value, next_value, terminated, truncated, gamma, coefficients.gae_lambda
         )
-        return Targets(advantage, value_target, return_mean, return_std)
-    # the critic may speak in standardised returns: its bootstrap is translated back into rewards
-    bootstrap = next_value * return_std + return_mean
-    value_target = monte_carlo_return(reward, bootstrap, terminated, truncated, coefficients.gamma)
+    else:
+        value_target = monte_carlo_return(reward, next_value, terminated, truncated, gamma)
     if config.norm_returns:
         valid = rollout["valid"][:-1].to(value.dtype)
         return_mean, return_std = mean_and_std(value_target, valid, total=shard.sum_over_ranks)
         value_target = (value_target - return_mean) / (return_std + 1e-8)
-    return Targets(value_target - value, value_target, return_mean, return_std)
+    if config.advantage_estimator == "monte-carlo":
+        advantage = value_target - evaluation.value
+    return Targets(advantage, value_target, return_mean, return_std)
 
 
 def make_minibatches(

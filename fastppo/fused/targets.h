@@ -139,20 +139,22 @@ class Targets {
         const int64_t row = t * num_envs + env;
         const bool terminated = call_.terminated[row], truncated = call_.truncated[row];
         const float goes_on = terminated || truncated ? 0.0f : 1.0f, reward = scaled_reward(call_.reward[row]);
+        const float value = values_[row] * return_std_ + return_mean_, bootstrap = next_values_[row] * return_std_ + return_mean_;
         Target& target = targets_[row];
         if (call_.monte_carlo) {  // advantages.monte_carlo_return
-          const float bootstrap = next_values_[row] * return_std_ + return_mean_;
           later[env] = reward + gamma * bootstrap * (truncated && !terminated ? 1.0f : 0.0f) + gamma * goes_on * later[env];
           target.value_target = later[env];
         } else {  // advantages.generalized_advantage
-          const float delta = reward + gamma * next_values_[row] * (terminated ? 0.0f : 1.0f) - values_[row];
+          const float delta = reward + gamma * bootstrap * (terminated ? 0.0f : 1.0f) - value;
           later[env] = delta + decay * goes_on * later[env];
           target.advantage = later[env];
-          target.value_target = later[env] + values_[row];
+          target.value_target = later[env] + value;
         }
       }
     }
-    if (call_.monte_carlo) finish_returns();
+    if (call_.norm_returns) standardize_returns();
+    if (!call_.monte_carlo) return;
+    for (int64_t row = 0; row < num_rows_; ++row) targets_[row].advantage = targets_[row].value_target - values_[row];
   }
 
   float scaled_reward(float reward) const {
@@ -161,17 +163,11 @@ class Targets {
     return reward;
   }
 
-  void finish_returns() {
-    if (call_.norm_returns) {
-      const auto [mean, std] = mean_and_std([](const Target& row) { return row.value_target; });
-      return_mean_ = static_cast<float>(mean);
-      return_std_ = static_cast<float>(std);
-    }
-    for (int64_t row = 0; row < num_rows_; ++row) {
-      Target& target = targets_[row];
-      if (call_.norm_returns) target.value_target = (target.value_target - return_mean_) / (return_std_ + 1e-8f);
-      target.advantage = target.value_target - values_[row];
-    }
+  void standardize_returns() {
+    const auto [mean, std] = mean_and_std([](const Target& row) { return row.value_target; });
+    return_mean_ = static_cast<float>(mean);
+    return_std_ = static_cast<float>(std);
+    for (Target& target : targets_) target.value_target = (target.value_target - return_mean_) / (return_std_ + 1e-8f);
   }
 
   void explained_variance() {
