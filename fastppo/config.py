@@ -177,6 +177,8 @@ class TrainConfig:
     """Normalise observations by their running mean and standard deviation."""
     norm_reward: bool = False
     """Divide rewards by the running standard deviation of the discounted return."""
+    rnd_coef: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Weight of a reward for observations that are new, by random network distillation. Returns are logged without it."""
     reward_weights: Annotated[tuple[float, ...] | None, WEIGHTS] = None
     """Learn from the weighted sum of a reward that is a vector: a weight for each part. metrics.csv has each part's return."""
     clip_reward: bool = False

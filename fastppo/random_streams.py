@@ -33,6 +33,7 @@ class Stream(IntEnum):
     SWEEP_SAMPLER = 14
     WORKER = 15  # global generators of an environment process; the seed is that of its first environment
     TRAINING_EVALUATION = 16  # of --eval-every: the same episodes every time, and others than those of the final evaluation
+    NOVELTY = 17  # the weights of --rnd-coef's networks
 
 
 def seed_of(seed: int, stream: Stream, *indices: int) -> int:

@@ -22,6 +22,7 @@ REASONS = {  # why a setting may not change
     ),
     **dict.fromkeys(("rescale_action", "squash_actions"), "its policy has learned actions in these units"),
     **dict.fromkeys(("exact_resume", "checkpoint_iterations"), "its environments restart at its checkpoints"),
+    "rnd_coef": "the bonus is a part of what its critic has learned",
     "num_agents": "each agent has rows of its own",
     "preset": "give the settings themselves as flags",
     "init_from": "it has weights of its own by now",

@@ -37,6 +37,7 @@ from support.seeds import SHORT, assert_alike, params_of, rows_of
     [
         {"backend": "torch"},
         {"backend": "torch", "env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True, "target_kl": 0.003},
+        {"backend": "torch", "env_id": "Pendulum-v1", "norm_obs": True, "rnd_coef": 0.5},
         {"vectorization": "entry-point"},
         {"vectorization": "sync", "anneal_lr": True, "norm_obs": True, "compile": "on"},
         {"vectorization": "grouped", "num_threads": 2},

@@ -24,7 +24,7 @@ COMMON = ["--num-envs", "8", "--num-steps", "16", "--compile", "off", "--plain",
 COMMON += ["--no-check-env"]
 CASES = {
     "host": ["--env-id", "CartPole-v1", "--backend", "gymnasium", "--norm-obs", "--norm-reward", "--compile", "on"],
-    "device": ["--env-id", "CartPole-v1", "--backend", "torch"],
+    "device": ["--env-id", "CartPole-v1", "--backend", "torch", "--norm-obs", "--norm-reward", "--rnd-coef", "0.5"],
     "agents": ["--env-id", "support.parallel_envs", "--norm-obs", "--norm-reward", "--vectorization", "sync"],
 }
 FOR_EVER = ["--num-iterations", "100000", "--checkpoint-iterations", "2"]

@@ -208,7 +208,9 @@ def learn(job: Job, collector: Collector) -> Update:
     task, buffers, running = job.task, job.buffers, job.running
     config, ranks, axis = task.config, task.ranks, buffers.axis
     outcomes = global_outcomes(collector.outcomes(), ranks)
-    if config.norm_reward or (config.norm_obs and job.runs[0].is_blank):
+    if config.rnd_coef > 0:  # the rollout's rewards get a bonus, those of the outcomes do not
+        outcomes = outcomes._replace(reward=outcomes.reward.copy())
+    if config.norm_reward or config.rnd_coef > 0 or (config.norm_obs and job.runs[0].is_blank):
         for index in running:
             rollout = buffers.rollouts[index]
             normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))

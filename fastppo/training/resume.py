@@ -158,9 +158,11 @@ def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, 
     if renewed == "other":  # its returns say nothing of the other environment
         episodes, best = {**expected["episodes"], "episodes": episodes["episodes"]}, expected["best"]
     running = {key: value for key, value in expected["episodes"].items() if key.startswith("running")}
+    novelty = checkpoint["novelty"]
     return {
         **checkpoint,
         "environments": None,
+        "novelty": None if novelty is None else {**novelty, "carry": expected["novelty"]["carry"]},
         "return_carry": expected["return_carry"],
         "episodes": {**episodes, **running},
         "best": {**best, "spans": [{**span, "begins": begins} for span in best["spans"]]},
@@ -169,7 +171,7 @@ def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, 
 
 def _completed(checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> Mapping[str, Any]:
     """The checkpoint with what an older version did not have; that judged the best policy by the last 100 episodes."""
-    checkpoint = {"best_evaluation": -math.inf, "learning_rate_factor": 1.0, **checkpoint}
+    checkpoint = {"best_evaluation": -math.inf, "learning_rate_factor": 1.0, "novelty": None, **checkpoint}
     if "best" in checkpoint:
         return checkpoint
     return {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
@@ -218,6 +220,7 @@ def load_state(
         state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
         state.best_evaluation = checkpoint["best_evaluation"]
         state.learning_rate_factor = checkpoint["learning_rate_factor"]
+        state.novelty = None if state.novelty is None else state.novelty.restored(checkpoint["novelty"])
         if renewed == "other":
             state.best, state.best_evaluation = BestPolicy(len(state.return_carry), snapshot(state)), -math.inf
         state.environments = checkpoint["environments"]

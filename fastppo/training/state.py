@@ -29,6 +29,7 @@ from fastppo.ranks import Ranks
 from fastppo.run.best import BestPolicy
 from fastppo.run.checkpoint_file import FORMAT
 from fastppo.run.episodes import EpisodeStatistics
+from fastppo.training.novelty import Novelty, init_novelty
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class TrainState:
     global_step: int = 0
     seconds: float = 0.0
     learning_rate_factor: float = 1.0  # of --desired-kl
+    novelty: Novelty | None = None  # of --rnd-coef
     environments: dict[str, Any] | None = None  # their state at this point, if they can be saved
     best_evaluation: float = -math.inf  # mean return of the best policy of --eval-every; -inf: none has judged best.pt
 
@@ -117,6 +119,7 @@ def init_state(config: TrainConfig, network: Network, obs: ObsSpec, device: torc
         episodes=EpisodeStatistics(config.num_envs, len(config.reward_weights or ()), config.num_agents or 1),
         best=BestPolicy(config.num_envs, start),
         wide=start.wide,
+        novelty=init_novelty(config, obs, device) if config.rnd_coef > 0 else None,
     )
 
 
@@ -199,6 +202,7 @@ def checkpoint_of(
         "best": state.best.state_dict(snapshot_data),
         "best_evaluation": state.best_evaluation,
         "learning_rate_factor": state.learning_rate_factor,
+        "novelty": None if state.novelty is None else state.novelty.state_dict(),
     }
 
 

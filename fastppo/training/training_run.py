@@ -220,7 +220,7 @@ class TrainingRun:
         return frozen_inputs(self.state, self.progress, self.config)
 
     def normalize(self, rollout: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Normalization:
-        """Add a rollout to the statistics that it is itself learned with.
+        """Add a rollout to the statistics that it is itself learned with, and with --rnd-coef the bonus to its rewards.
 
         These are the statistics of returns, since acting does not depend on the scale of rewards. In the first iteration they
         are also those of observations: it acted before anything was known of them, its actions hardly depended on what it saw,
@@ -229,10 +229,15 @@ class TrainingRun:
         Args:
             rollout: (T+1, N / K, ...) of this process. steps: (T, N) `reward terminated truncated valid` of all processes.
         """
-        update_return_moments(self.state, steps, self.config.gamma)
+        state, ranks = self.state, self._task.ranks
         if self.is_blank:
-            update_obs_moments(self.state, rollout, self._task.ranks.total)
-        return normalization_of(self.state)
+            update_obs_moments(state, rollout, ranks.total)
+        if state.novelty is not None:
+            state.novelty, bonus = state.novelty.added_to(rollout, steps["valid"], normalization_of(state), self.config, ranks)
+            steps = {**steps, "reward": steps["reward"] + bonus}
+            rollout["reward"][:-1] += ranks.share(bonus, 1)
+        update_return_moments(state, steps, self.config.gamma)
+        return normalization_of(state)
 
     def apply_update(self, result: LearnResult, rollout: Mapping[str, Tensor]) -> dict[str, float]:
         """Put new parameters into the state and add the rollout to the statistics of observations.
