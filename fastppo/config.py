@@ -207,6 +207,8 @@ class TrainConfig:
     """Widths of the hidden layers; default 64 64, with images none after the convolutions."""
     activation: Activation = "tanh"
     """Activation of the hidden layers."""
+    critic_only: tuple[str, ...] = ()
+    """Parts of a Dict observation that only the critic sees, in training; the policy acts without them."""
     layer_norm: bool = False
     """Layer normalisation in the hidden layers, before each activation."""
     cnn: Literal["nature", "impala"] = "nature"

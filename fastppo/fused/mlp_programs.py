@@ -38,7 +38,8 @@ SERIAL_WORK = 2**22  # multiplications of a call of `act` that one thread does a
 def covers(network: Network) -> TypeGuard[Covered]:
     """Whether the fused programs compute this network: perceptrons without layer normalisation, on anything but images."""
     if isinstance(network, ActorCritic):
-        return covers(network.mlp) and not any(leaf.kind == "image" for leaf in network.encoder.leaves)
+        has_images = any(leaf.kind == "image" for leaf in network.encoder.leaves)
+        return covers(network.mlp) and not has_images and not network.critic_only
     return isinstance(network, MLPActorCritic) and not network.layer_norm
 
 

@@ -2,7 +2,7 @@
 
 from typing import Literal, Protocol
 
-from fastppo.errors import UsageError
+from fastppo.errors import UsageError, nearest
 from fastppo.policy.actor_critic import ActorCritic
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import MLPActorCritic
@@ -38,6 +38,8 @@ class NetworkConfig(Protocol):
     @property
     def rnn_shared(self) -> bool: ...
     @property
+    def critic_only(self) -> tuple[str, ...]: ...
+    @property
     def init(self) -> Literal["orthogonal", "torch"]: ...
     @property
     def log_std_init(self) -> float: ...
@@ -52,11 +54,14 @@ def make_network(
 
     policy: makes a module of the user, which replaces the built-in networks; seed: for its weights. See `ModulePolicy`.
     """
+    critic_only = leaves_of_critic(obs, config)
     if policy is not None:
         if config.rnn is not None:
             raise UsageError(f"--rnn {config.rnn} is a part of our networks, and policy= is a whole one of yours: leave it off")
         if config.init != "orthogonal":
             raise UsageError(f"--init {config.init} is for our networks, and yours draws its own weights: leave it off")
+        if critic_only:
+            raise UsageError("--critic-only is for our networks, and yours gets the whole observation: leave it off")
         return ModulePolicy(policy, obs, action, config.log_std_init, seed)
     sizes = config.hidden_sizes
     if sizes is None:
@@ -76,4 +81,26 @@ def make_network(
         users = 1 if config.rnn_shared or config.share_backbone else 2
         rnn = Rnn(config.rnn, encoder.size, config.rnn_hidden_size, config.rnn_layers, users)
         return RecurrentActorCritic(encoder, rnn, mlp)
-    return mlp if obs.is_plain else ActorCritic(encoder, mlp)
+    return mlp if obs.is_plain else ActorCritic(encoder, mlp, critic_only)
+
+
+def leaves_of_critic(obs: ObsSpec, config: NetworkConfig) -> tuple[str, ...]:
+    """The keys of the leaves that --critic-only names, each a part of the observation with all that is in it.
+
+    Raises UsageError for a name that the observation has not, or where the actor is left with nothing or shares a layer.
+    """
+    if not config.critic_only:
+        return ()
+    if config.share_backbone or config.rnn is not None:
+        other = "--share-backbone" if config.share_backbone else f"--rnn {config.rnn}"
+        raise UsageError(f"--critic-only needs an actor and a critic with inputs of their own: leave {other} off")
+    names = {leaf.key: leaf.key.partition(".")[2] for leaf in obs.observed}
+    known = {part for name in names.values() for part in (name, name.partition(".")[0]) if part}
+    for name in config.critic_only:
+        if name not in known:
+            its = nearest(name, known) or (f"; its parts: {', '.join(sorted(known))}" if known else ", which is no Dict")
+            raise UsageError(f"--critic-only {name} is no part of the observation{its}")
+    keys = tuple(key for key, name in names.items() if any(f"{name}.".startswith(f"{part}.") for part in config.critic_only))
+    if len(keys) == len(names):
+        raise UsageError("--critic-only leaves the actor nothing to observe: name fewer parts")
+    return keys
