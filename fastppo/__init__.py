@@ -7,7 +7,7 @@ action = load_policy(result.run_dir).act(obs)
 
 from typing import TYPE_CHECKING, Any
 
-from fastppo.callbacks import Callback, View
+from fastppo.callbacks import Callback, StepView, View
 from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Callback",
+    "StepView",
     "TrainConfig",
     "TrainResult",
     "TrainingFault",

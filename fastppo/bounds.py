@@ -47,6 +47,7 @@ PIXELS = Bound(
 )  # height and width
 WEIGHTS = Bound(lambda weights: weights and all(map(math.isfinite, weights)), "one or more numbers")
 DEVICE = Bound(lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x), "auto, cpu, cuda or cuda:N")
+NAMES = Bound(lambda names: all(name.strip() and name.isprintable() for name in names), "names in a list")
 DIRECTORY = Bound(str.strip, "the name of a directory")
 
 

@@ -20,7 +20,7 @@ import tyro
 
 from fastppo.bounds import flag
 from fastppo.config import OLD_NAMES, TrainConfig, with_absolute_paths, without_rivals
-from fastppo.errors import RankLost, TrainingFault, UsageError
+from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
 from fastppo.presets import choose_preset, find_preset
 from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
@@ -60,7 +60,7 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str], needs_outp
             print_any_letter()
             leave_deleted_directory()
             logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home directory it warns of its font cache
-            with importable(current_directory()):
+            with importable(current_directory()), naming_flags():
                 verb(args)
         finally:  # --help leaves with SystemExit
             _flush_stdout(needs_output)
@@ -108,6 +108,7 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
     return code
 
 
+@naming_flags()
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Settings from the flags of `fastppo.train`, which override the preset's or the resumed run's."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
@@ -261,6 +262,7 @@ def _whole_numbers(type_info: tyro.constructors.PrimitiveTypeInfo) -> tyro.const
     )
 
 
+@naming_flags()
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
     """tyro's parser. Its report of a wrong flag becomes one or two lines and is raised as UsageError."""
     console = io.StringIO()

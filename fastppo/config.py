@@ -19,6 +19,7 @@ from fastppo.bounds import (
     DIRECTORY,
     FINITE,
     FRACTION,
+    NAMES,
     NOT_NEGATIVE,
     PIXELS,
     POSITIVE,
@@ -258,6 +259,9 @@ class TrainConfig:
     """Iterations between videos of the policy, each at most 1000 steps of one episode; default: no videos."""
     log_interval: Annotated[int, at_least(1), MAY_CHANGE] = 1
     """Iterations between rows of metrics.csv and TensorBoard."""
+    log_info: Annotated[tuple[str, ...], NAMES, MAY_CHANGE] = ()
+    """Numbers in the info of an episode's last step to be logged as info_NAME, means over the iteration's episodes; is_success
+    is logged by itself."""
     track: Annotated[Literal["wandb", "mlflow", "trackio"] | None, MAY_CHANGE] = None
     """Send metrics to an experiment tracker too, configured by its own environment variables (such as WANDB_MODE=offline)."""
     track_project: Annotated[str, MAY_CHANGE] = "fastppo"
@@ -321,6 +325,7 @@ class TrainConfig:
             vectorization=self.vectorization,
             num_threads=self.num_threads,
             autoreset=self.autoreset,
+            log_info=self.log_info,
             atari=AtariSettings(
                 noop_max=self.atari_noop_max,
                 frame_skip=self.atari_frame_skip,

@@ -17,7 +17,7 @@ from rich.panel import Panel
 from rich.segment import ControlType
 from rich.text import Text
 
-from fastppo.run.metrics import METRICS, Row
+from fastppo.run.metrics import METRICS, Row, infos_said
 from fastppo.system.text import duration
 
 Line = list[str | tuple[str, str]]  # text, or text and style
@@ -93,7 +93,9 @@ class PlainDisplay:
             f"return {number(row['episodic_return_mean']):>8} "
             f"loss {number(row['loss']):>8} policy {number(row['policy_loss']):>8} value {number(row['value_loss']):>8} "
             f"entropy {number(row['entropy']):>7} kl {number(row['approx_kl']):>8} sps {row['sps']:<7.0f} "
-            f"eta {duration(eta_seconds)}" + ("  new best" if row["new_best"] else "")
+            + "".join(f"{said} " for said in infos_said(row))
+            + f"eta {duration(eta_seconds)}"
+            + ("  new best" if row["new_best"] else "")
         )
         if time.monotonic() - self._last >= 1.0:
             self._flush()

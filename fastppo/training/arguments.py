@@ -37,7 +37,10 @@ def arguments(
         envs, env_fn = None, envs
     if env_fn is None:
         given = None if envs is None else vector_of(envs)
-        yield _settings(config, settings, given), given
+        chosen = _settings(config, settings, given)
+        if isinstance(given, NumberedVectorEnv):
+            given.info_names = chosen.env_config.info_names
+        yield chosen, given
         return
     start = config if isinstance(config, TrainConfig) else None
     in_config = None if start is None or start.env_id == TrainConfig.env_id else start.env_id
