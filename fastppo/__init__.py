@@ -1,7 +1,7 @@
 """fastppo: a fast, correct, readable PPO trainer for any Gymnasium environment.
 
-from fastppo import TrainConfig, load_policy, train
-result = train(TrainConfig(env_id="CartPole-v1", total_timesteps=100_000))
+from fastppo import load_policy, train
+result = train("CartPole-v1", total_timesteps=100_000)
 action = load_policy(result.run_dir).act(obs)
 """
 

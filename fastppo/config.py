@@ -75,10 +75,10 @@ Activation = Literal["tanh", "relu", "elu", "silu", "gelu"]
 class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
-    preset: str = "none"
-    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
     env_id: Annotated[str, ENVIRONMENTS] = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
+    preset: str = "none"
+    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
     env_kwargs: Annotated[EnvKwargs, ENVIRONMENTS] = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
     max_episode_steps: Annotated[int | None, at_least(1), ENVIRONMENTS] = None
@@ -277,6 +277,10 @@ class TrainConfig:
             object.__setattr__(self, name, plain(getattr(self, name)))
             check_setting(name, getattr(self, name))
         check_combinations(self)
+        if self.preset not in ("none", "auto"):
+            from fastppo.presets import check_applied  # here: presets are made of settings
+
+            check_applied(self)
 
     @property
     def batch_size(self) -> int:

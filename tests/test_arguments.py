@@ -57,6 +57,21 @@ def test_settings_start_from_the_preset_of_an_env_id():
     assert preset_for("Acrobot-v1", minibatch_size=64).minibatch_size == 64  # in the place of the preset's num_minibatches
 
 
+def test_a_presets_name_without_its_settings():
+    """TrainConfig takes the environment first. It does not look a preset up, and says what does."""
+    assert TrainConfig("LunarLander-v3") == TrainConfig(env_id="LunarLander-v3")
+    for config, says in (
+        (lambda: TrainConfig(preset="LunarLander", seed=3), r'use preset_for\(preset="LunarLander"\)'),
+        (lambda: TrainConfig("Ant-v5", "mujoco"), r'use preset_for\("Ant-v5", preset="mujoco"\)'),
+        (lambda: settings_of(TrainConfig("LunarLander-v3"), preset="box2d"), 'preset="box2d"'),
+    ):
+        with pytest.raises(UsageError, match=says):
+            config()
+    assert preset_for("Ant-v5", preset="mujoco").norm_obs
+    assert TrainConfig(preset="classic") == preset_for(preset="classic")  # has no settings of its own
+    assert TrainConfig(preset="LunarLander", learning_rate=3e-4).num_envs == 8  # one of them is enough: flags override the rest
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -59,7 +59,7 @@ def train(
     """Train an agent and keep everything in its run directory; with num_seeds S agents at once.
 
     train("LunarLander-v3", seed=3) is `python -m fastppo.train --env-id LunarLander-v3 --seed 3`: it starts from the preset of
-    the environment. train(TrainConfig(env_id="LunarLander-v3")) has exactly these settings.
+    the environment. train(TrainConfig("LunarLander-v3")) has exactly these settings.
 
     Args:
         config: settings, or an env_id.
