@@ -1,6 +1,7 @@
 """What a value of a setting may be: its type and its bound, checked and put into words. Knows nothing of the settings."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,9 +58,11 @@ def flag(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A setting as Python callers may pass it, as plain Python: lists become tuples, NumPy's scalars numbers."""
+    """A setting as Python callers may pass it, as plain Python: lists become tuples, NumPy's scalars numbers, paths texts."""
     if isinstance(value, list | tuple):
         return tuple(map(plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 

@@ -24,10 +24,10 @@ from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
 from fastppo.presets import choose_preset, find_preset
 from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
-from fastppo.run.files import is_inside
-from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
+from fastppo.system.paths import current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable, whole_number
+from fastppo.training.resumed_settings import resumed_settings
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
@@ -121,19 +121,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
         return with_absolute_paths(replace(config, preset=start.preset), place)
 
-    run_dir = absolute(resume, "--resume", place)
-    try:
-        found = any((run_dir / "checkpoints").glob("*.pt")) or any(run_dir.glob("seed-*/checkpoints/*.pt"))
-    except OSError as error:  # a name that is too long, or a loop of links
-        raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
-    if not found:
-        why = "there is no checkpoint in it to resume from" if run_dir.exists() else "there is no such directory"
-        raise UsageError(f"--resume {resume}: {why}")
-    _refuse_ways_out(run_dir)
-    try:
-        before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=str(run_dir), run_dir=str(run_dir))
-    except UsageError as error:
-        raise UsageError(f"--resume: {error}") from None
+    before = resumed_settings(resume, place)
     given = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     config = with_absolute_paths(given, place)
     check_resumable(before, config)
@@ -210,14 +198,6 @@ def _restarted(args: Sequence[str]) -> str | None:
     if run_dir is None or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
     return run_dir if (Path(run_dir) / "config.json").exists() else None
-
-
-def _refuse_ways_out(run_dir: Path) -> None:
-    """Raise UsageError for a link in the directory that leads out of it: the run would write there."""
-    for place, directories, files in os.walk(run_dir):
-        for path in (Path(place) / name for name in directories + files):
-            if path.is_symlink() and not is_inside(path, run_dir):
-                raise UsageError(f"--resume {run_dir}: {path} is a link that leads out of it; replace the link by its target")
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:

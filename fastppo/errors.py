@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 _FLAG = re.compile(r"-m fastppo.*|(?<![^\s(\[])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")  # a command stays as it is
 _reader_types_flags = False
@@ -56,6 +57,14 @@ class TrainingFault(MessageForUsers):
 
     The command line prints the message and exits with 3.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted. `result` is the TrainResult of what was trained until then."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.result = result
 
 
 class RankLost(TrainingFault):

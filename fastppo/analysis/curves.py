@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastppo.analysis.run_groups import Group
+from fastppo.errors import UsageError, nearest
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import EVALUATION, INFO
 from fastppo.run.metrics_file import read_rows
@@ -97,6 +98,13 @@ def _add_evaluations(axes: "Axes", rows: Sequence[Mapping[str, str]]) -> None:
     if evaluated:
         axes.plot(*zip(*evaluated, strict=True), marker=".", linewidth=1.0, label="evaluation")
         axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def check_metric(groups: Sequence[Group], metric: str) -> None:
+    """Raise UsageError for a column that no run has."""
+    known = list(dict.fromkeys(name for group in groups for one in group.runs for name in one.columns))
+    if metric not in known:
+        raise UsageError(f"--metric {metric} is no column of metrics.csv{nearest(metric, known)}")
 
 
 def return_panels(groups: Sequence[Group], metric: str = RETURN) -> list[tuple[str, str]]:

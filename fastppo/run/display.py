@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import importlib.util
 import io
 import math
 import os
@@ -49,9 +50,11 @@ class Display(Protocol):
 
 
 def make_display(plain: bool, title: str) -> Display:
-    """A live panel if the output is a terminal that can show it, unless `plain`; else log lines."""
+    """A live panel if the output is a terminal or a notebook that can show it, unless `plain`; else log lines."""
     is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # a notebook's stdout may have no such method
-    if plain or not is_terminal or Console().is_dumb_terminal:
+    # rich redraws a panel in a notebook by a widget
+    is_notebook = Console().is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    if plain or not (is_terminal or is_notebook) or Console().is_dumb_terminal:
         return PlainDisplay()
     try:
         DRAWN.encode(Console().encoding)

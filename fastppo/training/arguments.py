@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
 from fastppo.presets import preset_for
+from fastppo.system.paths import current_directory
+from fastppo.training.resumed_settings import resumed_with
 
 GivenEnvs = VectorEnv | gym.Env[Any, Any] | Sequence[gym.Env[Any, Any]] | Callable[..., Any]
 
@@ -52,7 +55,7 @@ def arguments(
 
 
 def _settings(config: Any, settings: Mapping[str, Any], given: VectorEnv | None) -> TrainConfig:
-    """The settings of `config`, or of the preset of an env_id, or of the given environments, with `settings` on top."""
+    """The settings of `config`, of a resumed run, of an env_id's preset or of the given environments; `settings` on top."""
     if isinstance(config, TrainConfig):
         return with_settings(config, settings)
     if not isinstance(config, str | None):
@@ -60,6 +63,11 @@ def _settings(config: Any, settings: Mapping[str, Any], given: VectorEnv | None)
     if config is not None and settings.get("env_id", config) != config:
         raise UsageError(f"env_id {settings['env_id']} and {config} both say what to train on: give one of them")
     env_id = config or settings.get("env_id")
+    if settings.get("resume") is not None:
+        changed = {name: value for name, value in settings.items() if name != "resume"}
+        changed |= {} if env_id is None else {"env_id": env_id}
+        changed |= {} if given is None else {"num_envs": given.num_envs}
+        return resumed_with(os.fspath(settings["resume"]), current_directory(), changed)
     others = {name: value for name, value in settings.items() if name != "env_id"}
     if given is None:
         return preset_for(env_id, **others)

@@ -6,6 +6,7 @@ environments and programs are one.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from fastppo.callbacks import Callback, CallbackFunction, checked_callbacks
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
 from fastppo.envs.factory import is_on_device
-from fastppo.errors import UsageError
+from fastppo.errors import Interrupted, UsageError
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.ranks import Ranks, checked, is_first_of_machine
@@ -78,13 +79,20 @@ def train(
     Raises:
         UsageError: a setting is not possible. Nothing has been written.
         TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
-        KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
+        Interrupted: a KeyboardInterrupt, after SIGINT, once the iteration is finished and a checkpoint written; its `result` is
+            what would have been returned. In a notebook, or at Python's prompt, that is returned instead: an interrupted cell
+            keeps it. summary["stopped_by"] says so. A second interrupt stops at once, without a result.
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
     place = current_directory()  # before the code of an environment changes it
     with arguments(config, envs, env_fn, settings) as (chosen, own):
         chosen = with_absolute_paths(chosen, place)
-        return train_in(default_runs(chosen, place), chosen, policy, checked_callbacks(callbacks), own)
+        try:
+            return train_in(default_runs(chosen, place), chosen, policy, checked_callbacks(callbacks), own)
+        except Interrupted as interrupted:
+            if not hasattr(sys, "ps1"):  # no prompt: a loop over calls of `train` has to end too
+                raise
+            return interrupted.result
 
 
 def train_in(
