@@ -18,6 +18,37 @@ from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
 from fastppo.system.modes import ours
 
 
+class Memory:
+    """What a policy with memory (--rnn) remembers of one client's environments; `act` writes to it.
+
+    Made by `Agent.new_memory`. A copy (`copy.copy`) remembers the same and goes its own way from then on.
+    """
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None  # (R, S) of R environments; None: before the first step
+
+    @ours
+    def reset(self, done_mask: Any = None) -> None:
+        """As `Agent.reset`."""
+        if self.state is None:
+            return
+        if done_mask is None:
+            self.state = None
+            return
+        done = torch.as_tensor(done_mask, device=self.state.device).reshape(-1) != 0
+        if len(done) != len(self.state):
+            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.state)}")
+        self.state = torch.where(done.unsqueeze(1), 0.0, self.state)
+
+    def current(self, rows: int, size: int, like: Tensor) -> Tensor:
+        """The state (R, S) of so many environments: zeros before the first step. Raises ValueError for another number."""
+        if self.state is None:
+            return like.new_zeros(rows, size)
+        if len(self.state) != rows:
+            raise ValueError(f"{rows} observations; this policy remembers {len(self.state)} environments: reset() it first")
+        return self.state
+
+
 class Agent:
     """Actions and values from frozen parameters and statistics. Made by `fastppo.load_policy` or `fastppo.train`."""
 
@@ -40,43 +71,37 @@ class Agent:
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
         self.generator.seed()  # from the system's entropy: a new Generator always has the same seed
-        self.rnn_state: Tensor | None = None  # (R, S) of R environments; None: before the first step
+        self.memory = Memory()  # where the caller gives none
 
-    @ours
+    @property
+    def rnn_state(self) -> Tensor | None:
+        """(R, S), what the policy remembers by itself; None: before the first step."""
+        return self.memory.state
+
+    def new_memory(self) -> Memory:
+        """An empty memory, for one of several clients of this policy: `act(obs, memory=memory)`, `memory.reset(done_mask)`."""
+        return Memory()
+
     def reset(self, done_mask: Any = None) -> None:
         """Reset the recurrent state of all environments, or of those whose episode has ended. No state: no effect.
 
         done_mask: (N,) bool, or one bool for a single observation. None: reset all; the next `act` may have another number.
         """
-        if self.rnn_state is None:
-            return
-        if done_mask is None:
-            self.rnn_state = None
-            return
-        done = torch.as_tensor(done_mask, device=self.params.device).reshape(-1) != 0
-        if len(done) != len(self.rnn_state):
-            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.rnn_state)}")
-        self.rnn_state = torch.where(done.unsqueeze(1), 0.0, self.rnn_state)
-
-    def _current_rnn_state(self, network: RecurrentActorCritic, rows: int) -> Tensor:
-        if self.rnn_state is None:
-            return self.params.new_zeros(rows, network.rnn_state_size)
-        if len(self.rnn_state) != rows:
-            raise ValueError(f"{rows} observations; this policy remembers {len(self.rnn_state)} environments: reset() it first")
-        return self.rnn_state
+        self.memory.reset(done_mask)
 
     @ours
-    def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
+    def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None, memory: Memory | None = None) -> Any:
         """Actions in the format of the environment, for one observation or a batch.
 
         A recurrent policy (--rnn) keeps a state for each environment. Call it once a step, with the same environments in the
-        same order, and `reset` those whose episode has ended.
+        same order, and `reset` those whose episode has ended. Several clients of one policy have a `memory` each.
 
         Args:
             obs: as the environment returns it, with or without a batch axis: array, tensor, or dict or tuple of these.
             deterministic: take the likeliest action; otherwise sample from the policy.
             action_mask: the legal actions, as in the environment's info or its `action_masks()`; None: all. A dict or tuple
                 of arrays is the mask of one observation. The mask is applied even if the policy was trained without masks.
+            memory: what to remember the step in, instead of the policy itself. Without effect if the policy has no memory.
 
         Returns:
             Arrays for arrays; for tensors, tensors on their device. Of a Dict or Tuple action space a dict or tuple of these.
@@ -88,8 +113,10 @@ class Agent:
         rows = _rows_of(batch)
         normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            dist, rnn_state = self.network.step(self.weights, normalized, self._current_rnn_state(self.network, rows))
-            self.rnn_state = rnn_state if kind.rows else self.rnn_state
+            memory = self.memory if memory is None else memory
+            before = memory.current(rows, self.network.rnn_state_size, self.params)
+            dist, rnn_state = self.network.step(self.weights, normalized, before)
+            memory.state = rnn_state if kind.rows else memory.state
         else:
             dist = self.network.actor(self.weights, normalized)
         if action_mask is not None and self.obs.info_mask is None:
@@ -101,7 +128,7 @@ class Agent:
         return tree_map(kind.unbatch, self.action.to_env(action))
 
     @ours
-    def value(self, obs: Any) -> Any:
+    def value(self, obs: Any, memory: Memory | None = None) -> Any:
         """Expected discounted return in units of the environment's reward; with --clip-reward, of the sign of the reward.
 
         () for one observation, (N,) for a batch. A recurrent policy uses the state of the last `act` and
@@ -110,7 +137,8 @@ class Agent:
         batch, kind = self._batch(obs, None)
         normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            rnn_state = self._current_rnn_state(self.network, _rows_of(batch))
+            memory = self.memory if memory is None else memory
+            rnn_state = memory.current(_rows_of(batch), self.network.rnn_state_size, self.params)
             value = self.network.value_from_state(self.weights, normalized, rnn_state)
         else:
             value = self.network.critic(self.weights, normalized)
