@@ -37,6 +37,7 @@ from fastppo.bounds import (
     within,
 )
 from fastppo.combinations import check_combinations
+from fastppo.env_objects import with_objects
 from fastppo.envs.preprocessing import Preprocessing, parse_pairs
 from fastppo.errors import UsageError, nearest
 from fastppo.system.json_files import read_json
@@ -277,10 +278,6 @@ class TrainConfig:
             object.__setattr__(self, name, plain(getattr(self, name)))
             check_setting(name, getattr(self, name))
         check_combinations(self)
-        if self.preset not in ("none", "auto"):
-            from fastppo.presets import check_applied  # here: presets are made of settings
-
-            check_applied(self)
 
     @property
     def batch_size(self) -> int:
@@ -323,7 +320,7 @@ class TrainConfig:
             env_id=self.env_id,
             num_envs=self.num_envs,
             num_seeds=self.num_seeds,
-            env_kwargs=self.env_kwargs | ({} if limit is None else {"max_episode_steps": limit}),
+            env_kwargs=with_objects(self.env_kwargs) | ({} if limit is None else {"max_episode_steps": limit}),
             preprocessing=self.preprocessing,
             backend=self.backend,
             vectorization=self.vectorization,

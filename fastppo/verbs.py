@@ -1,6 +1,7 @@
 """evaluate, plot and export, as functions: what the verbs of the same names do, for Python. Imports torch when first called."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -49,8 +50,8 @@ def evaluate(
         deterministic: take the likeliest action; otherwise sample.
         seed: of the environments and of sampling.
         policy: the factory of your own network, where config.json does not name it.
-        envs: an environment, a list of them, a vector environment, or a function that makes one; they are not closed. None:
-            made as for training.
+        envs: an environment, a list of them, a vector environment, or a function without arguments that makes one; given ones
+            are not closed. None: made as for training.
         verbose: whether to print how it goes.
 
     Raises:
@@ -69,6 +70,8 @@ def evaluate(
         config, agent, trained_steps = load_run(directory, checkpoint, policy)
         plan = EvaluationPlan(episodes, seed, deterministic, trained_steps)
         note: Callable[[str], None] = print if verbose else lambda line: None
+        if envs is not None:
+            config = replace(config, env_kwargs={})  # these are made already, or by the function
         if callable(envs):
             return evaluate_config(agent, config, plan, note=note, env_fn=envs)
         return evaluate_config(agent, config, plan, None if envs is None else vector_of(envs), note)

@@ -12,6 +12,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.config import TrainConfig, with_settings
+from fastppo.env_objects import giving
 from fastppo.envs.functions import naming
 from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.simulators import as_vector_env
@@ -30,10 +31,28 @@ def arguments(
     env_fn: Callable[..., Any] | None,
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[TrainConfig, VectorEnv | None]]:
-    """Context with the settings, and the environments that were given. In it the settings' env_id means `env_fn`.
+    """Context with the settings, and the environments that were given. In it the settings' env_id means `env_fn`, and their
+    env_kwargs stand for the objects that were given.
 
     Raises UsageError for arguments of the wrong type, or that contradict each other.
     """
+    env_kwargs = settings.get("env_kwargs")
+    if isinstance(env_kwargs, Mapping) and all(isinstance(name, str) for name in env_kwargs):
+        with giving(env_kwargs) as recorded, _checked(config, envs, env_fn, {**settings, "env_kwargs": recorded}) as found:
+            yield found
+    else:
+        with _checked(config, envs, env_fn, settings) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _checked(
+    config: TrainConfig | str | None,
+    envs: GivenEnvs | None,
+    env_fn: Callable[..., Any] | None,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[TrainConfig, VectorEnv | None]]:
+    """`arguments`, with env_kwargs as config.json has them."""
     if envs is not None and env_fn is not None:
         raise UsageError("envs and env_fn both say what to train on: give one of them")
     if callable(envs):

@@ -74,7 +74,8 @@ def train(
         env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
             makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
             cannot be imported (a lambda) has to be given again.
-        settings: fields of TrainConfig, instead of those of `config` or of the preset.
+        settings: fields of TrainConfig, instead of those of `config` or of the preset. Values in env_kwargs may be any objects:
+            a function or class is recorded by its name, and others have to be given again.
 
     Raises:
         UsageError: a setting is not possible. Nothing has been written.
@@ -232,7 +233,8 @@ def learn(job: Job, collector: Collector) -> Update:
     started = time.perf_counter()
     task, buffers, running = job.task, job.buffers, job.running
     config, ranks, axis = task.config, task.ranks, buffers.axis
-    outcomes = global_outcomes(collector.outcomes(), ranks, config.env_config.info_names)
+    info_names = () if ranks.size == 1 else config.env_config.info_names
+    outcomes = global_outcomes(collector.outcomes(), ranks, info_names)
     if config.norm_reward or (config.norm_obs and job.runs[0].is_blank):
         for index in running:
             rollout = buffers.rollouts[index]
