@@ -1,6 +1,7 @@
 """What a value of a setting may be: its type and its bound, checked and put into words. Knows nothing of the settings."""
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ PIXELS = Bound(
 )  # height and width
 WEIGHTS = Bound(lambda weights: weights and all(map(math.isfinite, weights)), "one or more numbers")
 DEVICE = Bound(lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x), "auto, cpu, cuda or cuda:N")
+NAMES = Bound(lambda names: all(name.strip() and name.isprintable() for name in names), "names in a list")
 DIRECTORY = Bound(str.strip, "the name of a directory")
 
 
@@ -56,9 +58,11 @@ def flag(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A setting as Python callers may pass it, as plain Python: lists become tuples, NumPy's scalars numbers."""
+    """A setting as Python callers may pass it, as plain Python: lists become tuples, NumPy's scalars numbers, paths texts."""
     if isinstance(value, list | tuple):
         return tuple(map(plain, value))
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 
@@ -71,7 +75,7 @@ def is_of_type(kind: Any, value: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(is_of_type(get_args(kind)[0], part) for part in value)
     if get_origin(kind) is dict:
-        return isinstance(value, dict) and _is_json(value)
+        return isinstance(value, dict) and is_json(value)
     if kind in (int, float):
         number = isinstance(value, int | kind) and not isinstance(value, bool)
         return number and (isinstance(value, float) or abs(value) < 2**63)
@@ -83,12 +87,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udc7f\udd00-\udfff]", value)
 
 
-def _is_json(value: Any, depth: int = 16) -> bool:
+def is_json(value: Any, depth: int = 16) -> bool:
     """Whether config.json can hold the value and give it back, a tuple as a list."""
     if isinstance(value, dict):
-        return depth > 0 and all(isinstance(key, str) and _is_json(part, depth - 1) for key, part in value.items())
+        return depth > 0 and all(isinstance(key, str) and is_json(part, depth - 1) for key, part in value.items())
     if isinstance(value, list | tuple):
-        return depth > 0 and all(_is_json(part, depth - 1) for part in value)
+        return depth > 0 and all(is_json(part, depth - 1) for part in value)
     return value is None or isinstance(value, str | bool | int | float)
 
 

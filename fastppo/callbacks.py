@@ -6,15 +6,18 @@ def enough(run: View) -> bool:
 train("CartPole-v1", callbacks=[enough])  # a function is called after every iteration; a Callback at other moments too
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
 
 if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
     from fastppo.policy.agent import Agent
 
 
@@ -30,10 +33,28 @@ class View:
     metrics: Mapping[str, int | float]  # the iteration's row of metrics.csv
     policy: "Callable[[], Agent]"
     """Returns a copy of the current policy: parameters and statistics, 0.3 ms for 10,000 parameters."""
+    record: Callable[[str, float], None]
+    """record(name, value) adds a number of yours to the next row of metrics.csv, TensorBoard and trackers: in `on_step` and
+    `on_iteration` that is this iteration's row. Of several values of a name the last one counts. In TensorBoard a name with a
+    slash is the tag, another one is under custom/. Raises ValueError for a name of fastppo's, or no number."""
+    envs: "VectorEnv | None"
+    """The environments that are trained on, N as one; None where they are on the device (--backend torch)."""
 
     def __repr__(self) -> str:
         where = f"iteration {self.iteration}, step {self.global_step}, {self.progress:.0%}"
-        return f"<{self.run_dir.name}: {where}, return {self.metrics['episodic_return_mean']:.4g}>"
+        return f"<{self.run_dir.name}: {where}, return {self.metrics.get('episodic_return_mean', math.nan):.4g}>"
+
+
+class StepView(NamedTuple):
+    """One step of all environments, (N, ...) each, as the environments have it. Arrays are reused: copy what you keep."""
+
+    t: int  # from 0 to T - 1
+    action: Any
+    obs: Any  # after the step
+    reward: Any
+    terminated: Any
+    truncated: Any
+    infos: Mapping[str, Any]  # (N,) each: is_success and the names of --log-info; nan where there is none
 
 
 class Callback:
@@ -43,6 +64,12 @@ class Callback:
         """After every iteration. Return True to end training normally, with checkpoint, evaluation and summary.
 
         1 and true scalars of NumPy or torch count as True. With any other value training continues.
+        """
+
+    def on_step(self, run: View, step: StepView) -> None:
+        """After every step of the environments, before the update. Where no callback has it, it costs nothing.
+
+        `run` is as after the last iteration. Not for environments on the device, nor for num_seeds above 1.
         """
 
     def on_checkpoint(self, run: View) -> None:

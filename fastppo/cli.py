@@ -20,14 +20,14 @@ import tyro
 
 from fastppo.bounds import flag
 from fastppo.config import OLD_NAMES, TrainConfig, with_absolute_paths, without_rivals
-from fastppo.errors import RankLost, TrainingFault, UsageError
+from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
 from fastppo.presets import choose_preset, find_preset
 from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
-from fastppo.run.files import is_inside
-from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
+from fastppo.system.paths import current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable, whole_number
+from fastppo.training.resumed_settings import resumed_settings
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
@@ -60,7 +60,7 @@ def run(verb: Callable[[Sequence[str]], object], args: Sequence[str], needs_outp
             print_any_letter()
             leave_deleted_directory()
             logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a home directory it warns of its font cache
-            with importable(current_directory()):
+            with importable(current_directory()), naming_flags():
                 verb(args)
         finally:  # --help leaves with SystemExit
             _flush_stdout(needs_output)
@@ -108,6 +108,7 @@ def _ended(message: str, code: int, speaks: bool | None = None) -> int:
     return code
 
 
+@naming_flags()
 def parse_train(args: Sequence[str]) -> TrainConfig:
     """Settings from the flags of `fastppo.train`, which override the preset's or the resumed run's."""
     place = current_directory()  # the choice of a preset imports the environment's module, which may change it
@@ -120,19 +121,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
         config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
         return with_absolute_paths(replace(config, preset=start.preset), place)
 
-    run_dir = absolute(resume, "--resume", place)
-    try:
-        found = any((run_dir / "checkpoints").glob("*.pt")) or any(run_dir.glob("seed-*/checkpoints/*.pt"))
-    except OSError as error:  # a name that is too long, or a loop of links
-        raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
-    if not found:
-        why = "there is no checkpoint in it to resume from" if run_dir.exists() else "there is no such directory"
-        raise UsageError(f"--resume {resume}: {why}")
-    _refuse_ways_out(run_dir)
-    try:
-        before = replace(TrainConfig.from_json(run_dir / "config.json"), resume=str(run_dir), run_dir=str(run_dir))
-    except UsageError as error:
-        raise UsageError(f"--resume: {error}") from None
+    before = resumed_settings(resume, place)
     given = parse(TrainConfig, args, prog="python -m fastppo.train", default=_without_rivals(before, args))
     config = with_absolute_paths(given, place)
     check_resumable(before, config)
@@ -211,14 +200,6 @@ def _restarted(args: Sequence[str]) -> str | None:
     return run_dir if (Path(run_dir) / "config.json").exists() else None
 
 
-def _refuse_ways_out(run_dir: Path) -> None:
-    """Raise UsageError for a link in the directory that leads out of it: the run would write there."""
-    for place, directories, files in os.walk(run_dir):
-        for path in (Path(place) / name for name in directories + files):
-            if path.is_symlink() and not is_inside(path, run_dir):
-                raise UsageError(f"--resume {run_dir}: {path} is a link that leads out of it; replace the link by its target")
-
-
 def _preset_config(args: Sequence[str]) -> TrainConfig:
     """The settings of --preset, with its own environment. Raises UsageError if there is no such preset."""
     name = _value_of("--preset", args) or "auto"
@@ -261,6 +242,7 @@ def _whole_numbers(type_info: tyro.constructors.PrimitiveTypeInfo) -> tyro.const
     )
 
 
+@naming_flags()
 def parse(kind: type[T], args: Sequence[str], prog: str, default: T | None = None) -> T:
     """tyro's parser. Its report of a wrong flag becomes one or two lines and is raised as UsageError."""
     console = io.StringIO()

@@ -38,6 +38,10 @@ def check_combinations(config: "TrainConfig") -> None:
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)
+    if config.preset not in ("none", "auto"):
+        from fastppo.presets import check_applied  # here: presets are made of settings
+
+        check_applied(config)
 
 
 def _check_seeds(config: "TrainConfig") -> None:

@@ -19,6 +19,7 @@ from fastppo.bounds import (
     DIRECTORY,
     FINITE,
     FRACTION,
+    NAMES,
     NOT_NEGATIVE,
     PIXELS,
     POSITIVE,
@@ -36,6 +37,7 @@ from fastppo.bounds import (
     within,
 )
 from fastppo.combinations import check_combinations
+from fastppo.env_objects import with_objects
 from fastppo.envs.preprocessing import Preprocessing, parse_pairs
 from fastppo.errors import UsageError, nearest
 from fastppo.system.json_files import read_json
@@ -74,10 +76,10 @@ Activation = Literal["tanh", "relu", "elu", "silu", "gelu"]
 class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
-    preset: str = "none"
-    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
     env_id: Annotated[str, ENVIRONMENTS] = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
+    preset: str = "none"
+    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
     env_kwargs: Annotated[EnvKwargs, ENVIRONMENTS] = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
     max_episode_steps: Annotated[int | None, at_least(1), ENVIRONMENTS] = None
@@ -270,6 +272,9 @@ class TrainConfig:
     """Iterations between videos of the policy, each at most 1000 steps of one episode; default: no videos."""
     log_interval: Annotated[int, at_least(1), MAY_CHANGE] = 1
     """Iterations between rows of metrics.csv and TensorBoard."""
+    log_info: Annotated[tuple[str, ...], NAMES, MAY_CHANGE] = ()
+    """Numbers in the info of an episode's last step to be logged as info_NAME, means over the iteration's episodes; is_success
+    is logged by itself."""
     track: Annotated[Literal["wandb", "mlflow", "trackio"] | None, MAY_CHANGE] = None
     """Send metrics to an experiment tracker too, configured by its own environment variables (such as WANDB_MODE=offline)."""
     track_project: Annotated[str, MAY_CHANGE] = "fastppo"
@@ -327,12 +332,13 @@ class TrainConfig:
             env_id=self.env_id,
             num_envs=self.num_envs,
             num_seeds=self.num_seeds,
-            env_kwargs=self.env_kwargs | ({} if limit is None else {"max_episode_steps": limit}),
+            env_kwargs=with_objects(self.env_kwargs) | ({} if limit is None else {"max_episode_steps": limit}),
             preprocessing=self.preprocessing,
             backend=self.backend,
             vectorization=self.vectorization,
             num_threads=self.num_threads,
             autoreset=self.autoreset,
+            log_info=self.log_info,
             atari=AtariSettings(
                 noop_max=self.atari_noop_max,
                 frame_skip=self.atari_frame_skip,

@@ -3,24 +3,68 @@
 import contextlib
 import difflib
 import os
+import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+_FLAG = re.compile(r"-m fastppo.*|(?<![^\s(\[])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")  # a command stays as it is
+_reader_types_flags = False
 
 
-class UsageError(Exception):
-    """The caller asked for something impossible. One or two lines name the flag and the nearest legal value.
+@contextlib.contextmanager
+def naming_flags(does: bool = True) -> Iterator[None]:
+    """Context of the command line, in which messages keep their flags: --learning-rate. Elsewhere they name arguments."""
+    global _reader_types_flags
+    before, _reader_types_flags = _reader_types_flags, does
+    try:
+        yield
+    finally:
+        _reader_types_flags = before
+
+
+def with_arguments(message: str) -> str:
+    """A message with arguments of Python for flags: '--num-envs 8' is 'num_envs 8', '--no-norm-adv' is 'norm_adv=False'."""
+
+    def argument(match: re.Match[str]) -> str:
+        negated, name = match.groups()
+        if name is None:
+            return match[0]
+        return name.replace("-", "_") + ("=False" if negated else "")
+
+    return _FLAG.sub(argument, message)
+
+
+class MessageForUsers(Exception):
+    """An error whose message is written with flags. It names arguments instead where Python code is the caller."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if _reader_types_flags else with_arguments(message))
+
+
+class UsageError(MessageForUsers):
+    """The caller asked for something impossible. One or two lines name the flag (in Python: the argument) and the nearest
+    legal value.
 
     The command line prints the message and exits with 2. Nothing has been written.
     """
 
 
-class TrainingFault(Exception):
+class TrainingFault(MessageForUsers):
     """Training cannot continue: an environment failed or a number is not finite. The last checkpoint holds the state.
 
     The command line prints the message and exits with 3.
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was interrupted. `result` is the TrainResult of what was trained until then."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__()
+        self.result = result
 
 
 class RankLost(TrainingFault):

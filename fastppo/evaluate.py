@@ -67,22 +67,17 @@ def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
     # the environment's code may change the working directory
     directory = absolute(chosen_run(settings.run_dir), "RUN_DIR", current_directory())
-    config = read_run_config(directory)
+    read_run_config(directory)  # for its errors, which need not wait for torch
     with lasting_imports():  # here, so that --help and wrong flags do not wait for it
         import torch
 
         from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
-        from fastppo.analysis.loading import agent_from_checkpoint
+        from fastppo.analysis.loading import load_run
         from fastppo.analysis.rendered_episodes import record_episodes, show_episodes
         from fastppo.analysis.video import choose_suffix
-        from fastppo.policy.module_policy import named_factory
-        from fastppo.run.checkpoint_file import load_checkpoint
 
     torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
-    path = directory / "checkpoints" / f"{settings.checkpoint}.pt"
-    checkpoint = load_checkpoint(path)
-    agent = agent_from_checkpoint(checkpoint, config, path, policy=named_factory(config.policy))
-    trained_steps = int(checkpoint["global_step"])
+    config, agent, trained_steps = load_run(directory, settings.checkpoint)
     plan = EvaluationPlan(settings.episodes, settings.seed, settings.deterministic, trained_steps, settings.max_steps)
     videos: list[Path] = []
     if settings.video is not None:

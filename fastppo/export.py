@@ -1,18 +1,17 @@
-"""Write a run's policy to one file: `python -m fastppo.export RUN_DIR --format onnx`. From Python: `export_policy`."""
+"""Write a run's policy to one file: `python -m fastppo.export RUN_DIR --format onnx`. From Python: `fastppo.export`."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from fastppo.analysis.export_formats import SUFFIXES, check_output
+from fastppo.analysis.export_formats import check_output
 from fastppo.analysis.policy_export import Exported, export_policy
 from fastppo.cli import chosen_run, parse, run
-from fastppo.config import read_run_config
 from fastppo.system.paths import absolute, current_directory
+from fastppo.verbs import export
 
 __all__ = ["ExportConfig", "Exported", "console", "export_policy"]
 
@@ -43,21 +42,12 @@ class ExportConfig:
 def _main(args: Sequence[str]) -> None:
     settings = parse(ExportConfig, args, prog="python -m fastppo.export")
     run_dir = chosen_run(settings.run_dir)
-    output = settings.output or str(Path(run_dir) / f"policy{SUFFIXES[settings.format]}")
     if settings.output is not None:
-        check_output(absolute(output, "--output", current_directory()), settings.format)
+        check_output(absolute(settings.output, "--output", current_directory()), settings.format)
     import torch  # here, so that --help and wrong flags do not wait for it
 
-    from fastppo.analysis.loading import load_policy
-    from fastppo.policy.module_policy import named_factory
-
     torch.set_num_threads(1)
-    config = read_run_config(Path(run_dir))
-    policy = load_policy(run_dir, settings.checkpoint, policy=named_factory(config.policy))
-    print(export_policy(policy, output, settings.format))
-    preprocessing = config.preprocessing.words
-    if preprocessing:
-        print(f"the file does not contain {preprocessing}: prepare observations and actions as training did")
+    print(export(run_dir, settings.output, settings.format, checkpoint=settings.checkpoint))
 
 
 def console(args: Sequence[str] | None = None) -> int:

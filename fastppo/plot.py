@@ -9,10 +9,10 @@ from typing import Annotated
 
 import tyro
 
-from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, render, return_panels
+from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, check_metric, draw_page, render, return_panels
 from fastppo.analysis.run_groups import Group, read_groups
 from fastppo.cli import chosen_run, parse, run
-from fastppo.errors import UsageError, nearest
+from fastppo.errors import UsageError
 from fastppo.run.files import file_name, replace_file
 from fastppo.system.paths import absolute, current_directory
 from fastppo.system.text import printable
@@ -41,9 +41,7 @@ def _main(args: Sequence[str]) -> None:
     settings = parse(PlotConfig, args, prog="python -m fastppo.plot")
     notes: list[str] = []
     groups = read_groups(settings.run_dirs or (chosen_run(None),), notes.append)
-    known = list(dict.fromkeys(name for group in groups for one in group.runs for name in one.columns))
-    if settings.metric not in known:
-        raise UsageError(f"--metric {settings.metric} is no column of metrics.csv{nearest(settings.metric, known)}")
+    check_metric(groups, settings.metric)
     output = re.sub(r"\.(png|svg)$", "", settings.output or _default_output(groups, settings.metric))
     if not absolute(output, "--output", current_directory()).parent.is_dir():
         raise UsageError(f"--output {settings.output}: there is no directory {Path(output).parent}")

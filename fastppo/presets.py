@@ -314,6 +314,21 @@ def preset_for(env_id: str | None = None, **settings: Any) -> TrainConfig:
     return with_settings(preset.config(env_id), settings)
 
 
+def check_applied(config: TrainConfig) -> None:
+    """Raise UsageError where a setting `preset` names one of ours and all other settings have their defaults.
+
+    That is TrainConfig(preset="LunarLander"), which names a preset without starting from it.
+    """
+    preset = PRESETS.get(config.preset)
+    plain = {spec.name: spec.default for spec in fields(TrainConfig)}
+    if preset is not None and preset.settings and all(getattr(config, name) == plain[name] for name in preset.settings):
+        env_id = "" if config.env_id == TrainConfig.env_id else f'"{config.env_id}", '
+        raise UsageError(
+            f"--preset {preset.name} is only a name in TrainConfig, and none of its settings are there: "
+            f'use preset_for({env_id}preset="{preset.name}")'
+        )
+
+
 FILE_KEYS = ("settings", "source", "env_id")
 NOT_IN_FILES = ("preset", "env_id", "run_dir", "resume")  # of TrainConfig: which run it is, not how it learns
 

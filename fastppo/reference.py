@@ -81,6 +81,10 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "With `--reward-weights` there are further columns, `episodic_return_0` and so on (`charts/episodic_return_0`)."
     yield "Each is the mean return of one part of the reward, without its weight, in the episodes of `episodic_return_mean`."
+    yield ""
+    yield "`info_is_success` (`info/is_success`) is there where environments have `is_success` in their infos, and `info_NAME`"
+    yield "(`info/NAME`) where `--log-info NAME` asks for it: means over the iteration's episodes, of each one's last step."
+    yield "What a callback records has a column of that name. These are empty in rows without a value."
     yield from ("", "## summary.json", "", "Written when training has ended, and again after the evaluation.", "")
     yield from _table(("key", "what it is"), ((f"`{key}`", _text(text)) for key, text in SUMMARY.items()))
     yield from ("", "## summary.json of many seeds", "")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from fastppo.compile import native
+from fastppo.errors import naming_flags
 
 pytest.register_assert_rewrite("support")
 pytest_plugins = ["support.hostile"]  # fixtures of several files
@@ -34,6 +35,10 @@ entropy = random.Random(0)
 np.random.bit_generator.randbits = entropy.getrandbits
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=entropy.random, after_in_child=lambda: entropy.seed(f"child {entropy.random()}"))
+
+# Messages are read as the command line prints them, with flags; test_messages.py has them as Python's callers get them.
+flags_named = naming_flags()
+flags_named.__enter__()
 
 # Hypothesis tries the same examples in every run, and does not mind how long one takes.
 hypothesis.settings.register_profile(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from fastppo import Callback, TrainConfig, UsageError, View, preset_for, train
+from fastppo import Callback, TrainConfig, UsageError, View, evaluate, preset_for, train
 from fastppo.callbacks import checked_callbacks
 from fastppo.training.arguments import arguments, vector_of, with_number
 
@@ -55,6 +55,21 @@ def test_settings_start_from_the_preset_of_an_env_id():
         env_id="LunarLander-v3", num_envs=4, gamma=0.9, num_iterations=3
     )
     assert preset_for("Acrobot-v1", minibatch_size=64).minibatch_size == 64  # in the place of the preset's num_minibatches
+
+
+def test_a_presets_name_without_its_settings():
+    """TrainConfig takes the environment first. It does not look a preset up, and says what does."""
+    assert TrainConfig("LunarLander-v3") == TrainConfig(env_id="LunarLander-v3")
+    for config, says in (
+        (lambda: TrainConfig(preset="LunarLander", seed=3), r'use preset_for\(preset="LunarLander"\)'),
+        (lambda: TrainConfig("Ant-v5", "mujoco"), r'use preset_for\("Ant-v5", preset="mujoco"\)'),
+        (lambda: settings_of(TrainConfig("LunarLander-v3"), preset="box2d"), 'preset="box2d"'),
+    ):
+        with pytest.raises(UsageError, match=says):
+            config()
+    assert preset_for("Ant-v5", preset="mujoco").norm_obs
+    assert TrainConfig(preset="classic") == preset_for(preset="classic")  # has no settings of its own
+    assert TrainConfig(preset="LunarLander", learning_rate=3e-4).num_envs == 8  # one of them is enough: flags override the rest
 
 
 @pytest.mark.parametrize(
@@ -128,6 +143,65 @@ def test_training_on_what_was_given(tmp_path):
     assert names["one"] == names["two"] == "Count"
     assert names["class"].endswith("test_arguments:Count")
     assert "<" in names["function"]
+
+
+class Table:
+    """Stands for a DataFrame: JSON cannot hold it."""
+
+    def __init__(self, length):
+        self.length = length
+
+
+def three() -> int:
+    return 3
+
+
+class Rows(Count):
+    """An environment that takes a table and a function."""
+
+    def __init__(self, table, function, size=1):
+        assert isinstance(table, Table)
+        assert callable(function)
+        self.number = table.length + function() + size
+
+
+def test_objects_as_arguments_of_the_environment(tmp_path):
+    """env_kwargs take any object. A function is recorded by its name, and found again; a table has to be given again."""
+    run = str(tmp_path / "run")
+    settings = SHORT | {"run_dir": run, "env_fn": Rows}
+    train(env_kwargs={"table": Table(2), "function": three, "size": np.int64(4)}, **settings | {"eval_episodes": 1})
+    config = TrainConfig.from_json(tmp_path / "run" / "config.json")
+    assert config.env_kwargs == {
+        "table": {"object": None, "type": "Table"},
+        "function": {"object": "test_arguments:three"},
+        "size": 4,
+    }
+    with pytest.raises(UsageError, match=r"--env-kwargs table was a Table in Python.*evaluate\(run, envs=lambda: MyEnv"):
+        evaluate(run, 1, verbose=False)
+    assert evaluate(run, 1, envs=lambda: Rows(Table(1), three), verbose=False)["episodes"] == 1
+    again = train(resume=run, num_iterations=2, env_kwargs={"table": Table(3), "function": three, "size": 4}, eval_episodes=0)
+    assert again.summary["iterations"] == 2
+    with pytest.raises(UsageError, match="table was a Table"):
+        train(resume=run, num_iterations=3)
+    with pytest.raises(UsageError, match="env-kwargs must be names with values"):
+        settings_of(env_kwargs={1: three})
+
+
+def test_functions_as_arguments_are_imported_again(tmp_path):
+    """Where all objects have names, evaluation needs nothing."""
+
+    run = str(tmp_path / "run")
+    train(env_fn=Named, env_kwargs={"function": three}, run_dir=run, **SHORT)
+    assert evaluate(run, 1, verbose=False)["episodes"] == 1
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace("test_arguments:three", "test_arguments:thre"))
+    with pytest.raises(UsageError, match=r"--env-kwargs function test_arguments:thre: .*nearest: three"):
+        evaluate(run, 1, verbose=False)
+
+
+class Named(Count):
+    def __init__(self, function):
+        assert function is three
 
 
 def test_wrong_callbacks():

@@ -14,7 +14,7 @@ from fastppo.export import console as export
 from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from support.resume import differing
-from support.runs import checkpoint, tiny
+from support.runs import checkpoint
 
 SPACE = Dict(seen=Box(-1, 1, (2,)), hidden=Dict(a=Box(-1, 1, (3,)), b=Discrete(4)))
 

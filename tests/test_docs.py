@@ -29,6 +29,8 @@ QUOTED = re.findall(r"`((?:scripts/|\.venv/bin/|fastppo |python -m fastppo)[^`]*
 EXAMPLES = {
     "docs/python.md": [
         "test_docs.test_examples_run",
+        "test_python_verbs.test_the_pages_example",
+        "test_docs.test_examples_run",
         "test_docs.test_examples_run",
         "test_module_policy.test_the_pages_network_learns",
         "test_export.test_the_pages_file_runs",
@@ -51,7 +53,12 @@ def test_every_example_is_run_somewhere():
 
 
 @pytest.mark.parametrize(
-    ("name", "obs"), [("Train and load", np.zeros(6, np.float32)), ("Callbacks and your own vector environment", None)]
+    ("name", "obs"),
+    [
+        ("Train and load", np.zeros(6, np.float32)),
+        ("Callbacks and your own vector environment", None),
+        ("Numbers of your own, and single steps", None),
+    ],
 )
 def test_examples_run(name, obs, tmp_path, monkeypatch):
     """As they stand there, their runs cut to two iterations."""

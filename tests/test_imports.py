@@ -17,10 +17,10 @@ FLOORS = (
     ({"system"},),
     ({"core"}, {"ranks"}),
     ({"compile"}, {"policy"}, {"envs"}),
-    ({"fused"}, {"rollout"}, {"bounds", "combinations", "config", "resumable", "presets", "callbacks"}, {"run"}),
+    ({"fused"}, {"rollout"}, {"bounds", "combinations", "config", "env_objects", "resumable", "presets", "callbacks"}, {"run"}),
     ({"analysis"},),
     ({"training"},),
-    ({"", "__main__", "cli", "train", "evaluate", "export", "plot", "report", "sweep", "cache", "reference"},),
+    ({"", "__main__", "cli", "train", "evaluate", "export", "plot", "report", "sweep", "cache", "reference", "verbs"},),
 )
 
 COMPILERS = ("torch.compile", "torch.compiler", "torch._inductor", "torch._dynamo", "torch._export", "torch.jit")

@@ -137,7 +137,7 @@ def test_a_script_without_a_main_guard(tmp_path):
     """Where processes import the script they cannot start others: said in a line, without a traceback."""
     (tmp_path / "script.py").write_text(UNGUARDED.format(path=sys.path))
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=True, timeout=120)
-    assert 'put what it does under if __name__ == "__main__":, or use --vectorization sync' in done.stdout
+    assert 'put what it does under if __name__ == "__main__":, or use vectorization sync' in done.stdout
     assert done.stderr == ""
 
 

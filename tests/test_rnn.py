@@ -3,6 +3,7 @@
 The cells themselves are held against torch.nn in tests/test_recurrence.py.
 """
 
+import copy
 import itertools
 
 import numpy as np
@@ -191,6 +192,34 @@ def test_an_agent_of_one_environment(kind):
     fresh.act(obs[4])
     fresh.act(obs[5])
     torch.testing.assert_close(fresh.rnn_state, one.rnn_state, rtol=1e-5, atol=1e-6)
+
+
+def test_two_clients_of_one_agent():
+    """Each with a memory of its own acts as with a policy of its own; the policy's own memory does not move."""
+    served, *_ = make_agent()
+    apart = [make_agent()[0] for _ in range(2)]
+    clients = [served.new_memory() for _ in range(2)]
+    obs = np.random.default_rng(0).normal(size=(5, 2, 3, 3)).astype(np.float32)
+    for t in range(5):
+        for client, memory, alone in zip(range(2), clients, apart, strict=True):
+            if t == 3 and client == 1:
+                memory.reset([True, False, False])
+                alone.reset([True, False, False])
+            value = served.value(obs[t, client], memory=memory)
+            np.testing.assert_array_equal(value, alone.value(obs[t, client]))
+            np.testing.assert_array_equal(served.act(obs[t, client], memory=memory), alone.act(obs[t, client]))
+            assert torch.equal(memory.state, alone.rnn_state)
+    assert served.rnn_state is None
+    copied = copy.copy(apart[0])  # it remembers the same and goes its own way
+    assert torch.equal(copied.rnn_state, apart[0].rnn_state)
+    copied.reset()
+    assert apart[0].rnn_state is not None
+    before, kept = copy.copy(clients[0]), clients[0].state.clone()
+    served.act(obs[0, 0], memory=clients[0])
+    assert torch.equal(before.state, kept)
+    assert not torch.equal(clients[0].state, kept)
+    with pytest.raises(ValueError, match="1 observations; this policy remembers 3"):
+        served.act(obs[0, 0, 0], memory=clients[0])
 
 
 def test_an_agent_of_other_environments_is_told_so():

@@ -228,3 +228,6 @@ def test_the_trial_is_work_that_threads_can_share(monkeypatch):
     assert (gradient != 0).any()
     assert loss.isfinite()
     assert torch.equal(params, before)
+    wide = obs_spec(gym.spaces.Box(-1, 1, (4,), "float64"), normalize=True)  # kept in 64 bits until they are normalised
+    assert wide.observed[0].dtype == torch.float64
+    assert minibatch_of(policy, params, wide, action, 96, 16)()[1].isfinite()

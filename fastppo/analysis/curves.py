@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastppo.analysis.run_groups import Group
+from fastppo.errors import UsageError, nearest
 from fastppo.run.files import replace_file
-from fastppo.run.metrics import EVALUATION
+from fastppo.run.metrics import EVALUATION, INFO
 from fastppo.run.metrics_file import read_rows
 from fastppo.system.text import printable
 
@@ -45,6 +46,7 @@ LOSSES = tuple(LABELS)[2:11]  # of the second page
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
 FORMATS = ("png", "svg")
+MAX_INFOS = 6  # on the first page
 EPISODIC = (RETURN, "episodic_length_mean", EVALUATION)  # no value until an episode has ended
 
 
@@ -98,10 +100,21 @@ def _add_evaluations(axes: "Axes", rows: Sequence[Mapping[str, str]]) -> None:
         axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
+def check_metric(groups: Sequence[Group], metric: str) -> None:
+    """Raise UsageError for a column that no run has."""
+    known = list(dict.fromkeys(name for group in groups for one in group.runs for name in one.columns))
+    if metric not in known:
+        raise UsageError(f"--metric {metric} is no column of metrics.csv{nearest(metric, known)}")
+
+
 def return_panels(groups: Sequence[Group], metric: str = RETURN) -> list[tuple[str, str]]:
-    """(x, y) of the first page: a metric, and below it the evaluations of --eval-every where a run has any."""
-    evaluated = any(np.isfinite(run.columns.get(EVALUATION, ())).any() for group in groups for run in group.runs)
-    names = dict.fromkeys([metric, EVALUATION] if evaluated else [metric])
+    """(x, y) of the first page: a metric, below it the evaluations of --eval-every, and what the infos of the environments
+    say, where a run has any.
+    """
+    columns = [column for group in groups for run in group.runs for column in run.columns.items()]
+    filled = dict.fromkeys(name for name, values in columns if np.isfinite(values).any())
+    infos = [name for name in filled if name.startswith(INFO)][:MAX_INFOS]
+    names = dict.fromkeys([metric, *([EVALUATION] if EVALUATION in filled else []), *infos])
     return [(x, name) for name in names for x in ("global_step", "seconds")]
 
 

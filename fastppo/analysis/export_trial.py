@@ -14,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from fastppo.analysis.export_formats import NEXT_MEMORY, Arrays
+from fastppo.policy.agent import unseen_by_actor
 
 if TYPE_CHECKING:
     from fastppo.policy.agent import Agent
@@ -52,7 +53,8 @@ def make_trial(agent: "Agent", rnn_state_size: int) -> list[TrialStep]:
         obs = _sample(agent.obs_space, rng, rows)
         if info_mask is not None:
             mask = rng.integers(2, size=(rows, *info_mask.shape), dtype=np.int8)  # the dtype of gymnasium's masks
-        inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in agent.obs}
+        leaves = (leaf for leaf in agent.obs if leaf.key not in unseen_by_actor(agent.network))
+        inputs = {leaf.key: mask if leaf is info_mask else leaf.find(obs) for leaf in leaves}
         episode_start = (np.arange(rows) + number) % 4 == 0  # in one step of four for each row
         agent.reset(episode_start)
         action = agent.act(obs, action_mask=mask)

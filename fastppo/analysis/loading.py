@@ -9,7 +9,7 @@ from fastppo.config import TrainConfig, read_run_config
 from fastppo.errors import UsageError, brief
 from fastppo.policy.agent import Agent
 from fastppo.policy.codec import agent_from_state
-from fastppo.policy.module_policy import ModuleFactory
+from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from fastppo.system.modes import ours
@@ -34,12 +34,28 @@ def load_policy(
     Raises:
         UsageError: no run directory, no such checkpoint, a damaged checkpoint, or another network than in the run.
     """
+    config = read_run_config(Path(run_dir))
+    path = _path_of(Path(run_dir), checkpoint)
+    return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)
+
+
+def load_run(run_dir: Path, checkpoint: str, policy: ModuleFactory | None = None) -> tuple[TrainConfig, Agent, int]:
+    """The settings of a run, a policy of it, and the steps that this was trained for. Imports what config.policy names.
+
+    Raises UsageError as `load_policy`, and for a network that cannot be imported.
+    """
+    config = read_run_config(run_dir)
+    path = _path_of(run_dir, checkpoint)
+    state = load_checkpoint(path)
+    agent = agent_from_checkpoint(state, config, path, policy=policy or named_factory(config.policy))
+    return config, agent, int(state["global_step"])
+
+
+def _path_of(run_dir: Path, checkpoint: str) -> Path:
     if checkpoint not in ("best", "last"):
         raise UsageError(f'checkpoint must be "best" or "last", got {checkpoint!r}')
-    directory = RunDirectory(Path(run_dir))
-    config = read_run_config(directory.path)
-    path = directory.best if checkpoint == "best" else directory.last
-    return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)
+    directory = RunDirectory(run_dir)
+    return directory.best if checkpoint == "best" else directory.last
 
 
 @ours

@@ -10,18 +10,19 @@ A vector environment continues after an episode's end in one of three ways (gymn
 
 So a step is (obs, reward, terminated, truncated, final_obs): final_obs is None under NEXT_STEP, else it holds the final
 observation in the rows of environments that ended. Tensors of an environment stay tensors, and under NEXT_STEP, or SAME_STEP
-with a dense final_obs, nothing waits for the device. An observation may be a dict or tuple of batches. Of the info only
-`action_mask` is read, the actions that are legal next; environments may have `action_masks()` instead (envs/masks.py). Knows
-nothing of rollouts or policies. Does not import torch unless the environment does.
+with a dense final_obs, nothing waits for the device. An observation may be a dict or tuple of batches. Of the info
+`action_mask` is read, the actions that are legal next; environments may have `action_masks()` instead (envs/masks.py). So are
+numbers to be logged, `info_names`. Knows nothing of rollouts or policies. Does not import torch unless the environment does.
 
 An environment gives masks always or never: in the info of every reset and every step, except the last step of an episode. A
 missing mask is an error, since training would otherwise ignore a forgotten one silently.
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ from fastppo.envs.agents import AgentRows
 from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.masks import MaskSource, source_of
-from fastppo.envs.numbered import REWARD_PARTS
+from fastppo.envs.numbered import REWARD_PARTS, SUCCESS, as_number
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, UsageError
 
 Batch = Any  # a numpy array or a torch tensor, as the environment has it
@@ -59,13 +60,17 @@ class Step(NamedTuple):
     action_mask: Batch | None = None  # (N, A): legal under `obs`, all True where an episode ended; None: there are no masks
     game_over: Batch | None = None  # (N,): the end is that of a whole episode, not of a life or agent in it; None: every end is
     reward_parts: Batch | None = None  # (N, K): the parts whose weighted sum is the reward; None where it is a number
+    infos: Mapping[str, Batch] = MappingProxyType({})  # (N,) each: numbers in the info by name; nan where there is none
 
 
 class AutoresetEnvs:
     """A gymnasium vector environment with the same form of step in every autoreset mode."""
 
-    def __init__(self, envs: VectorEnv, deadline: Deadline = NO_DEADLINE) -> None:
-        """`deadline` is for each step and reset. Closes `envs` and raises UsageError where they do not say how they reset."""
+    def __init__(self, envs: VectorEnv, deadline: Deadline = NO_DEADLINE, info_names: Sequence[str] = (SUCCESS,)) -> None:
+        """`deadline` is for each step and reset. Closes `envs` and raises UsageError where they do not say how they reset.
+
+        info_names: of numbers to be read from the info.
+        """
         mode = envs.metadata.get("autoreset_mode")
         self.is_declared = mode is not None
         try:
@@ -80,6 +85,7 @@ class AutoresetEnvs:
         self.num_envs = envs.num_envs
         self.deadline = deadline
         self.closed = False
+        self._info_names = tuple(info_names)
         self._lives = _lives_of(envs)
         self._rows = envs if isinstance(envs, AgentRows) else None
         self._is_new = True  # until the first reset, which decides whether there are masks
@@ -133,10 +139,11 @@ class AutoresetEnvs:
             if self.mode is AutoresetMode.SAME_STEP:  # what has ended is reset already
                 mask = self._mask(info, np.zeros(self.num_envs, bool), "step")
                 final_obs = _final_obs(obs, done, info)
-                return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, info.get(REWARD_PARTS))
-            mask = self._mask(info, done, "step")
+                infos = numbers_in(info.get("final_info", info), self._info_names, self.num_envs)
+                return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, info.get(REWARD_PARTS), infos)
+            mask, infos = self._mask(info, done, "step"), numbers_in(info, self._info_names, self.num_envs)
         if self.mode is AutoresetMode.NEXT_STEP:
-            return Step(obs, reward, terminated, truncated, None, mask, game_over, info.get(REWARD_PARTS))
+            return Step(obs, reward, terminated, truncated, None, mask, game_over, info.get(REWARD_PARTS), infos)
         final_obs = obs
         if done.any():  # sync: the caller resets
             # copies, since an environment may keep what it returned and write to it when it resets
@@ -145,7 +152,7 @@ class AutoresetEnvs:
                 obs, info = self.envs.reset(options={"reset_mask": done})
                 after = self._mask(info, ~done, "reset")
             mask = None if mask is None else np_or_torch(mask).where(done[:, None], after, mask)
-        return Step(obs, reward, terminated, truncated, final_obs, mask, game_over)
+        return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, infos=infos)
 
     def _mask(self, info: Mapping[str, Any], unneeded: Batch, when: str) -> Batch | None:
         """(N, A) bool, the legal actions; None: there are no masks.
@@ -247,6 +254,36 @@ def _where(done: Batch, final: Structure, obs: Structure) -> Structure:
     if isinstance(obs, tuple):
         return tuple(_where(done, one, other) for one, other in zip(final, obs, strict=True))
     return np_or_torch(obs).where(done.reshape(-1, *[1] * (obs.ndim - 1)), final, obs)
+
+
+def numbers_in(info: Any, names: Sequence[str], size: int) -> dict[str, Batch]:
+    """The numbers under these names in the info of a step, (N,) each; nan where an environment gave none."""
+    found: dict[str, Batch] = {}
+    if not info or not isinstance(info, Mapping):
+        return found
+    for name in (name for name in names if name in info):
+        numbers, given = _numbers_of(info[name], size), info.get(f"_{name}")
+        if numbers is not None and given is not None:
+            given = sys.modules["torch"].as_tensor(given, device=numbers.device) if is_tensor(numbers) else given
+            numbers = np_or_torch(numbers).where(given, numbers, math.nan)
+        if numbers is not None:
+            found[name] = numbers
+    return found
+
+
+def _numbers_of(batch: Any, size: int) -> Batch | None:
+    """A batch of an info as floats (N,); None: it does not hold a number for each environment."""
+    if is_tensor(batch):
+        return batch.reshape(size).float() if batch.numel() == size else None
+    if not isinstance(batch, Sequence | np.ndarray) or isinstance(batch, str) or len(batch) != size:
+        return None
+    array = np.asarray(batch)
+    if array.dtype.kind in "biuf" and array.size == size:
+        return array.reshape(size).astype(np.float64)
+    numbers = [as_number(value) for value in batch]
+    if all(number is None for number in numbers):
+        return None
+    return np.array([math.nan if number is None else number for number in numbers])
 
 
 def _copy(obs: Structure) -> Structure:

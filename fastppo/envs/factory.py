@@ -31,7 +31,7 @@ from fastppo.envs.check_ends import leaves
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.numbered import EnvFn, NumberedVectorEnv
+from fastppo.envs.numbered import SUCCESS, EnvFn, NumberedVectorEnv
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari
 from fastppo.envs.streams import untouched_streams
@@ -84,6 +84,13 @@ class EnvConfig:
     """S, for `make_training_envs`."""
     autoreset: str = "auto"
     """"same-step" or "next-step": when environments that are made one by one are reset; "auto": in the next step."""
+    log_info: tuple[str, ...] = ()
+    """Further names of numbers in the infos to be read, beside SUCCESS."""
+
+    @property
+    def info_names(self) -> tuple[str, ...]:
+        """The numbers that are read from the info of an episode's last step."""
+        return tuple(dict.fromkeys((SUCCESS, *self.log_info)))
 
 
 class VectorizationChoice(NamedTuple):
@@ -162,7 +169,7 @@ def make_training_envs(
         if f"gymnasium/{choice.vectorization}" in ONE_BY_ONE:
             envs = SeedsVectorEnv(make(every.num_envs) if choice.envs is None else choice.envs, config.num_seeds)
         else:
-            envs = many(make, config.num_envs, config.num_seeds)
+            envs = many(make, config.num_envs, config.num_seeds, config.info_names)
     return MadeEnvs(with_agent_rows(envs), engine_name(envs, config), choice.reason)
 
 
@@ -321,9 +328,9 @@ def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> Ve
     env_fns = [env_maker(config)] * num_envs
     autoreset = AutoresetMode.SAME_STEP if config.autoreset == "same-step" else AutoresetMode.NEXT_STEP
     if config.vectorization == "sync":
-        return NumberedVectorEnv(env_fns, mode=autoreset)
+        return NumberedVectorEnv(env_fns, mode=autoreset, info_names=config.info_names)
     num_groups = num_envs if config.vectorization == "async" else num_processes(num_envs, config.num_threads)
-    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial, autoreset)
+    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial, autoreset, config.info_names)
 
 
 def default_vectorization(config: EnvConfig) -> str:

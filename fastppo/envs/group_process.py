@@ -45,6 +45,7 @@ class GroupTask(NamedTuple):
     entropy: Sequence[int]  # for its global generators, until a reset with a seed
     copied: frozenset[int]  # ids of spaces that the fork has copied with their generators, such as attributes of a class
     mode: AutoresetMode
+    info_names: Sequence[str]  # as NumberedVectorEnv takes them
 
 
 def run_group(
@@ -68,7 +69,7 @@ def run_group(
     group = None
     try:
         with deadline:
-            group = NumberedVectorEnv(env_fns, rows.start, task.mode)
+            group = NumberedVectorEnv(env_fns, rows.start, task.mode, task.info_names)
         if (group.single_observation_space, group.single_action_space) != (exchanged["obs"], exchanged["action"]):
             raise EnvironmentFailed(f"{group_name(rows)}: other spaces than those of environment 0")
         for identity, space in spaces_of(group).items():

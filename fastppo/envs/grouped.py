@@ -47,7 +47,7 @@ from fastppo.envs.group_process import (
     run_group,
     spaces_of,
 )
-from fastppo.envs.numbered import EnvFn, NumberedVectorEnv
+from fastppo.envs.numbered import SUCCESS, EnvFn, NumberedVectorEnv
 from fastppo.envs.shared_rows import allocated_space, copy_into, exchanged_space, reset_group, rows_of, step_group
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, ForkHangs, UsageError, brief
 from fastppo.system.platforms import START_METHOD, interrupts_held, kill_group, poller, receive_byte, send_byte
@@ -77,6 +77,7 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         deadline: Deadline = NO_DEADLINE,
         is_trial: bool = False,
         mode: AutoresetMode = AutoresetMode.NEXT_STEP,
+        info_names: Sequence[str] = (SUCCESS,),
     ) -> None:
         """Make the environments, each where it will run; env_fns[0] says which spaces all of them have.
 
@@ -86,6 +87,7 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             deadline: the caller's, for steps and resets. Each other process has one of as many seconds; a process that exceeds
                 it by NAME_SECONDS is ended.
             is_trial: a trial of processes waits less long for those that hang.
+            info_names: as NumberedVectorEnv takes them.
 
         Raises:
             UsageError: a space that arrays cannot hold, or a script without a main guard where processes import it.
@@ -102,7 +104,7 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # started here, it imports the user's script
             os._exit(UNGUARDED)
         began = time.monotonic()
-        self._group = NumberedVectorEnv(env_fns[: edges[1]], mode=mode)
+        self._group = NumberedVectorEnv(env_fns[: edges[1]], mode=mode, info_names=info_names)
         own_seconds = time.monotonic() - began
         deadline.lift()  # the rest waits for processes with deadlines of their own
         self.metadata = {**self._group.metadata, "autoreset_mode": mode}
@@ -120,7 +122,7 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             for start, stop in pairwise(edges[1:]):
                 rows, copied = slice(start, stop), frozenset(spaces_of(self._group))
                 seconds, entropy = deadline.seconds, _entropy(rows)
-                task = GroupTask(rows, self.num_envs, exchanged, memory, seconds, entropy, copied, mode)
+                task = GroupTask(rows, self.num_envs, exchanged, memory, seconds, entropy, copied, mode, info_names)
                 self._workers.append(GroupProcess(context, env_fns, task, self._workers, deadline))
             for worker in self._workers:
                 worker.first_result(own_seconds, is_trial)

@@ -6,6 +6,7 @@ step in 105 us instead of the 740 us of ten times eight. Other vector classes ma
 so each seed gets its own instance. Knows nothing of policies.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,12 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.envs.autoreset import is_tensor
+from fastppo.envs.autoreset import is_tensor, numbers_in
 from fastppo.envs.cartpole import SeededCartPole
 from fastppo.envs.device import Action, DeviceEnv, Running, StepResult, TorchVectorEnv, autoreset_step, start
 from fastppo.envs.envpool import EnvPoolVectorEnv
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.numbered import INFO_KEYS, NumberedVectorEnv
+from fastppo.envs.numbered import INFO_KEYS, SUCCESS, NumberedVectorEnv
 from fastppo.envs.shared_rows import rows_of
 
 ResetSeeds = int | Sequence[int] | None  # S seeds, or the first of them; None: generators continue
@@ -45,9 +46,11 @@ class SeedsVectorEnv(VectorWrapper):
 class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
     """S vector environments of N each, stepped one after another. Infos contain only the entries that training reads."""
 
-    def __init__(self, envs: Sequence[VectorEnv]) -> None:
+    def __init__(self, envs: Sequence[VectorEnv], info_names: Sequence[str] = (SUCCESS,)) -> None:
+        """info_names: of numbers in the infos, as AutoresetEnvs takes them."""
         first = envs[0]
         self.envs = tuple(envs)
+        self._info_names = tuple(info_names)
         self.num_envs = first.num_envs * len(envs)
         self.metadata = first.metadata
         self.spec = first.spec
@@ -95,13 +98,22 @@ class JoinedVectorEnv(VectorEnv[Any, Any, Any]):
                 joined[key] = [row for info in infos for row in ([None] * size if info.get(key) is None else info[key])]
             elif known is not None:
                 joined[key] = _joined([_blank(known) if info.get(key) is None else info[key] for info in infos])
-        if any("final_info" in info for info in infos):  # only its presence is read
-            joined["final_info"] = [info.get("final_info") for info in infos]
+        joined |= self._joined_numbers(infos)
+        if any("final_info" in info for info in infos):
+            joined["final_info"] = self._joined_numbers([info.get("final_info") for info in infos])
         if "action_mask" in joined and not is_tensor(joined["action_mask"]):
             size = self.num_envs // len(self.envs)
             masks = [info.get("_action_mask", np.full(size, info.get("action_mask") is not None)) for info in infos]
             joined["_action_mask"] = np.concatenate(masks)
         return joined
+
+    def _joined_numbers(self, infos: Sequence[Any]) -> dict[str, Any]:
+        """Join the numbers to be logged. Environments without one have nan."""
+        size = self.num_envs // len(self.envs)
+        found = [numbers_in(info, self._info_names, size) for info in infos]
+        names = dict.fromkeys(name for numbers in found for name in numbers)
+        likes = {name: next(numbers[name] for numbers in found if name in numbers) for name in names}
+        return {name: _joined([numbers.get(name, like * math.nan) for numbers in found]) for name, like in likes.items()}
 
 
 def _each(seed: int | Sequence[int], number: int) -> list[int]:
@@ -161,7 +173,7 @@ class SeededTorchVectorEnv(TorchVectorEnv):
         return tree_map(lambda x: x.unflatten(0, (self.num_seeds, -1)), after), result
 
 
-def many(make: Callable[[int], VectorEnv], num_envs: int, num_seeds: int) -> VectorEnv:
+def many(make: Callable[[int], VectorEnv], num_envs: int, num_seeds: int, info_names: Sequence[str] = (SUCCESS,)) -> VectorEnv:
     """The environments of S seeds. make(K): a vector environment of K environments, of the same class for each K."""
     made = make(num_envs)
     if isinstance(made, TorchVectorEnv):
@@ -172,7 +184,7 @@ def many(make: Callable[[int], VectorEnv], num_envs: int, num_seeds: int) -> Vec
     if one_by_one or isinstance(made, SeededCartPole) or _is_ale(made):
         made.close()
         return SeedsVectorEnv(make(num_envs * num_seeds), num_seeds)
-    return JoinedVectorEnv([made, *(make(num_envs) for _ in range(num_seeds - 1))])
+    return JoinedVectorEnv([made, *(make(num_envs) for _ in range(num_seeds - 1))], info_names)
 
 
 def _is_ale(envs: VectorEnv) -> bool:

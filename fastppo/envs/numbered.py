@@ -23,18 +23,26 @@ EnvFn = Callable[[], gym.Env[Any, Any]]
 REWARD_PARTS = "fastppo_reward_parts"  # (K,) the parts of a vector reward (envs/wrappers.py)
 # The infos that are read (envs/autoreset.py). Gathering others would take time, a seventh of a step for HalfCheetah's.
 INFO_KEYS = ("action_mask", REWARD_PARTS)
+SUCCESS = "is_success"  # in the info of an episode's last step, as robotics environments have it
 
 
 class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type arguments
     """Gymnasium's SyncVectorEnv for environments first, first + 1, ...; it names the one that fails, and copies less.
 
-    Returned observations are reused in the next step, so copy what you keep. Of infos, only INFO_KEYS are returned, and under
-    SAME_STEP `final_obs`, (N,) objects.
+    Returned observations are reused in the next step, so copy what you keep. Of infos, only INFO_KEYS are returned; of an
+    episode's last step also the numbers under `info_names`; and under SAME_STEP `final_obs`, (N,) objects.
     """
 
-    def __init__(self, env_fns: Sequence[EnvFn], first: int = 0, mode: AutoresetMode = AutoresetMode.NEXT_STEP) -> None:
+    def __init__(
+        self,
+        env_fns: Sequence[EnvFn],
+        first: int = 0,
+        mode: AutoresetMode = AutoresetMode.NEXT_STEP,
+        info_names: Sequence[str] = (SUCCESS,),
+    ) -> None:
         """Make the environments; `first` is the number of env_fns[0]. If making one raises, the others are closed."""
         made: list[NumberedEnv] = []
+        self.info_names = tuple(info_names)
         self._is_same_step = mode is AutoresetMode.SAME_STEP
 
         def make(env_fn: EnvFn, number: int) -> NumberedEnv:
@@ -52,17 +60,37 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
             raise
 
     def _add_info(self, vector_infos: dict[str, Any], env_info: dict[str, Any], env_num: int) -> dict[str, Any]:
+        if not env_info:
+            return vector_infos
         if self._is_same_step and "final_info" in env_info:  # of the last step; the info after the reset follows
             final = vector_infos.setdefault("final_obs", np.full(self.num_envs, None, object))
             final[env_num] = deepcopy(env_info["final_obs"])  # an environment may write its next one to the same memory
-            env_info = {key: value for key, value in env_info["final_info"].items() if key == REWARD_PARTS}
-        read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
+            info = env_info["final_info"]
+            read = {key: value for key, value in info.items() if key == REWARD_PARTS} | self._numbers(info)
+        else:
+            read = {key: env_info[key] for key in INFO_KEYS if key in env_info}
+            if not self._is_same_step and (self._terminations[env_num] or self._truncations[env_num]):
+                read |= self._numbers(env_info)
         return super()._add_info(vector_infos, read, env_num) if read else vector_infos
+
+    def _numbers(self, info: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers under `info_names` in the info of an episode's last step."""
+        return {name: number for name in self.info_names if (number := as_number(info.get(name))) is not None}
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments, once: gymnasium before 1.4 tries again, and prints what is raised, when this is collected."""
         self.closed = True
         super().close_extras(**kwargs)
+
+
+def as_number(value: Any) -> float | None:
+    """A bool, number, or array or tensor of one number as a float; None: it is something else."""
+    if isinstance(value, bool | int | float | np.number | np.bool_):
+        return float(value)
+    if getattr(value, "shape", None) in ((), (1,)) and not isinstance(value, np.str_):
+        with contextlib.suppress(TypeError, ValueError):
+            return float(value.item())
+    return None
 
 
 class NumberedEnv(gym.Wrapper[Any, Any, Any, Any]):

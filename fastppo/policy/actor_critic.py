@@ -18,8 +18,8 @@ from fastppo.policy.spaces import ACTION_MASK
 class ActorCritic(Composed):
     """An `Encoder` that actor and critic share, then an `MLPActorCritic`. Illegal actions are masked.
 
-    `mlp.obs_size` is `encoder.size`. critic_only: keys of leaves in which the actor gets zeros: an asymmetric actor-critic (Pinto
-    et al., 2017, arXiv 1710.06542).
+    `mlp.obs_size` is `encoder.size`. critic_only: keys of leaves in which the actor gets zeros: an asymmetric actor-critic
+    (Pinto et al., 2017, arXiv 1710.06542).
     """
 
     encoder: Encoder

@@ -1,6 +1,8 @@
 """A trained policy for users: observations in, actions out, with normalisation and action bounds."""
 
+import copy
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -11,11 +13,43 @@ from torch.utils._pytree import tree_map
 
 from fastppo.core.action_masks import flat_mask
 from fastppo.core.contracts import Normalization, Obs, normalize_obs
+from fastppo.policy.actor_critic import ActorCritic
 from fastppo.policy.distributions import masked
 from fastppo.policy.network import Network
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec
 from fastppo.system.modes import ours
+
+
+class Memory:
+    """What a policy with memory (--rnn) remembers of one client's environments; `act` writes to it.
+
+    Made by `Agent.new_memory`. A copy (`copy.copy`) remembers the same and goes its own way from then on.
+    """
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None  # (R, S) of R environments; None: before the first step
+
+    @ours
+    def reset(self, done_mask: Any = None) -> None:
+        """As `Agent.reset`."""
+        if self.state is None:
+            return
+        if done_mask is None:
+            self.state = None
+            return
+        done = torch.as_tensor(done_mask, device=self.state.device).reshape(-1) != 0
+        if len(done) != len(self.state):
+            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.state)}")
+        self.state = torch.where(done.unsqueeze(1), 0.0, self.state)
+
+    def current(self, rows: int, size: int, like: Tensor) -> Tensor:
+        """The state (R, S) of so many environments: zeros before the first step. Raises ValueError for another number."""
+        if self.state is None:
+            return like.new_zeros(rows, size)
+        if len(self.state) != rows:
+            raise ValueError(f"{rows} observations; this policy remembers {len(self.state)} environments: reset() it first")
+        return self.state
 
 
 class Agent:
@@ -40,43 +74,47 @@ class Agent:
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
         self.generator.seed()  # from the system's entropy: a new Generator always has the same seed
-        self.rnn_state: Tensor | None = None  # (R, S) of R environments; None: before the first step
+        self.memory = Memory()  # where the caller gives none
 
-    @ours
+    def __copy__(self) -> "Agent":
+        """A policy that remembers the same and goes its own way from then on."""
+        other = object.__new__(type(self))
+        other.__dict__ = {**self.__dict__, "memory": copy.copy(self.memory)}
+        return other
+
+    @property
+    def rnn_state(self) -> Tensor | None:
+        """(R, S), what the policy remembers by itself; None: before the first step."""
+        return self.memory.state
+
+    @rnn_state.setter
+    def rnn_state(self, state: Tensor | None) -> None:
+        self.memory.state = state
+
+    def new_memory(self) -> Memory:
+        """An empty memory, for one of several clients of this policy: `act(obs, memory=memory)`, `memory.reset(done_mask)`."""
+        return Memory()
+
     def reset(self, done_mask: Any = None) -> None:
         """Reset the recurrent state of all environments, or of those whose episode has ended. No state: no effect.
 
         done_mask: (N,) bool, or one bool for a single observation. None: reset all; the next `act` may have another number.
         """
-        if self.rnn_state is None:
-            return
-        if done_mask is None:
-            self.rnn_state = None
-            return
-        done = torch.as_tensor(done_mask, device=self.params.device).reshape(-1) != 0
-        if len(done) != len(self.rnn_state):
-            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.rnn_state)}")
-        self.rnn_state = torch.where(done.unsqueeze(1), 0.0, self.rnn_state)
-
-    def _current_rnn_state(self, network: RecurrentActorCritic, rows: int) -> Tensor:
-        if self.rnn_state is None:
-            return self.params.new_zeros(rows, network.rnn_state_size)
-        if len(self.rnn_state) != rows:
-            raise ValueError(f"{rows} observations; this policy remembers {len(self.rnn_state)} environments: reset() it first")
-        return self.rnn_state
+        self.memory.reset(done_mask)
 
     @ours
-    def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None) -> Any:
+    def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None, memory: Memory | None = None) -> Any:
         """Actions in the format of the environment, for one observation or a batch.
 
         A recurrent policy (--rnn) keeps a state for each environment. Call it once a step, with the same environments in the
-        same order, and `reset` those whose episode has ended.
+        same order, and `reset` those whose episode has ended. Several clients of one policy have a `memory` each.
 
         Args:
             obs: as the environment returns it, with or without a batch axis: array, tensor, or dict or tuple of these.
             deterministic: take the likeliest action; otherwise sample from the policy.
             action_mask: the legal actions, as in the environment's info or its `action_masks()`; None: all. A dict or tuple
                 of arrays is the mask of one observation. The mask is applied even if the policy was trained without masks.
+            memory: what to remember the step in, instead of the policy itself. Without effect if the policy has no memory.
 
         Returns:
             Arrays for arrays; for tensors, tensors on their device. Of a Dict or Tuple action space a dict or tuple of these.
@@ -84,12 +122,14 @@ class Agent:
         Raises:
             ValueError: an observation or a mask has another shape, or the number of environments changed without a `reset`.
         """
-        batch, kind = self._batch(obs, action_mask)
+        batch, kind = self._batch(obs, action_mask, unseen_by_actor(self.network))
         rows = _rows_of(batch)
         normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            dist, rnn_state = self.network.step(self.weights, normalized, self._current_rnn_state(self.network, rows))
-            self.rnn_state = rnn_state if kind.rows else self.rnn_state
+            memory = self.memory if memory is None else memory
+            before = memory.current(rows, self.network.rnn_state_size, self.params)
+            dist, rnn_state = self.network.step(self.weights, normalized, before)
+            memory.state = rnn_state if kind.rows else memory.state
         else:
             dist = self.network.actor(self.weights, normalized)
         if action_mask is not None and self.obs.info_mask is None:
@@ -101,7 +141,7 @@ class Agent:
         return tree_map(kind.unbatch, self.action.to_env(action))
 
     @ours
-    def value(self, obs: Any) -> Any:
+    def value(self, obs: Any, memory: Memory | None = None) -> Any:
         """Expected discounted return in units of the environment's reward; with --clip-reward, of the sign of the reward.
 
         () for one observation, (N,) for a batch. A recurrent policy uses the state of the last `act` and
@@ -110,7 +150,8 @@ class Agent:
         batch, kind = self._batch(obs, None)
         normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            rnn_state = self._current_rnn_state(self.network, _rows_of(batch))
+            memory = self.memory if memory is None else memory
+            rnn_state = memory.current(_rows_of(batch), self.network.rnn_state_size, self.params)
             value = self.network.value_from_state(self.weights, normalized, rnn_state)
         else:
             value = self.network.critic(self.weights, normalized)
@@ -123,12 +164,17 @@ class Agent:
         """Seed the sampling of `act(deterministic=False)`. Unseeded, each policy samples differently."""
         self.generator.manual_seed(seed)
 
-    def _batch(self, obs: Any, action_mask: Any) -> tuple[Obs, "_Kind"]:
-        """The observations with a batch axis, for the networks, and the form of the caller's observations."""
+    def _batch(self, obs: Any, action_mask: Any, unseen: Collection[str] = ()) -> tuple[Obs, "_Kind"]:
+        """The observations with a batch axis, for the networks, and the form of the caller's observations.
+
+        unseen: keys of leaves that are zero, given or not.
+        """
         leaves: dict[str, Tensor] = {}
         lead: tuple[int, ...] | None = None  # () or (N,)
         kind = _Kind(True, None, 1)
         for leaf in self.obs.observed:
+            if leaf.key in unseen:
+                continue
             name = "observation" if leaf.key == "obs" else leaf.key
             given = _found(leaf, obs)
             x = to_tensor(given, self.params.device).to(leaf.dtype)
@@ -143,6 +189,8 @@ class Agent:
         for leaf in self.obs:
             if leaf.kind == "mask":
                 leaves[leaf.key] = self._mask(_found(leaf, obs) if leaf.path else action_mask, kind.rows)
+            elif leaf.key in unseen:
+                leaves[leaf.key] = torch.zeros(kind.rows, *leaf.shape, dtype=leaf.dtype, device=self.params.device)
         if kind.rows == 0:  # networks need not handle empty batches: they get one row, which is not returned
             leaves = {key: x.new_zeros(1, *x.shape[1:]) for key, x in leaves.items()}
         return self.obs.join(leaves), kind
@@ -160,6 +208,11 @@ class Agent:
         if mask.numel() != rows * size:
             raise ValueError(f"action_mask of shape {tuple(mask.shape)}; this policy takes ({size},) an observation")
         return mask.reshape(rows, size)
+
+
+def unseen_by_actor(network: Network) -> tuple[str, ...]:
+    """Keys of the leaves that only the critic reads."""
+    return network.critic_only if isinstance(network, ActorCritic) else ()
 
 
 def to_tensor(given: Any, device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.core.contracts import Obs, normalize_obs
-from fastppo.policy.agent import Agent
+from fastppo.policy.agent import Agent, unseen_by_actor
 from fastppo.policy.rnn import RecurrentActorCritic
 
 
@@ -16,8 +16,8 @@ class DeployedPolicy(nn.Module):
     """`Agent.act`, deterministic and on the CPU. Weights, statistics and action bounds are buffers.
 
     Inputs are the parts of an observation as the environment returns them, by name, tensors (N, ...): `obs` or `obs.NAME`, and
-    `action_mask` if the policy has one. Returns actions (N, ...) for the environment; of a Dict or Tuple its leaves as one flat
-    tuple, in the order of the space.
+    `action_mask` if the policy has one; without the parts that only the critic reads. Returns actions (N, ...) for the
+    environment; of a Dict or Tuple its leaves as one flat tuple, in the order of the space.
 
     A recurrent policy also takes `memory` (N, S), the state of the actor, and returns the next state behind the actions. It
     resets nothing: the caller sets the rows of new episodes to zero.
@@ -53,11 +53,17 @@ class DeployedPolicy(nn.Module):
 
     def step(self, inputs: Mapping[str, Tensor]) -> tuple[Any, Tensor | None]:
         """Parameters of the action distribution, as `distributions.parameters` returns them, and the next state."""
-        leaves = {}
+        leaves: dict[str, Tensor] = {}
+        unseen = unseen_by_actor(self.network)
         for leaf in self.obs:
+            if leaf.key in unseen:
+                continue
             x = inputs[leaf.key]
             x = x != 0 if leaf.kind == "mask" else x.to(leaf.dtype)
             leaves[leaf.key] = x.reshape(-1, *leaf.shape)
+        if unseen:
+            rows = next(iter(leaves.values())).shape[0]
+            leaves |= {leaf.key: torch.zeros(rows, *leaf.shape, dtype=leaf.dtype) for leaf in self.obs if leaf.key in unseen}
         obs: Obs = self.obs.join(leaves)
         if self.names["mean"]:
             moments: dict[str, Any] = {"obs_mean": self._owned("mean"), "obs_scale": self._owned("scale")}

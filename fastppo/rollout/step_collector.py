@@ -4,6 +4,7 @@ One loop and one writer of rows for environments of arrays and of tensors. Views
 TensorDict costs 15 us in each step.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step
+from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step, np_or_torch
 from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
@@ -40,7 +41,9 @@ class StepCollector:
         self.rows = {key: tuple(written) for key, written in self.storage.items()}
         self.game_over: NDArray[Any] | None = None  # (T, N), if the environments report it
         self.reward_parts: NDArray[Any] | None = None  # (K, T, N), if rewards are weighted sums
+        self.infos: dict[str, Any] = {}  # (T, N) each, by name of a number in the environments' infos; nan: none
         self.cut: Any = None  # (N,) bool, see Outcomes
+        self.on_step: Callable[[int, Any, Step], None] | None = None  # called with t, the actions, and what they led to
 
     def _written(self) -> Mapping[str, Any]:
         """The arrays or tensors (T+1, N, ...), by key, in which rows are written."""
@@ -75,6 +78,8 @@ class StepCollector:
         phases = Phases()
         for key in (*self.act_keys, "valid"):
             self.storage[key][0] = self.storage[key][-1]
+        for numbers in self.infos.values():
+            numbers[...] = math.nan
         rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
@@ -86,12 +91,15 @@ class StepCollector:
             env_action = self._env_action(t, action)
             acted = time.perf_counter()
             try:
-                self._write_step(t, self.envs.step(env_action))
+                step = self.envs.step(env_action)
+                self._write_step(t, step)
             except ENVIRONMENT_ERRORS as error:
                 raise environment_fault(error, f"in step {t} of the rollout") from error
             stepped = time.perf_counter()
             phases.act += acted - started
             phases.env += stepped - acted
+            if self.on_step is not None:
+                self.on_step(t, env_action, step)
         if self.rnn_state is not None and rnn_state is not None:
             self.rnn_state.now = rnn_state
         ended = self.storage["terminated"][:-1] | self.storage["truncated"][:-1]
@@ -119,6 +127,8 @@ class StepCollector:
             if self.reward_parts is None:
                 self.reward_parts = np.zeros((step.reward_parts.shape[1], *self.storage["reward"][:-1].shape))
             self.reward_parts[:, t] = np.moveaxis(self._by_seed(step.reward_parts), -1, 0)
+        for name, numbers in step.infos.items():
+            self._write_info(name, t, numbers)
         if self.envs.acting is not None:
             self._write("valid", t + 1, self.envs.acting)
         if self.rnn_state is not None:
@@ -129,6 +139,13 @@ class StepCollector:
                 self.rows["episode_start"][t + 1][...] = ~self.rows["valid"][t]
                 if self.envs.acting is None:
                     self.rows["valid"][t + 1][...] = ~ended
+
+    def _write_info(self, name: str, t: int, numbers: Any) -> None:
+        if name not in self.infos:
+            reward = self.storage["reward"][:-1]
+            self.infos[name] = np_or_torch(reward).full_like(reward, math.nan)
+        own = self.infos[name]
+        own[t] = self._by_seed(torch.as_tensor(numbers) if isinstance(own, Tensor) else numbers)
 
     def _write_obs(self, row: int, obs: Any, action_mask: Any) -> None:
         for leaf in self.obs:
@@ -152,7 +169,7 @@ class StepCollector:
 
     def outcomes(self) -> Outcomes:
         """Rewards and ends of the last rollout; views if it is on the CPU."""
-        return outcomes_of(self.storage, self.cut, self.game_over, self.reward_parts)
+        return outcomes_of(self.storage, self.cut, self.game_over, self.reward_parts, self.infos)
 
     def snapshot(self) -> dict[str, Tensor]:
         """The rollout up to the current step, on the CPU."""

@@ -7,6 +7,7 @@ seeds is [S, T+1, N]; collectors write to its view [T+1, S, N] (`by_step`). A sh
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +105,7 @@ class Outcomes(NamedTuple):
     episode_end: NDArray[Any]  # bool: end of a whole episode, with all lives of a game and all agents of an environment
     cut: NDArray[Any]  # (N,) bool: the collector's `cut` ended the episode in row T-1
     reward_parts: NDArray[Any] | None = None  # (K, T, N), if the rewards are weighted sums
+    infos: Mapping[str, NDArray[Any]] = MappingProxyType({})  # (T, N) by name of a number in the infos; nan: none
 
 
 # In the functions below `rows` are arrays or tensors (T+1, N, ...) by key of the rollout.
@@ -114,6 +116,7 @@ def outcomes_of(
     cut: Any = None,
     game_over: NDArray[Any] | None = None,
     reward_parts: NDArray[Any] | None = None,
+    infos: Mapping[str, Any] | None = None,
 ) -> Outcomes:
     """The outcomes of a rollout.
 
@@ -121,6 +124,7 @@ def outcomes_of(
         cut: the result of `cut_episodes`.
         game_over: (T, N), which ends are those of whole episodes, if there are others too: of lives or agents.
         reward_parts: (K, T, N), if the rewards are weighted sums.
+        infos: (T, N) by name of a number in the environments' infos.
     """
     reward, terminated, truncated, valid = (_to_array(rows[key][:-1]) for key in STEP_KEYS)  # sync: once
     cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
@@ -128,7 +132,8 @@ def outcomes_of(
     if game_over is not None:
         episode_end &= game_over
         episode_end[-1] |= cut_rows
-    return Outcomes(reward, terminated, truncated, valid, episode_end, cut_rows, reward_parts)
+    numbers = {name: _to_array(x) for name, x in (infos or {}).items()}
+    return Outcomes(reward, terminated, truncated, valid, episode_end, cut_rows, reward_parts, numbers)
 
 
 def cut_episodes(rows: Mapping[str, Any]) -> Any:

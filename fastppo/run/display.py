@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import importlib.util
 import io
 import math
 import os
@@ -17,7 +18,7 @@ from rich.panel import Panel
 from rich.segment import ControlType
 from rich.text import Text
 
-from fastppo.run.metrics import METRICS, Row
+from fastppo.run.metrics import METRICS, Row, infos_said
 from fastppo.system.text import duration
 
 Line = list[str | tuple[str, str]]  # text, or text and style
@@ -49,9 +50,11 @@ class Display(Protocol):
 
 
 def make_display(plain: bool, title: str) -> Display:
-    """A live panel if the output is a terminal that can show it, unless `plain`; else log lines."""
+    """A live panel if the output is a terminal or a notebook that can show it, unless `plain`; else log lines."""
     is_terminal = getattr(sys.stdout, "isatty", lambda: False)()  # a notebook's stdout may have no such method
-    if plain or not is_terminal or Console().is_dumb_terminal:
+    # rich redraws a panel in a notebook by a widget
+    is_notebook = Console().is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    if plain or not (is_terminal or is_notebook) or Console().is_dumb_terminal:
         return PlainDisplay()
     try:
         DRAWN.encode(Console().encoding)
@@ -93,7 +96,9 @@ class PlainDisplay:
             f"return {number(row['episodic_return_mean']):>8} "
             f"loss {number(row['loss']):>8} policy {number(row['policy_loss']):>8} value {number(row['value_loss']):>8} "
             f"entropy {number(row['entropy']):>7} kl {number(row['approx_kl']):>8} sps {row['sps']:<7.0f} "
-            f"eta {duration(eta_seconds)}" + ("  new best" if row["new_best"] else "")
+            + "".join(f"{said} " for said in infos_said(row))
+            + f"eta {duration(eta_seconds)}"
+            + ("  new best" if row["new_best"] else "")
         )
         if time.monotonic() - self._last >= 1.0:
             self._flush()

@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,15 @@ class Finished(NamedTuple):
     env: NDArray[np.int64]
     returns: NDArray[np.float64]
     lengths: NDArray[np.int64]
+
+
+def info_means(infos: Mapping[str, NDArray[Any]], ended: NDArray[Any]) -> dict[str, float]:
+    """Of each number in the infos, (T, N), the mean over the steps that ended an episode, (T, N) bool.
+
+    Without those that no such step has.
+    """
+    at_ends = {name: numbers[ended & np.isfinite(numbers)] for name, numbers in infos.items()}
+    return {name: float(numbers.mean()) for name, numbers in at_ends.items() if numbers.size}
 
 
 class EpisodeStatistics:

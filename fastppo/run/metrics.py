@@ -142,6 +142,7 @@ METRICS: Mapping[str, Metric] = {
 
 RARE = frozenset(metric.name for metric in METRICS.values() if metric.rare)
 PART = "episodic_return_"  # of the names of further columns, one for each part of a reward that is a weighted sum
+INFO = "info_"  # of the names of columns for what the environments say in their infos
 
 
 def part_name(index: int) -> str:
@@ -149,14 +150,38 @@ def part_name(index: int) -> str:
     return f"{PART}{index}"
 
 
+def info_name(name: str) -> str:
+    """The column with the mean of a number in the environments' infos."""
+    return f"{INFO}{name}"
+
+
+def is_taken(name: str) -> bool:
+    """Whether a column has that name already, or may have it."""
+    return name in METRICS or name.startswith((PART, INFO))
+
+
 def tag_of(name: str) -> str | None:
-    """The tag of a column."""
-    return METRICS[name].tag if name in METRICS else f"charts/{name}"
+    """The tag of a column. What a callback records has the tag that it was given."""
+    if name in METRICS:
+        return METRICS[name].tag
+    if name.startswith(PART):
+        return f"charts/{name}"
+    return f"info/{name.removeprefix(INFO)}" if name.startswith(INFO) else name if "/" in name else f"custom/{name}"
+
+
+def may_be_empty(name: str) -> bool:
+    """Whether a column has no value in some rows: rare metrics, what environments say, and what callbacks record."""
+    return name in RARE or not (name in METRICS or name.startswith(PART))
+
+
+def infos_said(row: Row) -> list[str]:
+    """What the environments' infos say, for people: ["is_success 0.45"]."""
+    return [f"{name.removeprefix(INFO)} {value:.4g}" for name, value in row.items() if name.startswith(INFO)]
 
 
 def known(row: Row) -> dict[str, int | float]:
-    """The row without rare metrics that have no value in this iteration."""
-    return {name: value for name, value in row.items() if name not in RARE or math.isfinite(value)}
+    """The row without the metrics that have no value in this iteration."""
+    return {name: value for name, value in row.items() if math.isfinite(value) or not may_be_empty(name)}
 
 
 def ordered_row(values: Row) -> dict[str, int | float]:
@@ -174,8 +199,9 @@ def ordered_row(values: Row) -> dict[str, int | float]:
 def joint_row(rows: Sequence[Row]) -> dict[str, int | float]:
     """One row from those of several seeds, each metric combined as METRICS says."""
     combine: dict[str, Callable[[Sequence[float]], int | float]] = {"mean": _mean, "sum": sum, "max": max}
-    how = {name: METRICS[name].seeds if name in METRICS else "mean" for name in rows[0]}
-    return {name: combine[how[name]]([row[name] for row in rows]) for name in how}
+    names = dict.fromkeys(name for row in rows for name in row)
+    how = {name: METRICS[name].seeds if name in METRICS else "mean" for name in names}
+    return {name: combine[how[name]]([row.get(name, math.nan) for row in rows]) for name in how}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.run.files import replace_file
-from fastppo.run.metrics import RARE
+from fastppo.run.metrics import may_be_empty
+
+END = b"\r\n"  # of a row
 
 
 class MetricsFile:
-    """Rows of metrics in a CSV file, unbuffered. The columns are those of the first row, and of the rows before a resume."""
+    """Rows of metrics in a CSV file, unbuffered.
+
+    The columns are those of the first row, and of the rows before a resume. A name that comes later gets a new column, which is
+    empty in the rows before.
+    """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         """resume_at: the iteration that the run resumes from; later rows are dropped."""
@@ -39,6 +45,9 @@ class MetricsFile:
             head = io.StringIO()
             csv.writer(head).writerow(self._columns)
             self._unwritten = head.getvalue().encode() + b"".join(map(self._line, self._kept))
+        later = [name for name in row if name not in self._columns]
+        if later:
+            self._add_columns(later)
         self._unwritten += self._line(row)
         self._flush()
 
@@ -49,6 +58,20 @@ class MetricsFile:
         finally:
             if self._file is not None:
                 self._file.close()
+
+    def _add_columns(self, names: list[str]) -> None:
+        """Add columns at the end, empty in all rows so far. The file is written anew. Raises OSError."""
+        assert self._columns is not None
+        head, *lines = ((self._path.read_bytes() if self._replaced else b"") + self._unwritten).split(END)
+        more = io.StringIO()
+        csv.writer(more, lineterminator="").writerow(names)
+        empty = b"," * len(names)
+        lines = [line + empty for line in lines if line]
+        self._unwritten = END.join([head + b"," + more.getvalue().encode(), *lines, b""])
+        self._columns += names
+        if self._file is not None:
+            self._file.close()
+        self._file, self._replaced = None, False
 
     def _flush(self) -> None:
         if not self._unwritten:
@@ -68,15 +91,17 @@ class MetricsFile:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows, oldest first: with an iteration, a step, and a value in every column that is not of RARE metrics.
+    """The complete rows, oldest first: with an iteration, a step, and a value in every column that has one in each row.
 
     [] if there is no such file.
     """
     rows = []
-    with contextlib.suppress(OSError, csv.Error), path.open(newline="", encoding="utf-8", errors="replace") as file:
-        for row in csv.DictReader(file):
+    with contextlib.suppress(OSError, csv.Error):
+        text = path.read_bytes().decode("utf-8", "replace")
+        whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last row
+        for row in csv.DictReader(io.StringIO(whole, newline="")):
             if (
-                all(value or name in RARE for name, value in row.items())
+                all(value or may_be_empty(name) for name, value in row.items() if name is not None)
                 and None not in row
                 and None not in row.values()
                 and all(re.fullmatch(r"[0-9]{1,18}", row.get(key) or "") for key in ("iteration", "global_step"))

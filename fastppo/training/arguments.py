@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +12,14 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.config import TrainConfig, with_settings
+from fastppo.env_objects import giving
 from fastppo.envs.functions import naming
 from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
 from fastppo.presets import preset_for
+from fastppo.system.paths import current_directory
+from fastppo.training.resumed_settings import resumed_with
 
 GivenEnvs = VectorEnv | gym.Env[Any, Any] | Sequence[gym.Env[Any, Any]] | Callable[..., Any]
 
@@ -27,17 +31,38 @@ def arguments(
     env_fn: Callable[..., Any] | None,
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[TrainConfig, VectorEnv | None]]:
-    """Context with the settings, and the environments that were given. In it the settings' env_id means `env_fn`.
+    """Context with the settings, and the environments that were given. In it the settings' env_id means `env_fn`, and their
+    env_kwargs stand for the objects that were given.
 
     Raises UsageError for arguments of the wrong type, or that contradict each other.
     """
+    env_kwargs = settings.get("env_kwargs")
+    if isinstance(env_kwargs, Mapping) and all(isinstance(name, str) for name in env_kwargs):
+        with giving(env_kwargs) as recorded, _checked(config, envs, env_fn, {**settings, "env_kwargs": recorded}) as found:
+            yield found
+    else:
+        with _checked(config, envs, env_fn, settings) as found:
+            yield found
+
+
+@contextlib.contextmanager
+def _checked(
+    config: TrainConfig | str | None,
+    envs: GivenEnvs | None,
+    env_fn: Callable[..., Any] | None,
+    settings: Mapping[str, Any],
+) -> Iterator[tuple[TrainConfig, VectorEnv | None]]:
+    """`arguments`, with env_kwargs as config.json has them."""
     if envs is not None and env_fn is not None:
         raise UsageError("envs and env_fn both say what to train on: give one of them")
     if callable(envs):
         envs, env_fn = None, envs
     if env_fn is None:
         given = None if envs is None else vector_of(envs)
-        yield _settings(config, settings, given), given
+        chosen = _settings(config, settings, given)
+        if isinstance(given, NumberedVectorEnv):
+            given.info_names = chosen.env_config.info_names
+        yield chosen, given
         return
     start = config if isinstance(config, TrainConfig) else None
     in_config = None if start is None or start.env_id == TrainConfig.env_id else start.env_id
@@ -49,7 +74,7 @@ def arguments(
 
 
 def _settings(config: Any, settings: Mapping[str, Any], given: VectorEnv | None) -> TrainConfig:
-    """The settings of `config`, or of the preset of an env_id, or of the given environments, with `settings` on top."""
+    """The settings of `config`, of a resumed run, of an env_id's preset or of the given environments; `settings` on top."""
     if isinstance(config, TrainConfig):
         return with_settings(config, settings)
     if not isinstance(config, str | None):
@@ -57,6 +82,11 @@ def _settings(config: Any, settings: Mapping[str, Any], given: VectorEnv | None)
     if config is not None and settings.get("env_id", config) != config:
         raise UsageError(f"env_id {settings['env_id']} and {config} both say what to train on: give one of them")
     env_id = config or settings.get("env_id")
+    if settings.get("resume") is not None:
+        changed = {name: value for name, value in settings.items() if name != "resume"}
+        changed |= {} if env_id is None else {"env_id": env_id}
+        changed |= {} if given is None else {"num_envs": given.num_envs}
+        return resumed_with(os.fspath(settings["resume"]), current_directory(), changed)
     others = {name: value for name, value in settings.items() if name != "env_id"}
     if given is None:
         return preset_for(env_id, **others)

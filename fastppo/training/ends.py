@@ -9,7 +9,7 @@ from gymnasium.vector import VectorEnv
 from fastppo.config import TrainConfig
 from fastppo.envs.registry import find_spec
 from fastppo.envs.render import declared_modes
-from fastppo.errors import RankLost, TrainingFault
+from fastppo.errors import Interrupted, RankLost, TrainingFault
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.ranks import Ranks
 from fastppo.system.platforms import peak_memory_mib
@@ -87,7 +87,7 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
 
     Raises:
         TrainingFault: a seed had a fault, or results cannot be written.
-        KeyboardInterrupt, SystemExit: a signal stopped the loop.
+        Interrupted, SystemExit: a signal stopped the loop.
     """
     task, runs, stop, note = job.task, job.runs, job.stop, job.display.note
     if task.ranks.size > 1:
@@ -100,6 +100,7 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
     ending = Ending(_about(job), stop.name, policy, evaluated_in, not stop.received)
     results = [finish_run(run, task, ending) for run in runs if run.fault is None]
     failed = [run for run in runs if run.fault is not None]
+    result = None
     if results:
         result = results[0]
         if job.top is not None:
@@ -110,9 +111,11 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
     if stop.received:
         note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
         _leave_together(task.ranks)
-        raise stop.exception()
+        exception = stop.exception()
+        raise Interrupted(result) if isinstance(exception, KeyboardInterrupt) and result is not None else exception
     if failed:
         raise TrainingFault("\n".join(f"seed {run.config.seed}: {run.fault}" for run in failed))
+    assert result is not None
     return result
 
 

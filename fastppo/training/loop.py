@@ -6,6 +6,7 @@ environments and programs are one.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,11 +22,15 @@ from torch import Tensor
 from fastppo.callbacks import Callback, CallbackFunction, checked_callbacks
 from fastppo.config import TrainConfig, default_runs, with_absolute_paths
 from fastppo.core.minibatches import draw_permutation
+from fastppo.envs.factory import is_on_device
+from fastppo.errors import Interrupted, UsageError
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.ranks import Ranks, checked, is_first_of_machine
 from fastppo.rollout.collector import Collector, start_collector
+from fastppo.rollout.step_collector import StepCollector
 from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases
+from fastppo.run.metrics import infos_said
 from fastppo.system.cpus import is_forked
 from fastppo.system.devices import enough_memory
 from fastppo.system.modes import plain
@@ -33,6 +38,7 @@ from fastppo.system.named import importable_name
 from fastppo.system.paths import current_directory
 from fastppo.system.platforms import SIGPIPE, process_age
 from fastppo.training.arguments import GivenEnvs, arguments
+from fastppo.training.callback_list import has_on_step
 from fastppo.training.ends import finish, isolating_fault, keeping_state
 from fastppo.training.job import Job, draw_noise, start_job
 from fastppo.training.multi_seed import shown_row
@@ -54,7 +60,7 @@ def train(
     """Train an agent and keep everything in its run directory; with num_seeds S agents at once.
 
     train("LunarLander-v3", seed=3) is `python -m fastppo.train --env-id LunarLander-v3 --seed 3`: it starts from the preset of
-    the environment. train(TrainConfig(env_id="LunarLander-v3")) has exactly these settings.
+    the environment. train(TrainConfig("LunarLander-v3")) has exactly these settings.
 
     Args:
         config: settings, or an env_id.
@@ -68,18 +74,26 @@ def train(
         env_fn: a function or class that makes one environment from env_kwargs, instead of env_id. With an argument num_envs it
             makes a vector environment. It is recorded as env_id, module:name, and evaluation imports it from there; one that
             cannot be imported (a lambda) has to be given again.
-        settings: fields of TrainConfig, instead of those of `config` or of the preset.
+        settings: fields of TrainConfig, instead of those of `config` or of the preset. Values in env_kwargs may be any objects:
+            a function or class is recorded by its name, and others have to be given again.
 
     Raises:
         UsageError: a setting is not possible. Nothing has been written.
         TrainingFault: an environment failed or a number was not finite; a checkpoint from before it has been written.
-        KeyboardInterrupt: after SIGINT, once the iteration is finished and a checkpoint written.
+        Interrupted: a KeyboardInterrupt, after SIGINT, once the iteration is finished and a checkpoint written; its `result` is
+            what would have been returned. In a notebook, or at Python's prompt, that is returned instead: an interrupted cell
+            keeps it. summary["stopped_by"] says so. A second interrupt stops at once, without a result.
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
     place = current_directory()  # before the code of an environment changes it
     with arguments(config, envs, env_fn, settings) as (chosen, own):
         chosen = with_absolute_paths(chosen, place)
-        return train_in(default_runs(chosen, place), chosen, policy, checked_callbacks(callbacks), own)
+        try:
+            return train_in(default_runs(chosen, place), chosen, policy, checked_callbacks(callbacks), own)
+        except Interrupted as interrupted:
+            if not hasattr(sys, "ps1"):  # no prompt: a loop over calls of `train` has to end too
+                raise
+            return interrupted.result
 
 
 def train_in(
@@ -102,11 +116,21 @@ def train_in(
             torch.set_num_threads(config.num_threads or 1)
         kernels = start_kernels(config, policy, cleanup)  # the compiler works while the environments are made and checked
         task = prepare(config, policy, envs, cleanup)
+        refuse_watching(callbacks, task)
         with enough_memory(task.device, "before the first iteration"):
             job = start_job(task, place, callbacks, cleanup, kernels)
         with keeping_state(job, envs), enough_memory(task.device, "while training"):
             run_iterations(job)
         return finish(job, policy, envs)
+
+
+def refuse_watching(callbacks: Sequence[Callback], task: Task) -> None:
+    """Raise UsageError for a callback of steps where a program steps the environments, or steps are of several seeds."""
+    watching = next((type(callback).__name__ for callback in callbacks if has_on_step(callback)), None)
+    if watching is not None and is_on_device(task.envs.envs):
+        raise UsageError(f"{watching}.on_step: --backend torch steps environments in a program; use on_iteration")
+    if watching is not None and task.config.num_seeds > 1:
+        raise UsageError(f"{watching}.on_step is for one seed: with --num-seeds {task.config.num_seeds} use on_iteration")
 
 
 def start_kernels(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> Kernels | None:
@@ -148,6 +172,8 @@ def start_environments(job: Job) -> Collector:
         seed = task.environment_seeds()
         job.collector = start_collector(task.envs, buffers.rollout, task.obs, task.action, seed, buffers.rnn_state)
     assert job.collector is not None
+    if isinstance(job.collector, StepCollector) and job.runs[0].callbacks.of_steps:
+        job.collector.on_step = job.runs[0].on_step
     saved = [share_environments(state.environments, task.ranks) for state in task.states if state.environments is not None]
     if len(saved) == len(task.states):
         job.collector.load_state_dicts(saved)
@@ -207,7 +233,8 @@ def learn(job: Job, collector: Collector) -> Update:
     started = time.perf_counter()
     task, buffers, running = job.task, job.buffers, job.running
     config, ranks, axis = task.config, task.ranks, buffers.axis
-    outcomes = global_outcomes(collector.outcomes(), ranks)
+    info_names = () if ranks.size == 1 else config.env_config.info_names
+    outcomes = global_outcomes(collector.outcomes(), ranks, info_names)
     if config.rnd_coef > 0:  # the rollout's rewards get a bonus, those of the outcomes do not
         outcomes = outcomes._replace(reward=outcomes.reward.copy())
     if config.norm_reward or config.rnd_coef > 0 or (config.norm_obs and job.runs[0].is_blank):
@@ -229,14 +256,19 @@ def learn(job: Job, collector: Collector) -> Update:
     return Update(axis.unstack(outcomes, -2), metrics, seconds)
 
 
-def global_outcomes(outcomes: Outcomes, ranks: Ranks) -> Outcomes:
-    """The outcomes of the rollouts of all processes: (T, N)."""
+def global_outcomes(outcomes: Outcomes, ranks: Ranks, info_names: Sequence[str] = ()) -> Outcomes:
+    """The outcomes of the rollouts of all processes: (T, N). info_names: of numbers that the infos may have."""
     if ranks.size == 1:
         return outcomes
-    rows = ranks.gather(np.stack([x.astype(np.float32) for x in outcomes[:5]]), 2)  # (5, T, N): one exchange
-    terminated, truncated, valid, episode_end = rows[1:] > 0
+    has_infos = np.full_like(outcomes.valid, bool(outcomes.infos))
+    rows = ranks.gather(np.stack([x.astype(np.float32) for x in (*outcomes[:5], has_infos)]), 2)  # (6, T, N): one exchange
+    terminated, truncated, valid, episode_end, has_infos = rows[1:] > 0
     parts = None if outcomes.reward_parts is None else ranks.gather(outcomes.reward_parts.astype(np.float32), 2)
-    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut), parts)
+    infos = {}
+    if has_infos.any():  # in some process, and all have to take part
+        missing = np.full_like(outcomes.reward, np.nan)
+        infos = {name: ranks.gather(outcomes.infos.get(name, missing).astype(np.float32), 1) for name in info_names}
+    return Outcomes(rows[0], terminated, truncated, valid, episode_end, ranks.gather(outcomes.cut), parts, infos)
 
 
 def global_steps(rollout: dict[str, Tensor], outcomes: Outcomes, ranks: Ranks) -> dict[str, Tensor]:
@@ -263,8 +295,9 @@ def account(job: Job, update: Update, times: Times) -> None:
             runs[index].log_and_call_back(partial(job.environments_of, index))
     if update.metrics:
         progress = sum(min(run.progress, 1.0) for run in runs) / len(runs)
-        engine = f"{task.engine} · {task.device} · {selector.name}"
-        job.display.update(shown_row(runs), progress, max(run.eta for run in runs), engine)
+        row = shown_row(runs)
+        engine = " · ".join([task.engine, str(task.device), selector.name, *infos_said(row)])
+        job.display.update(row, progress, max(run.eta for run in runs), engine)
     if job.display.reader_gone:  # `| head -3`: training ends as after a signal
         job.stop.received = SIGPIPE
 

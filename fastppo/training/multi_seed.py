@@ -68,10 +68,10 @@ def reopen_seeds(task: Task, cleanup: contextlib.ExitStack) -> tuple[RunDirector
 def shown_row(runs: Sequence[TrainingRun]) -> dict[str, int | float]:
     """The values of an iteration for the display: metrics and best return, combined over seeds."""
     if len(runs) == 1:
-        return {**runs[0].row, "new_best": runs[0].new_best, "best_return": runs[0].state.best_return}
+        return {**runs[0].infos, **runs[0].row, "new_best": runs[0].new_best, "best_return": runs[0].state.best_return}
     known = [run.state.best_return for run in runs if math.isfinite(run.state.best_return)]
     return {
-        **joint_row([run.row for run in runs if run.row]),
+        **joint_row([run.infos | run.row for run in runs if run.row]),
         "new_best": any(run.new_best for run in runs),
         "best_return": sum(known) / len(known) if known else math.nan,
     }

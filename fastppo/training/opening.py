@@ -61,11 +61,11 @@ def open_environments(
     copy.config = local
     if given is None:
         made, engine, why = copy.beside(lambda: make_training_envs(local.env_config, device, deadline, copy.tried))
-        envs = AutoresetEnvs(made, deadline)
+        envs = AutoresetEnvs(made, deadline, local.env_config.info_names)
         cleanup.callback(envs.close)
     else:
         made, engine, why = given, "given", "a vector environment of your own"
-        envs = AutoresetEnvs(made, deadline)
+        envs = AutoresetEnvs(made, deadline, local.env_config.info_names)
     number = made.num_envs // envs.num_agents
     if number != config.num_seeds * local.num_envs:
         raise UsageError(f"--num-envs {local.num_envs}: {config.env_id} comes with {number} environments")

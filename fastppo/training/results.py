@@ -15,7 +15,7 @@ from gymnasium.vector import VectorEnv
 from fastppo.analysis.curves import plot_curves
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.analysis.loading import load_policy
-from fastppo.errors import TrainingFault, UsageError, brief
+from fastppo.errors import Interrupted, TrainingFault, UsageError, brief
 from fastppo.policy.agent import Agent
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.training.setup import Task
@@ -60,7 +60,10 @@ def finish_run(run: TrainingRun, task: Task, ending: Ending) -> TrainResult:
             plot_curves(directory.metrics, directory.curves, f"{config.env_id}, seed {config.seed}")
         agent = load_policy(directory.path, policy=ending.policy)
         if config.eval_episodes and ending.evaluates:
-            evaluation = _evaluate(run, agent, ending.envs)
+            try:
+                evaluation = _evaluate(run, agent, ending.envs)
+            except KeyboardInterrupt:
+                raise Interrupted(TrainResult(directory.path, summary, agent)) from None
             summary |= {f"eval_{key}": value for key, value in evaluation.items()}
             directory.write_json(directory.summary, summary)
     except OSError as error:

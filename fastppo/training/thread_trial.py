@@ -96,6 +96,8 @@ def minibatch_of(
     remembers = isinstance(network, RecurrentActorCritic)
     shape = (num_steps, max(rows // num_steps, 1)) if remembers else (rows, 1)
     rollout = dict(allocate_rollout(shape[0], shape[1], obs, action, False, params.device, None, remembers)[:-1].items())
+    # observations of 64 bits are normalised to float32 before the network sees them
+    rollout = {key: x.float() if x.dtype == torch.float64 else x for key, x in rollout.items()}
     rnn_state = params.new_zeros(shape[1], network.rnn_state_size)
 
     def loss(params: Tensor) -> tuple[Tensor, Tensor]:

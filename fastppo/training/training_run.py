@@ -15,16 +15,19 @@ from typing import Any
 from torch import Tensor
 
 from fastppo.analysis.evaluation import EvaluationResult
-from fastppo.callbacks import Callback, View, is_yes
+from fastppo.callbacks import Callback, StepView, View
 from fastppo.config import TrainConfig
 from fastppo.core.contracts import Coefficients, LearnResult, Normalization
-from fastppo.errors import RankLost, TrainingFault, brief
+from fastppo.envs.autoreset import Step
+from fastppo.envs.factory import is_on_device
+from fastppo.errors import RankLost, TrainingFault
 from fastppo.rollout.storage import Outcomes
 from fastppo.run.directory import RunDirectory
-from fastppo.run.episodes import WINDOW
+from fastppo.run.episodes import WINDOW, info_means
 from fastppo.run.loggers import Loggers, NoLoggers
-from fastppo.run.metrics import RARE, ordered_row, part_name
+from fastppo.run.metrics import RARE, info_name, ordered_row, part_name
 from fastppo.run.tracking import Tracker
+from fastppo.training.callback_list import CallbackList, Recorded
 from fastppo.training.checkpoints import Checkpoints
 from fastppo.training.diagnosis import PATIENCE, Diagnosis, share_at_bounds
 from fastppo.training.setup import Task
@@ -94,41 +97,6 @@ class ResumePoint:
     has_all: bool  # whether its environments are those of all processes, or of this one
 
 
-class CallbackList:
-    """Calls a run's callbacks in their order; the later moments get the view of the last iteration."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = callbacks
-        self._view: View | None = None
-
-    def __bool__(self) -> bool:
-        return bool(self._callbacks)
-
-    def on_iteration(self, view: View) -> str | None:
-        """After an iteration: why training ends here, where a callback says so. Raises TrainingFault where one raises."""
-        self._view = view
-        return self._call("on_iteration")
-
-    def on_checkpoint(self) -> None:
-        """After a checkpoint. Raises TrainingFault where a callback raises."""
-        self._call("on_checkpoint")
-
-    def on_end(self) -> None:
-        """After the last checkpoint. Raises TrainingFault where a callback raises."""
-        self._call("on_end")
-
-    def _call(self, moment: str) -> str | None:
-        enough = None
-        for callback in self._callbacks if self._view is not None else ():
-            name = getattr(callback, "name", type(callback).__name__)
-            try:
-                if is_yes(getattr(callback, moment)(self._view)):
-                    enough = enough or f"{name} has seen enough"
-            except Exception as error:  # whatever somebody's code may raise
-                raise TrainingFault(f"{name}.{moment} raised {brief(error)}") from error
-        return enough
-
-
 class TrainingRun:
     """A run under way.
 
@@ -172,6 +140,10 @@ class TrainingRun:
             task.ranks.launcher,
         )
         self.callbacks = CallbackList(callbacks)
+        self._recorded = Recorded()
+        self._step_view: View | None = None  # for the steps of this iteration
+        self.infos: dict[str, int | float] = {}  # what the infos of the last episodes said, by column
+        self._unseen = set(config.log_info)  # names that no info has had so far
         self.speed = Speed(state, self.progress)
         self.enough: str | None = None  # why training ends before its time
         self.fault: TrainingFault | None = None  # why this run cannot go on
@@ -217,7 +189,14 @@ class TrainingRun:
         """What the iteration acts and learns under. environments: as they stand, see Collector.state_dicts."""
         state = preserved(self.state, environments)
         self._resume_point = ResumePoint(state, f"iteration {state.iteration + 1}", has_all=False)
+        self._step_view = self._view() if self.callbacks.of_steps else None
         return frozen_inputs(self.state, self.progress, self.config)
+
+    def on_step(self, t: int, action: Any, step: Step) -> None:
+        """Call the callbacks that watch steps. Raises TrainingFault where one raises."""
+        if self._step_view is not None:
+            seen = StepView(t, action, step.obs, step.reward, step.terminated, step.truncated, step.infos)
+            self.callbacks.on_step(self._step_view, seen)
 
     def normalize(self, rollout: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Normalization:
         """Add a rollout to the statistics that it is itself learned with, and with --rnd-coef the bonus to its rewards.
@@ -281,7 +260,11 @@ class TrainingRun:
         before, self._evaluation = state.best_return, None
         self._keep_best(state.best.update(state.episodes.finished, state.episodes.running_length, partial(snapshot, state)))
         self.new_best = state.best_return > before
-        self.row = self._row(outcomes, metrics, coefficients, times)
+        said = info_means(outcomes.infos, outcomes.episode_end & outcomes.valid)
+        self._unseen -= said.keys()
+        infos = {info_name(name): mean for name, mean in said.items()}
+        self.infos |= infos
+        self.row = self._row(outcomes, metrics, coefficients, times) | infos | self._recorded.take()
 
     def _keep_best(self, found: PolicySnapshot | None) -> None:
         """Keep a policy that training has found to be the best, unless evaluations say which is."""
@@ -341,11 +324,10 @@ class TrainingRun:
         config, state, ranks = self.config, self.state, self._task.ranks
         self.enough = self._solved()
         self._note_endless_episodes()
+        self._note_unseen_infos()
         for line in self._diagnosis.update(self.row, self.progress, self._at_bounds):
             self.note(line)
         logs = state.iteration % config.log_interval == 0 or self.progress >= 1.0 or self._evaluation is not None
-        if logs:
-            self.loggers.log(self.row)
         fault: TrainingFault | None = None
         if self.callbacks:
             stage = f"after iteration {state.iteration}"
@@ -355,16 +337,17 @@ class TrainingRun:
                 self.enough = self.enough or enough
             except TrainingFault as raised:
                 fault = raised
+            self.row |= self._recorded.take()
         due = self.checkpoints.due(state.iteration)
         has_fault, enough_somewhere, due_somewhere = ranks.highest(fault is not None, self.enough is not None, due)
+        self.enough = self.enough or ("another rank has seen enough" if enough_somewhere else None)
+        if logs or self.enough:
+            self.loggers.log(self.row)
         if has_fault:
             ranks.check(fault)
         self._checkpoint_due = bool(due_somewhere)
-        self.enough = self.enough or ("another rank has seen enough" if enough_somewhere else None)
         if self.over:
             self._keep_best(state.best.finish())
-        if self.enough and not logs:
-            self.loggers.log(self.row)
 
     def _solved(self) -> str | None:
         """Why training ends here, if the return is what --stop-at-return asks for: that of an evaluation, with --eval-every."""
@@ -382,7 +365,9 @@ class TrainingRun:
     def _view(self) -> View:
         state, row, policy = self.state, MappingProxyType(self.row), partial(self._task.agent_of, self.state)
         path, progress = self.directory.path, min(self.progress, 1.0)
-        return View(self.config, path, state.iteration, state.global_step, progress, row, policy)
+        made = self._task.envs.envs
+        envs = None if is_on_device(made) else made
+        return View(self.config, path, state.iteration, state.global_step, progress, row, policy, self._recorded.record, envs)
 
     def _note_endless_episodes(self) -> None:
         """Say once where no episode ends, as in an environment without a time limit."""
@@ -394,6 +379,14 @@ class TrainingRun:
                 f"no episode has ended in {state.global_step:,} steps, so there is no episodic_return_mean yet "
                 "(for a time limit: --max-episode-steps 1000)"
             )
+
+    def _note_unseen_infos(self) -> None:
+        """Say once where --log-info names what the episodes' last infos do not have."""
+        if self._unseen and self.state.episodes.episodes > 0:
+            self.note(
+                f"--log-info {' '.join(sorted(self._unseen))}: no such number in the info of the first episodes' last steps"
+            )
+            self._unseen = set()
 
     def checkpoint_if_due(self, environments: Callable[[], Environments | None]) -> None:
         """Write a checkpoint where one is due. Raises TrainingFault where a callback raises.

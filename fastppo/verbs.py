@@ -1,0 +1,156 @@
+"""evaluate, plot and export, as functions: what the verbs of the same names do, for Python. Imports torch when first called."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from fastppo.analysis.export_formats import SUFFIXES, check_output
+from fastppo.cli import chosen_run
+from fastppo.system.paths import absolute, current_directory, importable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fastppo.analysis.policy_export import Exported
+    from fastppo.policy.module_policy import ModuleFactory
+    from fastppo.training.arguments import GivenEnvs
+
+
+class HasRunDir(Protocol):
+    """A TrainResult."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Directory of the run."""
+        ...
+
+
+Run = str | Path | HasRunDir
+Checkpoint = Literal["best", "last"]
+
+
+def evaluate(
+    run: Run | None = None,
+    episodes: int = 20,
+    *,
+    checkpoint: Checkpoint = "best",
+    deterministic: bool = True,
+    seed: int = 0,
+    policy: "ModuleFactory | None" = None,
+    envs: "GivenEnvs | None" = None,
+    verbose: bool = True,
+) -> dict[str, Any]:
+    """Play episodes with a run's policy: {"return_mean": 500.0, "return_std": 0.0, "episodes": 20}; nan, nan, 0 if none ended.
+
+    Args:
+        run: a run directory, or what `train` returned. None: the newest one in runs/.
+        checkpoint: "best", the policy with the highest return in training or --eval-every, or "last", the one at the end.
+        deterministic: take the likeliest action; otherwise sample.
+        seed: of the environments and of sampling.
+        policy: the factory of your own network, where config.json does not name it.
+        envs: an environment, a list of them, a vector environment, or a function without arguments that makes one; given ones
+            are not closed. None: made as for training.
+        verbose: whether to print how it goes.
+
+    Raises:
+        UsageError: no such run, or an environment that cannot be made.
+        TrainingFault: the environment failed.
+    """
+    from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
+    from fastppo.analysis.loading import load_run
+    from fastppo.evaluate import EvaluateConfig
+    from fastppo.training.arguments import vector_of
+
+    EvaluateConfig(episodes=episodes, seed=seed)  # for its checks
+    place = current_directory()
+    directory = absolute(_directory(run), "RUN_DIR", place)
+    with importable(place):
+        config, agent, trained_steps = load_run(directory, checkpoint, policy)
+        plan = EvaluationPlan(episodes, seed, deterministic, trained_steps)
+        note: Callable[[str], None] = print if verbose else lambda line: None
+        if envs is not None:
+            config = replace(config, env_kwargs={})  # these are made already, or by the function
+        if callable(envs):
+            return evaluate_config(agent, config, plan, note=note, env_fn=envs)
+        return evaluate_config(agent, config, plan, None if envs is None else vector_of(envs), note)
+
+
+def plot(
+    runs: Run | Sequence[Run] | None = None, *, metric: str = "episodic_return_mean", output: str | Path | None = None
+) -> "Figure":
+    """Draw a metric of runs over steps and seconds: a row for each environment, a colour for each setting.
+
+    Args:
+        runs: run directories, directories that hold some, or what `train` returned. None: the newest one in runs/.
+        metric: a column of metrics.csv.
+        output: a file to write the picture to, .png, .svg or .pdf.
+
+    Returns:
+        matplotlib's Figure: `figure.savefig("a.png")`. A notebook shows it.
+
+    Raises:
+        UsageError: no run that can be read, no such column, or a file that cannot be written.
+    """
+    from fastppo.analysis.curves import check_metric, draw_page, render, return_panels
+    from fastppo.analysis.run_groups import read_groups
+    from fastppo.errors import UsageError
+
+    if output is not None and not Path(output).parent.is_dir():
+        raise UsageError(f"--output {output}: there is no directory {Path(output).parent}")
+    several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    groups = read_groups([_directory(one) for one in several], print)
+    check_metric(groups, metric)
+    figure: Any = draw_page(groups, return_panels(groups, metric), columns=2)
+    figure._repr_png_ = partial(render, figure, "png")  # what IPython asks for; pyplot, which has it, need not be imported
+    if output is not None:
+        try:
+            figure.savefig(output)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--output {output} cannot be written: {error}") from None
+    return figure
+
+
+def export(
+    run: Run | None = None,
+    output: str | Path | None = None,
+    format: Literal["onnx", "torch"] = "onnx",
+    *,
+    checkpoint: Checkpoint = "best",
+    policy: "ModuleFactory | None" = None,
+) -> "Exported":
+    """Write a run's policy to one file that needs neither fastppo nor the environment, and compare the two.
+
+    Args:
+        run: a run directory, or what `train` returned. None: the newest one in runs/.
+        output: the file. Default: policy.onnx or policy.pt2 in the run directory.
+        format: "onnx", for onnxruntime and others, or "torch", for torch.export.load.
+        checkpoint: "best" or "last".
+        policy: the factory of your own network, where config.json does not name it.
+
+    Returns:
+        `path`, and `inputs` and `outputs` by name; as text a line that says all this. See `fastppo.export.ExportConfig`.
+
+    Raises:
+        UsageError: no such run, a file that cannot be written, or a missing package.
+        TrainingFault: the file does not act like the policy, and is not there.
+    """
+    run_dir = _directory(run)
+    path = Path(run_dir) / f"policy{SUFFIXES.get(format, '')}" if output is None else Path(output)
+    place = current_directory()
+    check_output(absolute(str(path), "--output", place), format)
+    from fastppo.analysis.loading import load_run
+    from fastppo.analysis.policy_export import export_policy
+
+    with importable(place):
+        config, agent, _ = load_run(Path(run_dir), checkpoint, policy)
+    exported = export_policy(agent, path, format)
+    if config.preprocessing.words:
+        print(f"the file does not contain {config.preprocessing.words}: prepare observations and actions as training did")
+    return exported
+
+
+def _directory(run: Run | None) -> str:
+    """The run directory that is meant; the newest one where none is given. Raises UsageError."""
+    return chosen_run(None) if run is None else str(getattr(run, "run_dir", run))

@@ -1,0 +1,124 @@
+"""evaluate, plot and export as functions of the package, and what an interrupted call of `train` leaves."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+from types import FunctionType, ModuleType
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+import fastppo
+from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, plot, train
+from fastppo.errors import Interrupted
+from fastppo.evaluate import console as evaluate_console
+from support.pages import python_in, section
+
+SHORT = {"num_iterations": 3, "num_steps": 32, "num_envs": 2, "eval_episodes": 0, "compile": "off", "check_env": False}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A short run."""
+    return train(TrainConfig(), run_dir=str(tmp_path_factory.mktemp("functions") / "run"), **SHORT)
+
+
+def test_evaluate(result, capsys):
+    """The numbers are those of the verb; a run is named by its directory or by what train returned."""
+    played = evaluate(result, 3, seed=5)
+    assert "evaluating for 3 episodes" in capsys.readouterr().out
+    assert evaluate_console([str(result.run_dir), "--episodes", "3", "--seed", "5"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == played
+    assert evaluate(str(result.run_dir), 3, seed=5, verbose=False) == played
+    assert capsys.readouterr().out == ""
+    env = gym.make("CartPole-v1", max_episode_steps=2)
+    assert evaluate(result, 3, envs=[env], verbose=False)["return_mean"] == 2.0
+    assert evaluate(result, 3, envs=lambda: gym.make("CartPole-v1", max_episode_steps=3), verbose=False)["return_mean"] == 3.0
+    assert env.reset()[0].shape == (4,)  # left open
+
+
+def test_the_pages_example(result, tmp_path, monkeypatch):
+    """The figure is shown by notebooks, and written where a file is named."""
+    monkeypatch.chdir(tmp_path)
+    names = {"result": result}
+    exec(python_in(section("docs/python.md", "Evaluate, plot, export")), names)
+    assert names["played"]["episodes"] == 10
+    assert len(names["figure"].axes) == 2
+    assert names["figure"]._repr_png_().startswith(b"\x89PNG")
+    assert (tmp_path / "entropy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda run: evaluate("nowhere"), "nowhere"),
+        (lambda run: evaluate(run, 0), "episodes must be at least 1"),
+        (lambda run: evaluate(run, checkpoint="first"), 'checkpoint must be "best" or "last"'),
+        (lambda run: plot("nowhere"), "nowhere"),
+        (lambda run: plot(run, metric="entropi"), "metric entropi is no column of metrics.csv; nearest: entropy"),
+        (lambda run: plot(run, output="nowhere/a.png"), "output nowhere/a.png: there is no directory nowhere"),
+        (lambda run: export(run, "a.onnx", "torch"), "format torch writes a .pt2 file"),
+        (lambda run: export(run, format="keras"), "format must be"),
+        (lambda run: evaluate(), "which run"),
+    ],
+)
+def test_wrong_use(call, says, result, tmp_path, monkeypatch):
+    """One line that names the argument."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=says):
+        call(result)
+
+
+def test_names_stay_functions():
+    """Importing the module of a verb does not put it in the place of the function; its own names can be imported."""
+    for name in ("evaluate", "export", "plot", "train"):
+        assert isinstance(importlib.import_module(f"fastppo.{name}"), ModuleType)
+        assert isinstance(getattr(fastppo, name), FunctionType)
+    assert all(hasattr(fastppo, name) for name in fastppo.__all__)
+
+
+def interrupt(run: View) -> None:
+    if run.iteration == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("has_prompt", [True, False])
+def test_an_interrupted_call(has_prompt, tmp_path, monkeypatch):
+    """At a prompt or in a notebook it returns what was trained; a script ends, and finds that in the exception."""
+    monkeypatch.delattr(sys, "ps1", raising=False)
+    settings = SHORT | {"num_iterations": 50, "callbacks": [interrupt], "run_dir": str(tmp_path / "run")}
+    if has_prompt:
+        monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+        result = train(TrainConfig(), **settings)
+    else:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train(TrainConfig(), **settings)
+        assert isinstance(caught.value, Interrupted)
+        result = caught.value.result
+    assert (result.summary["iterations"], result.summary["stopped_by"]) == (2, "SIGINT")
+    obs = np.zeros((1, 4), np.float32)
+    np.testing.assert_array_equal(result.policy.act(obs), load_policy(result.run_dir).act(obs))
+
+
+def test_resume_takes_the_runs_settings(result, tmp_path):
+    """train(resume=...) goes on with what the run was trained with, as --resume does; environments may be others that fit."""
+    run = tmp_path / "run"
+    shutil.copytree(result.run_dir, run)
+    resumed = train(resume=run, num_iterations=4, learning_rate=1e-4)  # 2 environments and 32 steps are the run's
+    config = TrainConfig.from_json(run / "config.json")
+    assert (resumed.summary["iterations"], config.num_envs, config.num_steps, config.learning_rate) == (4, 2, 32, 1e-4)
+    short = train("CartPole-v0", resume=run, num_iterations=5)
+    assert (short.summary["iterations"], TrainConfig.from_json(run / "config.json").env_id) == (5, "CartPole-v0")
+    given = train(resume=run, num_iterations=6, envs=[gym.make("CartPole-v1")])
+    assert given.summary["iterations"] == 6
+    for settings, says in (
+        ({"resume": run, "hidden_sizes": (8,)}, "its network was made with it"),
+        ({"resume": "nowhere"}, "resume nowhere: there is no such directory"),
+        ({"resume": run, "env_id": "Acrobot-v1"}, "so its network does not fit"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            train(**settings)
