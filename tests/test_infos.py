@@ -118,6 +118,8 @@ def test_infos_are_read_only_at_ends():
         ({"a": np.array([[1.0], [2.0]])}, [1.0, 2.0]),
         ({"a": torch.tensor([1, 2])}, [1.0, 2.0]),
         ({"a": torch.tensor([1.0, 2.0]), "_a": np.array([False, True])}, [np.nan, 2.0]),
+        ({"a": [1, 2.5]}, [1.0, 2.5]),
+        ({"a": [[1], [1, 2]]}, None),
         ({"a": np.zeros(3)}, None),
         ({"a": np.zeros((2, 2))}, None),
         ({"a": 3.0}, None),
