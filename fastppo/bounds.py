@@ -63,6 +63,11 @@ def plain(value: Any) -> Any:
         return tuple(map(plain, value))
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    return plain_number(value)
+
+
+def plain_number(value: Any) -> Any:
+    """A scalar of NumPy as a number of Python; anything else as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "ndim", 1) == 0 else value
 
 

@@ -1,18 +1,18 @@
 """Keyword arguments of environments that JSON cannot hold, such as a DataFrame: given in Python, recorded by name.
 
-config.json has {"object": "module:NAME"} for what can be imported by that name, and {"object": null, "type": "DataFrame"} for
-the rest. Knows nothing of how environments are made. Costs no torch.
+config.json has {"__object__": "module:NAME"} for what can be imported by that name, and for the rest
+{"__object__": null, "type": "DataFrame"}. Knows nothing of how environments are made. Costs no torch.
 """
 
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastppo.bounds import is_json, plain
+from fastppo.bounds import is_json, plain_number
 from fastppo.errors import UsageError
 from fastppo.system.named import importable_name, load_named
 
-OBJECT = "object"
+OBJECT = "__object__"
 _given: dict[str, Any] = {}  # by argument, within `giving`
 
 
@@ -20,7 +20,7 @@ _given: dict[str, Any] = {}  # by argument, within `giving`
 def giving(env_kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Context in which `with_objects` finds the objects among the arguments. Yields the arguments as config.json has them."""
     global _given
-    values = {name: plain(value) for name, value in env_kwargs.items()}
+    values = {name: plain_number(value) for name, value in env_kwargs.items()}
     objects = {name: value for name, value in values.items() if not is_json(value)}
     before, _given = _given, objects
     try:

@@ -9,6 +9,7 @@ from gymnasium.spaces import Box, Discrete
 
 from fastppo import Callback, TrainConfig, UsageError, View, evaluate, preset_for, train
 from fastppo.callbacks import checked_callbacks
+from fastppo.env_objects import with_objects
 from fastppo.training.arguments import arguments, vector_of, with_number
 
 SHORT = {"num_iterations": 1, "num_steps": 16, "num_envs": 2, "eval_episodes": 0, "compile": "off", "check_env": False}
@@ -171,9 +172,10 @@ def test_objects_as_arguments_of_the_environment(tmp_path):
     settings = SHORT | {"run_dir": run, "env_fn": Rows}
     train(env_kwargs={"table": Table(2), "function": three, "size": np.int64(4)}, **settings | {"eval_episodes": 1})
     config = TrainConfig.from_json(tmp_path / "run" / "config.json")
+    assert with_objects({"task": {"object": "cube"}, "list": [1]}) == {"task": {"object": "cube"}, "list": [1]}
     assert config.env_kwargs == {
-        "table": {"object": None, "type": "Table"},
-        "function": {"object": "test_arguments:three"},
+        "table": {"__object__": None, "type": "Table"},
+        "function": {"__object__": "test_arguments:three"},
         "size": 4,
     }
     with pytest.raises(UsageError, match=r"--env-kwargs table was a Table in Python.*evaluate\(run, envs=lambda: MyEnv"):

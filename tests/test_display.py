@@ -219,3 +219,15 @@ ROW = {
     "new_best": True,
     "best_return": -1230.0,
 }
+
+
+@pytest.mark.parametrize(
+    ("has_widgets", "plain", "kind"), [(True, False, "Live"), (False, False, "Plain"), (True, True, "Plain")]
+)
+def test_a_notebook_has_the_panel_where_it_can_redraw_it(has_widgets, plain, kind, monkeypatch):
+    """Through ipywidgets; without them, and with --plain, log lines."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("fastppo.run.display.importlib.util.find_spec", lambda name: True if has_widgets else None)
+    monkeypatch.setattr("fastppo.run.display.LiveDisplay", lambda title: f"Live {title}")
+    made = make_display(plain, "title")
+    assert made == "Live title" if is_live else isinstance(made, PlainDisplay)

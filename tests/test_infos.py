@@ -63,6 +63,20 @@ class CountsOfAll(VectorEnv):
         return self.inner.step(actions)
 
 
+class CountsOfTensors(CountsOfAll):
+    """The same with tensors."""
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        return torch.from_numpy(obs.copy()), info
+
+    def step(self, actions):
+        obs, reward, terminated, truncated, info = super().step(actions.numpy())
+        obs, reward, terminated, truncated = (torch.from_numpy(x.copy()) for x in (obs, reward, terminated, truncated))
+        numbers = {name: torch.from_numpy(info[name].astype(np.float32)) for name in ("count", "is_success") if name in info}
+        return obs, reward, terminated, truncated, numbers
+
+
 def rows_of(path):
     with (path / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -77,8 +91,9 @@ def rows_of(path):
         {"envs": [Counts(), Counts()]},
         {"envs": CountsOfAll()},
         {"envs": CountsOfAll(AutoresetMode.SAME_STEP)},
+        {"envs": CountsOfTensors()},
     ],
-    ids=["sync", "same-step", "grouped", "list", "vector", "vector same-step"],
+    ids=["sync", "same-step", "grouped", "list", "vector", "vector same-step", "tensors"],
 )
 def test_means_over_the_episodes_that_ended(settings, tmp_path, capsys):
     """The value of an episode's last step; of 16 steps 3 episodes end, with resets within the step 4.
@@ -118,6 +133,8 @@ def test_infos_are_read_only_at_ends():
         ({"a": np.array([[1.0], [2.0]])}, [1.0, 2.0]),
         ({"a": torch.tensor([1, 2])}, [1.0, 2.0]),
         ({"a": torch.tensor([1.0, 2.0]), "_a": np.array([False, True])}, [np.nan, 2.0]),
+        ({"a": [1, 2.5]}, [1.0, 2.5]),
+        ({"a": [[1], [1, 2]]}, None),
         ({"a": np.zeros(3)}, None),
         ({"a": np.zeros((2, 2))}, None),
         ({"a": 3.0}, None),

@@ -277,9 +277,8 @@ def _numbers_of(batch: Any, size: int) -> Batch | None:
         return batch.reshape(size).float() if batch.numel() == size else None
     if not isinstance(batch, Sequence | np.ndarray) or isinstance(batch, str) or len(batch) != size:
         return None
-    array = np.asarray(batch)
-    if array.dtype.kind in "biuf" and array.size == size:
-        return array.reshape(size).astype(np.float64)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biuf" and batch.size == size:
+        return batch.reshape(size).astype(np.float64)
     numbers = [as_number(value) for value in batch]
     if all(number is None for number in numbers):
         return None

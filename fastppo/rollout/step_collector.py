@@ -78,8 +78,7 @@ class StepCollector:
         phases = Phases()
         for key in (*self.act_keys, "valid"):
             self.storage[key][0] = self.storage[key][-1]
-        for numbers in self.infos.values():
-            numbers[...] = math.nan
+        self.infos = {}
         rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
         for t, step_noise in enumerate(noise.unbind(0)):
             started = time.perf_counter()
