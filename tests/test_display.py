@@ -221,10 +221,8 @@ ROW = {
 }
 
 
-@pytest.mark.parametrize(
-    ("has_widgets", "plain", "kind"), [(True, False, "Live"), (False, False, "Plain"), (True, True, "Plain")]
-)
-def test_a_notebook_has_the_panel_where_it_can_redraw_it(has_widgets, plain, kind, monkeypatch):
+@pytest.mark.parametrize(("has_widgets", "plain", "is_live"), [(True, False, True), (False, False, False), (True, True, False)])
+def test_a_notebook_has_the_panel_where_it_can_redraw_it(has_widgets, plain, is_live, monkeypatch):
     """Through ipywidgets; without them, and with --plain, log lines."""
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     monkeypatch.setattr("fastppo.run.display.importlib.util.find_spec", lambda name: True if has_widgets else None)
