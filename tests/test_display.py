@@ -7,7 +7,8 @@ import sys
 import pytest
 from rich.cells import cell_len
 
-from fastppo.run.display import LiveDisplay, PlainDisplay, figure, make_display, number, sparkline
+from fastppo.run.display import LiveDisplay, PlainDisplay, make_display
+from fastppo.run.panel import area, figure, number
 from fastppo.system.text import duration
 
 
@@ -209,6 +210,9 @@ ROW = {
     "episodic_length_mean": 1000.0,
     "episodes": 1_234_567,
     "loss": -0.00012346,
+    "clipfrac": 0.1,
+    "explained_variance": -12.3456,
+    "learning_rate": 0.00025,
     "policy_loss": -0.00012346,
     "value_loss": 12345.678,
     "entropy": 0.6931,
