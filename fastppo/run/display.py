@@ -21,7 +21,9 @@ from fastppo.run.usage import UsageMeter
 from fastppo.system.text import duration
 
 PARTS = 320  # of the run, each with a return of its own in the curve
-HEAD = "       it        step    return      loss    policy     value entropy       kl     SPS    left"  # above the log lines
+HEAD = "{:>10} {:>11} {:>9} {:>9} {:>9} {:>9} {:>7} {:>8} {:>7} {:>7}".format(  # above the log lines
+    "it", "step", "return", "loss", "policy", "value", "entropy", "kl", "SPS", "left"
+)
 HEAD_EVERY = 20  # log lines
 
 

@@ -113,7 +113,7 @@ def area(values: Sequence[float], width: int, height: int) -> list[str]:
     A nan repeats the value before it. Leading and trailing ones are spaces.
     """
     known = [value for value in values if math.isfinite(value)]
-    if not known:
+    if not known or width < 1:
         return [" " * width] * height
     low, high, steps = min(known), max(known), 8 * height - 1
     scale = steps / (high - low) if high > low else 0.0
