@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, draw_page, render, return_panels
+from fastppo.analysis.curves import FORMATS, PANEL_COLUMNS, PANELS, RETURN, draw_page, render, return_panels
 from fastppo.analysis.run_groups import Group, read_groups
 from fastppo.cli import chosen_run, parse, run
 from fastppo.errors import UsageError, nearest
@@ -51,7 +51,7 @@ def _main(args: Sequence[str]) -> None:
         print(printable(line), flush=True)
     pages = {
         output: draw_page(groups, return_panels(groups, settings.metric), columns=2),
-        f"{output}-losses": draw_page(groups, [("global_step", name) for name in LOSSES], columns=3),
+        f"{output}-losses": draw_page(groups, [("global_step", name) for name in PANELS], PANEL_COLUMNS),
     }
     pictures = {Path(f"{name}.{form}"): render(page, form) for name, page in pages.items() for form in FORMATS}
     for path, picture in pictures.items():

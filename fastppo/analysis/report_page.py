@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.analysis.curves import LOSSES, PALETTE, RETURN, draw_page, inked, render, return_panels
+from fastppo.analysis.curves import PALETTE, PANEL_COLUMNS, PANELS, RETURN, draw_page, inked, render, return_panels
 from fastppo.analysis.run_groups import LARGEST, Group, Run, read_run, setting_text
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
@@ -156,7 +156,7 @@ def _pictures(one: Run) -> list[tuple[str, Any]]:
     groups = [Group("", "", (one,))]
     pages = (
         ("Return", draw_page(groups, return_panels(groups), 2, STYLE)),
-        ("Losses and diagnostics", draw_page(groups, [("global_step", name) for name in LOSSES], 3, STYLE)),
+        ("Losses and diagnostics", draw_page(groups, [("global_step", name) for name in PANELS], PANEL_COLUMNS, STYLE)),
     )
     pictures = []
     for heading, page in pages:
