@@ -1,5 +1,7 @@
 """What a reader of the article looks for in a run: its figures, why returns stay low, and how to see the pole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from fastppo.analysis.curves import LABELS, PANELS, plain_tick
 from fastppo.presets import PRESETS
 from fastppo.run.metrics_file import read_rows
 from fastppo.training.loop import train
+from support.runs import drawn
 
 SMALL = {"num_iterations": 2, "num_envs": 2, "num_steps": 16, "minibatch_size": 16, "compile": "off", "device": "cpu"}
 
@@ -15,13 +18,13 @@ SMALL = {"num_iterations": 2, "num_envs": 2, "num_steps": 16, "minibatch_size": 
 def article(tmp_path_factory):
     """The directory of a tiny run of --preset article, what it printed without a display, and the titles in its curves.png."""
     titles = []
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawn():
         printed = []
         patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         patch.setattr("fastppo.training.ends.shows_windows", lambda: False)
         patch.setattr("matplotlib.axes.Axes.set_title", lambda self, label, **_: titles.append(label))
         run_dir = tmp_path_factory.mktemp("article") / "run"
-        train(PRESETS["article"].config(run_dir=str(run_dir), **SMALL))
+        train(replace(PRESETS["article"].config(), run_dir=str(run_dir), **SMALL))
     return run_dir, printed, titles
 
 
