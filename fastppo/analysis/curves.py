@@ -149,8 +149,8 @@ def draw_page(
     from matplotlib.figure import Figure
 
     environments = {env_id: [one for one in groups if one.env_id == env_id] for env_id in [one.env_id for one in groups]}
-    looks = _looks(groups)
-    legends = {env_id: _legend_columns(here) for env_id, here in environments.items()}
+    looked = looks(groups)
+    legends = {env_id: legend_columns(here) for env_id, here in environments.items()}
     rows = -(-len(panels) // columns)
     heights = [
         rows * (3.2 if columns < 3 else 2.4) + 0.4 + 0.22 * -(-len(here) // legends[env_id])
@@ -167,11 +167,11 @@ def draw_page(
             for axes in grid.flat[len(panels) :]:
                 axes.remove()
             for index, (axes, (x, y)) in enumerate(zip(grid.flat, panels, strict=False)):
-                _draw_panel(axes, here, looks, x, y)
+                _draw_panel(axes, here, looked, x, y)
                 if index + columns >= len(panels):
                     axes.set_xlabel(LABELS[x])
             if several or len(here) > 1:
-                _add_legend(block, here, looks, legends[env_id])
+                add_legend(block, here, looked, legends[env_id])
         if several:
             figure.supxlabel(
                 "thin: single runs   thick: mean over seeds, of the middle half (IQM) from four on   "
@@ -181,17 +181,17 @@ def draw_page(
     return figure
 
 
-def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
+def looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
     """Colour and dashes by label, the same in every environment."""
     labels = dict.fromkeys(group.label for group in groups)
     count = len(PALETTE)
     return {label: (PALETTE[i % count], DASHES[i // count % len(DASHES)]) for i, label in enumerate(labels)}
 
 
-def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], x: str, y: str) -> None:
+def _draw_panel(axes: "Axes", groups: Sequence[Group], looked: Mapping[str, tuple[str, Any]], x: str, y: str) -> None:
     smallest = math.inf
     for group in groups:
-        colour, dashes = looks[group.label]
+        colour, dashes = looked[group.label]
         curve = group.curve(x, y) if len(group.runs) > 1 else None
         for one in group.runs:
             xs, ys = one.series(x, y)
@@ -214,19 +214,19 @@ def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple
     _set_y_ticks(axes, y, smallest)
 
 
-def _legend_columns(groups: Sequence[Group]) -> int:
+def legend_columns(groups: Sequence[Group]) -> int:
     """Number of entries that fit side by side, by the length of the longest."""
     longest = max(len(group.legend) for group in groups)
     return max(1, min(len(groups), 130 // (longest + 8)))
 
 
-def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], columns: int) -> None:
+def add_legend(block: "FigureBase", groups: Sequence[Group], looked: Mapping[str, tuple[str, Any]], columns: int) -> None:
     """Add the legend below the panels, where it covers no curve."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=colour, linestyle=dashes, linewidth=2.2)
-        for colour, dashes in (looks[group.label] for group in groups)
+        for colour, dashes in (looked[group.label] for group in groups)
     ]
     texts = [group.legend for group in groups]
     legend = block.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
