@@ -13,7 +13,7 @@ import pytest
 from rich.cells import cell_len
 
 from fastppo.run.display import LiveDisplay, PlainDisplay, make_display
-from fastppo.run.panel import area, figure, number
+from fastppo.run.panel import Panel, View, area, figure, number
 from fastppo.run.usage import Usage, UsageMeter, cpu_seconds
 from fastppo.system.text import duration
 
@@ -158,6 +158,22 @@ def test_no_panel(where, monkeypatch):
     text = file.text if where == "notebook" else file.getvalue()
     assert text.count("note") == 50
     assert text.isprintable() or set(filter(lambda letter: not letter.isprintable(), text)) == {"\n"}
+
+
+@pytest.mark.parametrize(
+    ("width", "head"),
+    [
+        (76, "return   -1,235  best -1,230 at 123,456,789        42%  1:05 elapsed, 1:05 left"),
+        (60, "return   -1,235  best -1,230   42%  1:05 elapsed, 1:05 left"),
+        (50, "return   -1,235   42%  1:05 elapsed, 1:05 left"),
+    ],
+)
+def test_the_first_line_says_what_it_has_room_for(width, head):
+    """Where the best return was found, then the best return, make room for the time."""
+    row, best = {**ROW, "seconds": 65.0}, "-1,230 at 123,456,789"
+    view = View("", row, 0.42, 65.0, "", best, [], Usage(0.0, 0.0))
+    line = Panel(view, width + 4, 40).lines[1]
+    assert "".join(text for text, _ in line).split() == ["│", *head.split(), "│"]
 
 
 @pytest.mark.parametrize("columns", ["80", "10", "1"])

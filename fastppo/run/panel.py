@@ -84,9 +84,9 @@ def _head(view: View, width: int) -> Line:
     """Return and best return, and at the right end how far the run is."""
     time = f"{duration(view.row['seconds'])} elapsed, {duration(view.eta_seconds)} left"
     left = f"return {figure(view.row['episodic_return_mean']):>8}"
-    best, right = f"  best {view.best}", f"  {view.progress:4.0%}  {time}"
-    if len(left + best + right) > width:
-        best = best.partition(" at ")[0]
+    right = f"  {view.progress:4.0%}  {time}"
+    bests = (f"  best {view.best}", f"  best {view.best.partition(' at ')[0]}", "")
+    best = next((text for text in bests if len(left + text + right) <= width), "")
     space = " " * (width - len(left + best + right))
     return [(left[:7], "dim"), (left[7:], "bold green"), (best + space, "dim"), (right[:6], ""), (right[6:], "dim")]
 
