@@ -45,6 +45,12 @@ def fake(monkeypatch):
     return Fake
 
 
+def test_fewer_steps_than_a_rollout(fake, tmp_path):
+    """Such a run has one iteration, though its steps are none."""
+    train(tiny(tmp_path / "run", track="wandb", num_iterations=None, total_timesteps=5))
+    assert len(fake.last.rows) == 1
+
+
 def test_what_it_gets(fake, tmp_path):
     """Its name and project, all settings, every row under TensorBoard's tags with the step; closed once."""
     result = train(tiny(tmp_path / "run", track="wandb", track_project="mine", num_iterations=6))

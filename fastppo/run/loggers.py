@@ -61,7 +61,8 @@ class Loggers:
         self._tensorboard = _Guarded("TensorBoard", lambda: TensorBoard(metrics_path.parent, purge), EVENT_SECONDS, note)
         self._others = [self._tensorboard]
         if tracker is not None:
-            self._others.append(_Guarded("the tracker", tracker, TRACK_SECONDS, note, math.ceil(iterations / TRACK_ROWS)))
+            every = max(math.ceil(iterations / TRACK_ROWS), 1)
+            self._others.append(_Guarded("the tracker", tracker, TRACK_SECONDS, note, every))
 
     def log(self, row: Row) -> None:
         """Write one row; `row` has iteration and global_step among its keys, in the columns' order."""
