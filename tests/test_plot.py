@@ -66,6 +66,19 @@ def test_what_makes_a_group(tmp_path, one, other, labels):
     assert (len(found) if isinstance(labels, int) else found) == labels
 
 
+def test_a_legend_is_cut(tmp_path):
+    """Settings that would not fit a picture end in an ellipsis; the line for the user has them all."""
+    write_run(
+        tmp_path / "a", [1.0], hidden_sizes=(64,) * 9, gamma=0.9, learning_rate=0.01, clip_coef=0.1, env_kwargs={"a": "b" * 40}
+    )
+    write_run(tmp_path / "b", [1.0])
+    (group, other), _ = groups_of(tmp_path)
+    group = max(group, other, key=lambda one: len(one.label))
+    assert len(group.label) > 100
+    assert group.legend == f"{group.label[:99]}… (1 seed)"
+    assert group.label in group.summary("episodic_return_mean")
+
+
 def test_the_same_seed_is_no_second_sample(tmp_path):
     """Counted twice it would make the interval narrower than it is. The longer run is kept; a directory named twice is one."""
     write_run(tmp_path / "short", [1.0], seed=1)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastppo.analysis.curves import LABELS, add_legend, legend_columns, looks, plain_tick
-from fastppo.analysis.run_groups import CURVE_RESAMPLES, MIN_FOR_INTERVAL, POINTS, Group
+from fastppo.analysis.run_groups import CURVE_RESAMPLES, MIN_FOR_INTERVAL, POINTS, Group, cut
 from fastppo.analysis.statistics import bootstrap_interval, improvement, improvement_interval, interquartile_mean
 from fastppo.errors import UsageError
 from fastppo.system.text import printable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAME_LETTERS = 40  # of a setting beside its interval
+NAME_LETTERS = 30  # of a setting beside its interval
 
 
 def last_values(group: Group, metric: str) -> NDArray[np.float64]:
@@ -101,11 +101,11 @@ def _draw_improvements(axes: "Axes", groups: Sequence[Group], metric: str, looke
             )
         axes.plot(improvement(scores, values), index, marker="o", color=colour, markersize=7)
     axes.axvline(0.5, color="#555555", linestyle=":", linewidth=1)
-    axes.set_yticks(range(len(others)), [printable(other.label)[:NAME_LETTERS] for other in others], parse_math=False)
+    axes.set_yticks(range(len(others)), [cut(printable(other.label), NAME_LETTERS) for other in others], parse_math=False)
     axes.set_ylim(len(others) - 0.5, -0.5)
     axes.set_xlim(-0.03, 1.03)
     axes.set_title("probability of improvement", fontsize=10)
-    axes.set_xlabel(f"P({printable(best.label)[:NAME_LETTERS]} > this)", parse_math=False)
+    axes.set_xlabel(f"P({cut(printable(best.label), NAME_LETTERS)} > this)", parse_math=False)
     _plain(axes)
 
 
