@@ -9,7 +9,17 @@ from typing import Annotated
 
 import tyro
 
-from fastppo.analysis.curves import FORMATS, LOSSES, RETURN, check_metric, draw_page, render, return_panels
+from fastppo.analysis.comparison import draw_comparison, improvement_lines
+from fastppo.analysis.curves import (
+    FORMATS,
+    PANEL_COLUMNS,
+    PANELS,
+    RETURN,
+    check_metric,
+    draw_page,
+    render,
+    return_panels,
+)
 from fastppo.analysis.run_groups import Group, read_groups
 from fastppo.cli import chosen_run, parse, run
 from fastppo.errors import UsageError
@@ -20,7 +30,7 @@ from fastppo.system.text import printable
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw learning curves as PNG and SVG: a row for each environment, a colour for each setting. Losses: a second page."""
+    """Draw learning curves as PNG and SVG: a row for each environment, a colour for each setting. Second page: all metrics."""
 
     run_dirs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Directories of runs, or directories that hold some. Default: the newest run in runs/."""
@@ -28,6 +38,9 @@ class PlotConfig:
     """Name of the files: OUTPUT.png, OUTPUT.svg, OUTPUT-losses.png, OUTPUT-losses.svg. Default: curves-<env>."""
     metric: str = RETURN
     """Column of metrics.csv on the first page."""
+    compare: bool = False
+    """Also compare settings by the last value of each run: OUTPUT-compare.png and .svg, with performance profiles and the
+    probability of improvement."""
 
 
 def _default_output(groups: Sequence[Group], metric: str) -> str:
@@ -42,15 +55,18 @@ def _main(args: Sequence[str]) -> None:
     notes: list[str] = []
     groups = read_groups(settings.run_dirs or (chosen_run(None),), notes.append)
     check_metric(groups, settings.metric)
+    improvements = improvement_lines(groups, settings.metric) if settings.compare else []
     output = re.sub(r"\.(png|svg)$", "", settings.output or _default_output(groups, settings.metric))
     if not absolute(output, "--output", current_directory()).parent.is_dir():
         raise UsageError(f"--output {settings.output}: there is no directory {Path(output).parent}")
-    for line in (*notes, *(group.summary(settings.metric) for group in groups)):
+    for line in (*notes, *(group.summary(settings.metric) for group in groups), *improvements):
         print(printable(line), flush=True)
     pages = {
         output: draw_page(groups, return_panels(groups, settings.metric), columns=2),
-        f"{output}-losses": draw_page(groups, [("global_step", name) for name in LOSSES], columns=3),
+        f"{output}-losses": draw_page(groups, [("global_step", name) for name in PANELS], PANEL_COLUMNS),
     }
+    if settings.compare:
+        pages[f"{output}-compare"] = draw_comparison(groups, settings.metric)
     pictures = {Path(f"{name}.{form}"): render(page, form) for name, page in pages.items() for form in FORMATS}
     for path, picture in pictures.items():
         try:

@@ -21,7 +21,7 @@ class ReportConfig:
     """Write RUN_DIR/report.html: the run as one page that needs no network, no script and no other file."""
 
     run_dir: Annotated[str | None, tyro.conf.Positional] = None
-    """Directory of the run, finished or not. Default: the newest one in runs/."""
+    """Directory of the run, finished or not, of one seed or several (--num-seeds). Default: the newest one in runs/."""
 
 
 def _main(args: Sequence[str]) -> None:

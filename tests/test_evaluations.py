@@ -148,14 +148,14 @@ def test_no_throttle_drops_an_evaluation(tmp_path):
         def close(self):
             pass
 
-    log = Loggers(tmp_path / "metrics.csv", print, tracker=Tracker)
+    log = Loggers(tmp_path / "metrics.csv", print, tracker=Tracker, iterations=10**6)
     for step, value in ((1, math.nan), (2, 7.0), (3, math.nan), (4, math.nan)):
         log.log({"iteration": step, "global_step": step, "loss": 0.5, EVALUATION: value})
     log.close()
     assert got == [
-        (1, {"charts/loss": 0.5}),
-        (2, {"charts/loss": 0.5, "eval/episodic_return": 7.0}),
-        (4, {"charts/loss": 0.5}),
+        (1, {"losses/loss": 0.5}),
+        (2, {"losses/loss": 0.5, "eval/episodic_return": 7.0}),
+        (4, {"losses/loss": 0.5}),
     ]
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1:] == ["1,1,0.5,", "2,2,0.5,7.0", "3,3,0.5,", "4,4,0.5,"]
 

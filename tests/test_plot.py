@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from fastppo.analysis.comparison import draw_comparison
+from fastppo.analysis.curves import looks
 from fastppo.analysis.run_groups import find_runs, group_runs, read_run
 from fastppo.plot import console
 from support.runs import write_run
@@ -62,6 +64,19 @@ def test_what_makes_a_group(tmp_path, one, other, labels):
     write_run(tmp_path / "2", [1.0], seed=2, **other)
     found = [group.label for group in groups_of(tmp_path)[0]]
     assert (len(found) if isinstance(labels, int) else found) == labels
+
+
+def test_a_legend_is_cut(tmp_path):
+    """Settings that would not fit a picture end in an ellipsis; the line for the user has them all."""
+    write_run(
+        tmp_path / "a", [1.0], hidden_sizes=(64,) * 9, gamma=0.9, learning_rate=0.01, clip_coef=0.1, env_kwargs={"a": "b" * 40}
+    )
+    write_run(tmp_path / "b", [1.0])
+    (group, other), _ = groups_of(tmp_path)
+    group = max(group, other, key=lambda one: len(one.label))
+    assert len(group.label) > 100
+    assert group.legend == f"{group.label[:99]}… (1 seed)"
+    assert group.label in group.summary("episodic_return_mean")
 
 
 def test_the_same_seed_is_no_second_sample(tmp_path):
@@ -146,14 +161,51 @@ def pictures(prefix):
 
 
 def test_files_and_lines(runs, tmp_path, monkeypatch, capsys):
-    """Four files, named after the environment; a line a group. Seeds 0 to 3 end at 0, 3, 6, 9: the middle is 4.5."""
+    """Files named after the environment; a line a group. Seeds 0 to 3 end at 0, 3, 6, 9: the middle is 4.5.
+
+    --compare adds a page, and a line: each of the others ends above these.
+    """
     monkeypatch.chdir(tmp_path)
-    assert console([str(runs)]) == 0
+    assert console([str(runs), "--compare"]) == 0
     assert pictures("curves-CartPole-v1")
-    first, second, files = capsys.readouterr().out.splitlines()
+    assert "probability of improvement" in (tmp_path / "curves-CartPole-v1-compare.svg").read_text()
+    first, second, likely, files = capsys.readouterr().out.splitlines()
+    better = "learning_rate=0.01 ends above learning_rate=0.001 with probability 1.00 (95 % 1.00 to 1.00)"
+    assert likely == f"CartPole-v1: {better}"
     assert first.startswith("CartPole-v1, learning_rate=0.001: IQM of 4 seeds, 300 steps, episodic_return_mean 4.5 (95 % ")
     assert second == ("CartPole-v1, learning_rate=0.01: mean of 3 seeds, 300 steps, episodic_return_mean 15 (95 % 12 to 18)")
     assert files.split()[0] == "curves-CartPole-v1.png"
+
+
+def test_a_comparison(runs, tmp_path):
+    """The share of runs above each value, from all to none; of two environments, only the one with two settings is compared.
+
+    The runs end at 0, 3, 6 and 9, and at 12, 15 and 18.
+    """
+    write_run(tmp_path / "alone", [1.0], env_id="Acrobot-v1")
+    groups, _ = groups_of(runs, tmp_path / "alone")
+    figure = draw_comparison(groups, "episodic_return_mean")
+    profiles, improvements = figure.axes
+    better, worse = (line.get_data() for line in profiles.get_lines())
+    for (xs, shares), ends in ((better, (12, 15, 18)), (worse, (0, 3, 6, 9))):
+        assert [np.interp(end - 0.5, xs, shares) for end in ends] == pytest.approx(
+            [1 - index / len(ends) for index in range(len(ends))]
+        )
+        assert (shares[0], shares[-1]) == (1, 0)
+    colours = [line.get_color() for line in profiles.get_lines()]
+    assert colours == [looks(groups)[label][0] for label in ("learning_rate=0.01", "learning_rate=0.001")]  # as in the curves
+    assert [text.get_text() for text in improvements.get_yticklabels()] == ["learning_rate=0.001"]
+    assert improvements.get_lines()[1].get_xdata() == [1.0]
+
+
+def test_nothing_to_compare(runs, tmp_path, monkeypatch, capsys):
+    """One setting: one line, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert console([str(runs / "0"), str(runs / "1"), "--compare"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --compare needs runs of two settings in the same environment, with values of episodic_return_mean\n"
+    )
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_another_metric(runs, tmp_path, monkeypatch, capsys):

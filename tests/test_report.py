@@ -232,6 +232,35 @@ def test_wrong_use(args, word, run, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("report.html"))
 
 
+def test_several_seeds(tmp_path):
+    """One page for the directory of --num-seeds: joint results, a row for each seed, whose fault, whose video."""
+    joint = {"eval_return_mean": 21.0, "eval_return_std": 1.5, "eval_return_iqm": 20.0, "eval_return_interval": [19.0, 22.5]}
+    top = write_run(tmp_path / "top", [], {**SUMMARY, **joint, "num_seeds": 2}, seed=9, num_seeds=2)
+    (top / "metrics.csv").unlink()
+    write_run(top / "seed-9", [1.0, 2.0], {**SUMMARY, "global_step": 200}, seed=9)
+    write_run(top / "seed-10", [3.0], seed=10)
+    (top / "seed-10" / "fault.txt").write_text(HOSTILE)
+    (top / "seed-9" / "videos").mkdir()
+    (top / "seed-9" / "videos" / "a.gif").write_bytes(b"GIF89a")
+    assert console([str(top)]) == 0
+    html = (top / "report.html").read_text()
+    page = Page(html)
+    assert is_self_contained(page)
+    words = " ".join(page.text.split())
+    assert "CartPole-v1, seeds 9 to 10" in words
+    assert "seeds 9 to 10 · 1 finished, 1 ended with a fault · top" in words
+    for card in ("evaluation 21.0 ± 1.5", "interquartile mean 20.0 95 % interval 19.0 to 22.5", "last return 2.5", "steps 300"):
+        assert card.replace(" ", "") in words.replace(" ", ""), card
+    assert rows(html)[1:3] == [
+        ["9", "finished", "200", "21.2", "20.5", "2.0"],
+        ["10", "endedwithafault", "100", "-", "-", "3.0"],
+    ]
+    assert f'<h2 class="bad">Fault of seed 10</h2>\n<pre>{ESCAPED}</pre>' in html
+    assert "seed-9: a.gif" in words
+    assert len(page.tags("svg")) == 2
+    assert "mean of 2 seeds" in html
+
+
 @pytest.mark.slow
 def test_in_a_browser(tmp_path):
     """Chromium reads the hostile page as it is meant: its drawings, its text, and nothing of it runs."""

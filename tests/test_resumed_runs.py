@@ -94,7 +94,7 @@ def test_every_row_may_be_made_again(tmp_path):
     assert [row["loss"] for row in rows_of(tmp_path)] == ["2.0", "2.0"]
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("charts/loss")] == [(20, 2.0), (30, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("losses/loss")] == [(20, 2.0), (30, 2.0)]
 
 
 def test_total_timesteps_may_be_raised(tmp_path):

@@ -188,7 +188,7 @@ def test_ten_events_a_second(tmp_path, monkeypatch, interval, written):
     assert [int(row["global_step"]) for row in rows_of(tmp_path)] == [10 * index for index in range(written[-1] + 1)]
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("charts/loss")] == [(10 * i, i / 2) for i in written]
+    assert [(event.step, event.value) for event in events.Scalars("losses/loss")] == [(10 * i, i / 2) for i in written]
 
 
 def test_global_step_counts_transitions_only(tmp_path):

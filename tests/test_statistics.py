@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
+from fastppo.analysis.statistics import bootstrap_interval, improvement, improvement_interval, interquartile_mean
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,39 @@ def test_bootstrap_of_a_curve():
     assert shifted[1] == pytest.approx(high + 5.0)
     assert (low < interquartile_mean(values)).all()
     assert (interquartile_mean(values) < high).all()
+
+
+def test_bootstrap_of_another_statistic():
+    """The mean of 0, 0, 0 and 100 is 25, its interquartile mean 0; a resampled mean is 0 with 0.32, 75 or more with 0.05."""
+    low, high = bootstrap_interval([0.0, 0.0, 0.0, 100.0], statistic=lambda rows: rows.mean(-1))
+    assert (low, high) == (0.0, 75.0)
+    assert bootstrap_interval([0.0, 0.0, 0.0, 100.0])[0] == 0.0
+
+
+def test_probability_of_improvement():
+    """By hand: of the pairs of 2 and 4 with 1, 2 and 3, four are above, one is below, one is equal. A tie is a half."""
+    assert improvement([2.0, 4.0], [1.0, 2.0, 3.0]) == pytest.approx(4.5 / 6)
+    assert improvement([1.0, 2.0, 3.0], [2.0, 4.0]) == pytest.approx(1.5 / 6)
+    assert improvement([5.0], [5.0]) == 0.5
+    # two draws of 0 and 1 against 0.5 are both below, one, or none, with 1/4, 1/2, 1/4
+    assert improvement_interval([0.0, 1.0], [0.5]) == (0.0, 1.0)
+    assert improvement_interval([2.0, 3.0, 4.0], [0.0, 1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_against_scipy():
+    """The Mann-Whitney statistic, and the percentile bootstrap, whose random numbers are others."""
+    stats = pytest.importorskip("scipy.stats")
+    generator = np.random.default_rng(0)
+    ours, theirs = generator.normal(0.5, size=9), generator.normal(size=7)
+    assert improvement(ours, theirs) == pytest.approx(stats.mannwhitneyu(ours, theirs).statistic / 63)
+    drawn = stats.bootstrap((ours,), lambda rows, axis: interquartile_mean(rows), method="percentile", n_resamples=10_000)
+    assert bootstrap_interval(ours) == pytest.approx(tuple(drawn.confidence_interval), abs=0.05)
+    drawn = stats.bootstrap(
+        (ours, theirs),
+        lambda x, y, axis: (
+            np.array([improvement(a, b) for a, b in zip(x, y, strict=True)]) if x.ndim > 1 else improvement(x, y)
+        ),
+        method="percentile",
+        n_resamples=2_000,
+    )
+    assert improvement_interval(ours, theirs) == pytest.approx(tuple(drawn.confidence_interval), abs=0.05)

@@ -1,7 +1,8 @@
-"""Experiment trackers get the settings and a row a second; what fails in them is told once and costs nothing else."""
+"""Experiment trackers get the settings and the rows of a run; what fails in them is told once and costs nothing else."""
 
 import importlib.util
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,29 +45,49 @@ def fake(monkeypatch):
     return Fake
 
 
-def test_what_it_gets(fake, tmp_path, monkeypatch):
-    """Its name and project, all settings, rows under TensorBoard's tags with the step, the last one always; closed once."""
-    monkeypatch.setattr(loggers, "TRACK_SECONDS", 0.0)
-    result = train(tiny(tmp_path / "run", track="wandb", track_project="mine"))
+def test_fewer_steps_than_a_rollout(fake, tmp_path):
+    """Such a run has one iteration, though its steps are none."""
+    train(tiny(tmp_path / "run", track="wandb", num_iterations=None, total_timesteps=5))
+    assert len(fake.last.rows) == 1
+
+
+def test_what_it_gets(fake, tmp_path):
+    """Its name and project, all settings, every row under TensorBoard's tags with the step; closed once."""
+    result = train(tiny(tmp_path / "run", track="wandb", track_project="mine", num_iterations=6))
     tracker, project, run_dir, settings = fake.last.opened
     assert (tracker, project, run_dir) == ("wandb", "mine", result.run_dir)
     assert settings["env_id"] == "CartPole-v1"
     rows = read_rows(result.run_dir / "metrics.csv")
+    assert len(rows) == 6
     assert [str(step) for step, _ in fake.last.rows] == [row["global_step"] for row in rows]
     for (_, metrics), row in zip(fake.last.rows, rows, strict=True):
+        assert str(metrics["losses/loss"]) == row["loss"]
         assert str(metrics["losses/policy_loss"]) == row["policy_loss"]
         assert str(metrics["charts/episodic_return"]) == row["episodic_return_mean"]
         assert set(metrics) == {METRICS[key].tag for key in row} - {None}
     assert fake.last.closed == 1
 
 
-def test_a_row_a_second(fake, tmp_path, monkeypatch):
-    """At most one row per TRACK_SECONDS, and the last one: of a run shorter than that, the first row and the last."""
-    assert loggers.TRACK_SECONDS == 1.0
-    monkeypatch.setattr(loggers, "TRACK_SECONDS", 600.0)  # longer than the run takes on a busy machine
-    result = train(tiny(tmp_path / "run", track="wandb", num_iterations=6))
-    steps = [int(row["global_step"]) for row in read_rows(result.run_dir / "metrics.csv")]
-    assert [step for step, _ in fake.last.rows] == [steps[0], steps[-1]]
+@pytest.mark.parametrize(
+    ("iterations", "seconds", "written"),
+    [
+        (1000, 1e-6, range(1, 1001)),  # every iteration of a run that is not long
+        (3500, 1e-6, [1, *range(4, 3501, 4)]),  # of a longer one every fourth, and the first
+        (3500, 0.6, [1, 3, *range(4, 3501, 2)]),  # and one after each second without any
+    ],
+    ids=["short", "long", "long and slow"],
+)
+def test_the_rows_of_a_run(iterations, seconds, written, tmp_path, monkeypatch):
+    """About 1000 evenly spaced rows, or one a second, whichever is more; the last one always."""
+    clock = SimpleNamespace(monotonic=lambda: iteration * seconds)
+    monkeypatch.setattr("fastppo.run.loggers.time", clock)
+    monkeypatch.setattr("fastppo.run.loggers.TensorBoard", Fake)
+    kept = Fake()
+    log = loggers.Loggers(tmp_path / "metrics.csv", print, tracker=lambda: kept, iterations=iterations)
+    for iteration in range(1, iterations + 1):
+        log.log({"iteration": iteration, "global_step": iteration, "loss": 0.5})
+    log.close()
+    assert [step for step, _ in kept.rows] == sorted(written)
 
 
 @pytest.mark.parametrize("doing", ["opening", "logging", "closing"])
@@ -116,9 +137,9 @@ def test_mlflow_offline(tmp_path, monkeypatch):
     assert run.data.params["env_id"] == "CartPole-v1"
     assert run.info.run_name == "run"
     assert run.info.status == "FINISHED"
-    last = client.get_metric_history(run.info.run_id, "losses/value_loss")[-1]
-    row = read_rows(result.run_dir / "metrics.csv")[-1]
-    assert (last.step, last.value) == (int(row["global_step"]), float(row["value_loss"]))
+    history = client.get_metric_history(run.info.run_id, "losses/value_loss")
+    rows = read_rows(result.run_dir / "metrics.csv")
+    assert [(one.step, one.value) for one in history] == [(int(row["global_step"]), float(row["value_loss"])) for row in rows]
 
 
 @pytest.mark.slow

@@ -28,20 +28,21 @@ LABELS = {
     RETURN: "return (last 100 episodes)",
     "episodic_length_mean": "episode length",
     "sps": "steps per second",
-    "value_loss": "value loss",
+    "learning_rate": "learning rate",
+    "loss": "total loss",
     "policy_loss": "policy loss",
+    "value_loss": "value loss",
     "entropy": "entropy",
     "approx_kl": "approx. KL",
     "clipfrac": "clip fraction",
     "explained_variance": "explained variance",
     "grad_norm": "gradient norm",
-    "learning_rate": "learning rate",
     "global_step": "environment steps",
     "seconds": "seconds",
     EVALUATION: "return (evaluation)",
 }
-PANELS = tuple(LABELS)[:9]  # of curves.png
-LOSSES = tuple(LABELS)[2:11]  # of the second page
+PANELS = tuple(LABELS)[:12]  # of curves.png, of the second page and of a report
+PANEL_COLUMNS = 4  # of these: the second row is the total loss and its three terms
 # Okabe and Ito's colours for colour-blind readers, https://jfly.uni-koeln.de/color, without yellow, which is pale on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
@@ -63,33 +64,62 @@ def plot_curves(metrics_path: Path, output: Path, title: str) -> None:
     """Draw the PANELS of one run against environment steps, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # 0.45 s to import, so not before training is over
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     rows = read_rows(metrics_path)
     steps = [int(row["global_step"]) for row in rows]
-    figure = Figure(figsize=(13, 9))
+    figure = Figure(figsize=(15, 9))
     FigureCanvasAgg(figure)
     figure.suptitle(title, y=0.985)
-    # 0.4 s of CPU time; layout="constrained" took 0.95. With fixed margins nothing is drawn twice to be measured, step numbers
-    # are drawn once a column, and no label needs mathtext (10^2)
-    figure.subplots_adjust(left=0.06, right=0.985, bottom=0.065, top=0.925, hspace=0.2, wspace=0.2)
-    for axes, key in zip(figure.subplots(3, 3, sharex=True).flat, PANELS, strict=True):
-        axes.plot(steps, [float(row[key]) for row in rows], linewidth=1.5)
+    # nine panels took 0.4 s of CPU time, 0.95 with layout="constrained". With fixed margins nothing is drawn twice to be
+    # measured, step numbers are drawn once a column, and no label needs mathtext (10^2)
+    figure.subplots_adjust(left=0.05, right=0.985, bottom=0.065, top=0.925, hspace=0.2, wspace=0.25)
+    for axes, key in zip(figure.subplots(3, PANEL_COLUMNS, sharex=True).flat, PANELS, strict=True):
+        values = [float(row[key]) for row in rows]
+        axes.plot(steps, values, linewidth=1.5)
         if key == RETURN:
             _add_evaluations(axes, rows)
         axes.set_title(LABELS[key], fontsize=10, y=1.0)  # with a fixed height nothing is measured
         axes.grid(alpha=0.3)
-        axes.ticklabel_format(style="sci", scilimits=(-4, 6))
-        if key == "value_loss":
-            axes.set_yscale("log")  # it falls by orders of magnitude
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(LogFormatter())  # numbers even if no power of ten is in range
-    for axes in figure.axes[-3:]:
-        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 4))
+        _set_y_ticks(axes, key, min(values, default=0.0))
+    for axes in figure.axes[-PANEL_COLUMNS:]:
+        _set_step_ticks(axes)
         axes.set_xlabel("environment steps")
     buffer = BytesIO()
     figure.savefig(buffer, dpi=100)
     replace_file(output, buffer.getbuffer())
+
+
+def _set_step_ticks(axes: "Axes") -> None:
+    """Numbers of environment steps: 20k, 1M."""
+    from matplotlib.ticker import EngFormatter
+
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _set_y_ticks(axes: "Axes", name: str, smallest: float) -> None:
+    """Scale and numbers of a column's values, of which `smallest` is the least finite one."""
+    from matplotlib.ticker import EngFormatter, LogFormatter
+
+    class Minor(LogFormatter):
+        """Numbers where LogFormatter has some: it writes 6e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return plain_tick(x) if super().__call__(x, pos) else ""
+
+    if name == "value_loss" and smallest > 0:
+        axes.set_yscale("log")  # it falls by orders of magnitude
+        axes.yaxis.set_minor_formatter(Minor())  # numbers even if no power of ten is in range
+    axes.yaxis.set_major_formatter(EngFormatter(sep="") if name == "sps" else plain_tick)
+
+
+def plain_tick(value: float, _position: float = 0.0) -> str:
+    """A number without an exponent, from a millionth to a million: 0.00025, 100,000, 2.5M."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:,g}M" if abs(value) < 1e12 else f"{value:g}"
+    if 0 < abs(value) < 1e-6:
+        return f"{value:g}"
+    text = f"{value:,.7f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
 
 
 def _add_evaluations(axes: "Axes", rows: Sequence[Mapping[str, str]]) -> None:
@@ -132,8 +162,8 @@ def draw_page(
     from matplotlib.figure import Figure
 
     environments = {env_id: [one for one in groups if one.env_id == env_id] for env_id in [one.env_id for one in groups]}
-    looks = _looks(groups)
-    legends = {env_id: _legend_columns(here) for env_id, here in environments.items()}
+    looked = looks(groups)
+    legends = {env_id: legend_columns(here) for env_id, here in environments.items()}
     rows = -(-len(panels) // columns)
     heights = [
         rows * (3.2 if columns < 3 else 2.4) + 0.4 + 0.22 * -(-len(here) // legends[env_id])
@@ -141,7 +171,7 @@ def draw_page(
     ]
     several = any(len(group.runs) > 1 for group in groups)
     with matplotlib.rc_context({**style}):
-        figure = Figure(figsize=(10, sum(heights) + 0.3 * several), layout="constrained")
+        figure = Figure(figsize=(10 if columns < PANEL_COLUMNS else 13, sum(heights) + 0.3 * several), layout="constrained")
         blocks = figure.subfigures(len(environments), 1, height_ratios=heights, squeeze=False)[:, 0]
         for block, (env_id, here) in zip(blocks, environments.items(), strict=True):
             if env_id:
@@ -150,11 +180,11 @@ def draw_page(
             for axes in grid.flat[len(panels) :]:
                 axes.remove()
             for index, (axes, (x, y)) in enumerate(zip(grid.flat, panels, strict=False)):
-                _draw_panel(axes, here, looks, x, y)
+                _draw_panel(axes, here, looked, x, y)
                 if index + columns >= len(panels):
                     axes.set_xlabel(LABELS[x])
             if several or len(here) > 1:
-                _add_legend(block, here, looks, legends[env_id])
+                add_legend(block, here, looked, legends[env_id])
         if several:
             figure.supxlabel(
                 "thin: single runs   thick: mean over seeds, of the middle half (IQM) from four on   "
@@ -164,19 +194,17 @@ def draw_page(
     return figure
 
 
-def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
+def looks(groups: Sequence[Group]) -> dict[str, tuple[str, Any]]:
     """Colour and dashes by label, the same in every environment."""
     labels = dict.fromkeys(group.label for group in groups)
     count = len(PALETTE)
     return {label: (PALETTE[i % count], DASHES[i // count % len(DASHES)]) for i, label in enumerate(labels)}
 
 
-def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], x: str, y: str) -> None:
-    from matplotlib.ticker import EngFormatter, LogFormatter
-
+def _draw_panel(axes: "Axes", groups: Sequence[Group], looked: Mapping[str, tuple[str, Any]], x: str, y: str) -> None:
     smallest = math.inf
     for group in groups:
-        colour, dashes = looks[group.label]
+        colour, dashes = looked[group.label]
         curve = group.curve(x, y) if len(group.runs) > 1 else None
         for one in group.runs:
             xs, ys = one.series(x, y)
@@ -195,30 +223,23 @@ def _draw_panel(axes: "Axes", groups: Sequence[Group], looks: Mapping[str, tuple
         axes.text(0.5, 0.5, "no finished episode" if y in EPISODIC else "no data", ha="center", transform=axes.transAxes)
         return
     if x == "global_step":
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 20k, 1M
-    if y == "value_loss" and smallest > 0:
-        axes.set_yscale("log")  # it falls by orders of magnitude
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(LogFormatter())
-    elif y == "sps":
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    else:
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 6), useMathText=True)
+        _set_step_ticks(axes)
+    _set_y_ticks(axes, y, smallest)
 
 
-def _legend_columns(groups: Sequence[Group]) -> int:
+def legend_columns(groups: Sequence[Group]) -> int:
     """Number of entries that fit side by side, by the length of the longest."""
     longest = max(len(group.legend) for group in groups)
     return max(1, min(len(groups), 130 // (longest + 8)))
 
 
-def _add_legend(block: "FigureBase", groups: Sequence[Group], looks: Mapping[str, tuple[str, Any]], columns: int) -> None:
+def add_legend(block: "FigureBase", groups: Sequence[Group], looked: Mapping[str, tuple[str, Any]], columns: int) -> None:
     """Add the legend below the panels, where it covers no curve."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], color=colour, linestyle=dashes, linewidth=2.2)
-        for colour, dashes in (looks[group.label] for group in groups)
+        for colour, dashes in (looked[group.label] for group in groups)
     ]
     texts = [group.legend for group in groups]
     legend = block.legend(handles, texts, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

@@ -1,19 +1,19 @@
-"""A run as one HTML page: curves, settings, versions, phases, fault, videos. Costs no torch.
+"""A run, or one of several seeds, as one HTML page: curves, settings, versions, phases, faults, videos. Costs no torch.
 
 The run directory is untrusted. It is read as data, the template escapes every text from it, and a link that leads out of it is
 not followed. The page is self-contained. Its content security policy forbids scripts and the network.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastppo.analysis.curves import LOSSES, PALETTE, RETURN, draw_page, inked, render, return_panels
-from fastppo.analysis.run_groups import LARGEST, Group, Run, read_run, setting_text
+from fastppo.analysis.curves import PALETTE, PANEL_COLUMNS, PANELS, RETURN, draw_page, inked, render, return_panels
+from fastppo.analysis.run_groups import LARGEST, Group, Run, find_runs, read_run, setting_text
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
 from fastppo.run.files import is_inside
@@ -38,24 +38,31 @@ def report_page(run_dir: Path, setting_texts: Mapping[str, str]) -> str:
     from jinja2 import Environment  # imported here: --help and wrong flags must not wait for it
 
     template = Path(__file__).with_name("report_page.html.jinja").read_text(encoding="utf-8")
-    one = read_run(run_dir)
-    summary = _summary(run_dir)
+    config = TrainConfig.from_json(run_dir / "config.json")
+    several = config.num_seeds > 1
+    runs = sorted(map(read_run, find_runs([str(run_dir)])), key=lambda one: one.config.seed) if several else [read_run(run_dir)]
+    summary, summaries = _summary(run_dir), [_summary(one.path) for one in runs]
+    faults = [_fault(one.path) for one in runs]
+    states = [_status(*each) for each in zip(runs, summaries, faults, strict=True)]
+    seeds = f"seeds {runs[0].config.seed} to {runs[-1].config.seed}" if several else f"seed {config.seed}"
     environment = Environment(autoescape=True, finalize=_clean)
-    videos, large_videos = _videos(run_dir)
-    fault = _fault(run_dir)
+    videos, large_videos = _videos([one.path for one in runs])
     return environment.from_string(template).render(
-        title=f"{one.config.env_id}, seed {one.config.seed}",
-        env_id=one.config.env_id,
-        seed=one.config.seed,
-        status=_status(one, summary, fault),
+        title=f"{config.env_id}, {seeds}",
+        env_id=config.env_id,
+        seeds=seeds,
+        status=", ".join(f"{states.count(state)} {state}" if several else state for state in dict.fromkeys(states)),
         run_dir=run_dir.resolve().name,
-        results=_results(one, summary),
-        fault=fault,
+        results=_joint_results(runs, summary) if several else _results(runs[0], summary),
+        seed_rows=_seed_rows(runs, summaries, states) if several else [],
+        faults=[
+            (f" of seed {one.config.seed}" if several else "", text) for one, text in zip(runs, faults, strict=True) if text
+        ],
         videos=videos,
         large_videos=large_videos,
-        pictures=_pictures(one),
-        phases=_phases(one),
-        settings=_settings(one.config, setting_texts),
+        pictures=_pictures(runs),
+        phases=_phases(runs[0]),  # seeds that train together share the times
+        settings=_settings(config, setting_texts),
         made_with=[*_texts(summary.get("versions")), *_texts(summary.get("made_with"))],
         promises=_lines(summary.get("reproducibility")),
     )
@@ -122,6 +129,36 @@ def _results(one: Run, summary: Mapping[str, Any]) -> list[tuple[str, str, str]]
     return results
 
 
+def _joint_results(runs: Sequence[Run], summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """As `_results`, of all seeds together."""
+    results = []
+    mean, spread = _number(summary.get("eval_return_mean")), _number(summary.get("eval_return_std"))
+    middle, interval = _number(summary.get("eval_return_iqm")), summary.get("eval_return_interval")
+    if mean is not None:
+        results.append(("evaluation", f"{mean:,.1f}", f"± {spread or 0.0:.1f} over the seeds"))
+    if middle is not None and isinstance(interval, list) and len(interval) == 2:
+        low, high = (_number(end) or 0.0 for end in interval)
+        results.append(("interquartile mean", f"{middle:,.1f}", f"95 % interval {low:,.1f} to {high:,.1f}"))
+    last = [value for one in runs if (value := _last(one, RETURN)) is not None]
+    if last:
+        results.append(("last return", f"{sum(last) / len(last):,.1f}", "mean over the seeds"))
+    steps, seconds = sum(_last(one, "global_step") or 0.0 for one in runs), max(_last(one, "seconds") or 0.0 for one in runs)
+    results.append(("steps", f"{steps:,.0f}", "of all seeds"))
+    if seconds:
+        results.append(("steps per second", f"{steps / seconds:,.0f}", f"{seconds:,.1f} s"))
+    return results
+
+
+def _seed_rows(runs: Sequence[Run], summaries: Sequence[Mapping[str, Any]], states: Sequence[str]) -> list[tuple[str, ...]]:
+    """A row of the table of seeds for each: seed, how it ended, steps, evaluation, best and last return."""
+    rows = []
+    for one, summary, state in zip(runs, summaries, states, strict=True):
+        values = (_number(summary.get("eval_return_mean")), _number(summary.get("best_return_mean")), _last(one, RETURN))
+        steps = f"{_last(one, 'global_step') or 0.0:,.0f}"
+        rows.append((str(one.config.seed), state, steps, *("-" if value is None else f"{value:,.1f}" for value in values)))
+    return rows
+
+
 def _fault(run_dir: Path) -> str:
     """The first MAX_FAULT_LETTERS of fault.txt; "" if there is none."""
     path = run_dir / "fault.txt"
@@ -131,32 +168,39 @@ def _fault(run_dir: Path) -> str:
         return file.read(MAX_FAULT_LETTERS)
 
 
-def _videos(run_dir: Path) -> tuple[list[dict[str, str]], list[str]]:
+def _videos(run_dirs: Sequence[Path]) -> tuple[list[dict[str, str]], list[str]]:
     """The newest videos up to MAX_VIDEO_BYTES together, each as a data URL, and the names of the others."""
-    paths = [path for path in (run_dir / "videos").glob("*") if path.suffix.lower() in VIDEOS and _own(path, run_dir)]
+    paths = [
+        path
+        for run_dir in run_dirs
+        for path in (run_dir / "videos").glob("*")
+        if path.suffix.lower() in VIDEOS and _own(path, run_dir)
+    ]
     videos, too_large, room = [], [], MAX_VIDEO_BYTES
     for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
         size = path.stat().st_size
+        name = path.name if len(run_dirs) == 1 else f"{path.parent.parent.name}: {path.name}"
         if size > room:
-            too_large.append(path.name)
+            too_large.append(name)
             continue
         room -= size
         mime = VIDEOS[path.suffix.lower()]
         data = f"data:{mime};base64,{base64.b64encode(path.read_bytes()).decode()}"
-        videos.append({"name": path.name, "mime": mime, "data": data})
+        videos.append({"name": name, "mime": mime, "data": data})
     return videos, too_large
 
 
-def _pictures(one: Run) -> list[tuple[str, Any]]:
+def _pictures(runs: Sequence[Run]) -> list[tuple[str, Any]]:
     """(heading, SVG) of both pages of curves. They contain no text of the run: its name is in the heading of the page."""
     from markupsafe import Markup
 
-    if not one.columns:
+    drawn = tuple(one for one in runs if one.columns)
+    if not drawn:
         return []
-    groups = [Group("", "", (one,))]
+    groups = [Group("", "", drawn)]
     pages = (
         ("Return", draw_page(groups, return_panels(groups), 2, STYLE)),
-        ("Losses and diagnostics", draw_page(groups, [("global_step", name) for name in LOSSES], 3, STYLE)),
+        ("Metrics", draw_page(groups, [("global_step", name) for name in PANELS], PANEL_COLUMNS, STYLE)),
     )
     pictures = []
     for heading, page in pages:

@@ -30,6 +30,7 @@ CURVE_RESAMPLES = 2_000  # of the bootstrap at each point: 0.1 s for a curve of 
 MIN_FOR_IQM = 4  # seeds; the interquartile mean of fewer is their mean
 MIN_FOR_INTERVAL = 3  # seeds
 LABEL_LETTERS = 40  # of a value in a label
+LEGEND_LETTERS = 100  # of a label in a legend
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Group:
 
     @property
     def legend(self) -> str:
-        """ "gamma=0.9 (IQM of 5 seeds)"."""
-        return f"{self.label} ({self.statistic})" if self.label else self.statistic
+        """ "gamma=0.9 (IQM of 5 seeds)". Many settings are cut: `summary` has them all."""
+        return f"{cut(self.label, LEGEND_LETTERS)} ({self.statistic})" if self.label else self.statistic
 
     def summary(self, metric: str) -> str:
         """A line for the user: runs, steps, and the metric at the last step that all runs have."""
@@ -102,6 +103,11 @@ class Group:
             return f"{head}, no step at which all have {metric}"
         interval = "" if curve.low is None or curve.high is None else f" (95 % {curve.low[-1]:.5g} to {curve.high[-1]:.5g})"
         return f"{head}, {curve.x[-1]:,.0f} steps, {metric} {curve.center[-1]:.5g}{interval}"
+
+
+def cut(text: str, letters: int) -> str:
+    """At most so many letters of the text, of which the last one is then an ellipsis."""
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def find_runs(paths: Iterable[str]) -> list[Path]:

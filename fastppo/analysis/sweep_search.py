@@ -19,7 +19,7 @@ from rich.table import Table
 from fastppo.analysis.sweep_study import completed, finished, record_outcome
 from fastppo.analysis.sweep_trial import PARTS, Outcome, RunningTrial, SweepPlan, advance, begin
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.run.display import number
+from fastppo.run.panel import number
 from fastppo.run.signals import StopSignals
 from fastppo.system.text import duration
 

@@ -9,8 +9,8 @@ from fastppo.analysis.sweep_trial import PARTS, Outcome, SweepPlan, write_preset
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError, brief
 from fastppo.random_streams import Stream, seed_of
-from fastppo.run.display import number
 from fastppo.run.files import lock_directory
+from fastppo.run.panel import number
 
 if TYPE_CHECKING:
     import optuna

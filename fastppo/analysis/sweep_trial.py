@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastppo.analysis.search_space import Space, to_settings
 from fastppo.analysis.training_process import TrainingProcess
 from fastppo.config import TrainConfig
-from fastppo.run.display import number
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import EVALUATION
 from fastppo.run.metrics_file import read_rows
+from fastppo.run.panel import number
 
 if TYPE_CHECKING:
     import optuna

@@ -107,6 +107,11 @@ def has_display() -> bool:
     return sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"))
 
 
+def shows_windows() -> bool:
+    """Whether a window that is opened here is seen: not with SDL's dummy driver, which rendering takes without a display."""
+    return has_display() and os.environ.get("SDL_VIDEODRIVER") != "dummy"
+
+
 def _render_without_a_display() -> None:
     """Keep pygame from asking for sound, and pygame and MuJoCo from asking for a display where there is none."""
     names = {"SDL_AUDIODRIVER": "dummy"}

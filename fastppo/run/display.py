@@ -8,26 +8,24 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.control import Control
 from rich.live import Live
-from rich.panel import Panel
 from rich.segment import ControlType
-from rich.text import Text
 
-from fastppo.run.metrics import METRICS, Row, infos_said
+from fastppo.run.metrics import Row, infos_said
+from fastppo.run.panel import DRAWN, Panel, View, figure, number
+from fastppo.run.usage import UsageMeter
 from fastppo.system.text import duration
 
-Line = list[str | tuple[str, str]]  # text, or text and style
-SPARKS = "▁▂▃▄▅▆▇█"
-DRAWN = SPARKS + "━─│╭╮╰╯·"  # the panel's letters that are not ASCII
-BARS = 33  # of the curve, each for an equal part of the run
-COLUMNS, LINES = 80, 8  # of the panel
-_PLACES = {metric.cell: metric for metric in METRICS.values() if metric.cell}
-CELLS = [[_PLACES[line, column] for column in range(3)] for line in range(4)]  # of the panel's lower half
+PARTS = 320  # of the run, each with a return of its own in the curve
+HEAD = "{:>10} {:>11} {:>9} {:>9} {:>9} {:>9} {:>7} {:>8} {:>7} {:>7}".format(  # above the log lines
+    "it", "step", "return", "loss", "policy", "value", "entropy", "kl", "SPS", "left"
+)
+HEAD_EVERY = 20  # log lines
 
 
 class Display(Protocol):
@@ -79,26 +77,28 @@ class NoDisplay:
 
 
 class PlainDisplay:
-    """Log lines, at most one a second."""
+    """Log lines of at most 100 columns, at most one a second, as a table whose head is repeated."""
 
     def __init__(self) -> None:
         self.reader_gone = False
         self._last = -math.inf
         self._pending: str | None = None
+        self._new_best = False  # since the last line
+        self._lines = 0
 
     def note(self, line: str) -> None:
         self._flush()
         self._print(line)
 
     def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
+        self._new_best = self._new_best or bool(row["new_best"])
+        loss, policy, value, entropy, kl = (
+            number(row[name], 3) for name in ("loss", "policy_loss", "value_loss", "entropy", "approx_kl")
+        )
         self._pending = (
-            f"{progress:4.0%} it {row['iteration']:<5} step {row['global_step']:<9} "
-            f"return {number(row['episodic_return_mean']):>8} "
-            f"loss {number(row['loss']):>8} policy {number(row['policy_loss']):>8} value {number(row['value_loss']):>8} "
-            f"entropy {number(row['entropy']):>7} kl {number(row['approx_kl']):>8} sps {row['sps']:<7.0f} "
-            + "".join(f"{said} " for said in infos_said(row))
-            + f"eta {duration(eta_seconds)}"
-            + ("  new best" if row["new_best"] else "")
+            f"{progress:4.0%} {row['iteration']:>5} {row['global_step']:>11,} {number(row['episodic_return_mean']):>9} "
+            f"{loss:>9} {policy:>9} {value:>9} {entropy:>7} {kl:>8} {row['sps']:>7.0f} {duration(eta_seconds):>7}"
+            + "".join(f" {said}" for said in infos_said(row))
         )
         if time.monotonic() - self._last >= 1.0:
             self._flush()
@@ -108,8 +108,11 @@ class PlainDisplay:
 
     def _flush(self) -> None:
         if self._pending is not None:
-            self._print(self._pending)
-            self._pending, self._last = None, time.monotonic()
+            if self._lines % HEAD_EVERY == 0:
+                self._print(HEAD)
+            self._lines += 1
+            self._print(self._pending + (" best" if self._new_best else ""))
+            self._pending, self._new_best, self._last = None, False, time.monotonic()
 
     def _print(self, line: str) -> None:
         try:
@@ -122,7 +125,7 @@ class PlainDisplay:
 
 
 class LiveDisplay:
-    """A panel of at most 80 columns, redrawn at most five times a second. Values have fixed places."""
+    """A panel as wide as the terminal, redrawn at most five times a second. Values have fixed places."""
 
     def __init__(self, title: str) -> None:
         self.reader_gone = False  # a terminal that is closed sends SIGHUP instead
@@ -132,9 +135,10 @@ class LiveDisplay:
         self._live.start()
         self._last = -math.inf
         self._drawn = (0, 0)  # columns and lines of the panel on the screen
-        self._returns = [math.nan] * BARS  # by progress
-        self._view: tuple[Row, float, float, str] | None = None
+        self._returns = [math.nan] * PARTS  # by progress
+        self._update: tuple[Row, float, float, str] | None = None
         self._best = "none yet"
+        self._usage = UsageMeter()
 
     def note(self, line: str) -> None:
         with self._outliving_the_terminal():
@@ -143,10 +147,10 @@ class LiveDisplay:
 
     def update(self, row: Row, progress: float, eta_seconds: float, engine: str) -> None:
         if math.isfinite(row["episodic_return_mean"]):
-            self._returns[min(int(progress * BARS), BARS - 1)] = row["episodic_return_mean"]
+            self._returns[min(int(progress * PARTS), PARTS - 1)] = row["episodic_return_mean"]
         if row["new_best"]:
             self._best = f"{figure(row['best_return'])} at {row['global_step']:,}"
-        self._view = (row, progress, eta_seconds, engine)
+        self._update = (row, progress, eta_seconds, engine)
         if time.monotonic() - self._last >= 0.2:
             with self._outliving_the_terminal():
                 self._draw()
@@ -167,11 +171,12 @@ class LiveDisplay:
 
     def _draw(self) -> None:
         self._last = time.monotonic()
-        if self._view is not None:
+        if self._update is not None:
             self._erase_wrapped()
-            panel = self._panel(*self._view)
+            view = View(self._title, *self._update, self._best, self._returns, self._usage.read())
+            panel = Panel(view, self._console.width, self._console.height)
             self._live.update(panel, refresh=True)
-            self._drawn = (panel.width or 0, LINES)
+            self._drawn = (panel.width, len(panel.lines))
 
     def _erase_wrapped(self) -> None:
         """Erase the lines that a terminal added by wrapping the panel when it was made narrower; rich does not know of them."""
@@ -180,41 +185,6 @@ class LiveDisplay:
         if extra > 0 and self._live.is_started:
             self._console.control(Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * extra))
             self._drawn = (0, 0)
-
-    def _panel(self, row: Row, progress: float, eta_seconds: float, engine: str) -> Panel:
-        width = min(self._console.width, COLUMNS)
-        room = max(width - 47, 0)  # of the curve
-        done = round(progress * (room + 7))
-        lines: list[Line] = [
-            [
-                ("━" * done, "green"),
-                ("─" * (room + 7 - done), "dim"),
-                f" {progress:4.0%}  ",
-                (f"{duration(row['seconds'])} elapsed, {duration(eta_seconds)} left", "dim"),
-            ],
-            [
-                ("return ", "dim"),
-                (f"{figure(row['episodic_return_mean']):>9}  ", "bold green"),
-                (f"{sparkline(self._returns, room):{room}}  ", "green"),
-                (f"best {self._best}", "dim"),
-            ],
-        ]
-        for left, middle, right in CELLS:
-            line: Line = [(f"{left.label:9}", "dim"), f" {shown(left.name, row):>13}"]
-            if width == COLUMNS:
-                line += [(f"   {middle.label:11}", "dim"), f" {shown(middle.name, row):>10}"]
-            style = "bold" if right.name == "sps" else "cyan"
-            lines.append([*line, (f"     {right.label:6}", "dim"), (shown(right.name, row), style)])
-        return Panel(
-            Group(*(Text.assemble(*line, no_wrap=True, overflow="crop") for line in lines)),
-            title=Text(self._title),
-            title_align="left",
-            subtitle=Text(engine),
-            subtitle_align="left",
-            width=width,
-            height=LINES,
-            border_style="dim",
-        )
 
 
 ASCII = {"·": "-", "±": "+-", "…": "...", "→": "->", "█": "#", "━": "=", "─": "-"}
@@ -254,49 +224,3 @@ def silence_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as at most `width` bars, scaled between their minimum and maximum.
-
-    A nan repeats the value before it. Leading nans are spaces, trailing ones are left out.
-    """
-    known = [value for value in values if math.isfinite(value)]
-    if not known or width < 1:
-        return ""
-    points = list(values)
-    while not math.isfinite(points[-1]):
-        points.pop()
-    for index in range(1, len(points)):
-        if not math.isfinite(points[index]):
-            points[index] = points[index - 1]
-    if len(points) > width:
-        points = [points[index * len(points) // width] for index in range(width)]
-    low, high = min(known), max(known)
-    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(SPARKS[round((point - low) * scale)] if math.isfinite(point) else " " for point in points)
-
-
-def share(value: float) -> str:
-    """A bar of 10 columns and a percentage, 15 columns together."""
-    return f"{'█' * round(value * 10):10} {value:4.0%}"
-
-
-def shown(name: str, row: Row) -> str:
-    """A metric's value as text for the panel."""
-    value = row[name]
-    if name.endswith("_share"):
-        return share(value)
-    if name == "sps":
-        return f"{value:15,.0f}"
-    return f"{value:,}" if isinstance(value, int) else figure(value)
-
-
-def number(value: float) -> str:
-    """Four significant digits; '-' for a value that is not finite."""
-    return "-" if not math.isfinite(value) else f"{value:.4g}"
-
-
-def figure(value: float) -> str:
-    """The same for the panel, with trailing zeros so that the width is steady: '475.0', '12,346', '-1.234e-05'."""
-    return number(value) if not 1e-4 <= abs(value) < 1e7 else f"{value:#.4g}" if abs(value) < 999.95 else f"{value:,.0f}"

@@ -21,12 +21,13 @@ from fastppo.run.metrics_file import MetricsFile
 from fastppo.run.tracking import Tracker
 
 EVENT_SECONDS = 0.1  # between two events: each costs 350 us, mostly in a thread that holds Python's global lock
-TRACK_SECONDS = 1.0  # between two rows for a tracker, which may send each over a network
+TRACK_ROWS = 1000  # of a run for a tracker, which may send each over a network: every iteration of a run that has no more
+TRACK_SECONDS = 1.0  # without a row, after which a longer run's next iteration is one of them too
 
 
 class Loggers:
-    """Writes rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, one a second to a tracker,
-    and those with an evaluation to all three.
+    """Writes rows of metrics: all to metrics.csv, at most ten a second to TensorBoard, TRACK_ROWS evenly spaced ones to a
+    tracker and one in each second without any, and those with an evaluation to all three.
 
     The columns are those of the first row.
     """
@@ -37,6 +38,7 @@ class Loggers:
         note: Callable[[str], None],
         resume_at: int | None = None,
         tracker: Callable[[], Tracker] | None = None,
+        iterations: int = 1,
     ) -> None:
         """Open them.
 
@@ -44,6 +46,7 @@ class Loggers:
             note: takes a line that says what has failed.
             resume_at: the iteration that the run resumes from; later rows are dropped.
             tracker: opens the tracker that the user has chosen.
+            iterations: about how many the run has.
         """
         self._note = note
         self._metrics = MetricsFile(metrics_path, resume_at)
@@ -58,7 +61,8 @@ class Loggers:
         self._tensorboard = _Guarded("TensorBoard", lambda: TensorBoard(metrics_path.parent, purge), EVENT_SECONDS, note)
         self._others = [self._tensorboard]
         if tracker is not None:
-            self._others.append(_Guarded("the tracker", tracker, TRACK_SECONDS, note))
+            every = max(math.ceil(iterations / TRACK_ROWS), 1)
+            self._others.append(_Guarded("the tracker", tracker, TRACK_SECONDS, note, every))
 
     def log(self, row: Row) -> None:
         """Write one row; `row` has iteration and global_step among its keys, in the columns' order."""
@@ -133,10 +137,12 @@ class TensorBoard:
 
 
 class _Guarded:
-    """A logger of another library. It gets at most one row every so many seconds, and none after its first failure."""
+    """A logger of another library. It gets a row every so many seconds and iterations, and none after its first failure."""
 
-    def __init__(self, name: str, opening: Callable[[], Any], seconds: float, note: Callable[[str], None]) -> None:
-        self._name, self._seconds, self._note = name, seconds, note
+    def __init__(
+        self, name: str, opening: Callable[[], Any], seconds: float, note: Callable[[str], None], every: int | None = None
+    ) -> None:
+        self._name, self._seconds, self._note, self._every = name, seconds, note, every
         self._logger: Any = None
         self._last = -math.inf
         self._pending: Row | None = None
@@ -154,9 +160,13 @@ class _Guarded:
             self._give_up(error)
 
     def log(self, row: Row) -> None:
-        """Write the row, unless the last one was written too recently. One with a rare metric is written in any case."""
+        """Write the row, unless the last one was written too recently.
+
+        One with a rare metric is written in any case, and so is that of each `every`-th iteration.
+        """
         self._pending = row
-        if time.monotonic() - self._last >= self._seconds or not RARE.isdisjoint(known(row)):
+        due = self._every is not None and row["iteration"] % self._every == 0
+        if due or time.monotonic() - self._last >= self._seconds or not RARE.isdisjoint(known(row)):
             self._write()
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ METRICS: Mapping[str, Metric] = {
             cell=(0, 0),
         ),
         Metric("seconds", "time/seconds", "Time of all iterations so far, with logging and with those before a --resume."),
-        Metric("sps", "charts/SPS", "Transitions per second over the last 10 iterations.", "sum", label="SPS", cell=(3, 2)),
+        Metric("sps", "charts/SPS", "Transitions per second over the last 10 iterations.", "sum", label="SPS", cell=(5, 2)),
         Metric(
             "episodic_return_mean",
             "charts/episodic_return",
@@ -63,7 +63,13 @@ METRICS: Mapping[str, Metric] = {
         Metric("episodes", "charts/episodes", "Episodes finished since the run began.", "sum", label="episodes", cell=(2, 0)),
         Metric("terminations", "charts/terminations", "Steps of this iteration that terminated an episode.", "sum"),
         Metric("truncations", "charts/truncations", "Steps of this iteration that truncated an episode.", "sum"),
-        Metric("loss", "charts/loss", "policy_loss + vf_coef * value_loss - ent_coef * entropy."),
+        Metric(
+            "loss",
+            "losses/loss",
+            "policy_loss + vf_coef * value_loss - ent_coef * entropy.",
+            label="loss",
+            cell=(5, 0),
+        ),
         Metric(
             "policy_loss",
             "losses/policy_loss",
@@ -92,11 +98,19 @@ METRICS: Mapping[str, Metric] = {
             label="approx kl",
             cell=(3, 1),
         ),
-        Metric("clipfrac", "losses/clipfrac", "Share of transitions whose ratio r was outside the clip range."),
+        Metric(
+            "clipfrac",
+            "losses/clipfrac",
+            "Share of transitions whose ratio r was outside the clip range.",
+            label="clip fraction",
+            cell=(4, 1),
+        ),
         Metric(
             "explained_variance",
             "losses/explained_variance",
             "1 - Var[V_target - V] / Var[V_target] before the update: 1 is perfect, 0 as good as a constant.",
+            label="explained var",
+            cell=(5, 1),
         ),
         Metric("grad_norm", "losses/grad_norm", "2-norm of the gradient before clipping, mean over the updates."),
         Metric(
@@ -105,7 +119,13 @@ METRICS: Mapping[str, Metric] = {
             "Minibatches that moved the parameters: all of them, or fewer after a stop by --target-kl.",
             "sum",
         ),
-        Metric("learning_rate", "charts/learning_rate", "Adam's step size in this iteration."),
+        Metric(
+            "learning_rate",
+            "charts/learning_rate",
+            "Adam's step size in this iteration.",
+            label="learning rate",
+            cell=(4, 0),
+        ),
         Metric(
             "env_share",
             "time/env_share",

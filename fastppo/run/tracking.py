@@ -5,7 +5,9 @@ By default MLflow writes to mlflow.db in the run directory. W&B keeps its files 
 """
 
 import importlib.util
+import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from fastppo.errors import UsageError
 
 TRACKERS = ("wandb", "mlflow", "trackio")
+MLFLOW_SECONDS = 1.0  # between two transactions, or requests to a server: each takes some 20 ms, with one row or many
+MLFLOW_VALUES = 1000  # that MLflow takes at once
 
 
 def check_installed(tracker: str) -> None:
@@ -40,6 +44,8 @@ class Tracker:
             self._logger = MLFlowLogger(exp_name=project, tracking_uri=uri)
             mlflow.set_tag("mlflow.runName", run_dir.name)
             mlflow.log_params(settings)  # torchrl's log_hparams needs omegaconf
+            self._waiting: list[Any] = []
+            self._sent = -math.inf
             return
         else:
             from torchrl.record.loggers.trackio import TrackioLogger
@@ -49,7 +55,24 @@ class Tracker:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log values by tag, after `step` transitions."""
-        self._logger.log_metrics(dict(metrics), step=step)
+        if self._tracker != "mlflow":
+            self._logger.log_metrics(dict(metrics), step=step)
+            return
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        self._waiting += [Metric(tag, float(value), now, step) for tag, value in metrics.items()]
+        if time.monotonic() - self._sent >= MLFLOW_SECONDS:
+            self._send()
+
+    def _send(self) -> None:
+        """Send MLflow the rows that wait."""
+        import mlflow
+
+        waiting, self._waiting, self._sent = self._waiting, [], time.monotonic()
+        for start in range(0, len(waiting), MLFLOW_VALUES):
+            run = mlflow.active_run().info.run_id
+            mlflow.MlflowClient().log_batch(run, metrics=waiting[start : start + MLFLOW_VALUES])
 
     def close(self) -> None:
         """Send the remaining data and end the tracker's run."""
@@ -58,6 +81,7 @@ class Tracker:
         elif self._tracker == "mlflow":
             import mlflow
 
+            self._send()
             mlflow.end_run()
         else:
             import trackio

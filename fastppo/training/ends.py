@@ -8,7 +8,7 @@ from gymnasium.vector import VectorEnv
 
 from fastppo.config import TrainConfig
 from fastppo.envs.registry import find_spec
-from fastppo.envs.render import declared_modes
+from fastppo.envs.render import declared_modes, shows_windows
 from fastppo.errors import Interrupted, RankLost, TrainingFault
 from fastppo.policy.module_policy import ModuleFactory
 from fastppo.ranks import Ranks
@@ -105,9 +105,15 @@ def finish(job: Job, policy: ModuleFactory | None, given: VectorEnv | None) -> T
         result = results[0]
         if job.top is not None:
             result = save_joint_results(job.top, task.config, results, [run.config.seed for run in failed], note)
+        if task.config.reset_each_rollout and result.summary["eval_episodes"]:
+            note(
+                f"returns in training are of at most {task.config.num_steps} steps, where every rollout cuts its episodes "
+                "(--reset-each-rollout); this evaluation played whole ones"
+            )
         note(_last_line(result, task.config.resume is not None, stop.received is not None))
         if given is None and not stop.received and _opens_windows(task.config):
-            note(f"to watch it: python -m fastppo.evaluate {results[0].run_dir} --render human")
+            how = "--render human" if shows_windows() else "--video"
+            note(f"to watch it: python -m fastppo.evaluate {results[0].run_dir} {how}")
     if stop.received:
         note(f"stopped by {stop.name}; {runs[0].checkpoints.go_on}")
         _leave_together(task.ranks)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.analysis.curves import PANELS, draw_page, render, return_panels
+from fastppo.analysis.curves import PANEL_COLUMNS, PANELS, draw_page, render, return_panels
 from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import TrainConfig
@@ -122,7 +122,7 @@ def save_joint_results(
         with drawing_curves(note):
             groups, _ = group_runs([read_run(result.run_dir) for result in results])
             evaluations = [panel for panel in return_panels(groups) if panel == ("global_step", EVALUATION)]
-            page = draw_page(groups, [("global_step", column) for column in PANELS] + evaluations, columns=3)
+            page = draw_page(groups, [("global_step", column) for column in PANELS] + evaluations, PANEL_COLUMNS)
             replace_file(top.curves, render(page, "png"))
     except OSError as error:
         raise TrainingFault(f"training is over and kept, but {top.path} could not be written ({error.strerror})") from None

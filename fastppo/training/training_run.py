@@ -127,7 +127,9 @@ class TrainingRun:
             tracker = partial(Tracker, config.track, config.track_project, directory.path, asdict(config))
         self.loggers: Loggers | NoLoggers = NoLoggers()
         if directory.is_written:
-            self.loggers = Loggers(directory.metrics, note, state.iteration if config.resume else None, tracker)
+            resume_at = state.iteration if config.resume else None
+            iterations = config.num_iterations or config.total_timesteps // config.batch_size
+            self.loggers = Loggers(directory.metrics, note, resume_at, tracker, iterations)
         self.loggers.log_config(config.to_json())
         self.checkpoints = Checkpoints(
             directory,
