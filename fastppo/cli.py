@@ -224,7 +224,7 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
     name = _value_of("--preset", args) or "auto"
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
-    return find_preset(name).config()
+    return find_preset(name, _value_of("--env-id", args)).config()
 
 
 def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:

@@ -75,7 +75,8 @@ class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
     preset: str = "none"
-    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
+    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run, a .yml file
+    of the zoo of Stable-Baselines3."""
     env_id: Annotated[str, ENVIRONMENTS] = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
     env_kwargs: Annotated[EnvKwargs, ENVIRONMENTS] = field(default_factory=dict)

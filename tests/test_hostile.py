@@ -83,7 +83,7 @@ def test_a_pickle_bomb_does_not_go_off(write, function, run_dir, tmp_path, monke
 
 def test_two_locks(run_dir, tmp_path, monkeypatch):
     """What names code is refused by torch's reader too, were it to come past the check before it."""
-    monkeypatch.setattr("fastppo.run.checkpoint_file._check_pickle", lambda data: None)
+    monkeypatch.setattr("fastppo.run.checkpoint_file._check_pickle", lambda data, is_module: None)
     saved(run_dir / "checkpoints" / "best.pt", {"format": FORMAT, "policy": Bomb(os.mkdir, str(tmp_path / "executed"))})
     refused(lambda: load_policy(run_dir), "best.pt", "nothing in it was executed")
     assert not (tmp_path / "executed").exists()
