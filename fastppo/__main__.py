@@ -14,6 +14,7 @@ VERBS = {
     "cache": "list or remove the compiled programs that are kept between runs",
     "import-sb3": "turn a PPO model of Stable-Baselines3 into a run directory",
     "export": "write a run's policy to one file, for onnxruntime or torch.export",
+    "push": "share a run's policy on the Hugging Face Hub",
     "plot": "draw learning curves of many runs, by environment and setting",
     "report": "write a run as one HTML page",
     "sweep": "search for the settings that learn an environment best",

@@ -19,7 +19,7 @@ from typing import TypeVar
 import tyro
 
 from fastppo.bounds import flag
-from fastppo.config import OLD_NAMES, TrainConfig, with_absolute_paths, without_rivals
+from fastppo.config import OLD_NAMES, TrainConfig, read_run_config, with_absolute_paths, without_rivals
 from fastppo.errors import RankLost, TrainingFault, UsageError
 from fastppo.presets import choose_preset, find_preset
 from fastppo.resumable import check_resumable
@@ -198,6 +198,27 @@ def chosen_run(given: str | None, name: str = "RUN_DIR") -> str:
     newest = str(max(found)[1])
     print(printable(f"the newest run: {newest}"), flush=True)
     return newest
+
+
+def open_run(given: str | None, checkpoint: str) -> tuple[Path, Path, TrainConfig]:
+    """The run directory that was given, the folder for what is made from it, and its settings.
+
+    A run on the Hub, hf://owner/name, is downloaded, and what is made from it belongs into the working directory. It must not
+    name code: nobody reads a directory in a cache first. Raises UsageError.
+    """
+    name, place = chosen_run(given), current_directory()
+    if not name.startswith("hf://"):
+        directory = absolute(name, "RUN_DIR", place)
+        return directory, directory, read_run_config(directory)
+    from fastppo.run.hub import fetch_run  # imports torch
+
+    directory = fetch_run(name, checkpoint)
+    config = read_run_config(directory)
+    named = [config.env_id] if ":" in config.env_id else [*config.wrapper, *filter(None, [config.policy])]
+    if named:
+        download = f"hf download {name.removeprefix('hf://').partition('@')[0]} --local-dir DIR"
+        raise UsageError(f"{name} names code to import, {named[0][:100]}: if you trust it, `{download}`, and name DIR")
+    return directory, absolute(".", "RUN_DIR", place), config
 
 
 def _restarted(args: Sequence[str]) -> str | None:

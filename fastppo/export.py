@@ -3,18 +3,17 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from fastppo.analysis.export_formats import SUFFIXES, check_output
 from fastppo.analysis.policy_export import Exported, export_policy
-from fastppo.cli import chosen_run, parse, run
-from fastppo.config import read_run_config
+from fastppo.analysis.weights_file import export_weights
+from fastppo.cli import open_run, parse, run
 from fastppo.system.paths import absolute, current_directory
 
-__all__ = ["ExportConfig", "Exported", "console", "export_policy"]
+__all__ = ["ExportConfig", "Exported", "console", "export_policy", "export_weights"]
 
 
 @dataclass(frozen=True)
@@ -31,29 +30,33 @@ class ExportConfig:
     """
 
     run_dir: Annotated[str | None, tyro.conf.Positional] = None
-    """Directory of the run. Default: the newest one in runs/."""
-    format: Literal["onnx", "torch"] = "onnx"
-    """onnx: for onnxruntime and others, a .onnx file; torch: for torch.export.load, a .pt2 file."""
+    """Directory of the run, or hf://owner/name of one on the Hugging Face Hub. Default: the newest one in runs/."""
+    format: Literal["onnx", "torch", "safetensors"] = "onnx"
+    """onnx: for onnxruntime and others, a .onnx file; torch: for torch.export.load, a .pt2 file; safetensors: no function, the
+    policy's weights, statistics and action bounds by name."""
     output: str | None = None
-    """The file. Default: policy.onnx or policy.pt2 in the run directory."""
+    """The file. Default: policy.onnx, policy.pt2 or policy.safetensors in the run directory; here for a run on the Hub."""
     checkpoint: Literal["best", "last"] = "best"
     """Which policy: best.pt, the one with the highest return in training, or last.pt, the one at the end."""
 
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(ExportConfig, args, prog="python -m fastppo.export")
-    run_dir = chosen_run(settings.run_dir)
-    output = settings.output or str(Path(run_dir) / f"policy{SUFFIXES[settings.format]}")
     if settings.output is not None:
-        check_output(absolute(output, "--output", current_directory()), settings.format)
+        check_output(absolute(settings.output, "--output", current_directory()), settings.format)
+    run_dir, folder, config = open_run(settings.run_dir, settings.checkpoint)
+    output = settings.output or folder / f"policy{SUFFIXES[settings.format]}"
     import torch  # here, so that --help and wrong flags do not wait for it
 
     from fastppo.analysis.loading import load_policy
     from fastppo.policy.module_policy import named_factory
 
     torch.set_num_threads(1)
-    config = read_run_config(Path(run_dir))
     policy = load_policy(run_dir, settings.checkpoint, policy=named_factory(config.policy))
+    if settings.format == "safetensors":
+        metadata = {"env_id": config.env_id, "settings": config.to_json()}
+        print(export_weights(policy, output, metadata))
+        return
     print(export_policy(policy, output, settings.format))
     preprocessing = config.preprocessing.words
     if preprocessing:
