@@ -17,7 +17,7 @@ from fastppo.system.paths import absolute, current_directory
 
 if TYPE_CHECKING:
     from fastppo.run.directory import RunDirectory
-    from fastppo.sb3.policy import ImportedPolicy
+    from fastppo.sb3.import_policy import ImportedPolicy
 
 UNKNOWN = "unknown"  # env_id of a run that was imported without one
 
@@ -54,8 +54,8 @@ def _main(args: Sequence[str]) -> None:
     with lasting_imports():  # here, so that --help and wrong flags do not wait for it
         from fastppo.run.directory import RunDirectory
         from fastppo.sb3.archive import read_model
-        from fastppo.sb3.policy import import_policy
-        from fastppo.sb3.statistics import read_statistics
+        from fastppo.sb3.import_policy import import_policy
+        from fastppo.sb3.vec_normalize import read_statistics
 
     model = read_model(absolute(settings.model, "MODEL", place))
     statistics = read_statistics(model, settings.vecnormalize)

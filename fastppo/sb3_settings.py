@@ -137,7 +137,7 @@ class Translation:
                 self.settings["wrapper"] = (*self.settings.get("wrapper", ()), *own)
                 continue
             if setting is None or (argument is not None and argument not in kwargs) or is_atari != (setting == "clip_reward"):
-                self.left_out.append(f"env_wrapper {reprlib.repr(path)}")
+                self.left_out.append(f"env_wrapper {reprlib.repr(name)}")
                 continue
             asked = True if argument is None else kwargs[argument]
             if setting == "resize":

@@ -19,7 +19,7 @@ safetensors = pytest.importorskip("safetensors")
 
 
 def test_the_file_is_the_policy(run_dir, capsys):
-    """With numpy alone, from names and shapes: normalised, two layers of tanh, the largest logit. The header has the settings."""
+    """With numpy alone, from names and shapes: normalised, two layers of tanh, the largest logit. The settings are there."""
     assert console(["export", str(run_dir), "--format", "safetensors"]) == 0
     path = run_dir / "policy.safetensors"
     assert str(path) in capsys.readouterr().out

@@ -23,8 +23,8 @@ from fastppo.policy.network import Network
 from fastppo.policy.normalization import RunningMoments
 from fastppo.policy.spaces import ActionSpec, ObsLeaf, ObsSpec, action_spec, obs_spec
 from fastppo.sb3.archive import SavedModel
-from fastppo.sb3.spaces import read_space
-from fastppo.sb3.statistics import Statistics
+from fastppo.sb3.saved_spaces import read_space
+from fastppo.sb3.vec_normalize import Statistics
 from fastppo.sb3_settings import ACTIVATIONS, Translation, class_name
 
 # attributes of a model that are arguments of PPO which we have settings for
