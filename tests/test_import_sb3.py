@@ -214,6 +214,17 @@ def weights_of(data):
     return change
 
 
+def built_twice(path):
+    """Weights whose pickle sets the state of an object that is not the whole."""
+    with zipfile.ZipFile(path) as archive, archive.open("policy.pth") as file, zipfile.ZipFile(file) as inner:
+        entries = {entry.filename: inner.read(entry) for entry in inner.infolist()}
+    with zipfile.ZipFile("weights.pth", "w") as inner:
+        for name, data in entries.items():
+            inner.writestr(name, data[:-2] + b"}bb." if name.endswith("data.pkl") else data)
+    rewritten(path, **{"policy.pth": Path("weights.pth").read_bytes()})
+    Path("weights.pth").unlink()
+
+
 def compressed(path):
     with zipfile.ZipFile(path) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
@@ -247,6 +258,7 @@ REFUSED = {
     "no object": (lambda path: rewritten(path, data=b"3"), "does not hold"),
     "compressed": (compressed, "compressed"),
     "bomb": (weights_of({"a": Bomb()}), "nothing in it was executed"),
+    "built twice": (built_twice, "BUILD"),
     "bare pickle": (lambda path: rewritten(path, **{"policy.pth": pickle.dumps(Bomb())}), "damaged"),
     "no weights": (weights_of([1, 2]), "not a state_dict"),
     "no tensors": (weights_of({"action_net.weight": 3}), "weights"),

@@ -122,8 +122,8 @@ _GLOBALS = re.compile(
 def _check_pickle(data: bytes, is_module: bool = False) -> None:
     """Raise _Refused for anything but plain data and dense tensors.
 
-    is_module: allow BUILD, which gives a module's `state_dict` its versions. torch then sets nothing but an OrderedDict's
-    attributes and a tensor's state, and the copy drops the first and refuses the second.
+    is_module: allow one BUILD at the end, which gives a module's `state_dict` its versions. torch sets nothing there but the
+    attributes of an OrderedDict or the state of a tensor; the copy drops the first, and the second is no `state_dict`.
 
     `weights_only` already refuses code. This check names what it refuses. It also refuses what weights_only accepts: sparse
     tensors, tensors without a device, and calls that allocate much memory from a small file.
@@ -131,12 +131,12 @@ def _check_pickle(data: bytes, is_module: bool = False) -> None:
     hooks = "collections OrderedDict"  # torch.save writes an empty one for each tensor; a filled one could use much memory
     places: set[Any] = set()  # memo entries that hold `hooks`
     fresh = False  # whether `hooks` is on top of the stack
-    for opcode, argument, _ in pickletools.genops(data):
-        if not _OPCODES.fullmatch(opcode.name) and not (is_module and opcode.name == "BUILD"):
+    for opcode, argument, place in pickletools.genops(data):
+        if not _OPCODES.fullmatch(opcode.name) and not (is_module and opcode.name == "BUILD" and place == len(data) - 2):
             raise _Refused(f"its pickle holds the instruction {opcode.name}")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
             name = ascii(argument)[1:-1].replace(" ", ".")[:100]
-            raise _Refused(f"it names {name}, and a checkpoint of fastppo is data only")
+            raise _Refused(f"it names {name}, and the file should hold data only")
         if fresh and opcode.name in ("BINPUT", "LONG_BINPUT"):
             places.add(argument)
             continue
