@@ -336,7 +336,7 @@ def _fold(box: str, flags: Collection[str]) -> str:
     texts = [" ".join(lines) for lines in paragraphs if lines]
     message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", texts[0] if texts else box.strip())  # tyro breaks long words
     message = re.sub(
-        r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\))?)$", r"missing argument: \1\2", message
+        r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\).*)?)$", r"missing argument: \1\2", message
     )
     message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
     if len(message) > MAX_LETTERS:

@@ -46,14 +46,12 @@ OF_SB3 = ("stable_baselines3.", "sb3_contrib.", "rl_zoo3.", "rl_zoo.", "utils.",
 
 
 class Translation:
-    """Settings of ours, and what of the source has no counterpart among them."""
+    """`settings` of ours, and `left_out`, what of the source has no counterpart among them."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: Mapping[str, Any], is_atari: bool = False) -> None:
+        """arguments: those of PPO, and the zoo's own. Raises UsageError for a value that is none."""
         self.settings: dict[str, Any] = {**DEFAULTS, **AS_THEY_ARE}
         self.left_out: list[str] = []
-
-    def add(self, arguments: Mapping[str, Any], is_atari: bool = False) -> None:
-        """Translate the arguments of PPO and the zoo's own. Raises UsageError for a value that is none."""
         arguments = dict(arguments)
         batch_size = arguments.pop("batch_size", BATCH_SIZE)
         for name, value in arguments.items():
@@ -76,10 +74,10 @@ class Translation:
                 self._policy(arguments_of(value) if isinstance(value, str) else value)
             elif name == "frame_stack":
                 self.settings["atari_frame_stack" if is_atari else "frame_stack"] = whole(name, value)
-            elif name == "env_kwargs" and isinstance(value, dict):
+            elif name == "env_kwargs" and is_plain(value):
                 self.settings["env_kwargs"] = value
             elif name == "env_wrapper":
-                self._wrappers(value, is_atari)
+                self._wrappers(value or [], is_atari)
             else:
                 self._note(value not in (None, False) and name != "sde_sample_freq", str(name)[:50])
         self._minibatches(whole("batch_size", batch_size))
@@ -132,7 +130,7 @@ class Translation:
             module, _, name = str(path).rpartition(".")
             setting, argument = WRAPPERS.get(name, (None, None))
             kwargs = kwargs if isinstance(kwargs, dict) else {}
-            if setting is None and not module.startswith(OF_SB3) and not is_atari:
+            if setting is None and is_plain(kwargs) and not module.startswith(OF_SB3) and not is_atari:
                 own = (f"{module}:{name}", *(f"{key}={json.dumps(value)}" for key, value in kwargs.items()))
                 self.settings["wrapper"] = (*self.settings.get("wrapper", ()), *own)
                 continue
@@ -172,6 +170,14 @@ def whole(name: str, value: Any) -> int:
     if not found.is_integer() or found < (0 if name == "seed" else 1):
         raise UsageError(f"{name} must be a whole number, got {reprlib.repr(value)}")
     return int(found)
+
+
+def is_plain(kwargs: Any) -> bool:
+    """Whether it is a dict of numbers, texts and lists of these, by name."""
+    if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+        return False
+    values = [one for value in kwargs.values() for one in (value if isinstance(value, list) else [value])]
+    return all(value is None or isinstance(value, str | int | float) for value in values)
 
 
 def class_name(value: Any) -> str:
@@ -237,12 +243,10 @@ def read_zoo(path: str, env_id: str | None, is_atari: Callable[[str], bool]) -> 
         raise UsageError(f"{path} has no settings of {wanted}{nearest(wanted, entries)}")
     if not isinstance(entries[name], dict):
         raise UsageError(f"{path}: {name} has no settings, but {reprlib.repr(entries[name])}")
-    found = Translation()
     try:
-        found.add(entries[name], is_atari(wanted))
+        return wanted, Translation(entries[name], is_atari(wanted))
     except UsageError as error:
         raise UsageError(f"{path}: {name}: {error}") from None
-    return wanted, found
 
 
 def _without_version(env_id: str) -> str:

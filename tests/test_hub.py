@@ -70,6 +70,7 @@ def test_push_and_load(pushed, hub, capsys):
         (["evaluate", f"hf://{REPO}@old"], "no such revision"),
         (["evaluate", f"hf://{REPO}", "--checkpoint", "last"], "holds no run"),
         (["evaluate", "hf://../../etc"], "owner/name"),
+        (["push"], "missing argument: Directory of the run. (all flags"),
         (["push", "RUN", "me"], "owner/name"),
         (["push", "RUN", "others/cart"], "may not write"),
         (["push", "nowhere", REPO], "nowhere"),

@@ -79,7 +79,7 @@ def _text(repo: str, config: TrainConfig, summary: Mapping[str, Any], score: str
         ]
     plain = asdict(TrainConfig())
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_SHOWN and value != plain[name]}
-    lines += ["## Settings", "", f"Those of `TrainConfig()`, and for `{config.env_id}`:", "", "```json"]
+    lines += ["## Settings", "", f"Of `{config.env_id}`; all others are those of `TrainConfig()`.", "", "```json"]
     lines += [json.dumps(settings, indent=2), "```", ""]
     if versions:
         lines += ["## Versions", "", ", ".join(f"{name} {version}" for name, version in versions.items())]

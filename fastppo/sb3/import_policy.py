@@ -73,13 +73,9 @@ def import_policy(
     kwargs = _kwargs(model)
     rewards = None if statistics is None else statistics.rewards
     try:
-        found = Translation()
-        found.add(_arguments(model.data) | {"policy_kwargs": {}})
-        normalizes = {
-            "norm_obs": statistics is not None,
-            "norm_reward": statistics is not None and statistics.rewards is not None,
-        }
-        config = TrainConfig(**(found.settings | _network_settings(model, kwargs) | normalizes), env_id=env_id)
+        settings = Translation(_arguments(model.data)).settings | _network_settings(model, kwargs)
+        settings |= {"norm_obs": statistics is not None, "norm_reward": rewards is not None}
+        config = TrainConfig(**settings, env_id=env_id)
     except UsageError as error:
         raise model.refuse(str(error)) from None
     own = _own_spaces(model)
@@ -90,9 +86,7 @@ def import_policy(
     leaf = obs.leaves[0]
     has_cnn = any(name.startswith("features_extractor.cnn.") for name in model.weights)
     if has_cnn != obs.has_images or (obs.has_images and kwargs.get("normalize_images", True) is not True):
-        raise model.refuse(
-            "pictures go through a CNN here, divided by 255, and nothing else does; that policy has another form"
-        )
+        raise model.refuse("here pictures, and nothing else, go through a CNN, divided by 255")
     network = make_network(obs, action, config)
     try:
         params = network.flatten(_weights(model.weights, leaf, action_space, config))
