@@ -1,7 +1,7 @@
 """Settings to start from, by environment or from a file, each with where it comes from. Knows TrainConfig and gymnasium's ids.
 
 Costs no torch. A file is data: {"settings": {"gamma": 0.98}, "source": "where it comes from", "env_id": "Hopper-v5"}. Only the
-settings have to be there; `fastppo sweep` writes one.
+settings have to be there; `fastppo sweep` writes one. Files of Stable-Baselines3's zoo, ppo.yml, are read by sb3_settings.py.
 
 How a source's settings are written here:
 
