@@ -66,7 +66,7 @@ def _main(args: Sequence[str]) -> None:
     name = settings.env_id or file_name(Path(settings.model).stem)
     runs = absolute("runs", "--output-dir", place)
     directory = RunDirectory.create(
-        None if output is None else str(output), name, "sb3", lambda made: _write(made, found, source), runs
+        None if output is None else str(output), name, "sb3", lambda made: _write(made, found, source), runs, "--output-dir"
     )
     directory.unlock()
     print(f"{directory.path}: the policy of {settings.model}, of {source}, after {found.steps:,} steps")

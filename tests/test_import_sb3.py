@@ -261,6 +261,7 @@ REFUSED = {
     "built twice": (built_twice, "BUILD"),
     "bare pickle": (lambda path: rewritten(path, **{"policy.pth": pickle.dumps(Bomb())}), "damaged"),
     "no weights": (weights_of([1, 2]), "not a state_dict"),
+    "no names": (weights_of({1: torch.zeros(2)}), "not a state_dict"),
     "no tensors": (weights_of({"action_net.weight": 3}), "weights"),
     "other weights": (weights_of({"action_net.weight": torch.zeros(2, 3)}), "weights are not those"),
     "A2C": (saved(lambda: model_of("CartPole-v1", kind=A2C)), "no model of PPO"),
@@ -313,6 +314,7 @@ def test_pickles_and_paths_are_not_followed(cartpole):
         (["--env-id", "Pendulum-v1"], "trained on observations"),
         (["--env-id", "CartPol-v1"], "CartPol-v1"),
         (["--output-dir", "."], "--output-dir"),
+        (["--output-dir", "model.zip/run"], "cannot be written"),
         (["--vecnormalize", "missing.npz"], "missing.npz"),
     ],
 )

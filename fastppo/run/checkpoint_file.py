@@ -59,7 +59,7 @@ def load_state_dict(path: Path, name: str) -> dict[str, Any]:
         UsageError: the file is damaged, is no dict, or holds more than data.
     """
     state = _read(path, name, "state_dict of PyTorch", is_module=True)
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise UsageError(f"{name} is not a state_dict of PyTorch")
     return state
 

@@ -176,7 +176,12 @@ def _check_spaces(model: SavedModel, own: Spaces, given: Spaces, obs: ObsSpec) -
         else:
             same = there == here
         if not same:
-            raise model.refuse(f"it was trained on {what} {there}, and --env-id has {here}")
+            raise model.refuse(f"it was trained on {what} {_shown(there)}, and --env-id has {_shown(here)}")
+
+
+def _shown(space: gym.Space[Any]) -> str:
+    """A space in part of a line."""
+    return " ".join(str(space).split())[:150]
 
 
 def _weights(given: Mapping[str, Any], leaf: ObsLeaf, action_space: gym.Space[Any], config: TrainConfig) -> dict[str, Tensor]:
