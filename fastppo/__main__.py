@@ -12,7 +12,9 @@ VERBS = {
     "train": "train an agent on a Gymnasium environment",
     "evaluate": "play episodes with a run's policy",
     "cache": "list or remove the compiled programs that are kept between runs",
+    "import-sb3": "turn a PPO model of Stable-Baselines3 into a run directory",
     "export": "write a run's policy to one file, for onnxruntime or torch.export",
+    "push": "share a run's policy on the Hugging Face Hub",
     "plot": "draw learning curves of many runs, by environment and setting",
     "report": "write a run as one HTML page",
     "sweep": "search for the settings that learn an environment best",
@@ -26,8 +28,13 @@ def console(args: Sequence[str] | None = None) -> int:
         print(f"fastppo {version('fastppo')}")
         return 0
     if verb in VERBS:
-        return importlib.import_module(f"fastppo.{verb}").console(rest)
+        return importlib.import_module(f"fastppo.{module_of(verb)}").console(rest)
     return run(_no_verb, [verb])
+
+
+def module_of(verb: str) -> str:
+    """The verb's module in the package."""
+    return verb.replace("-", "_")
 
 
 def _no_verb(args: Sequence[str]) -> None:

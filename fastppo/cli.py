@@ -19,12 +19,12 @@ from typing import TypeVar
 import tyro
 
 from fastppo.bounds import flag
-from fastppo.config import OLD_NAMES, TrainConfig, with_absolute_paths, without_rivals
+from fastppo.config import OLD_NAMES, TrainConfig, read_run_config, with_absolute_paths, without_rivals
 from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
 from fastppo.presets import choose_preset, find_preset
 from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
-from fastppo.system.paths import current_directory, importable, leave_deleted_directory
+from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable, whole_number
 from fastppo.training.resumed_settings import resumed_settings
@@ -189,6 +189,27 @@ def chosen_run(given: str | None, name: str = "RUN_DIR") -> str:
     return newest
 
 
+def open_run(given: str | None, checkpoint: str) -> tuple[Path, Path, TrainConfig]:
+    """The run directory that was given, the folder for what is made from it, and its settings.
+
+    A run on the Hub, hf://owner/name, is downloaded, and what is made from it belongs into the working directory. It must not
+    name code: nobody reads a directory in a cache first. Raises UsageError.
+    """
+    name, place = chosen_run(given), current_directory()
+    if not name.startswith("hf://"):
+        directory = absolute(name, "RUN_DIR", place)
+        return directory, directory, read_run_config(directory)
+    from fastppo.run.hub import fetch_run  # imports torch
+
+    directory = fetch_run(name, checkpoint)
+    config = read_run_config(directory)
+    named = [config.env_id] if ":" in config.env_id else [*config.wrapper, *filter(None, [config.policy])]
+    if named:
+        download = f"hf download {name.removeprefix('hf://').partition('@')[0]} --local-dir DIR"
+        raise UsageError(f"{name} names code to import, {named[0][:100]}: if you trust it, `{download}`, and name DIR")
+    return directory, absolute(".", "RUN_DIR", place), config
+
+
 def _restarted(args: Sequence[str]) -> str | None:
     """The run to resume when torchrun --max-restarts runs the same command again after a failure, else None.
 
@@ -205,7 +226,7 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
     name = _value_of("--preset", args) or "auto"
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
-    return find_preset(name).config()
+    return find_preset(name, _value_of("--env-id", args)).config()
 
 
 def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:
@@ -297,7 +318,7 @@ def _fold(box: str, flags: Collection[str]) -> str:
     texts = [" ".join(lines) for lines in paragraphs if lines]
     message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", texts[0] if texts else box.strip())  # tyro breaks long words
     message = re.sub(
-        r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\))?)$", r"missing argument: \1\2", message
+        r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\).*)?)$", r"missing argument: \1\2", message
     )
     message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
     if len(message) > MAX_LETTERS:

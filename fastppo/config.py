@@ -79,7 +79,8 @@ class TrainConfig:
     env_id: Annotated[str, ENVIRONMENTS] = "CartPole-v1"
     """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
     preset: str = "none"
-    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run."""
+    """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run, a .yml file
+    of the zoo of Stable-Baselines3."""
     env_kwargs: Annotated[EnvKwargs, ENVIRONMENTS] = field(default_factory=dict)
     """Keyword arguments for the environment, as KEY=VALUE."""
     max_episode_steps: Annotated[int | None, at_least(1), ENVIRONMENTS] = None

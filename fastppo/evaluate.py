@@ -11,11 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastppo.cli import chosen_run, parse, run
-from fastppo.config import read_run_config
+from fastppo.cli import open_run, parse, run
 from fastppo.errors import UsageError
 from fastppo.system.imports import lasting_imports
-from fastppo.system.paths import absolute, current_directory
 
 VideoFormat = Annotated[
     str | None,
@@ -34,7 +32,7 @@ class EvaluateConfig:
     """Play episodes with a run's policy; the last line of the output is one JSON object."""
 
     run_dir: Annotated[str | None, tyro.conf.Positional] = None
-    """Directory of the run. Default: the newest one in runs/."""
+    """Directory of the run, or hf://owner/name of one on the Hugging Face Hub. Default: the newest one in runs/."""
     episodes: int = 20
     """Episodes to play."""
     checkpoint: Literal["best", "last"] = "best"
@@ -46,7 +44,8 @@ class EvaluateConfig:
     render: Literal["human"] | None = None
     """human: play the episodes in a window, one after another, at their natural speed."""
     video: VideoFormat = None
-    """Record further episodes as videos in the run directory. Without a value: mp4 if ffmpeg is installed, else gif."""
+    """Record further episodes as videos in the run directory, of a run on the Hub in videos/ here. Without a value: mp4 if
+    ffmpeg is installed, else gif."""
     video_episodes: int = 1
     """Episodes that --video records."""
     max_steps: int | None = None
@@ -65,9 +64,7 @@ class EvaluateConfig:
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
-    # the environment's code may change the working directory
-    directory = absolute(chosen_run(settings.run_dir), "RUN_DIR", current_directory())
-    read_run_config(directory)  # for its errors, which need not wait for torch
+    directory, outputs, _ = open_run(settings.run_dir, settings.checkpoint)  # its errors need not wait for torch
     with lasting_imports():  # here, so that --help and wrong flags do not wait for it
         import torch
 
@@ -84,7 +81,7 @@ def _main(args: Sequence[str]) -> None:
         suffix, remark = choose_suffix(settings.video)
         if remark is not None:
             print(remark)
-        name = directory / "videos" / f"eval-step-{trained_steps}"
+        name = outputs / "videos" / f"eval-step-{trained_steps}"
         videos = record_episodes(agent, config, name, suffix, replace(plan, episodes=settings.video_episodes))
     result = (evaluate_config if settings.render is None else show_episodes)(agent, config, plan)
     print(f"{config.env_id}: {_in_words(result)}")

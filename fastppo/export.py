@@ -9,11 +9,12 @@ import tyro
 
 from fastppo.analysis.export_formats import check_output
 from fastppo.analysis.policy_export import Exported, export_policy
-from fastppo.cli import chosen_run, parse, run
+from fastppo.analysis.weights_file import export_weights
+from fastppo.cli import parse, run
 from fastppo.system.paths import absolute, current_directory
 from fastppo.verbs import export
 
-__all__ = ["ExportConfig", "Exported", "console", "export_policy"]
+__all__ = ["ExportConfig", "Exported", "console", "export_policy", "export_weights"]
 
 
 @dataclass(frozen=True)
@@ -30,24 +31,24 @@ class ExportConfig:
     """
 
     run_dir: Annotated[str | None, tyro.conf.Positional] = None
-    """Directory of the run. Default: the newest one in runs/."""
-    format: Literal["onnx", "torch"] = "onnx"
-    """onnx: for onnxruntime and others, a .onnx file; torch: for torch.export.load, a .pt2 file."""
+    """Directory of the run, or hf://owner/name of one on the Hugging Face Hub. Default: the newest one in runs/."""
+    format: Literal["onnx", "torch", "safetensors"] = "onnx"
+    """onnx: for onnxruntime and others, a .onnx file; torch: for torch.export.load, a .pt2 file; safetensors: no function, the
+    policy's weights, statistics and action bounds by name."""
     output: str | None = None
-    """The file. Default: policy.onnx or policy.pt2 in the run directory."""
+    """The file. Default: policy.onnx, policy.pt2 or policy.safetensors in the run directory; here for a run on the Hub."""
     checkpoint: Literal["best", "last"] = "best"
     """Which policy: best.pt, the one with the highest return in training, or last.pt, the one at the end."""
 
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(ExportConfig, args, prog="python -m fastppo.export")
-    run_dir = chosen_run(settings.run_dir)
     if settings.output is not None:
         check_output(absolute(settings.output, "--output", current_directory()), settings.format)
     import torch  # here, so that --help and wrong flags do not wait for it
 
     torch.set_num_threads(1)
-    print(export(run_dir, settings.output, settings.format, checkpoint=settings.checkpoint))
+    print(export(settings.run_dir, settings.output, settings.format, checkpoint=settings.checkpoint))
 
 
 def console(args: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Settings to start from, by environment or from a file, each with where it comes from. Knows TrainConfig and gymnasium's ids.
 
 Costs no torch. A file is data: {"settings": {"gamma": 0.98}, "source": "where it comes from", "env_id": "Hopper-v5"}. Only the
-settings have to be there; `fastppo sweep` writes one.
+settings have to be there; `fastppo sweep` writes one. Files of Stable-Baselines3's zoo, ppo.yml, are read by sb3_settings.py.
 
 How a source's settings are written here:
 
@@ -22,6 +22,7 @@ from typing import Any
 from fastppo.config import TrainConfig, with_current_names, with_settings
 from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
+from fastppo.sb3_settings import read_zoo
 from fastppo.system.json_files import read_json
 
 
@@ -295,7 +296,7 @@ def choose_preset(env_id: str) -> Preset:
     preset = PRESETS.get(environment)
     if preset is not None and _without_version(preset.env_id) == environment:
         return preset
-    if name.startswith("ALE/") or "NoFrameskip" in name:  # registered only once ale_py has been imported
+    if _is_atari(name):
         return PRESETS["atari"]
     package = _package_of(env_id)
     family = next((family for prefix, family in FAMILIES.items() if f"{package}.".startswith(f"{prefix}.")), "general")
@@ -310,7 +311,7 @@ def preset_for(env_id: str | None = None, **settings: Any) -> TrainConfig:
     Raises UsageError for an unknown name or an illegal value.
     """
     name = settings.pop("preset", "auto")
-    preset = choose_preset(env_id or TrainConfig.env_id) if name == "auto" else find_preset(name)
+    preset = choose_preset(env_id or TrainConfig.env_id) if name == "auto" else find_preset(name, env_id)
     return with_settings(preset.config(env_id), settings)
 
 
@@ -382,17 +383,34 @@ def _known(path: str, data: Mapping[str, Any], names: Iterable[str], what: str) 
         raise UsageError(f"{path}: {reprlib.repr(unknown)} is not a {what}{nearest(unknown[:100], names)}")
 
 
-def find_preset(name: str) -> Preset:
+def _zoo_preset(path: str, env_id: str | None) -> Preset:
+    """The settings of an environment in a file like the zoo's ppo.yml. Raises UsageError."""
+    env_id, found = read_zoo(path, env_id, _is_atari)
+    without = f", without what has no counterpart here: {'; '.join(found.left_out)}" if found.left_out else ""
+    preset = Preset(path, env_id, f"in the zoo's format{without}", found.settings)
+    try:
+        preset.config()  # for its checks
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return preset
+
+
+def find_preset(name: str, env_id: str | None = None) -> Preset:
     """The preset with that name, else in that file, or the settings of the run in that directory.
 
-    A name that ends in .json or has a / is a path. Raises UsageError if there is none.
+    A name that ends in .json, .yml or .yaml, or has a /, is a path. env_id: which of a .yml file's environments; None: the only
+    one. Raises UsageError if there is none.
     """
     if name in PRESETS:
         return PRESETS[name]
+    if name.endswith((".yml", ".yaml")):
+        return _zoo_preset(name, env_id)
     if name.endswith(".json") or "/" in name or Path(name).is_dir():
         return read_preset(name)
     known = ("auto", *PRESETS)
-    raise UsageError(f"--preset must be a .json file, a run or one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    raise UsageError(
+        f"--preset must be a .json or .yml file, a run or one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
+    )
 
 
 def describe(config: TrainConfig) -> str | None:
@@ -403,12 +421,17 @@ def describe(config: TrainConfig) -> str | None:
     if config.preset == "none":
         return None
     try:
-        preset, plain = find_preset(config.preset), TrainConfig()
+        preset, plain = find_preset(config.preset, config.env_id), TrainConfig()
     except (UsageError, ValueError):  # ValueError: not a path
         return None
     values = {key: getattr(config, key) for key in preset.settings}
     shown = ", ".join(_show(key, value) for key, value in values.items() if value != getattr(plain, key))
     return f"preset {preset.name} ({config.env_id}; {preset.source}): {shown or 'the defaults of every flag'}"
+
+
+def _is_atari(name: str) -> bool:
+    """Whether it is an id of ale_py, whose environments are registered only once it has been imported."""
+    return name.startswith("ALE/") or "NoFrameskip" in name
 
 
 def _without_version(name: str) -> str:

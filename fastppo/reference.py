@@ -14,7 +14,7 @@ from typing import Any, get_type_hints
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastppo.__main__ import VERBS
+from fastppo.__main__ import VERBS, module_of
 from fastppo.bounds import described, flag
 from fastppo.cli import help_texts
 from fastppo.config import TrainConfig, legal
@@ -68,8 +68,9 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "Made from the code: `python -m fastppo.reference > REFERENCE.md`. For an introduction see [README](README.md)."
     for verb, what in VERBS.items():
-        kind = TrainConfig if verb == "train" else _settings_of(verb)
-        yield from ("", f"## fastppo {verb}", "", f"{what[0].upper()}{what[1:]}. `python -m fastppo.{verb}` is the same.")
+        kind = settings_of(verb)
+        module = module_of(verb)
+        yield from ("", f"## fastppo {verb}", "", f"{what[0].upper()}{what[1:]}. `python -m fastppo.{module}` is the same.")
         if verb == "train":
             yield "Defaults are those of `TrainConfig()`. The command line starts from `--preset auto` and prints its choice."
         else:
@@ -94,8 +95,10 @@ def _lines() -> Iterator[str]:
     yield ""
 
 
-def _settings_of(verb: str) -> type:
-    return getattr(importlib.import_module(f"fastppo.{verb}"), f"{verb.capitalize()}Config")
+def settings_of(verb: str) -> type:
+    """The settings class of a verb, as ImportSb3Config of import-sb3."""
+    name = "".join(part.capitalize() for part in verb.split("-"))
+    return TrainConfig if verb == "train" else getattr(importlib.import_module(f"fastppo.{module_of(verb)}"), f"{name}Config")
 
 
 def _flags(kind: type) -> Iterator[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastppo.analysis.export_formats import SUFFIXES, check_output
-from fastppo.cli import chosen_run
+from fastppo.cli import chosen_run, open_run
 from fastppo.system.paths import absolute, current_directory, importable
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def evaluate(
 
     EvaluateConfig(episodes=episodes, seed=seed)  # for its checks
     place = current_directory()
-    directory = absolute(_directory(run), "RUN_DIR", place)
+    directory, _, _ = open_run(_directory(run), checkpoint)
     with importable(place):
         config, agent, trained_steps = load_run(directory, checkpoint, policy)
         plan = EvaluationPlan(episodes, seed, deterministic, trained_steps)
@@ -115,37 +115,42 @@ def plot(
 def export(
     run: Run | None = None,
     output: str | Path | None = None,
-    format: Literal["onnx", "torch"] = "onnx",
+    format: Literal["onnx", "torch", "safetensors"] = "onnx",
     *,
     checkpoint: Checkpoint = "best",
     policy: "ModuleFactory | None" = None,
-) -> "Exported":
+) -> "Exported | str":
     """Write a run's policy to one file that needs neither fastppo nor the environment, and compare the two.
 
     Args:
         run: a run directory, or what `train` returned. None: the newest one in runs/.
-        output: the file. Default: policy.onnx or policy.pt2 in the run directory.
-        format: "onnx", for onnxruntime and others, or "torch", for torch.export.load.
+        output: the file. Default: policy.onnx, policy.pt2 or policy.safetensors in the run directory; of hf://owner/name in the
+            working directory.
+        format: "onnx", for onnxruntime and others; "torch", for torch.export.load; "safetensors", the numbers alone.
         checkpoint: "best" or "last".
         policy: the factory of your own network, where config.json does not name it.
 
     Returns:
-        `path`, and `inputs` and `outputs` by name; as text a line that says all this. See `fastppo.export.ExportConfig`.
+        `path`, and `inputs` and `outputs` by name; as text a line that says all this. See `fastppo.export.ExportConfig`. Of a
+        safetensors file only the line.
 
     Raises:
         UsageError: no such run, a file that cannot be written, or a missing package.
         TrainingFault: the file does not act like the policy, and is not there.
     """
-    run_dir = _directory(run)
-    path = Path(run_dir) / f"policy{SUFFIXES.get(format, '')}" if output is None else Path(output)
     place = current_directory()
     if output is not None:
-        check_output(absolute(str(path), "--output", place), format)
+        check_output(absolute(str(output), "--output", place), format)
+    directory, folder, _ = open_run(_directory(run), checkpoint)
+    path = folder / f"policy{SUFFIXES.get(format, '')}" if output is None else Path(output)
     from fastppo.analysis.loading import load_run
     from fastppo.analysis.policy_export import export_policy
+    from fastppo.analysis.weights_file import export_weights
 
     with importable(place):
-        config, agent, _ = load_run(Path(run_dir), checkpoint, policy)
+        config, agent, _ = load_run(directory, checkpoint, policy)
+    if format == "safetensors":
+        return export_weights(agent, path, {"env_id": config.env_id, "settings": config.to_json()})
     exported = export_policy(agent, path, format)
     if config.preprocessing.words:
         print(f"the file does not contain {config.preprocessing.words}: prepare observations and actions as training did")

@@ -21,7 +21,7 @@ from fastppo.compile import native
 from fastppo.errors import naming_flags
 
 pytest.register_assert_rewrite("support")
-pytest_plugins = ["support.hostile"]  # fixtures of several files
+pytest_plugins = ["support.fake_hub", "support.hostile"]  # fixtures of several files
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))  # for ids such as environments:Walk-v0, in child processes too
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start

@@ -2,17 +2,21 @@
 
 import ast
 import importlib
+import inspect
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+from stable_baselines3 import PPO
 
 import fastppo
 from fastppo import TrainConfig
 from fastppo.cli import parse, parse_train
+from fastppo.reference import settings_of
 from fastppo.training import loop
 from support.pages import PAGES, ROOT, python_in, section
 
@@ -39,6 +43,7 @@ EXAMPLES = {
         "test_composite_actions.test_the_example_of_the_docs",
         "test_collect_runs.test_the_pages_environment_learns",
     ],
+    "docs/from-sb3.md": ["test_import_sb3.test_statistics"],
     "docs/memory.md": ["test_export.test_the_pages_memory"],
 }
 
@@ -87,6 +92,7 @@ def some_run(tmp_path, monkeypatch):
     (tmp_path / "runs" / "NAME" / "checkpoints" / "last.pt").touch()
     (tmp_path / "runs" / "NAME" / "config.json").write_text(TrainConfig().to_json())
     (tmp_path / "sweeps" / "Acrobot-v1").mkdir(parents=True)
+    (tmp_path / "ppo.yml").write_text(re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1])
     preset = re.search(r'`(\{"settings".*?)`', TEXT)[1]
     (tmp_path / "sweeps" / "Acrobot-v1" / "best.json").write_text(preset)
 
@@ -107,7 +113,7 @@ def taken(words):
         if verb == "sweep":
             args, fixed = (args[: args.index("--")], args[args.index("--") + 1 :]) if "--" in args else (args, [])
             parse_train(fixed)
-        return parse(getattr(importlib.import_module(f"fastppo.{verb}"), f"{verb.capitalize()}Config"), args, prog=verb)
+        return parse(settings_of(verb.replace("_", "-")), args, prog=verb)
     paths = [word for word in words if word.startswith(("benchmarks/", "scripts/", "tests/"))]
     assert paths, f"what is this? {words}"
     assert all((ROOT / path).exists() for path in paths)
@@ -136,8 +142,23 @@ def test_flags_in_sentences_are_flags():
     reference = (ROOT / "REFERENCE.md").read_text()
     of_torchrun = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     of_slurm = {"--nodes", "--ntasks-per-node", "--cpus-per-task", "--requeue"}
-    known = {"--help"} | of_torchrun | of_slurm
+    of_the_zoo = {"--algo", "--env", "--optimize"}
+    known = {"--help"} | of_torchrun | of_slurm | of_the_zoo
     assert {flag for flag in flags - known if f"`{flag}`" not in reference} == set()
+
+
+@pytest.mark.parametrize("name", ["docs/from-cleanrl.md", "docs/from-sb3.md"])
+def test_arguments_of_others_have_flags_of_train(name):
+    """What stands beside an argument of another library is a setting of a run. Of PPO's arguments none is left out."""
+    heading = "Arguments" if name.endswith("cleanrl.md") else "Arguments of PPO"
+    rows = [line.split("|")[1:4] for line in section(name, heading).splitlines() if line.startswith("| `")]
+    assert len(rows) > 15
+    for _, ours, _ in rows:
+        for flag in re.findall(r"--[a-z-]+", ours):
+            assert flag[2:].replace("-", "_") in {spec.name for spec in fields(TrainConfig)}, flag
+    if name.endswith("sb3.md"):
+        named = {argument for theirs, _, _ in rows for argument in re.findall(r"`(\w+)`", theirs)}
+        assert named == set(inspect.signature(PPO.__init__).parameters) - {"self", "_init_setup_model"}
 
 
 def test_the_tree_is_that_of_the_package():

@@ -83,7 +83,7 @@ def test_a_pickle_bomb_does_not_go_off(write, function, run_dir, tmp_path, monke
 
 def test_two_locks(run_dir, tmp_path, monkeypatch):
     """What names code is refused by torch's reader too, were it to come past the check before it."""
-    monkeypatch.setattr("fastppo.run.checkpoint_file._check_pickle", lambda data: None)
+    monkeypatch.setattr("fastppo.run.checkpoint_file._check_pickle", lambda data, is_module: None)
     saved(run_dir / "checkpoints" / "best.pt", {"format": FORMAT, "policy": Bomb(os.mkdir, str(tmp_path / "executed"))})
     refused(lambda: load_policy(run_dir), "best.pt", "nothing in it was executed")
     assert not (tmp_path / "executed").exists()
@@ -204,58 +204,77 @@ def own(data):
     return data
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (Path.unlink, ["does not exist"]),
-        (fifo, ["not a regular file"]),
-        (linked("/dev/zero"), ["not a regular file"]),
-        (directory, ["not a regular file"]),
-        (lambda path: path.write_bytes(b""), ["damaged"]),
-        (lambda path: path.write_bytes(b"no checkpoint"), ["damaged"]),
-        (lambda path: os.truncate(path, path.stat().st_size - 1), ["damaged"]),
-        (lambda path: os.truncate(path, path.stat().st_size // 2), ["damaged"]),
-        (flipped, ["damaged", "checksum"]),
-        (lambda path: rewritten(path, lambda name, data: data, zipfile.ZIP_DEFLATED), ["compressed"]),
-        (overlapping, ["add up to more"]),
-        (cut_records, ["damaged"]),
-        (replaced(b"X\x06\x00\x00\x00policy", b"X\xff\xff\xff\x7fpolicy"), ["damaged"]),
-        (replaced(b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_sparse_tensor"), ["_rebuild_sparse_tensor"]),
-        (replaced(b"torch._utils\n_rebuild_tensor_v2", b"os\nsystem"), ["os.system", "nothing in it was executed"]),
-        (replaced(b"ccollections\nOrderedDict\n", b"ccollections\nCounter\n"), ["collections.Counter"]),
-        (lambda path: saved_as_before_torch_1_6(path, {"format": FORMAT}), ["damaged"]),
-        (lambda path: saved(path, {"format": FORMAT}, protocol=4), ["refused"]),
-        (lambda path: torch.jit.save(torch.jit.script(torch.nn.Identity()), path), ["checkpoint"]),
-        (lambda path: saved(path, [1, 2]), ["not a checkpoint of fastppo"]),
-        (lambda path: saved(path, {"state_dict": {}}), ["not a checkpoint of fastppo"]),
-        (lambda path: saved(path, {"format": 99}), ["format 99", f"reads format {FORMAT}", "another version"]),
-        (lambda path: saved(path, {"format": True}), ["format True"]),
-        (lambda path: saved(path, {"format": "\x1b[2J" * 100}), [r"\x1b"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": nested(50)}), ["refused"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": laughs()}), ["refused"]),
-        (lambda path: saved(path, own({"format": FORMAT})), ["refused"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": 10**30}), ["refused"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": "x" * 100_000}), ["refused"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": [None] * 2**20}), ["refused", "structure"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": {1.5: 1}}), ["refused"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": {1, 2}}), ["refused"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(1).expand(10**12)}), ["refused", "larger"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(1).expand(10**4)}), ["refused", "larger"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": list(torch.zeros(1000).expand(1000, 1000))}), ["refused", "larger"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, requires_grad=True)}), ["refused", "gradient"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": torch.nn.Parameter(torch.zeros(2))}), ["refused", "parameter"]),
-        (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, 2).to_sparse()}), ["refused", "sparse"]),
-        (
-            lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, device="meta")}),
-            ["refused", "_rebuild_meta_tensor_no_storage"],
-        ),
-    ],
-)
+DAMAGES = [
+    (Path.unlink, ["does not exist"]),
+    (fifo, ["not a regular file"]),
+    (linked("/dev/zero"), ["not a regular file"]),
+    (directory, ["not a regular file"]),
+    (lambda path: path.write_bytes(b""), ["damaged"]),
+    (lambda path: path.write_bytes(b"no checkpoint"), ["damaged"]),
+    (lambda path: os.truncate(path, path.stat().st_size - 1), ["damaged"]),
+    (lambda path: os.truncate(path, path.stat().st_size // 2), ["damaged"]),
+    (flipped, ["damaged", "checksum"]),
+    (lambda path: rewritten(path, lambda name, data: data, zipfile.ZIP_DEFLATED), ["compressed"]),
+    (overlapping, ["add up to more"]),
+    (cut_records, ["damaged"]),
+    (replaced(b"X\x06\x00\x00\x00policy", b"X\xff\xff\xff\x7fpolicy"), ["damaged"]),
+    (replaced(b"torch._utils\n_rebuild_tensor_v2", b"torch._utils\n_rebuild_sparse_tensor"), ["_rebuild_sparse_tensor"]),
+    (replaced(b"torch._utils\n_rebuild_tensor_v2", b"os\nsystem"), ["os.system", "nothing in it was executed"]),
+    (replaced(b"ccollections\nOrderedDict\n", b"ccollections\nCounter\n"), ["collections.Counter"]),
+    (lambda path: saved_as_before_torch_1_6(path, {"format": FORMAT}), ["damaged"]),
+    (lambda path: saved(path, {"format": FORMAT}, protocol=4), ["refused"]),
+    (lambda path: torch.jit.save(torch.jit.script(torch.nn.Identity()), path), ["checkpoint"]),
+    (lambda path: saved(path, [1, 2]), ["not a checkpoint of fastppo"]),
+    (lambda path: saved(path, {"state_dict": {}}), ["not a checkpoint of fastppo"]),
+    (lambda path: saved(path, {"format": 99}), ["format 99", f"reads format {FORMAT}", "another version"]),
+    (lambda path: saved(path, {"format": True}), ["format True"]),
+    (lambda path: saved(path, {"format": "\x1b[2J" * 100}), [r"\x1b"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": nested(50)}), ["refused"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": laughs()}), ["refused"]),
+    (lambda path: saved(path, own({"format": FORMAT})), ["refused"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": 10**30}), ["refused"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": "x" * 100_000}), ["refused"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": [None] * 2**20}), ["refused", "structure"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": {1.5: 1}}), ["refused"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": {1, 2}}), ["refused"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(1).expand(10**12)}), ["refused", "larger"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(1).expand(10**4)}), ["refused", "larger"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": list(torch.zeros(1000).expand(1000, 1000))}), ["refused", "larger"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, requires_grad=True)}), ["refused", "gradient"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": torch.nn.Parameter(torch.zeros(2))}), ["refused", "parameter"]),
+    (lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, 2).to_sparse()}), ["refused", "sparse"]),
+    (
+        lambda path: saved(path, {"format": FORMAT, "x": torch.zeros(2, device="meta")}),
+        ["refused", "_rebuild_meta_tensor_no_storage"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES)
 def test_a_file_that_is_no_checkpoint(damage, words, run_dir):
     """One line that names the file and what is wrong with it, at once, and in little memory."""
     path = run_dir / "checkpoints" / "best.pt"
     damage(path)
     refused(lambda: load_policy(run_dir), str(path), *words)
+
+
+def test_damaged_files_from_the_hub(hub, run_dir):
+    """The same files in a repository of the Hub are refused in the same words; what is no file cannot be in one."""
+    path = run_dir / "checkpoints" / "best.pt"
+    original = path.read_bytes()
+    for number, (damage, words) in enumerate(DAMAGES):
+        damage(path)
+        is_file = path.is_file()
+        if is_file:
+            hub.put(f"you/bad-{number}", run_dir)
+            refused(lambda number=number: load_policy(f"hf://you/bad-{number}"), *words)
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        path.unlink(missing_ok=True)
+        path.write_bytes(original)
+    assert len(hub.files) > 30
+    hub.put("you/good", run_dir)
+    load_policy("hf://you/good")
 
 
 @pytest.mark.parametrize("remembered", [False, True])

@@ -17,10 +17,18 @@ FLOORS = (
     ({"system"},),
     ({"core"}, {"ranks"}),
     ({"compile"}, {"policy"}, {"envs"}),
-    ({"fused"}, {"rollout"}, {"bounds", "combinations", "config", "env_objects", "resumable", "presets", "callbacks"}, {"run"}),
-    ({"analysis"},),
+    (
+        {"fused"},
+        {"rollout"},
+        {"bounds", "combinations", "config", "env_objects", "resumable", "presets", "sb3_settings", "callbacks"},
+        {"run"},
+    ),
+    ({"analysis"}, {"sb3"}),
     ({"training"},),
-    ({"", "__main__", "cli", "train", "evaluate", "export", "plot", "report", "sweep", "cache", "reference", "verbs"},),
+    (
+        {"", "__main__", "cli", "reference", "verbs"}
+        | {"train", "evaluate", "export", "import_sb3", "push", "plot", "report", "sweep", "cache"},
+    ),
 )
 
 COMPILERS = ("torch.compile", "torch.compiler", "torch._inductor", "torch._dynamo", "torch._export", "torch.jit")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastppo.__main__ import VERBS, console
+from fastppo.__main__ import VERBS, console, module_of
 
 
 def test_help_names_every_verb(capsys):
@@ -22,7 +22,7 @@ def test_a_verb_is_a_module(verb, capsys):
     with pytest.raises(SystemExit) as end:
         console([verb, "--help"])
     assert not end.value.code
-    assert f"python -m fastppo.{verb}" in capsys.readouterr().out
+    assert f"python -m fastppo.{module_of(verb)}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

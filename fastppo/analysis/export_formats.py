@@ -1,10 +1,11 @@
-"""The file formats of an exported policy: ONNX and torch.export.
+"""The file formats of an exported policy: ONNX and torch.export, and safetensors, which weights_file.py writes.
 
 Turns a traced policy into the bytes of a file, and runs a file without fastppo. Knows nothing of run directories. Does not
 import torch at module level, so that `fastppo export --help` is fast.
 """
 
 import contextlib
+import importlib
 import io
 import logging
 import os
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
     from fastppo.policy.deployment import DeployedPolicy
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
+PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "torch": (), "safetensors": ("safetensors",)}
 NEXT_MEMORY = "next_memory"  # second output of a recurrent policy
 
 Arrays = dict[str, NDArray[Any]]  # (batch, ...) by name of the input or output
@@ -31,7 +33,7 @@ Arrays = dict[str, NDArray[Any]]  # (batch, ...) by name of the input or output
 def check_output(path: Path, format: str) -> None:
     """Raise UsageError for an output file that cannot be written, or a format that is unknown or not installed."""
     if format not in SUFFIXES:
-        raise UsageError(f'--format must be "onnx" or "torch", got {format!r}')
+        raise UsageError(f"--format must be one of {', '.join(SUFFIXES)}, got {format!r}")
     if not os.path.isdir(path.parent):  # Path.is_dir raises for a name that is too long
         raise UsageError(f"--output {path}: there is no directory {path.parent}")
     if os.path.isdir(path):
@@ -39,14 +41,12 @@ def check_output(path: Path, format: str) -> None:
     if path.suffix != SUFFIXES[format]:
         wanted = path.with_suffix(SUFFIXES[format])
         raise UsageError(f"--output {path}: --format {format} writes a {SUFFIXES[format]} file; nearest: --output {wanted}")
-    if format == "onnx":
+    for package in PACKAGES[format]:
         try:
-            import onnx  # noqa: F401
-            import onnxruntime  # noqa: F401
-            import onnxscript  # noqa: F401
+            importlib.import_module(package)
         except ImportError as error:
             raise UsageError(
-                f"--format onnx needs {error.name}, which is not installed: pip install 'fastppo[export]'"
+                f"--format {format} needs {error.name}, which is not installed: pip install 'fastppo[export]'"
             ) from None
 
 

@@ -12,6 +12,7 @@ from fastppo.policy.codec import agent_from_state
 from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
+from fastppo.run.hub import fetch_run, is_on_hub
 from fastppo.system.modes import ours
 
 
@@ -28,14 +29,17 @@ def load_policy(
     `python -m fastppo.evaluate` and `--resume` do that, because they play with the policy.
 
     Args:
+        run_dir: the directory, or "hf://owner/name" or "hf://owner/name@revision" of a run on the Hugging Face Hub.
         checkpoint: "best" (the policy with the highest mean return in training, or in --eval-every) or "last".
         policy: the factory of your own network, if `train` had one.
 
     Raises:
-        UsageError: no run directory, no such checkpoint, a damaged checkpoint, or another network than in the run.
+        UsageError: no run directory, no such checkpoint, a damaged checkpoint, another network than in the run, or the Hub
+            cannot be reached.
     """
-    config = read_run_config(Path(run_dir))
-    path = _path_of(Path(run_dir), checkpoint)
+    directory = fetch_run(str(run_dir), checkpoint) if is_on_hub(run_dir) else Path(run_dir)
+    config = read_run_config(directory)
+    path = _path_of(directory, checkpoint)
     return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)
 
 

@@ -9,6 +9,7 @@ import pickletools
 import re
 import reprlib
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,47 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} does not exist: is this a run directory of fastppo, and has it reached a checkpoint?")
     if not path.is_file():
         raise UsageError(f"{path} is not a regular file")
-    try:
-        _check_pickle(_structure(path))
-        with utf8_name(path) as name:
-            # mmap: no tensor claims more than the file holds, whatever version of torch reads it
-            loaded = torch.load(name, map_location="cpu", weights_only=True, mmap=True)
-            state = _Copier(path.stat().st_size).copy(loaded)
-    except _Refused as error:
-        raise UsageError(f"{path} is refused, nothing in it was executed: {error}") from None
-    except pickle.UnpicklingError:
-        raise UsageError(f"{path} is refused, nothing in it was executed: it holds more than data") from None
-    except Exception as error:  # zipfile and torch raise whatever a wrong byte leads them to
-        raise UsageError(f"{path} is damaged or not a checkpoint of fastppo ({brief(error)})") from None
+    state = _read(path, str(path), "checkpoint of fastppo")
     if not isinstance(state, dict) or "format" not in state:
         raise UsageError(f"{path} is not a checkpoint of fastppo")
     if type(state["format"]) is not int or state["format"] != FORMAT:
         wrote = reprlib.repr(state["format"])
         raise UsageError(f"{path} has format {wrote}, this fastppo reads format {FORMAT}: another version of fastppo wrote it")
     return state
+
+
+def load_state_dict(path: Path, name: str) -> dict[str, Any]:
+    """Read the `state_dict` of a torch.nn.Module that torch.save wrote, as data. As safe as `load_checkpoint`.
+
+    Args:
+        name: what the file is called in an error.
+
+    Returns:
+        Dense tensors on the CPU by name, if the file holds what it should.
+
+    Raises:
+        UsageError: the file is damaged, is no dict, or holds more than data.
+    """
+    state = _read(path, name, "state_dict of PyTorch", is_module=True)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise UsageError(f"{name} is not a state_dict of PyTorch")
+    return state
+
+
+def _read(path: Path, name: str, what: str, is_module: bool = False) -> Any:
+    """The data in a file of torch.save. Raises UsageError. is_module: whether it is the `state_dict` of a module."""
+    try:
+        _check_pickle(_structure(path), is_module)
+        with utf8_name(path) as utf8:
+            # mmap: no tensor claims more than the file holds, whatever version of torch reads it
+            loaded = torch.load(utf8, map_location="cpu", weights_only=True, mmap=True)
+            return _Copier(path.stat().st_size, is_module).copy(loaded)
+    except _Refused as error:
+        raise UsageError(f"{name} is refused, nothing in it was executed: {error}") from None
+    except pickle.UnpicklingError:
+        raise UsageError(f"{name} is refused, nothing in it was executed: it holds more than data") from None
+    except Exception as error:  # zipfile and torch raise whatever a wrong byte leads them to
+        raise UsageError(f"{name} is damaged or not a {what} ({brief(error)})") from None
 
 
 class _Refused(Exception):
@@ -95,8 +119,11 @@ _GLOBALS = re.compile(
 )
 
 
-def _check_pickle(data: bytes) -> None:
+def _check_pickle(data: bytes, is_module: bool = False) -> None:
     """Raise _Refused for anything but plain data and dense tensors.
+
+    is_module: allow one BUILD at the end, which gives a module's `state_dict` its versions. torch sets nothing there but the
+    attributes of an OrderedDict or the state of a tensor; the copy drops the first, and the second is no `state_dict`.
 
     `weights_only` already refuses code. This check names what it refuses. It also refuses what weights_only accepts: sparse
     tensors, tensors without a device, and calls that allocate much memory from a small file.
@@ -104,12 +131,12 @@ def _check_pickle(data: bytes) -> None:
     hooks = "collections OrderedDict"  # torch.save writes an empty one for each tensor; a filled one could use much memory
     places: set[Any] = set()  # memo entries that hold `hooks`
     fresh = False  # whether `hooks` is on top of the stack
-    for opcode, argument, _ in pickletools.genops(data):
-        if not _OPCODES.fullmatch(opcode.name):
+    for opcode, argument, place in pickletools.genops(data):
+        if not _OPCODES.fullmatch(opcode.name) and not (is_module and opcode.name == "BUILD" and place == len(data) - 2):
             raise _Refused(f"its pickle holds the instruction {opcode.name}")
         if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
             name = ascii(argument)[1:-1].replace(" ", ".")[:100]
-            raise _Refused(f"it names {name}, and a checkpoint of fastppo is data only")
+            raise _Refused(f"it names {name}, and the file should hold data only")
         if fresh and opcode.name in ("BINPUT", "LONG_BINPUT"):
             places.add(argument)
             continue
@@ -121,8 +148,10 @@ def _check_pickle(data: bytes) -> None:
 class _Copier:
     """Copies plain data. Refuses a container that occurs twice: it could refer to itself, or repeat a million times."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.bytes_left = max_bytes  # for tensors
+    def __init__(self, max_bytes: int, is_module: bool = False) -> None:
+        """is_module: a module may name a tensor up to three times, and its `state_dict` is an OrderedDict."""
+        self.bytes_left = max_bytes * (3 if is_module else 1)  # for tensors
+        self.containers = (dict, list, OrderedDict) if is_module else (dict, list)
         self.seen: set[int] = set()
 
     def copy(self, value: Any, depth: int = 0) -> Any:
@@ -134,7 +163,7 @@ class _Copier:
             return value
         if kind is Tensor:
             return self._tensor(value)
-        if kind not in (dict, list) or depth == MAX_DEPTH or id(value) in self.seen:
+        if kind not in self.containers or depth == MAX_DEPTH or id(value) in self.seen:
             raise _Refused(f"it holds a {kind.__name__} where data was expected")
         self.seen.add(id(value))
         if kind is list:

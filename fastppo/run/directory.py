@@ -51,29 +51,31 @@ class RunDirectory:
         seed: int | str,
         fill: Callable[["RunDirectory"], object],
         place: Path = Path("runs"),
+        flag: str = "--run-dir",
     ) -> "RunDirectory":
         """Make the directory of a new run, <place>/<env>__<seed>__<time> unless named, and lock it.
 
         Args:
             fill: writes what the run can be resumed from, at least one file. A new directory appears only after that. A
                 directory that exists, and is empty, is filled in place.
+            flag: what `path` was given with.
 
         Raises:
             UsageError: it is not empty, another run uses it, or it cannot be written.
         """
         if path is not None:
-            return cls._make(absolute(path, "--run-dir", current_directory()), fill)
+            return cls._make(absolute(path, flag, current_directory()), fill, flag)
         start = place / f"{file_name(env_id)}__{seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in itertools.count(1):  # several runs started within a second
             directory = start if attempt == 1 else start.with_name(f"{start.name}-{attempt}")
             if not directory.exists():
                 with contextlib.suppress(FileExistsError):
-                    return cls._make(directory, fill)
+                    return cls._make(directory, fill, flag)
         raise AssertionError
 
     @classmethod
-    def _make(cls, path: Path, fill: Callable[["RunDirectory"], object]) -> "RunDirectory":
-        taken = UsageError(f"--run-dir {path} exists and is not empty; choose another, or --resume {path} to continue it")
+    def _make(cls, path: Path, fill: Callable[["RunDirectory"], object], flag: str) -> "RunDirectory":
+        taken = UsageError(f"{flag} {path} exists and is not empty; choose another, or --resume {path} to continue it")
         made: RunDirectory | None = None
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -94,7 +96,7 @@ class RunDirectory:
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another run has just made it
                 raise FileExistsError(path) if made is not None and made.path != path else taken from None
-            raise UsageError(f"--run-dir {path} cannot be written: {error.strerror}; choose another") from None
+            raise UsageError(f"{flag} {path} cannot be written: {error.strerror}; choose another") from None
         lock, made._lock = made._lock, None
         made = cls(path)
         made._lock = lock

@@ -15,13 +15,17 @@ def read_json(path: Path, what: str, hint: str) -> dict[str, Any]:
 
     Raises UsageError. Its message ends with `hint` if the file cannot be opened, and says if it does not hold `what`.
     """
-    text = read_text(path, hint)
+    return parse_json(read_text(path, hint), str(path), what)
+
+
+def parse_json(text: str, name: str, what: str) -> dict[str, Any]:
+    """The JSON object in a text, as `read_json`. name: where the text is from. Raises UsageError."""
     try:
         data = json.loads(text, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: {str(error)[:200]}") from None
+        raise UsageError(f"{name} is damaged: {str(error)[:200]}") from None
     if not isinstance(data, dict):
-        raise UsageError(f"{path} does not hold {what}, but {reprlib.repr(data)}")
+        raise UsageError(f"{name} does not hold {what}, but {reprlib.repr(data)}")
     return data
 
 
