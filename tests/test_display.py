@@ -14,7 +14,8 @@ from rich.cells import cell_len
 
 from fastppo.run.display import LiveDisplay, PlainDisplay, make_display
 from fastppo.run.panel import Panel, View, area, figure, number
-from fastppo.run.usage import Usage, UsageMeter, cpu_seconds
+from fastppo.run.usage import Usage, UsageMeter
+from fastppo.system.platforms import cpu_seconds
 from fastppo.system.text import duration
 
 

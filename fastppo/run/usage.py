@@ -1,12 +1,11 @@
 """What a training process uses of the machine: processor time and memory. For the panel, so it must cost almost nothing."""
 
 import math
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 from fastppo.system.cpus import available_cores
+from fastppo.system.platforms import cpu_seconds, memory_bytes
 
 CPU_SECONDS = 1.0  # that a share of the processors is measured over
 
@@ -43,33 +42,11 @@ class UsageMeter:
         return Usage(self._cpu, memory_bytes(), gpu_memory_bytes())
 
 
-def memory_bytes() -> float:
-    """Resident memory of this process in bytes; nan if the system does not report it."""
-    try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, AttributeError, ValueError, IndexError):
-        return math.nan
-
-
 def gpu_memory_bytes() -> float:
     """Memory that PyTorch holds on the GPU, in bytes; 0 where no GPU is used."""
     import torch  # here: verbs that need no torch import this module
 
     return torch.cuda.memory_reserved() if torch.cuda.is_initialized() else 0.0
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process so far and, where Linux reports it, of the processes that it has started and still has."""
-    total = time.process_time()
-    try:
-        children = [child for path in Path("/proc/self/task").glob("*/children") for child in path.read_text("ascii").split()]
-        ticks = os.sysconf("SC_CLK_TCK")
-        for child in children:  # user and system time follow the name, which may hold spaces
-            fields = Path(f"/proc/{child}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-            total += (int(fields[11]) + int(fields[12])) / ticks
-    except (OSError, AttributeError, ValueError, IndexError):
-        pass
-    return total
 
 
 def size(count: float) -> str:

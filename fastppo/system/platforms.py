@@ -39,6 +39,28 @@ def peak_memory_mib() -> float:
     return most / 2**20 if sys.platform == "darwin" else most / 2**10  # bytes on macOS, KiB elsewhere
 
 
+def memory_bytes() -> float:
+    """Resident memory of this process in bytes; nan if the system does not report it."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return math.nan
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process so far and, where Linux reports it, of the processes that it has started and still has."""
+    total = time.process_time()
+    try:
+        lists = [path.read_text(encoding="utf-8") for path in Path("/proc/self/task").glob("*/children")]  # one of each thread
+        ticks = os.sysconf("SC_CLK_TCK")
+        for child in " ".join(lists).split():  # user and system time follow the name, which may hold spaces
+            fields = Path(f"/proc/{child}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / ticks
+    except (OSError, AttributeError, ValueError, IndexError):
+        pass
+    return total
+
+
 def process_age() -> float:
     """Seconds since this process was started, imports included; nan if the system does not report it."""
     try:
