@@ -139,7 +139,8 @@ def export(
     run_dir = _directory(run)
     path = Path(run_dir) / f"policy{SUFFIXES.get(format, '')}" if output is None else Path(output)
     place = current_directory()
-    check_output(absolute(str(path), "--output", place), format)
+    if output is not None or format not in SUFFIXES:
+        check_output(absolute(str(path), "--output", place), format)
     from fastppo.analysis.loading import load_run
     from fastppo.analysis.policy_export import export_policy
 
