@@ -139,10 +139,10 @@ def export(
         TrainingFault: the file does not act like the policy, and is not there.
     """
     place = current_directory()
-    if output is not None:
-        check_output(absolute(str(output), "--output", place), format)
+    if output is not None or format not in SUFFIXES:
+        check_output(absolute(str(output or "policy"), "--output", place), format)
     directory, folder, _ = open_run(_directory(run), checkpoint)
-    path = folder / f"policy{SUFFIXES.get(format, '')}" if output is None else Path(output)
+    path = folder / f"policy{SUFFIXES[format]}" if output is None else Path(output)
     from fastppo.analysis.loading import load_run
     from fastppo.analysis.policy_export import export_policy
     from fastppo.analysis.weights_file import export_weights

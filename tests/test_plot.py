@@ -298,6 +298,6 @@ def test_wrong_use(runs, tmp_path, monkeypatch, capsys, args, words):
 def test_neither_verb_waits_for_torch(tmp_path, verb):
     """Drawing needs numbers only; torch would take as long again."""
     write_run(tmp_path / "run", [1.0, 2.0])
-    script = f"import sys, fastppo.{verb} as verb; print(verb.console(['run']), 'torch' in sys.modules)"
+    script = f"import sys; from fastppo.{verb} import console; print(console(['run']), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr

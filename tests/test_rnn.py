@@ -208,16 +208,16 @@ def test_two_clients_of_one_agent():
             value = served.value(obs[t, client], memory=memory)
             np.testing.assert_array_equal(value, alone.value(obs[t, client]))
             np.testing.assert_array_equal(served.act(obs[t, client], memory=memory), alone.act(obs[t, client]))
-            assert torch.equal(memory.state, alone.rnn_state)
+            assert torch.equal(memory.rnn_state, alone.rnn_state)
     assert served.rnn_state is None
     copied = copy.copy(apart[0])  # it remembers the same and goes its own way
     assert torch.equal(copied.rnn_state, apart[0].rnn_state)
     copied.reset()
     assert apart[0].rnn_state is not None
-    before, kept = copy.copy(clients[0]), clients[0].state.clone()
+    before, kept = copy.copy(clients[0]), clients[0].rnn_state.clone()
     served.act(obs[0, 0], memory=clients[0])
-    assert torch.equal(before.state, kept)
-    assert not torch.equal(clients[0].state, kept)
+    assert torch.equal(before.rnn_state, kept)
+    assert not torch.equal(clients[0].rnn_state, kept)
     with pytest.raises(ValueError, match="1 observations; this policy remembers 3"):
         served.act(obs[0, 0, 0], memory=clients[0])
 

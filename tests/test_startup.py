@@ -40,7 +40,8 @@ def in_fresh_interpreter(script, *args):
 WORK = f"""
 import json, sys
 import fastppo
-from fastppo import evaluate, load_policy, train, TrainConfig
+from fastppo import load_policy, train, TrainConfig
+from fastppo.evaluate import console
 
 loaded = {{}}
 def note(name):
@@ -51,7 +52,7 @@ run_dir, compile = sys.argv[1:]
 sizes = dict(num_envs=2, num_steps=16, total_timesteps=64, eval_episodes=1)
 result = train(TrainConfig(run_dir=run_dir, compile=compile, plain=True, **sizes))
 note("train")
-assert evaluate.console([run_dir, "--episodes", "1"]) == 0
+assert console([run_dir, "--episodes", "1"]) == 0
 note("evaluate")
 policy = load_policy(run_dir)
 policy.act([0.0] * 4)

@@ -1,6 +1,5 @@
 """A trained policy for users: observations in, actions out, with normalisation and action bounds."""
 
-import copy
 import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -28,31 +27,34 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.state: Tensor | None = None  # (R, S) of R environments; None: before the first step
+        self.rnn_state: Tensor | None = None  # (R, S) of R environments; None: before the first step
 
     @ours
     def reset(self, done_mask: Any = None) -> None:
-        """As `Agent.reset`."""
-        if self.state is None:
+        """Reset the recurrent state of all environments, or of those whose episode has ended. No state: no effect.
+
+        done_mask: (N,) bool, or one bool for a single observation. None: reset all; the next `act` may have another number.
+        """
+        if self.rnn_state is None:
             return
         if done_mask is None:
-            self.state = None
+            self.rnn_state = None
             return
-        done = torch.as_tensor(done_mask, device=self.state.device).reshape(-1) != 0
-        if len(done) != len(self.state):
-            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.state)}")
-        self.state = torch.where(done.unsqueeze(1), 0.0, self.state)
+        done = torch.as_tensor(done_mask, device=self.rnn_state.device).reshape(-1) != 0
+        if len(done) != len(self.rnn_state):
+            raise ValueError(f"done_mask of {len(done)} environments; this policy remembers {len(self.rnn_state)}")
+        self.rnn_state = torch.where(done.unsqueeze(1), 0.0, self.rnn_state)
 
     def current(self, rows: int, size: int, like: Tensor) -> Tensor:
         """The state (R, S) of so many environments: zeros before the first step. Raises ValueError for another number."""
-        if self.state is None:
+        if self.rnn_state is None:
             return like.new_zeros(rows, size)
-        if len(self.state) != rows:
-            raise ValueError(f"{rows} observations; this policy remembers {len(self.state)} environments: reset() it first")
-        return self.state
+        if len(self.rnn_state) != rows:
+            raise ValueError(f"{rows} observations; this policy remembers {len(self.rnn_state)} environments: reset() it first")
+        return self.rnn_state
 
 
-class Agent:
+class Agent(Memory):
     """Actions and values from frozen parameters and statistics. Made by `fastppo.load_policy` or `fastppo.train`."""
 
     def __init__(
@@ -74,33 +76,11 @@ class Agent:
         self.normalization = normalization
         self.generator = torch.Generator(self.params.device)
         self.generator.seed()  # from the system's entropy: a new Generator always has the same seed
-        self.memory = Memory()  # where the caller gives none
-
-    def __copy__(self) -> "Agent":
-        """A policy that remembers the same and goes its own way from then on."""
-        other = object.__new__(type(self))
-        other.__dict__ = {**self.__dict__, "memory": copy.copy(self.memory)}
-        return other
-
-    @property
-    def rnn_state(self) -> Tensor | None:
-        """(R, S), what the policy remembers by itself; None: before the first step."""
-        return self.memory.state
-
-    @rnn_state.setter
-    def rnn_state(self, state: Tensor | None) -> None:
-        self.memory.state = state
+        super().__init__()  # its own memory, where the caller gives none
 
     def new_memory(self) -> Memory:
         """An empty memory, for one of several clients of this policy: `act(obs, memory=memory)`, `memory.reset(done_mask)`."""
         return Memory()
-
-    def reset(self, done_mask: Any = None) -> None:
-        """Reset the recurrent state of all environments, or of those whose episode has ended. No state: no effect.
-
-        done_mask: (N,) bool, or one bool for a single observation. None: reset all; the next `act` may have another number.
-        """
-        self.memory.reset(done_mask)
 
     @ours
     def act(self, obs: Any, deterministic: bool = True, action_mask: Any = None, memory: Memory | None = None) -> Any:
@@ -126,10 +106,10 @@ class Agent:
         rows = _rows_of(batch)
         normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            memory = self.memory if memory is None else memory
+            memory = self if memory is None else memory
             before = memory.current(rows, self.network.rnn_state_size, self.params)
             dist, rnn_state = self.network.step(self.weights, normalized, before)
-            memory.state = rnn_state if kind.rows else memory.state
+            memory.rnn_state = rnn_state if kind.rows else memory.rnn_state
         else:
             dist = self.network.actor(self.weights, normalized)
         if action_mask is not None and self.obs.info_mask is None:
@@ -150,7 +130,7 @@ class Agent:
         batch, kind = self._batch(obs, None)
         normalized = normalize_obs(batch, self.normalization)
         if isinstance(self.network, RecurrentActorCritic):
-            memory = self.memory if memory is None else memory
+            memory = self if memory is None else memory
             rnn_state = memory.current(_rows_of(batch), self.network.rnn_state_size, self.params)
             value = self.network.value_from_state(self.weights, normalized, rnn_state)
         else:
