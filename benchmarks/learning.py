@@ -60,6 +60,19 @@ CLEANRL: Mapping[str, tuple[float, str]] = {
     "Pong": (20.4, "10M"),
     "Breakout": (414.7, "10M"),
 }
+# tianshou: best evaluation of each of ten seeds, MuJoCo v3, mean: examples/mujoco/README.md of
+# https://github.com/thu-ml/tianshou at f2402056
+TIANSHOU: Mapping[str, tuple[float, str]] = {
+    "Ant": (3258.4, "1M"),
+    "HalfCheetah": (5783.9, "1M"),
+    "Hopper": (2609.3, "1M"),
+    "Walker2d": (3588.5, "1M"),
+    "Swimmer": (66.7, "1M"),
+    "Humanoid": (787.1, "1M"),
+    "Reacher": (-4.1, "1M"),
+    "InvertedPendulum": (1000.0, "1M"),
+    "InvertedDoublePendulum": (9231.3, "1M"),
+}
 # OpenAI baselines: training returns, from CleanRL's ppo.md
 BASELINES: Mapping[str, tuple[float, str]] = {
     "CartPole": (497.5, "500k"),
@@ -68,7 +81,7 @@ BASELINES: Mapping[str, tuple[float, str]] = {
     "Pong": (20.5, "10M"),
     "Breakout": (406.6, "10M"),
 }
-PUBLISHED = {"zoo": ZOO, "CleanRL": CLEANRL, "baselines": BASELINES}
+PUBLISHED = {"zoo": ZOO, "tianshou": TIANSHOU, "CleanRL": CLEANRL, "baselines": BASELINES}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ The string under each field is its help text.
 
 import json
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -381,28 +381,6 @@ class TrainConfig:
             return cls(**data)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-
-
-def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConfig:
-    """`config` with other values. Raises UsageError for an unknown name, an illegal value, or two that set the same thing."""
-    unknown = next((name for name in settings if name not in _TYPES), None)
-    if unknown is not None:
-        raise UsageError(f"there is no setting {reprlib.repr(unknown)}{nearest(unknown[:100], _TYPES)}")
-    return replace(without_rivals(config, [name for name, value in settings.items() if value is not False]), **settings)
-
-
-def without_rivals(config: TrainConfig, given: Collection[str]) -> TrainConfig:
-    """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given."""
-    for one, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
-        if one in given and other in given:
-            raise UsageError(f"{flag(one)} and {flag(other)} set the same thing: give only one of them")
-        if one in given:
-            config = replace(config, **{other: None})  # type: ignore[arg-type]  # both are "int | None"
-    if "clip_reward" in given and "norm_reward" not in given:
-        config = replace(config, norm_reward=False)
-    if "desired_kl" in given and "anneal_lr" not in given:
-        config = replace(config, anneal_lr=False)
-    return config
 
 
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:

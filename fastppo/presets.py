@@ -19,9 +19,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import TrainConfig, with_current_names, with_settings
+from fastppo.config import TrainConfig, with_current_names
 from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
+from fastppo.given_settings import with_settings
 from fastppo.sb3_settings import read_zoo
 from fastppo.system.json_files import read_json
 
@@ -43,7 +44,7 @@ class Preset:
 
 OWN = "fastppo's own"
 ZOO = "RL Zoo, hyperparams/ppo.yml at 00128b5"  # https://github.com/DLR-RM/rl-baselines3-zoo
-CLEANRL = "CleanRL, ppo_continuous_action.py"  # https://docs.cleanrl.dev/rl-algorithms/ppo
+TIANSHOU = "tianshou, examples/mujoco/mujoco_ppo.py at 002ffd9"  # https://github.com/thu-ml/tianshou
 
 SB3 = {"learning_rate": 3e-4, "anneal_lr": False}  # Stable-Baselines3's defaults, where a file of the zoo is silent
 NORMALIZED = {"norm_obs": True, "norm_reward": True}
@@ -158,8 +159,7 @@ BIPEDAL_WALKER_HARDCORE = {
     "ent_coef": 0.001,
 }
 
-# Hopper and Walker2d too: with 8 environments the zoo's own settings for them reached 502 and 1240 in a million steps (training
-# returns, seed 1), these 2542 for Walker2d.
+# HalfCheetah, Hopper and Walker2d too: above the zoo's settings for each of them (benchmarks/README.md).
 MUJOCO = {
     **NORMALIZED,
     "total_timesteps": 1_000_000,
@@ -169,25 +169,13 @@ MUJOCO = {
     "update_epochs": 10,
     "learning_rate": 3e-4,
     "anneal_lr": True,
-    "clip_vloss": True,
+    "recompute_advantage": True,
+    "norm_adv": False,
     "vf_coef": 0.25,
+    "log_std_init": -0.5,
 }
 MUJOCO_ZOO = SB3 | NORMALIZED | {"total_timesteps": 1_000_000, "num_envs": 8}
 SWIMMER = MUJOCO_ZOO | {"num_steps": 256, "num_minibatches": 32, "update_epochs": 10, "gamma": 0.9999}
-HALF_CHEETAH = {
-    **MUJOCO_ZOO,
-    **WIDE,
-    "num_steps": 64,
-    "num_minibatches": 8,  # of 64 rows
-    "update_epochs": 20,
-    "learning_rate": 2.0633e-05,
-    "gamma": 0.98,
-    "gae_lambda": 0.92,
-    "clip_coef": 0.1,
-    "ent_coef": 0.000401762,
-    "vf_coef": 0.58096,
-    "max_grad_norm": 0.8,
-}
 REACHER = {
     **MUJOCO_ZOO,
     "num_steps": 64,
@@ -257,7 +245,7 @@ PRESETS: Mapping[str, Preset] = {
         # families, for the environments without a preset of their own
         Preset("classic", "CartPole-v1", OWN, {}),
         Preset("box2d", "LunarLander-v3", ZOO, LUNAR_LANDER),
-        Preset("mujoco", "Ant-v5", CLEANRL, MUJOCO),
+        Preset("mujoco", "Ant-v5", TIANSHOU, MUJOCO),
         Preset("atari", "ALE/Pong-v5", ZOO, ATARI),
         # environments
         Preset("Acrobot", "Acrobot-v1", ZOO, ACROBOT),
@@ -268,9 +256,9 @@ PRESETS: Mapping[str, Preset] = {
         Preset("LunarLanderContinuous", "LunarLanderContinuous-v3", ZOO, LUNAR_LANDER),
         Preset("BipedalWalker", "BipedalWalker-v3", ZOO, BIPEDAL_WALKER),
         Preset("BipedalWalkerHardcore", "BipedalWalkerHardcore-v3", ZOO, BIPEDAL_WALKER_HARDCORE),
-        Preset("HalfCheetah", "HalfCheetah-v5", ZOO, HALF_CHEETAH),
-        Preset("Hopper", "Hopper-v5", CLEANRL, MUJOCO),
-        Preset("Walker2d", "Walker2d-v5", CLEANRL, MUJOCO),
+        Preset("HalfCheetah", "HalfCheetah-v5", TIANSHOU, MUJOCO),
+        Preset("Hopper", "Hopper-v5", TIANSHOU, MUJOCO),
+        Preset("Walker2d", "Walker2d-v5", TIANSHOU, MUJOCO),
         Preset("Swimmer", "Swimmer-v5", ZOO, SWIMMER),
         Preset("Reacher", "Reacher-v5", ZOO, REACHER),
         Preset("Humanoid", "Humanoid-v5", ZOO, HUMANOID),

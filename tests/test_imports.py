@@ -20,7 +20,17 @@ FLOORS = (
     (
         {"fused"},
         {"rollout"},
-        {"bounds", "combinations", "config", "env_objects", "resumable", "presets", "sb3_settings", "callbacks"},
+        {
+            "bounds",
+            "combinations",
+            "config",
+            "env_objects",
+            "given_settings",
+            "resumable",
+            "presets",
+            "sb3_settings",
+            "callbacks",
+        },
         {"run"},
     ),
     ({"analysis"}, {"sb3"}),

@@ -209,7 +209,7 @@ def test_names_of_tags_and_of_several_seeds():
         "custom/mine",
         "rollout/mine",
         "charts/episodic_return_0",
-        "charts/loss",
+        "losses/loss",
     ]
     assert joint_row([{"episodes": 1}, {"episodes": 2, "mine": 3.0}]) == {"episodes": 3, "mine": 3.0}
 

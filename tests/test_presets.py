@@ -176,8 +176,8 @@ def test_from_python():
 def test_help_shows_the_presets_values(capsys):
     """--help answers with the values that a run with the other flags would have."""
     with pytest.raises(SystemExit):
-        console(["--env-id", "HalfCheetah-v5", "--help"])
-    assert "2.0633e-05" in capsys.readouterr().out
+        console(["--env-id", "Humanoid-v5", "--help"])
+    assert "3.56987e-05" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_envs", [None, 1, 4, 16, 100])
@@ -217,7 +217,7 @@ def test_the_sources_batches():
         "LunarLanderContinuous": (64, 16 * 1024),
         "BipedalWalker": (64, 32 * 2048),
         "BipedalWalkerHardcore": (64, 16 * 2048),
-        "HalfCheetah": (64, 512),
+        "HalfCheetah": (64, 2048),
         "Hopper": (64, 2048),
         "Walker2d": (64, 2048),
         "Swimmer": (64, 2048),
@@ -244,7 +244,7 @@ def test_the_printed_line():
     )
     assert describe(parse_train([])) == "preset classic (CartPole-v1; fastppo's own): the defaults of every flag"
     assert "norm_obs, norm_reward" in describe(preset_for("Hopper-v5"))
-    assert "hidden_sizes 256 256" in describe(preset_for("HalfCheetah-v5"))
+    assert "hidden_sizes 256 256" in describe(preset_for("Humanoid-v5"))
     assert describe(TrainConfig(env_id="Hopper-v5")) is None
     assert describe(TrainConfig(preset="of another version")) is None
 

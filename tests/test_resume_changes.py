@@ -163,7 +163,7 @@ def test_every_setting_has_its_place():
     assert not RESUMABLE & LEARNED
     assert not (RESUMABLE | LEARNED) & TRAINED_ON
     rest = set(Settings.__dataclass_fields__).difference(*kinds, REASONS)
-    network = {"hidden_sizes", "activation", "layer_norm", "cnn", "cnn_size", "cnn_activation", "share_backbone"}
+    network = {"hidden_sizes", "activation", "layer_norm", "critic_only", "cnn", "cnn_size", "cnn_activation", "share_backbone"}
     assert rest == network | {"rnn", "rnn_hidden_size", "rnn_layers", "rnn_shared"}, OF_THE_NETWORK
 
 

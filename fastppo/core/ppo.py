@@ -161,7 +161,7 @@ def learn(
             minibatches = make_minibatches(permutations, rows, remembers, config, shard, execution)
         carry, (metrics,) = execution.scan(step, carry, tuple(minibatches))
         all_metrics.append(metrics)
-    (params, adam, _), minibatch_metrics = carry, torch.cat(all_metrics)
+    (params, adam, _), minibatch_metrics = carry, torch.cat(all_metrics) if len(all_metrics) > 1 else all_metrics[0]
     with torch.no_grad():
         summary = summarize(minibatch_metrics, variance_explained, params)
     return LearnResult(params, adam, minibatch_metrics, variance_explained, targets.return_mean, targets.return_std, summary)

@@ -259,7 +259,7 @@ def _where(done: Batch, final: Structure, obs: Structure) -> Structure:
 def numbers_in(info: Any, names: Sequence[str], size: int) -> dict[str, Batch]:
     """The numbers under these names in the info of a step, (N,) each; nan where an environment gave none."""
     found: dict[str, Batch] = {}
-    if not info or not isinstance(info, Mapping):
+    if not isinstance(info, Mapping) or not info:
         return found
     for name in (name for name in names if name in info):
         numbers, given = _numbers_of(info[name], size), info.get(f"_{name}")

@@ -11,12 +11,13 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from fastppo.config import TrainConfig, with_settings
+from fastppo.config import TrainConfig
 from fastppo.env_objects import giving
 from fastppo.envs.functions import naming
 from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
+from fastppo.given_settings import with_settings
 from fastppo.presets import preset_for
 from fastppo.system.paths import current_directory
 from fastppo.training.resumed_settings import resumed_with

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import TrainConfig, with_settings
+from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
+from fastppo.given_settings import with_settings
 from fastppo.resumable import check_resumable
 from fastppo.run.files import is_inside
 from fastppo.system.paths import absolute
