@@ -39,7 +39,7 @@ def test_a_row_of_the_table(learning):
     assert summary["interval"] == (pytest.approx(1.0, abs=0.34), pytest.approx(6.0, abs=1.4))
     header, rule, row = learning.table([summary]).splitlines()
     assert row.startswith("| Hopper-v5 | Hopper | 1,000,003 | 2.0, 1.0, 6.0 | 3.0 ± 2.6 | 3.0 (")
-    assert row.endswith("| 1.5 | 20 | 2,000 | zoo 2410.4 (1M); CleanRL 2382.9 (1M) |")
+    assert row.endswith("| 1.5 | 20 | 2,000 | zoo 2410.4 (1M); tianshou 2609.3 (1M); CleanRL 2382.9 (1M) |")
     assert header.count("|") == rule.count("|") == row.count("|")
 
 

@@ -95,6 +95,7 @@ def any_settings(draw):
     settings["clip_reward"] = draw(rare) or (not settings["norm_reward"] and draw(st.booleans()))
     action = ACTIONS[settings["env_kwargs"]["action"]] if "action" in settings.get("env_kwargs", {}) else None
     settings["squash_actions"] = draw(rare) or (is_bounded(action) and draw(st.booleans()))
+    wants_kl = draw(rare) or (not settings["anneal_lr"] and draw(st.booleans()))
     values = {
         "update_epochs": st.integers(1, 3),
         "learning_rate": st.sampled_from([1e-4, 2.5e-3, 0.1]),
@@ -103,7 +104,7 @@ def any_settings(draw):
         "clip_coef": st.sampled_from([1e-3, 0.2, 5.0]),
         "ent_coef": st.sampled_from([0.0, 0.01]),
         "ent_coef_end": st.none() | st.sampled_from([0.0, 0.1]),
-        "desired_kl": st.none() if settings["anneal_lr"] else st.none() | st.sampled_from([1e-4, 0.1]),
+        "desired_kl": st.sampled_from([1e-4, 0.1]) if wants_kl else st.none(),
         "vf_coef": st.sampled_from([0.0, 0.5]),
         "max_grad_norm": st.sampled_from([0.5, math.inf]),
         "target_kl": st.none() | st.sampled_from([1e-9, 0.01, 10.0]),
@@ -137,6 +138,7 @@ def is_legal(settings):
         batch_size % parts == 0
         and (rows > 1 or not settings["norm_adv"])
         and not (settings["clip_reward"] and settings["norm_reward"])
+        and not (settings["anneal_lr"] and settings["desired_kl"])
         and (bounded or not settings["squash_actions"])
         and (kwargs.get("observation") != "masked" or kwargs.get("action") == "multi-discrete")  # the mask is of five choices
     )
@@ -183,7 +185,8 @@ def check_metrics(run_dir, config):
         new, before = row["global_step"] - before, row["global_step"]
         assert 0 <= new <= full * (1 if len(rows) == 2 else 2)
         share = (row["iteration"] - 1) / 2 if config.anneal_lr else 0.0
-        assert row["learning_rate"] == pytest.approx(config.learning_rate * (1.0 - share))
+        possible = (1.0, 1.5, 1.0 / 1.5) if config.desired_kl and row["iteration"] > 1 else (1.0 - share,)
+        assert any(row["learning_rate"] == pytest.approx(config.learning_rate * factor) for factor in possible)
         most = config.update_epochs * config.minibatches_per_epoch
         assert row["updates"] <= most
         if config.target_kl is None:  # a minibatch of resets only teaches nothing

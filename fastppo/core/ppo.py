@@ -22,7 +22,7 @@ from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
 from fastppo.core.compilable import Call, compilable, policy_call
 from fastppo.core.contracts import EAGER, Coefficients, Execution, LearnResult, Normalization, Policy, normalize_obs, obs_of
-from fastppo.core.forward import Evaluation, by_unit, evaluate_rollout, evaluate_units, make_units
+from fastppo.core.forward import Evaluation, Units, by_unit, evaluate_rollout, evaluate_units, make_units
 from fastppo.core.losses import (
     approximate_kl,
     clipped_policy_loss,
@@ -34,6 +34,7 @@ from fastppo.core.losses import (
     weighted_sum,
 )
 from fastppo.core.microbatches import pad, split_evenly
+from fastppo.core.recurrence import Cells
 from fastppo.core.sharding import Shard
 
 MINIBATCH_METRICS = (
@@ -115,10 +116,8 @@ def learn(
     With recompute_advantage each epoch begins with values and advantages of its own, from the critic as it is by then
     (Andrychowicz et al., 2021, arXiv 2006.05990, section 3.5). The ratio stays that to the policy that acted.
 
-    Several calls can share one update (`Execution.num_workers`, `num_ranks`). Each worker of a rank is given the same tensors
-    and goes through its own environments and rows; num_workers divides N and the units of a minibatch. Each rank is given its
-    own environments and its own M rows of each minibatch, and T, N, B and M are those of one rank. All return the same, which
-    is the result of one call with everything, but for rounding.
+    Several workers and ranks can share one update, see `Shard`; num_workers divides N and the units of a minibatch. T, N, B and
+    M are those of one rank. All return the same, which is the result of one call with everything, but for rounding.
 
     Args:
         params: (P,), the parameters that acted. adam: their optimiser state.
@@ -126,25 +125,18 @@ def learn(
             (T+1, N, ...), row T unused; `final_obs` as `obs` where the environment resets within the step (see
             fastppo/envs/autoreset.py). For a policy with memory `episode_start` (T+1, N) bool, an episode's first observation,
             and `rnn_state` (N, S), before row 0.
-        permutation: (E, B) int64, each row a permutation of range(B); of a policy with memory (E, N), of range(N).
-        worker: which part is this call's, see `Shard`.
+        permutation: (E, B) int64, each row one of range(B); of a policy with memory (E, N), of range(N). worker: see `Shard`.
 
     Returns:
-        `LearnResult`: new parameters and state. Nothing is written in place.
-
-    Raises:
-        ValueError: there is no `worker` where there are several.
+        `LearnResult`: new parameters and state. Nothing is written in place. Raises ValueError as `Shard`.
     """
     shard, remembers = Shard.of(worker, execution), policy.rnn_state_size > 0
     with torch.no_grad():
         obs = normalize_obs(obs_of(rollout), normalization)  # (T+1, N, ...)
         units = make_units(rollout, obs, remembers)
         valid = rollout["valid"][:-1].to(params.dtype)  # (T, N)
-
-    def loss(params: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        log_prob, value, entropy = evaluate_units(params, index, units, policy, execution.cells)
-        return ppo_loss(log_prob, value, entropy, Rows(*rows.unbind()), coefficients, config)
-
+    cells = execution.cells
+    loss = partial(loss_of_units, units=units, policy=policy, cells=cells, coefficients=coefficients, config=config)
     gradient = partial(minibatch_gradient, loss=loss, shard=shard, execution=execution)
     step = partial(minibatch_step, gradient=gradient, coefficients=coefficients)
     carry = (params, adam, torch.ones((), dtype=torch.bool, device=params.device))
@@ -161,10 +153,11 @@ def learn(
             minibatches = make_minibatches(permutations, rows, remembers, config, shard, execution)
         carry, (metrics,) = execution.scan(step, carry, tuple(minibatches))
         all_metrics.append(metrics)
-    (params, adam, _), minibatch_metrics = carry, torch.cat(all_metrics) if len(all_metrics) > 1 else all_metrics[0]
+    # Inductor's C++ for torch.cat of one result of a scan does not compile (torch 2.13)
+    (params, adam, _), metrics = carry, torch.cat(all_metrics) if len(all_metrics) > 1 else all_metrics[0]
     with torch.no_grad():
-        summary = summarize(minibatch_metrics, variance_explained, params)
-    return LearnResult(params, adam, minibatch_metrics, variance_explained, targets.return_mean, targets.return_std, summary)
+        summary = summarize(metrics, variance_explained, params)
+    return LearnResult(params, adam, metrics, variance_explained, targets.return_mean, targets.return_std, summary)
 
 
 def estimate_advantages(
@@ -235,6 +228,21 @@ def make_minibatches(
     index = pad(index, 1, missing, repeat=True).unflatten(1, (num_parts, size))
     stacked = pad(stacked, 2, missing, repeat=False).unflatten(2, (num_parts, size)).movedim(2, 1)
     return Minibatch(index.contiguous(), stacked.contiguous(), num_transitions)
+
+
+def loss_of_units(
+    params: Tensor,
+    index: Tensor,
+    rows: Tensor,
+    units: Units,
+    policy: Policy,
+    cells: Cells,
+    coefficients: Coefficients,
+    config: LearnConfig,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """`ppo_loss` of the units `index`, (m,), under the parameters that learn. rows: (5, m[, T]), the fields of Rows."""
+    log_prob, value, entropy = evaluate_units(params, index, units, policy, cells)
+    return ppo_loss(log_prob, value, entropy, Rows(*rows.unbind()), coefficients, config)
 
 
 def ppo_loss(

@@ -219,8 +219,6 @@ def load_state(
         state.seconds = checkpoint["seconds"]
         state.best.load_state_dict(checkpoint["best"], partial(snapshot_from, state=state))
         state.best_evaluation = checkpoint["best_evaluation"]
-        state.learning_rate_factor = checkpoint["learning_rate_factor"]
-        state.novelty = None if state.novelty is None else state.novelty.restored(checkpoint["novelty"])
         if renewed == "other":
             state.best, state.best_evaluation = BestPolicy(len(state.return_carry), snapshot(state)), -math.inf
         state.environments = checkpoint["environments"]
@@ -241,7 +239,9 @@ def load_state(
 
 
 def _load_tensors(state: TrainState, checkpoint: Mapping[str, Any]) -> None:
-    """Adam's state and the statistics."""
+    """The optimiser's state and the statistics."""
+    state.learning_rate_factor = checkpoint["learning_rate_factor"]
+    state.novelty = None if state.novelty is None else state.novelty.restored(checkpoint["novelty"])
     policy, adam, params, device = checkpoint["policy"], checkpoint["adam"], state.params, state.params.device
     state.adam = AdamState(**{key: checked(adam[key], f"adam.{key}", params.dtype).to(device) for key in adam})
     state.obs_moments = moments_from_state(policy["obs_moments"], device)
