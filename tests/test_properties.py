@@ -15,6 +15,7 @@ import re
 import signal
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +164,10 @@ def check_run(settings):
         config = TrainConfig(run_dir=str(run_dir), **settings)
         result = train(config)
         assert result.run_dir == run_dir
-        assert TrainConfig.from_json(run_dir / "config.json") == config
-        rows = check_metrics(run_dir, config)
+        kept = TrainConfig.from_json(run_dir / "config.json")
+        assert kept.autoreset in (config.autoreset, "same-step")  # what short episodes have chosen
+        assert replace(kept, autoreset=config.autoreset) == config
+        rows = check_metrics(run_dir, kept)
         check_summary(run_dir, config, rows[-1])
         check_checkpoints(run_dir, config)
 
@@ -176,7 +179,8 @@ def check_metrics(run_dir, config):
     logged = [1, 2] if config.log_interval == 1 else [2]  # the last one always is
     assert [row["iteration"] for row in rows] == logged
     full = config.batch_size
-    keeps_its_rows = config.env_kwargs.get("mode", "NextStep") != "NextStep"  # else a row goes to each reset
+    next_step = config.env_kwargs.get("mode", "NextStep") == "NextStep" and config.autoreset != "same-step"
+    keeps_its_rows = not next_step  # else a row goes to each reset
     before = 0.0
     for row in rows:
         assert [key for key in ALWAYS_FINITE if not math.isfinite(row[key])] == []
