@@ -166,6 +166,7 @@ def test_returns_are_logged_without_it(backend, tmp_path):
     assert rows
     for row in rows:
         assert float(row["episodic_return_mean"]) == pytest.approx(float(row["episodic_length_mean"]))
+        assert float(row["charts/rnd_bonus"]) > 0.0
 
 
 def test_more_environments_on_resume(tmp_path):

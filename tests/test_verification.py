@@ -59,15 +59,21 @@ def test_nan_is_compared_too():
 
 
 def test_the_first_minibatches_are_those_of_the_update():
-    """The permutation's first eight minibatches in one epoch, for one seed and for many; all else as it was."""
+    """Eight of the first epochs, of two at least, for one seed and for many; all else as it was."""
     permutation = torch.arange(2 * 3 * 40).view(2, 3, 40)
     few = first_minibatches(10, ("params", "adam", "rollout", permutation, "schedule", "normalization"))
     assert (few[:3], few[4:]) == (("params", "adam", "rollout"), ("schedule", "normalization"))
-    assert few[3].shape == (2, 1, FEW_MINIBATCHES * 10)
-    assert few[3][0, 0].tolist() == list(range(80))
-    assert few[3][1, 0].tolist() == list(range(120, 200))
+    assert few[3].shape == (2, 2, 40)
+    assert few[3][0].flatten().tolist() == list(range(80))
+    assert few[3][1].flatten().tolist() == list(range(120, 200))
     (alone,) = first_minibatches(10, ("", "", "", permutation[0]))[3:]
     assert torch.equal(alone, few[3][0])
+    (long,) = first_minibatches(10, ("", "", "", torch.arange(3 * 200).view(3, 200)))[3:]
+    assert long.tolist() == [list(range(40)), list(range(200, 240))]
+    (short,) = first_minibatches(10, ("", "", "", torch.arange(20 * 10).view(20, 10)))[3:]
+    assert short.flatten().tolist() == list(range(FEW_MINIBATCHES * 10))
+    (single,) = first_minibatches(10, ("", "", "", torch.arange(200).view(1, 200)))[3:]
+    assert single.tolist() == [list(range(FEW_MINIBATCHES * 10))]
 
 
 def test_actions_that_differ_are_counted():

@@ -74,9 +74,13 @@ def _difference(x: Tensor, y: Tensor, scale: Tensor) -> float:
 
 
 def first_minibatches(units: int, args: Sequence[Any]) -> Sequence[Any]:
-    """The arguments of a `learn` of the first minibatches only. units: of a minibatch."""
+    """The arguments of a `learn` of the first minibatches only, of at least two epochs where there are so many.
+
+    What --recompute-advantage does before each epoch is then done again before the second one. units: of a minibatch.
+    """
     permutation: Tensor = args[3]  # (E, B), or (S, E, B)
-    few = permutation.flatten(-2)[..., : FEW_MINIBATCHES * units].unsqueeze(-2).contiguous()
+    epochs = min(permutation.shape[-2], max(2, FEW_MINIBATCHES * units // permutation.shape[-1]))
+    few = permutation[..., :epochs, : FEW_MINIBATCHES // epochs * units].contiguous()
     return (*args[:3], few, *args[4:])
 
 

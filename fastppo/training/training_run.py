@@ -215,6 +215,7 @@ class TrainingRun:
             update_obs_moments(state, rollout, ranks.total)
         if state.novelty is not None:
             state.novelty, bonus = state.novelty.added_to(rollout, steps["valid"], normalization_of(state), self.config, ranks)
+            self._recorded.record("charts/rnd_bonus", float(bonus.sum() / steps["valid"].sum().clamp(min=1)))
             steps = {**steps, "reward": steps["reward"] + bonus}
             rollout["reward"][:-1] += ranks.share(bonus, 1)
         update_return_moments(state, steps, self.config.gamma)
