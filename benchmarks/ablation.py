@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from fastppo.analysis.statistics import RESAMPLES, interquartile_mean
+from fastppo.analysis.statistics import INTERVAL, RESAMPLES, interquartile_mean
 
 Scores = NDArray[np.float64]
 
@@ -119,7 +119,7 @@ def interval(scores: Scores) -> tuple[float, float, float]:
     environments, seeds = scores.shape
     draws = np.random.default_rng(0).integers(seeds, size=(RESAMPLES, environments, seeds))
     drawn = np.take_along_axis(scores[None], draws, axis=2).reshape(RESAMPLES, -1)
-    low, high = np.percentile(interquartile_mean(drawn), (2.5, 97.5))
+    low, high = np.percentile(interquartile_mean(drawn), INTERVAL)
     return float(interquartile_mean(scores.reshape(-1))), float(low), float(high)
 
 

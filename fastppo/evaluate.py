@@ -64,7 +64,7 @@ class EvaluateConfig:
 
 def _main(args: Sequence[str]) -> None:
     settings = parse(EvaluateConfig, args, prog="python -m fastppo.evaluate")
-    directory, outputs, _ = open_run(settings.run_dir, settings.checkpoint)  # its errors need not wait for torch
+    directory, outputs, config = open_run(settings.run_dir, settings.checkpoint)  # its errors need not wait for torch
     with lasting_imports():  # here, so that --help and wrong flags do not wait for it
         import torch
 
@@ -74,7 +74,7 @@ def _main(args: Sequence[str]) -> None:
         from fastppo.analysis.video import choose_suffix
 
     torch.set_num_threads(1)  # a few rows at a time: a second thread costs more than it gives
-    config, agent, trained_steps = load_run(directory, settings.checkpoint)
+    agent, trained_steps = load_run(directory, config, settings.checkpoint)
     plan = EvaluationPlan(settings.episodes, settings.seed, settings.deterministic, trained_steps, settings.max_steps)
     videos: list[Path] = []
     if settings.video is not None:

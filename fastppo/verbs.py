@@ -65,9 +65,9 @@ def evaluate(
 
     EvaluateConfig(episodes=episodes, seed=seed)  # for its checks
     place = current_directory()
-    directory, _, _ = open_run(_directory(run), checkpoint)
+    directory, _, config = open_run(_directory(run), checkpoint)
     with importable(place):
-        config, agent, trained_steps = load_run(directory, checkpoint, policy)
+        agent, trained_steps = load_run(directory, config, checkpoint, policy)
         plan = EvaluationPlan(episodes, seed, deterministic, trained_steps)
         note: Callable[[str], None] = print if verbose else lambda line: None
         if envs is not None:
@@ -141,14 +141,14 @@ def export(
     place = current_directory()
     if output is not None or format not in SUFFIXES:
         check_output(absolute(str(output or "policy"), "--output", place), format)
-    directory, folder, _ = open_run(_directory(run), checkpoint)
+    directory, folder, config = open_run(_directory(run), checkpoint)
     path = folder / f"policy{SUFFIXES[format]}" if output is None else Path(output)
     from fastppo.analysis.loading import load_run
     from fastppo.analysis.policy_export import export_policy
     from fastppo.analysis.weights_file import export_weights
 
     with importable(place):
-        config, agent, _ = load_run(directory, checkpoint, policy)
+        agent, _ = load_run(directory, config, checkpoint, policy)
     if format == "safetensors":
         return export_weights(agent, path, {"env_id": config.env_id, "settings": config.to_json()})
     exported = export_policy(agent, path, format)

@@ -43,16 +43,15 @@ def load_policy(
     return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)
 
 
-def load_run(run_dir: Path, checkpoint: str, policy: ModuleFactory | None = None) -> tuple[TrainConfig, Agent, int]:
-    """The settings of a run, a policy of it, and the steps that this was trained for. Imports what config.policy names.
+def load_run(run_dir: Path, config: TrainConfig, checkpoint: str, policy: ModuleFactory | None = None) -> tuple[Agent, int]:
+    """A policy of a run with these settings, and the steps that it was trained for. Imports what config.policy names.
 
     Raises UsageError as `load_policy`, and for a network that cannot be imported.
     """
-    config = read_run_config(run_dir)
     path = _path_of(run_dir, checkpoint)
     state = load_checkpoint(path)
     agent = agent_from_checkpoint(state, config, path, policy=policy or named_factory(config.policy))
-    return config, agent, int(state["global_step"])
+    return agent, int(state["global_step"])
 
 
 def _path_of(run_dir: Path, checkpoint: str) -> Path:

@@ -10,12 +10,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fastppo.core.adam import AdamState, adam_step
 from fastppo.core.contracts import Obs
 from fastppo.core.gradient import grad_and_aux
 from fastppo.core.losses import Total, alone
+from fastppo.core.microbatches import scan_in_passes
+from fastppo.core.scan import scan
 
 Features = Callable[[Tensor, Obs], Tensor]  # (parameters (P,), observations (R, ...)) -> (R, F)
 LEARNING_RATE = 1e-3  # of the predictor; rsl_rl's default
@@ -29,10 +31,12 @@ def prediction_error(features: Features, predictor: Tensor, target: Tensor, obs:
 
 def novelty(features: Features, predictor: Tensor, target: Tensor, obs: Obs) -> Tensor:
     """`prediction_error` of many rows without gradients, in passes."""
+
+    def one_pass(nothing: Tensor, rows: Obs) -> tuple[Tensor, Tensor]:
+        return nothing, prediction_error(features, predictor, target, rows).unsqueeze(0)
+
     with torch.no_grad():
-        starts = range(0, len(tree_leaves(obs)[0]), ROWS_PER_PASS)
-        passes = (tree_map(lambda x, start=start: x[start : start + ROWS_PER_PASS], obs) for start in starts)
-        return torch.cat([prediction_error(features, predictor, target, rows) for rows in passes])
+        return scan_in_passes(scan, one_pass, predictor.new_zeros(()), obs, ROWS_PER_PASS).squeeze(0)
 
 
 def distill(

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.style import Style
 
-from fastppo.run.metrics import METRICS, Row, infos_said
+from fastppo.run.metrics import METRICS, Row
 from fastppo.run.usage import Usage
 from fastppo.system.text import duration, printable
 
@@ -49,10 +49,8 @@ class Panel:
         self.width = min(columns, WIDEST)
         inner = max(self.width - 4, 0)
         number = min(CELL_LINES, max(lines - FRAME - 2, 0))
-        said = "  ".join(infos_said(view.row))
-        curve = min(max(lines - FRAME - CELL_LINES - NOTES - bool(said), 1), TALLEST)
+        curve = min(max(lines - FRAME - CELL_LINES - NOTES, 1), TALLEST)
         body = [_head(view, inner), *_curve(view, inner, curve), *_cells(view, inner)[:number]]
-        body += [[(printable(said), "cyan")]] if said else []
         self.lines = [
             _border("╭─", view.title, "╮", self.width),
             *([("│ ", "dim"), *_fitted(line, inner), (" │", "dim")] for line in body),
