@@ -6,7 +6,7 @@ Runs that the results file holds already are not repeated. Seeds start at 101: p
 are shown on other seeds. Prints a table and, as the last line, one JSON object.
 """
 
-import concurrent.futures
+import functools
 import json
 import sys
 import tempfile
@@ -19,10 +19,13 @@ import learning
 import numpy as np
 import tyro
 from numpy.typing import NDArray
+from run_queue import Name, finished, run_missing
 
 from fastppo.analysis.statistics import INTERVAL, RESAMPLES, interquartile_mean
 
 Scores = NDArray[np.float64]
+NAMES = ("variant", "env_id", "seed")  # of a run, in the results file
+EVAL_EPISODES = 20
 
 
 class Task(NamedTuple):
@@ -85,23 +88,14 @@ class AblationConfig:
     """Draw the gains to this PNG."""
 
 
-def read(results: Path) -> dict[tuple[str, str, int], float]:
-    """Finished runs: the return by variant, environment and seed."""
-    lines = results.read_text().splitlines() if results.exists() else []
-    return {(run["variant"], run["env_id"], run["seed"]): run["evaluation"] for run in map(json.loads, lines)}
-
-
-def run(variant: str, env_id: str, seed: int, config: AblationConfig) -> None:
-    """One run, added to the results file. Raises RuntimeError if it fails."""
-    flags = [*STAGES[config.stage][env_id].flags.split(), *VARIANTS[variant].split(), "--num-threads", "1"]
+def run(variant: str, env_id: str, seed: int, stage: str) -> dict[str, Any]:
+    """What learning.py says of one run. Raises RuntimeError if it fails."""
+    flags = [*STAGES[stage][env_id].flags.split(), *VARIANTS[variant].split(), "--num-threads", "1"]
     with tempfile.TemporaryDirectory() as place:
-        result = learning.run(env_id, seed, Path(place, "run"), learning.LearningConfig((env_id,)), flags)
-    with config.results.open("a") as file:
-        file.write(json.dumps({"variant": variant, **result}) + "\n")
-    print(f"{variant}, {env_id} seed {seed}: {result['evaluation']:.1f} in {result['seconds']:.0f} s", flush=True)
+        return learning.run(env_id, seed, Path(place, "run"), EVAL_EPISODES, flags)
 
 
-def normalized(returns: Mapping[tuple[str, str, int], float], variant: str, config: AblationConfig) -> Scores:
+def normalized(returns: Mapping[Name, float], variant: str, config: AblationConfig) -> Scores:
     """(environments, seeds): 0 for random actions, 1 for the best published return; NaN where a run is missing."""
     rows = []
     for env_id in environments(config):
@@ -128,7 +122,7 @@ def environments(config: AblationConfig) -> tuple[str, ...]:
     return config.environments or tuple(STAGES[config.stage])
 
 
-def summarize(config: AblationConfig, returns: Mapping[tuple[str, str, int], float]) -> list[dict[str, Any]]:
+def summarize(config: AblationConfig, returns: Mapping[Name, float]) -> list[dict[str, Any]]:
     """Each variant that has all its runs: mean returns by environment, normalised score, and gain over the preset by seed."""
     base = normalized(returns, BASE, config)
     rows = []
@@ -173,21 +167,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main(config: AblationConfig) -> int:
     """Train what is missing, print, and return the exit code."""
-    done, failed = read(config.results), []
-    missing = [
-        (variant, env_id, seed)
-        for seed in config.seeds
-        for env_id in environments(config)
-        for variant in dict.fromkeys((BASE, *config.variants))
-        if (variant, env_id, seed) not in done
-    ]
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(run, *which, config): which for which in missing}
-        for future in concurrent.futures.as_completed(futures):
-            if (error := future.exception()) is not None:
-                failed.append([*futures[future], str(error)[-300:]])
-                print("FAILED:", *failed[-1], flush=True)
-    rows = summarize(config, read(config.results))
+    variants = dict.fromkeys((BASE, *config.variants))
+    wanted = [(variant, env_id, seed) for seed in config.seeds for env_id in environments(config) for variant in variants]
+    failed = run_missing(config.results, NAMES, wanted, functools.partial(run, stage=config.stage), config.jobs)
+    returns = {name: line["evaluation"] for name, line in finished(config.results, NAMES).items()}
+    rows = summarize(config, returns)
     if config.picture is not None and rows:
         draw(rows, config.picture)
     print(f"\n{table(rows, config)}\n")

@@ -3,10 +3,9 @@
 Each run is the user's own command in a fresh process; its result is the evaluation of its best model (summary.json). Flags
 after `--` are passed to every run: `python benchmarks/learning.py --env-id Acrobot-v1 -- --total-timesteps 100000`. Prints a
 table for benchmarks/README.md and, as the last line, one JSON object. If a run fails, its name is printed, the others continue,
-and the exit code is 1. Knows nothing of how fastppo learns.
+and the exit code is 1. With --results runs are not repeated that the file holds already. Knows nothing of how fastppo learns.
 """
 
-import concurrent.futures
 import csv
 import json
 import math
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import run_queue
 import tyro
 
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
@@ -84,6 +84,9 @@ BASELINES: Mapping[str, tuple[float, str]] = {
 PUBLISHED = {"zoo": ZOO, "tianshou": TIANSHOU, "CleanRL": CLEANRL, "baselines": BASELINES}
 
 
+NAMES = ("env_id", "seed", "eval_episodes", "flags")  # of a run, in the results file
+
+
 @dataclass(frozen=True)
 class LearningConfig:
     """Train on environments with several seeds; flags after `--` go to every run. The last line is one JSON object."""
@@ -96,14 +99,15 @@ class LearningConfig:
     """Episodes of each run's evaluation."""
     jobs: int = 1
     """Runs at once; with more than one each gets one thread."""
+    results: Path | None = None
+    """A file with a line for each finished run, to which new ones are added; default: none is kept."""
     run_dir: str | None = None
     """Keep the runs in this directory, as ENV__SEED; default: they are deleted."""
 
 
-def run(env_id: str, seed: int, run_dir: Path, config: LearningConfig, flags: Sequence[str]) -> dict[str, Any]:
+def run(env_id: str, seed: int, run_dir: Path, eval_episodes: int, flags: Sequence[str]) -> dict[str, Any]:
     """One run in a fresh process. Raises RuntimeError with the end of its stderr if it fails."""
-    settings = {"--env-id": env_id, "--seed": seed, "--run-dir": run_dir, "--eval-episodes": config.eval_episodes}
-    settings |= {"--num-threads": 1} if config.jobs > 1 else {}
+    settings = {"--env-id": env_id, "--seed": seed, "--run-dir": run_dir, "--eval-episodes": eval_episodes}
     words = [*(str(word) for pair in settings.items() for word in pair), *flags]
     command = [sys.executable, "-m", "fastppo.train", "--plain", *words]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -115,8 +119,6 @@ def run(env_id: str, seed: int, run_dir: Path, config: LearningConfig, flags: Se
     with (run_dir / "metrics.csv").open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
     return {
-        "env_id": env_id,
-        "seed": seed,
         "preset": json.loads((run_dir / "config.json").read_text())["preset"],
         "evaluation": summary["eval_return_mean"],
         "training": float(last["episodic_return_mean"]),
@@ -174,31 +176,26 @@ def table(summaries: Sequence[Mapping[str, Any]]) -> str:
 
 def main(config: LearningConfig, flags: Sequence[str]) -> int:
     """Train, print, and return the exit code."""
-    finished: dict[tuple[str, int], dict[str, Any]] = {}
-    failed: dict[tuple[str, int], str] = {}
-    with tempfile.TemporaryDirectory() as temporary, concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        root = Path(config.run_dir or temporary)
+    flags = [*(("--num-threads", "1") if config.jobs > 1 else ()), *flags]
+    settings = (config.eval_episodes, " ".join(flags))
+    with tempfile.TemporaryDirectory() as temporary:
+        root, results = Path(config.run_dir or temporary), config.results or Path(temporary, "results.jsonl")
         root.mkdir(parents=True, exist_ok=True)
-        futures = {}
-        for env_id in config.env_id:
-            for seed in config.seeds:
-                run_dir = root / f"{env_id.replace('/', '_').replace(':', '_')}__{seed}"
-                futures[pool.submit(run, env_id, seed, run_dir, config, flags)] = (env_id, seed)
-        for future in concurrent.futures.as_completed(futures):
-            env_id, seed = futures[future]
-            try:
-                result = finished[env_id, seed] = future.result()
-                print(f"{env_id} seed {seed}: {result['evaluation']:.1f} in {result['seconds']:.0f} s", flush=True)
-            except (RuntimeError, OSError, LookupError, ValueError) as error:
-                failed[env_id, seed] = str(error)
-                print(f"{env_id} seed {seed} FAILED: {error}", flush=True)
+
+        def run_one(env_id: str, seed: int, *_: Any) -> dict[str, Any]:
+            place = root / f"{env_id.replace('/', '_').replace(':', '_')}__{seed}"
+            return run(env_id, seed, place, config.eval_episodes, flags)
+
+        wanted = [(env_id, seed, *settings) for env_id in config.env_id for seed in config.seeds]
+        failed = run_queue.run_missing(results, NAMES, wanted, run_one, config.jobs)
+        lines = run_queue.finished(results, NAMES)
     summaries = []
     for env_id in config.env_id:
-        runs = [finished[env_id, seed] for seed in config.seeds if (env_id, seed) in finished]
+        runs = [lines[name] for name in wanted if name[0] == env_id and name in lines]
         if runs:
             summaries.append(summarize(env_id, runs))
     print(f"\n{table(summaries)}\n")
-    print(json.dumps({"environments": summaries, "failed": [[*where, why] for where, why in failed.items()]}))
+    print(json.dumps({"environments": summaries, "failed": failed}))
     return 1 if failed else 0
 
 

@@ -23,12 +23,14 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import tyro
 from gymnasium.wrappers import TransformReward
+from run_queue import Name, finished, run_missing
 
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
 Trainer = Literal["general", "none", "sb3"]
 Make = Callable[..., gym.Env[Any, Any]]
 HERE = Path(__file__).parent
+NAMES = ("trainer", "environment", "seed", "steps")  # of a run, in the results file
 
 
 class Untuned(NamedTuple):
@@ -142,29 +144,15 @@ def run_sb3(name: str, seed: int, config: UntunedConfig) -> float:
     return float(evaluate_policy(model, env, config.episodes, deterministic=True)[0])  # type: ignore[arg-type]
 
 
-def finished(config: UntunedConfig) -> dict[tuple[str, str, int], float]:
-    """The runs in the results file: return by trainer, environment and seed."""
-    if not config.results.exists():
-        return {}
-    lines = [json.loads(line) for line in config.results.read_text().splitlines()]
-    wanted = [line for line in lines if line["steps"] == config.steps]
-    return {(line["trainer"], line["environment"], line["seed"]): line["return"] for line in wanted}
-
-
-def run(trainer: str, name: str, seed: int, config: UntunedConfig) -> None:
-    """One run, added to the results file."""
+def run(trainer: str, name: str, seed: int, steps: int, config: UntunedConfig) -> dict[str, float]:
+    """One run in a process of its own."""
     if trainer != "sb3":
-        value = run_fastppo(name, seed, trainer, config)
-    else:
-        with concurrent.futures.ProcessPoolExecutor(1) as process:
-            value = process.submit(run_sb3, name, seed, config).result()
-    line = {"trainer": trainer, "environment": name, "seed": seed, "steps": config.steps, "return": value}
-    with config.results.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(f"{trainer} {name} seed {seed}: {value:.4g}", flush=True)
+        return {"evaluation": run_fastppo(name, seed, trainer, config)}
+    with concurrent.futures.ProcessPoolExecutor(1) as process:
+        return {"evaluation": process.submit(run_sb3, name, seed, config).result()}
 
 
-def table(config: UntunedConfig, returns: Mapping[tuple[str, str, int], float]) -> tuple[str, dict[str, Any]]:
+def table(config: UntunedConfig, returns: Mapping[Name, float]) -> tuple[str, dict[str, Any]]:
     """The table in Markdown, and each trainer's interquartile mean over environments, normalised, with its interval."""
     lines = ["| environment (random) | " + " | ".join(config.trainers) + " |", "|---" * (len(config.trainers) + 1) + "|"]
     shares: dict[str, list[float]] = {trainer: [] for trainer in config.trainers}
@@ -184,15 +172,16 @@ def table(config: UntunedConfig, returns: Mapping[tuple[str, str, int], float]) 
 
 def main(config: UntunedConfig) -> int:
     """Train what is missing, print, and return the exit code."""
-    done, failed = finished(config), []
-    missing = [(t, name, seed) for seed in config.seeds for t in config.trainers for name in config.environments]
-    with concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        futures = {pool.submit(run, *which, config): which for which in missing if which not in done}
-        for future in concurrent.futures.as_completed(futures):
-            if (error := future.exception()) is not None:
-                failed.append([*futures[future], f"{error} {getattr(error, 'stderr', '')}"[-300:]])
-                print("FAILED:", *failed[-1], flush=True)
-    text, summary = table(config, finished(config))
+    wanted = [
+        (trainer, name, seed, config.steps)
+        for seed in config.seeds
+        for trainer in config.trainers
+        for name in config.environments
+    ]
+    failed = run_missing(config.results, NAMES, wanted, functools.partial(run, config=config), config.jobs)
+    lines = finished(config.results, NAMES)
+    returns = {name[:3]: line["evaluation"] for name, line in lines.items() if name[3] == config.steps}
+    text, summary = table(config, returns)
     print(f"\n{text}\n")
     print(json.dumps({**summary, "failed": failed}))
     return 1 if failed else 0

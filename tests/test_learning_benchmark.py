@@ -31,6 +31,25 @@ def a_run(seed, evaluation):
     }
 
 
+def test_a_queue_goes_on_where_it_ended(learning, tmp_path, capsys):
+    """Runs that are in the results file are not repeated; one that failed is tried again, and does not stop the others."""
+    queue, results, tried = learning.run_queue, tmp_path / "results.jsonl", []
+
+    def run(name, seed):
+        tried.append((name, seed))
+        if len(tried) == 2:
+            raise RuntimeError("no luck")
+        return {"evaluation": 10.0 * seed, "seconds": 2}
+
+    wanted = [("a", 1), ("a", 2), ("b", 1)]
+    assert queue.run_missing(results, ("name", "seed"), wanted, run) == [["a", 2, "no luck"]]
+    assert queue.run_missing(results, ("name", "seed"), [*wanted, ("c", 3)], run) == []
+    assert tried == [*wanted, ("a", 2), ("c", 3)]
+    lines = queue.finished(results, ("name", "seed"))
+    assert {name: line["evaluation"] for name, line in lines.items()} == {(*name,): 10.0 * name[1] for name in {*tried}}
+    assert "name a, seed 2 FAILED: no luck" in capsys.readouterr().out
+
+
 def test_a_row_of_the_table(learning):
     """Three seeds, 1, 2 and 6: mean 3, standard deviation of a sample sqrt(7), beside both published figures."""
     summary = learning.summarize("Hopper-v5", [a_run(1, 2.0), a_run(2, 1.0), a_run(3, 6.0)])
@@ -71,7 +90,7 @@ def test_runs_and_failures(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 1, done.stderr
-    assert "CartPol-v1 seed 2 FAILED: exit code 2: error: --env-id 'CartPol-v1'" in done.stdout
+    assert re.search("env_id CartPol-v1, seed 2, .* FAILED: exit code 2: error: --env-id 'CartPol-v1'", done.stdout)
     result = json.loads(done.stdout.splitlines()[-1])
     assert sorted(failure[:2] for failure in result["failed"]) == [["CartPol-v1", 1], ["CartPol-v1", 2]]
     (summary,) = result["environments"]
