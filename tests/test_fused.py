@@ -47,6 +47,7 @@ def networks(draw):
         tuple(draw(st.lists(st.integers(1, 70), max_size=3))),
         draw(st.sampled_from(sorted(ACTIVATIONS))),
         draw(st.booleans()),
+        layer_norm=draw(st.booleans()),
     )
     return with_mask(mlp) if kind != "normal" and draw(st.booleans()) else mlp
 
@@ -230,7 +231,7 @@ def operator_arguments():
         *(params, list(adam), rollout["obs"], None, None, rollout["action"].unsqueeze(-1)),
         [rollout[key] for key in ("reward", "terminated", "truncated", "valid")],
         *(permutation, list(numbers), None, [normalization.return_mean, normalization.return_std]),
-        *([3, 2, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1, 0], [1, 1, 0, 1, 0]),
+        *([3, 2, 0, 0, 0, 1, 8, 2], 4, [0, 0, 1, 0, 1, 0], [1, 1, 0, 1, 0]),
     )
 
 
@@ -238,7 +239,8 @@ def test_the_operators_are_torchs():
     """Schema, fake tensors and dispatch, as torch itself checks them."""
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(operators.mlp_learn, operator_arguments(), test_utils=checks)
-    act_arguments = (torch.randn(3 * 8 + 8 + 8 * 3 + 3), torch.randn(5, 3), None, torch.randn(5, 2), [3, 2, 0, 0, 1, 8, 2], 1)
+    network = [3, 2, 0, 0, 0, 1, 8, 2]
+    act_arguments = (torch.randn(3 * 8 + 8 + 8 * 3 + 3), torch.randn(5, 3), None, torch.randn(5, 2), network, 1)
     torch.library.opcheck(operators.mlp_act, act_arguments, test_utils=checks)
 
 

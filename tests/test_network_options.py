@@ -9,7 +9,6 @@ from torch import nn
 from fastppo import TrainConfig, load_policy, train
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.export import console as export
-from fastppo.fused.mlp_programs import covers
 from fastppo.policy.distributions import CATEGORICAL
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.make_network import make_network
@@ -67,13 +66,6 @@ def test_it_starts_as_torchs_does():
     assert torch.equal(network.flatten(weights), network.init(torch.Generator().manual_seed(3)))
 
 
-def test_the_fused_programs_decline_it():
-    """Theirs have none: it is learned eagerly, or compiled."""
-    network, plain = (MLPActorCritic(3, 2, CATEGORICAL, (16, 8), layer_norm=norm) for norm in (True, False))
-    assert covers(plain)
-    assert not covers(network)
-
-
 def test_several_seeds_map_over_it():
     """As one program, each seed's weights its own."""
     network = MLPActorCritic(3, 2, CATEGORICAL, (8,), layer_norm=True)
@@ -86,9 +78,8 @@ def test_several_seeds_map_over_it():
 
 @pytest.mark.parametrize("settings", [{}, {"num_seeds": 2}, {"rnn": "gru", "num_minibatches": 2}, {"share_backbone": True}])
 def test_a_run_with_layer_norm(settings, tmp_path, capsys):
-    """It trains with the default --compile, says that it is eager, moves every scale, and goes on after a resume."""
+    """It trains with the default --compile, moves every scale, and goes on after a resume."""
     result = train(tiny(tmp_path / "run", layer_norm=True, hidden_sizes=(8, 8), **settings, compile="auto", num_iterations=3))
-    assert result.summary["tier"] == "eager"
     run_dir = result.seeds[0].run_dir if result.seeds else result.run_dir
     weights = checkpoint(run_dir)["policy"]["weights"]
     scales = [weight for name, weight in weights.items() if name.endswith("norm.weight")]

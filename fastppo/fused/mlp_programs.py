@@ -36,11 +36,11 @@ SERIAL_WORK = 2**22  # multiplications of a call of `act` that one thread does a
 
 
 def covers(network: Network) -> TypeGuard[Covered]:
-    """Whether the fused programs compute this network: perceptrons without layer normalisation, on anything but images."""
+    """Whether the fused programs compute this network: perceptrons, on anything but images."""
     if isinstance(network, ActorCritic):
         has_images = any(leaf.kind == "image" for leaf in network.encoder.leaves)
         return covers(network.mlp) and not has_images and not network.critic_only
-    return isinstance(network, MLPActorCritic) and not network.layer_norm
+    return isinstance(network, MLPActorCritic)
 
 
 def mlp_of(network: Covered) -> MLPActorCritic:
@@ -54,7 +54,7 @@ def description(network: Covered) -> list[int]:
     numbers = choices(mlp.distribution, mlp.action_size)
     activation = operators.ACTIVATIONS.index(mlp.activation)
     sizes = (len(mlp.hidden_sizes), *mlp.hidden_sizes)
-    return [mlp.obs_size, mlp.action_size, activation, int(mlp.share_backbone), *sizes, *numbers]
+    return [mlp.obs_size, mlp.action_size, activation, int(mlp.share_backbone), int(mlp.layer_norm), *sizes, *numbers]
 
 
 def network_input(network: Covered, obs: Obs, normalization: Normalization) -> Tensor:

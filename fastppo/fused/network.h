@@ -18,7 +18,7 @@ static_assert(kBlockRows % kWidth == 0);  // a block's last rows are read by who
 struct NetworkShape {  // as in operators.py
   int64_t obs_size, action_size, num_hidden;
   const int64_t* hidden_sizes;
-  int64_t activation, share_backbone, num_choices;
+  int64_t activation, share_backbone, layer_norm, num_choices;
   const int64_t* choices;  // logits of each choice; the other outputs are the means of normal components
 };
 
@@ -44,7 +44,8 @@ struct Matrix {
   int64_t inner, columns;
   int64_t panels, bias, bias_size;  // places among the packed parameters
   int64_t turned;                   // place of the transposed panels
-  int64_t flat;                     // place in the flat buffer: the matrix, then its bias
+  int64_t flat;                     // place in the flat buffer: the matrix, its bias, then scale and shift
+  int64_t scale, shift;             // places of layer normalisation's among the packed parameters; 0: the layer has none
 };
 
 class Network {
@@ -53,6 +54,7 @@ class Network {
       : obs_size(shape.obs_size),
         action_size(shape.action_size),
         activation(static_cast<Activation>(shape.activation)),
+        layer_norm(shape.layer_norm != 0),
         choices(shape.choices, shape.choices + shape.num_choices) {
     const int num_trunks = shape.share_backbone ? 1 : 2;
     for (int trunk = 0; trunk < num_trunks; ++trunk) {
@@ -60,6 +62,7 @@ class Network {
       int64_t inner = obs_size;
       for (int64_t layer = 0; layer < shape.num_hidden; ++layer) {
         layers.push_back(add(inner, shape.hidden_sizes[layer], shape.hidden_sizes[layer]));
+        if (layer_norm) add_norm(&layers.back());
         inner = shape.hidden_sizes[layer];
       }
       trunks.push_back(layers);
@@ -114,6 +117,7 @@ class Network {
 
   int64_t obs_size, action_size, num_logits = 0, num_features = 0;
   Activation activation;
+  bool layer_norm;
   std::vector<int64_t> choices;
   std::vector<std::vector<Matrix>> trunks;  // of actor and critic, or one that both share
   Matrix actor_head, critic_head;
@@ -122,11 +126,18 @@ class Network {
 
  private:
   Matrix add(int64_t inner, int64_t columns, int64_t bias_size) {
-    Matrix matrix{inner, columns, size, size + padded(columns) * inner, bias_size, turned_size, flat_size};
+    Matrix matrix{inner, columns, size, size + padded(columns) * inner, bias_size, turned_size, flat_size, 0, 0};
     size += padded(columns) * inner + padded(bias_size);
     flat_size += columns * inner + bias_size;
     turned_size += padded(inner) * columns;
     return matrix;
+  }
+
+  void add_norm(Matrix* matrix) {
+    matrix->scale = size;
+    matrix->shift = size + padded(matrix->columns);
+    size += 2 * padded(matrix->columns);
+    flat_size += 2 * matrix->columns;
   }
 
   template <class Visit>
@@ -137,7 +148,11 @@ class Network {
               std::min<int64_t>(2 * kWidth, matrix.columns - c));
       }
     }
-    visit(matrix.flat + matrix.inner * matrix.columns, matrix.bias, matrix.bias_size);
+    const int64_t bias = matrix.flat + matrix.inner * matrix.columns, scale = bias + matrix.bias_size;
+    visit(bias, matrix.bias, matrix.bias_size);
+    if (!matrix.scale) return;
+    visit(scale, matrix.scale, matrix.columns);
+    visit(scale + matrix.columns, matrix.shift, matrix.columns);
   }
 
   static void transpose_one(const Matrix& matrix, const float* packed, float* turned) {
@@ -167,9 +182,11 @@ struct Block {
     for (const auto& layers : network.trunks) {
       hidden.emplace_back();
       slope.emplace_back();
+      standard.emplace_back();
       for (const Matrix& matrix : layers) {
         hidden.back().emplace_back(matrix.columns);
         slope.back().emplace_back(matrix.columns);
+        if (network.layer_norm) standard.back().emplace_back(matrix.columns + 1);
       }
     }
   }
@@ -181,6 +198,7 @@ struct Block {
   Rows d_actor, d_critic;                        // the gradient of the loss with respect to them
   std::vector<std::vector<Rows>> hidden, slope;  // by trunk and layer: outputs, and the activation's slope there, which `backward`
                                                  // turns into the gradient with respect to the layer's sums
+  std::vector<std::vector<Rows>> standard;       // with layer normalisation: the standardised sums, then 1 / their std
   Rows both;                                     // what the actor's head adds to a shared trunk's gradient
 };
 
@@ -228,12 +246,67 @@ inline void clear_padding(const Rows& x, int64_t n, int64_t columns) {
   for (int64_t r = 0; r < n && columns < x.step; ++r) std::fill(x.row(r) + columns, x.row(r) + x.step, 0.0f);
 }
 
+// Those of a register's lanes that are columns, others zero. c: the first of them.
+inline Vector only_columns(Vector x, int64_t c, int64_t columns) {
+  return bits(bits(x) & (lanes() < static_cast<int32_t>(columns - c)));
+}
+
+// policy/mlp.py `_normalized` of n rows of sums, in place.
+inline void layer_norm(const Matrix& matrix, const float* packed, int64_t n, const Rows& x, const Rows& standard) {
+  const int64_t columns = matrix.columns, width = padded(columns);
+  for (int64_t r = 0; r < n; ++r) {
+    float *to = x.row(r), *row = standard.row(r);
+    Vector total = {}, squares = {};
+    for (int64_t c = 0; c < width; c += kWidth) total += only_columns(load(to + c), c, columns);
+    const auto mean = static_cast<float>(sum(total) / static_cast<double>(columns));
+    for (int64_t c = 0; c < width; c += kWidth) {
+      const Vector deviation = only_columns(load(to + c) - mean, c, columns);
+      store(row + c, deviation);
+      squares += deviation * deviation;
+    }
+    const auto inverse = static_cast<float>(1.0 / std::sqrt(sum(squares) / static_cast<double>(columns) + 1e-5));
+    for (int64_t c = 0; c < width; c += kWidth) {
+      const Vector standardized = load(row + c) * inverse;
+      store(row + c, standardized);
+      store(to + c, standardized * load(packed + matrix.scale + c) + load(packed + matrix.shift + c));
+    }
+    row[columns] = inverse;
+  }
+}
+
+// Its gradient: `delta`, with respect to the n rows of results, becomes that with respect to the sums. gradient (packed) += that of
+// scale and shift. With g = delta * scale: (g - mean(g) - standard * mean(g * standard)) / std.
+inline void backward_layer_norm(const Matrix& matrix, const float* packed, int64_t n, const Rows& delta, const Rows& standard,
+                                float* gradient) {
+  const int64_t columns = matrix.columns, width = padded(columns);
+  add_rows(delta.row(0), delta.step, n, columns, gradient + matrix.shift);
+  for (int64_t r = 0; r < n; ++r) {
+    float* to = delta.row(r);
+    const float* row = standard.row(r);
+    Vector total = {}, along = {};
+    for (int64_t c = 0; c < width; c += kWidth) {
+      const Vector from = load(to + c), standardized = only_columns(load(row + c), c, columns);
+      const Vector scaled = from * load(packed + matrix.scale + c);
+      store(gradient + matrix.scale + c, load(gradient + matrix.scale + c) + from * standardized);
+      store(to + c, scaled);
+      total += scaled;
+      along += scaled * standardized;
+    }
+    const auto mean = static_cast<float>(sum(total) / static_cast<double>(columns));
+    const auto slope = static_cast<float>(sum(along) / static_cast<double>(columns));
+    for (int64_t c = 0; c < width; c += kWidth) {
+      store(to + c, only_columns((load(to + c) - mean - load(row + c) * slope) * row[columns], c, columns));
+    }
+  }
+}
+
 template <Activation kind>
 void forward_trunk(const std::vector<Matrix>& layers, const float* packed, int64_t n, const Block& block, int64_t trunk) {
   const Rows* x = &block.obs;
   for (size_t layer = 0; layer < layers.size(); ++layer) {
     const Rows& hidden = block.hidden[trunk][layer];
     apply_layer(*x, n, layers[layer], packed, hidden);
+    if (layers[layer].scale) layer_norm(layers[layer], packed, n, hidden, block.standard[trunk][layer]);
     activate<kind>(n, hidden, block.slope[trunk][layer]);
     x = &hidden;
   }
@@ -299,6 +372,7 @@ inline void backward_trunk(const Network& network, const float* packed, const fl
   for (size_t layer = layers.size(); layer-- > 0;) {
     const Matrix& matrix = layers[layer];
     const Rows &x = layer > 0 ? block.hidden[trunk][layer - 1] : block.obs, &delta = slopes[layer];
+    if (matrix.scale) backward_layer_norm(matrix, packed, n, delta, block.standard[trunk][layer], gradient);
     add_outer_products(x.row(0), x.step, delta.row(0), delta.step, n, matrix.inner, matrix.columns, gradient + matrix.panels);
     add_rows(delta.row(0), delta.step, n, matrix.columns, gradient + matrix.bias);
     if (layer > 0) back(delta, turned + matrix.turned, matrix.columns, matrix.inner, times(slopes[layer - 1]));

@@ -30,7 +30,7 @@ NetworkShape = _structure(
     "NetworkShape",
     **_all(_INTEGER, "obs_size action_size num_hidden"),
     hidden_sizes=_POINTER,
-    **_all(_INTEGER, "activation share_backbone num_choices"),
+    **_all(_INTEGER, "activation share_backbone layer_norm num_choices"),
     choices=_POINTER,
 )
 LearnCall = _structure(
@@ -86,15 +86,15 @@ def functions() -> ctypes.CDLL:
 
 
 def network_shape(network: Sequence[int]) -> ctypes.Structure:
-    """The C structure of [obs_size, action_size, activation, share_backbone, num_hidden, *hidden_sizes, *choices].
+    """The C structure of [obs_size, action_size, activation, share_backbone, layer_norm, num_hidden, *hidden_sizes, *choices].
 
     activation: its index in ACTIVATIONS. choices: the number of logits of each choice; none for a diagonal Gaussian. Where they
     are fewer than action_size, the other outputs are means of normal components.
     """
-    obs_size, action_size, activation, share_backbone, num_hidden, *sizes = network
+    obs_size, action_size, activation, share_backbone, layer_norm, num_hidden, *sizes = network
     numbers = (ctypes.c_int64 * max(len(sizes), 1))(*sizes)
     start = ctypes.addressof(numbers)
-    flags = (activation, share_backbone, num_choices(network))
+    flags = (activation, share_backbone, layer_norm, num_choices(network))
     shape = NetworkShape(obs_size, action_size, num_hidden, start, *flags, start + 8 * num_hidden)
     shape.numbers = numbers  # ctypes keeps addresses, not what lies there
     return shape
@@ -102,12 +102,12 @@ def network_shape(network: Sequence[int]) -> ctypes.Structure:
 
 def num_choices(network: Sequence[int]) -> int:
     """The number of choices in the list that `network_shape` takes; 0 for a diagonal Gaussian."""
-    return len(network) - 5 - network[4]
+    return len(network) - 6 - network[5]
 
 
 def num_logits(network: Sequence[int]) -> int:
     """The number of logits of all choices. The other outputs are means of normal components."""
-    return sum(network[5 + network[4] :])
+    return sum(network[6 + network[5] :])
 
 
 def action_type(network: Sequence[int]) -> tuple[torch.dtype, int]:
