@@ -111,8 +111,10 @@ class Translation:
                 self.settings[name] = number(name, value)
             elif name == "features_extractor_kwargs" and isinstance(value, dict) and set(value) == {"features_dim"}:
                 self.settings["cnn_size"] = whole("features_dim", value["features_dim"])
+            elif name == "ortho_init":
+                self.settings["init"] = "orthogonal" if value else "torch"
             elif name not in ("optimizer_class", "optimizer_kwargs"):
-                self._note(value is not (name in ("ortho_init", "share_features_extractor")), f"policy_kwargs {name}")
+                self._note(value is not (name == "share_features_extractor"), f"policy_kwargs {name}")
 
     def _net_arch(self, value: Any) -> None:
         """Widths of both networks, or of each: [64, 64], dict(pi=[64], vf=[64]), [dict(pi=[64], vf=[64])]."""

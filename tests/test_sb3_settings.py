@@ -88,6 +88,7 @@ def test_settings():
     assert (config.gamma, config.gae_lambda, config.ent_coef, config.vf_coef, config.max_grad_norm) == (0.98, 0.95, 0, 0.5, 0.8)
     assert (config.norm_obs, config.norm_reward, config.log_std_init) == (True, True, -2.0)
     assert (config.hidden_sizes, config.activation, config.rescale_action) == ((256, 128), "relu", False)
+    assert config.init == "torch"
     atari = settings("ALE/Pong-v5")
     assert (atari.total_timesteps, atari.learning_rate, atari.anneal_lr) == (10_000_000, 2.5e-4, True)
     assert (atari.clip_coef, atari.anneal_clip, atari.atari_frame_stack, atari.clip_reward) == (0.1, True, 2, True)
@@ -103,7 +104,7 @@ def test_what_has_no_counterpart_is_named():
     """In the line that a run prints on its preset."""
     assert describe(settings("Mine-v1")).startswith(
         "preset ppo.yml (Mine-v1; in the zoo's format, "
-        "without what has no counterpart here: use_sde; policy_kwargs ortho_init): "
+        "without what has no counterpart here: use_sde): "
     )
     other = describe(settings("Other-v4"))
     for words in ("normalize clip_obs", "batch_size 100: minibatches are of 128 rows", "net_arch", "callback", "norm_obs"):
