@@ -2,15 +2,18 @@
 
 Trainers: `general`, what fastppo does by itself; `none`, CartPole's settings; `sb3`, Stable-Baselines3's PPO with its defaults.
 Each trains for 100,000 steps with one thread, and its last policy plays 20 episodes, taking the likeliest actions. Runs that
-the results file holds already are not repeated. Prints a table and, as the last line, one JSON object.
+the results file holds already are not repeated. Flags after `--` are passed to fastppo's runs, to try other settings. Prints a
+table and, as the last line, one JSON object.
 
-Needs: pip install stable-baselines3 minigrid flappy-bird-gymnasium gymnasium-robotics gym-pusht 'gymnasium[box2d,mujoco]'
+Needs: pip install swig; pip install stable-baselines3 minigrid flappy-bird-gymnasium gymnasium-robotics gym-pusht
+'gymnasium[box2d,mujoco]'
 """
 
 import concurrent.futures
 import functools
 import importlib
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,7 +33,7 @@ from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 Trainer = Literal["general", "none", "sb3"]
 Make = Callable[..., gym.Env[Any, Any]]
 HERE = Path(__file__).parent
-NAMES = ("trainer", "environment", "seed", "steps")  # of a run, in the results file
+NAMES = ("trainer", "environment", "seed", "steps", "flags")  # of a run, in the results file
 
 
 class Untuned(NamedTuple):
@@ -114,16 +117,16 @@ class UntunedConfig:
     """Runs at once."""
 
 
-def run_fastppo(name: str, seed: int, preset: str, config: UntunedConfig) -> float:
+def run_fastppo(name: str, seed: int, preset: str, flags: str, config: UntunedConfig) -> float:
     """The mean return of the last policy of one run, in fresh processes. Raises CalledProcessError."""
     with tempfile.TemporaryDirectory() as place:
         run_dir = str(Path(place, "run"))
         settings = {"--env-id": f"untuned:{name}", "--seed": seed, "--preset": preset, "--total-timesteps": config.steps}
         settings |= {"--run-dir": run_dir, "--num-threads": 1, "--eval-episodes": 0}
-        flags = [str(word) for pair in settings.items() for word in pair]
+        words = [*(str(word) for pair in settings.items() for word in pair), *shlex.split(flags)]
         command = [sys.executable, "-m", "fastppo"]
         run = functools.partial(subprocess.run, cwd=HERE, check=True, capture_output=True, text=True)
-        run([*command, "train", "--plain", *flags])
+        run([*command, "train", "--plain", *words])
         evaluate = ["evaluate", run_dir, "--checkpoint", "last", "--seed", "7", "--episodes", str(config.episodes)]
         return float(json.loads(run([*command, *evaluate]).stdout.splitlines()[-1])["return_mean"])
 
@@ -144,10 +147,10 @@ def run_sb3(name: str, seed: int, config: UntunedConfig) -> float:
     return float(evaluate_policy(model, env, config.episodes, deterministic=True)[0])  # type: ignore[arg-type]
 
 
-def run(trainer: str, name: str, seed: int, steps: int, config: UntunedConfig) -> dict[str, float]:
+def run(trainer: str, name: str, seed: int, steps: int, flags: str, config: UntunedConfig) -> dict[str, float]:
     """One run in a process of its own."""
     if trainer != "sb3":
-        return {"evaluation": run_fastppo(name, seed, trainer, config)}
+        return {"evaluation": run_fastppo(name, seed, trainer, flags, config)}
     with concurrent.futures.ProcessPoolExecutor(1) as process:
         return {"evaluation": process.submit(run_sb3, name, seed, config).result()}
 
@@ -170,17 +173,17 @@ def table(config: UntunedConfig, returns: Mapping[Name, float]) -> tuple[str, di
     return "\n".join(lines), {"means": means, "intervals": bounds}
 
 
-def main(config: UntunedConfig) -> int:
+def main(config: UntunedConfig, flags: str) -> int:
     """Train what is missing, print, and return the exit code."""
     wanted = [
-        (trainer, name, seed, config.steps)
+        (trainer, name, seed, config.steps, "" if trainer == "sb3" else flags)
         for seed in config.seeds
         for trainer in config.trainers
         for name in config.environments
     ]
     failed = run_missing(config.results, NAMES, wanted, functools.partial(run, config=config), config.jobs)
     lines = finished(config.results, NAMES)
-    returns = {name[:3]: line["evaluation"] for name, line in lines.items() if name[3] == config.steps}
+    returns = {name[:3]: lines[name]["evaluation"] for name in wanted if name in lines}
     text, summary = table(config, returns)
     print(f"\n{text}\n")
     print(json.dumps({**summary, "failed": failed}))
@@ -188,4 +191,6 @@ def main(config: UntunedConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(UntunedConfig)))
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    sys.exit(main(tyro.cli(UntunedConfig, args=words[:split]), shlex.join(words[split + 1 :])))

@@ -103,8 +103,7 @@ def test_settings():
 def test_what_has_no_counterpart_is_named():
     """In the line that a run prints on its preset."""
     assert describe(settings("Mine-v1")).startswith(
-        "preset ppo.yml (Mine-v1; in the zoo's format, "
-        "without what has no counterpart here: use_sde): "
+        "preset ppo.yml (Mine-v1; in the zoo's format, without what has no counterpart here: use_sde): "
     )
     other = describe(settings("Other-v4"))
     for words in ("normalize clip_obs", "batch_size 100: minibatches are of 128 rows", "net_arch", "callback", "norm_obs"):
