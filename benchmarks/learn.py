@@ -41,6 +41,8 @@ class LearnBenchmarkConfig:
     """Whose sizes: one without images and without memory."""
     hidden_sizes: tuple[int, ...] = (64, 64)
     """Units of each hidden layer."""
+    layer_norm: bool = False
+    """Layer normalisation in the hidden layers."""
     inductor: bool = False
     """The compiled form too; building it takes a minute."""
     rounds: int = 3
@@ -55,7 +57,7 @@ def arguments(config: LearnBenchmarkConfig) -> tuple[MLPActorCritic, ppo.LearnCo
     if workload.is_atari or workload.recurrent:
         sys.exit(f"--workload {config.workload}: images and memory have no fused update")
     obs_size, action_size, family = SPACES[workload.env_id]
-    network = MLPActorCritic(obs_size, action_size, family, config.hidden_sizes)
+    network = MLPActorCritic(obs_size, action_size, family, config.hidden_sizes, layer_norm=config.layer_norm)
     generator = torch.Generator().manual_seed(1)
     rows = (workload.num_steps + 1, workload.num_envs)
     normal, uniform = (functools.partial(draw, *rows, generator=generator) for draw in (torch.randn, torch.rand))
