@@ -46,6 +46,7 @@ class Preset:
 
 OWN = "fastppo's own"
 ZOO = "RL Zoo, hyperparams/ppo.yml at 00128b5"  # https://github.com/DLR-RM/rl-baselines3-zoo
+ZOO_NORMED = f"{ZOO}, with layer normalisation"
 TIANSHOU = "tianshou, examples/mujoco/mujoco_ppo.py at 002ffd9"  # https://github.com/thu-ml/tianshou
 
 SB3 = {"learning_rate": 3e-4, "anneal_lr": False}  # Stable-Baselines3's defaults, where a file of the zoo is silent
@@ -250,16 +251,16 @@ PRESETS: Mapping[str, Preset] = {
         Preset("continuous", "Pendulum-v1", OWN, PENDULUM),
         # families, for the environments without a preset of their own
         Preset("classic", "CartPole-v1", OWN, {}),
-        Preset("box2d", "LunarLander-v3", ZOO, LUNAR_LANDER),
+        Preset("box2d", "LunarLander-v3", ZOO_NORMED, LUNAR_LANDER),
         Preset("mujoco", "Ant-v5", TIANSHOU, MUJOCO),
         Preset("atari", "ALE/Pong-v5", ZOO, ATARI),
         # environments
-        Preset("Acrobot", "Acrobot-v1", ZOO, ACROBOT),
-        Preset("MountainCar", "MountainCar-v0", ZOO, MOUNTAIN_CAR),
+        Preset("Acrobot", "Acrobot-v1", ZOO_NORMED, ACROBOT),
+        Preset("MountainCar", "MountainCar-v0", ZOO_NORMED, MOUNTAIN_CAR),
         Preset("MountainCarContinuous", "MountainCarContinuous-v0", "a start, not tuned", MOUNTAIN_CAR_CONTINUOUS),
         Preset("Pendulum", "Pendulum-v1", OWN, PENDULUM),
-        Preset("LunarLander", "LunarLander-v3", ZOO, LUNAR_LANDER),
-        Preset("LunarLanderContinuous", "LunarLanderContinuous-v3", ZOO, LUNAR_LANDER),
+        Preset("LunarLander", "LunarLander-v3", ZOO_NORMED, LUNAR_LANDER),
+        Preset("LunarLanderContinuous", "LunarLanderContinuous-v3", ZOO_NORMED, LUNAR_LANDER),
         Preset("BipedalWalker", "BipedalWalker-v3", ZOO, BIPEDAL_WALKER),
         Preset("BipedalWalkerHardcore", "BipedalWalkerHardcore-v3", ZOO, BIPEDAL_WALKER_HARDCORE),
         Preset("HalfCheetah", "HalfCheetah-v5", TIANSHOU, MUJOCO),

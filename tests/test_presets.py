@@ -239,8 +239,9 @@ def test_the_printed_line():
     """Name, environment, source, and the values in effect: a flag's over the preset's, none that is the default anyway."""
     config = parse_train(["--env-id", "LunarLander-v3", "--num-envs", "4", "--gamma", "0.99"])
     assert describe(config) == (
-        "preset LunarLander (LunarLander-v3; RL Zoo, hyperparams/ppo.yml at 00128b5): learning_rate 0.0003, no anneal_lr, "
-        "total_timesteps 1000000, num_envs 4, num_steps 1024, num_minibatches 256, gae_lambda 0.98, ent_coef 0.01"
+        "preset LunarLander (LunarLander-v3; RL Zoo, hyperparams/ppo.yml at 00128b5, with layer normalisation): "
+        "learning_rate 0.0003, no anneal_lr, total_timesteps 1000000, num_envs 4, num_steps 1024, num_minibatches 256, "
+        "gae_lambda 0.98, ent_coef 0.01, layer_norm"
     )
     assert describe(parse_train([])) == "preset classic (CartPole-v1; fastppo's own): the defaults of every flag"
     assert "norm_obs, norm_reward" in describe(preset_for("Hopper-v5"))
