@@ -33,7 +33,7 @@ from fastppo.training.resumed_settings import resumed_settings
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
 MAX_LETTERS = 250  # of a value that is quoted in an error
-HABITS = {  # flags of CleanRL, Stable-Baselines3 and its zoo, for the hint in an error
+HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for the hint in an error
     "--env": "--env-id",
     "--gym-id": "--env-id",
     "--n-timesteps": "--total-timesteps",
@@ -45,6 +45,9 @@ HABITS = {  # flags of CleanRL, Stable-Baselines3 and its zoo, for the hint in a
     "--clip-range": "--clip-coef",
     "--policy-kwargs": "--hidden-sizes",
     "--cuda": "--device",
+    "--wandb": "--track",
+    "--wandb-project": "--track-project",
+    "--load-model-path": "--init-from",
 }
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a closed terminal
 
