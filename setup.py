@@ -1,12 +1,15 @@
 """Builds the C++ functions of the fused programs into the package; everything else is in pyproject.toml.
 
 Without a C++ compiler the package is installed without them. A run then trains eagerly, or builds them for its own processor.
+`FASTPPO_KERNELS=0 python -m build --wheel` leaves them out: that wheel fits every system. Windows has no use for them.
 """
 
 import os
 import runpy
+import sys
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 
@@ -17,9 +20,17 @@ class BuildKernels(build_ext):
         return os.path.join(*fullname.split(".")) + ".bin"
 
 
+class TagWheel(bdist_wheel):
+    """One wheel of a platform is for every Python, since ctypes loads the libraries."""
+
+    def get_tag(self):
+        platform = super().get_tag()[2]
+        return "py3", "none", platform
+
+
 sources = runpy.run_path("fastppo/fused/sources.py")
 setup(
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": TagWheel},
     ext_modules=[
         Extension(
             f"fastppo.fused.kernels_{name}",
@@ -31,5 +42,6 @@ setup(
             optional=True,
         )
         for name, flags in sources["processors"]().items()
+        if os.environ.get("FASTPPO_KERNELS") != "0" and sys.platform != "win32"
     ]
 )

@@ -20,6 +20,15 @@ VERBS = {
     "sweep": "search for the settings that learn an environment best",
 }
 
+HABITS = {  # what others call our verbs, for the hint in an error
+    "enjoy": "evaluate --render human",
+    "watch": "evaluate --render human",
+    "play": "evaluate --render human",
+    "optimize": "sweep",
+    "tune": "sweep",
+    "resume": "train --resume",
+}
+
 
 def console(args: Sequence[str] | None = None) -> int:
     """Entry point: the exit code."""
@@ -39,7 +48,8 @@ def module_of(verb: str) -> str:
 
 def _no_verb(args: Sequence[str]) -> None:
     if args[0] not in ("-h", "--help"):
-        raise UsageError(f"{args[0]!r} is not a verb of fastppo{nearest(args[0], VERBS)} (all verbs: fastppo --help)")
+        hint = f"; here it is {HABITS[args[0]]}" if args[0] in HABITS else nearest(args[0], VERBS)
+        raise UsageError(f"{args[0]!r} is not a verb of fastppo{hint} (all verbs: fastppo --help)")
     width = max(map(len, VERBS))
     print("usage: fastppo VERB ..., and fastppo VERB --help for its flags\n")
     print("\n".join(f"  {verb:{width}}  {what}" for verb, what in VERBS.items()))

@@ -21,7 +21,7 @@ import tyro
 from fastppo.bounds import flag
 from fastppo.config import OLD_NAMES, TrainConfig, read_run_config, with_absolute_paths
 from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
-from fastppo.given_settings import without_rivals
+from fastppo.given_settings import HABITS, without_rivals
 from fastppo.presets import choose_preset, find_preset
 from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
@@ -33,19 +33,6 @@ from fastppo.training.resumed_settings import resumed_settings
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
 MAX_LETTERS = 250  # of a value that is quoted in an error
-HABITS = {  # flags of CleanRL, Stable-Baselines3 and its zoo, for the hint in an error
-    "--env": "--env-id",
-    "--gym-id": "--env-id",
-    "--n-timesteps": "--total-timesteps",
-    "--n-envs": "--num-envs",
-    "--n-steps": "--num-steps",
-    "--n-epochs": "--update-epochs",
-    "--batch-size": "--minibatch-size",
-    "--lr": "--learning-rate",
-    "--clip-range": "--clip-coef",
-    "--policy-kwargs": "--hidden-sizes",
-    "--cuda": "--device",
-}
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # a full disk, a quota, a closed terminal
 
 
@@ -322,6 +309,7 @@ def _fold(box: str, flags: Collection[str]) -> str:
         r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\).*)?)$", r"missing argument: \1\2", message
     )
     message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
+    message = re.sub(r"no type matching .*\bFLOAT could be instantiated from \[(.*)\]\.?$", r"\1 is not a number", message)
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
     if message.startswith("Unrecognized"):
@@ -329,6 +317,9 @@ def _fold(box: str, flags: Collection[str]) -> str:
         habit = next((name for name in named if name in flags), None)
         if habit is not None:
             return f"{message}; here it is {habit} (all flags: --help)"
+        env_id = re.match(r"Unrecognized options: (\S+-v\d+)(?!\S)", message)
+        if env_id and "--env-id" in flags:
+            return f"{message}; an environment is given as --env-id {env_id[1]} (all flags: --help)"
     for text in texts[1:]:
         if text.startswith("Perhaps you meant"):
             message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")

@@ -368,6 +368,8 @@ class TrainConfig:
 
         Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
+        if path.parent.is_file():
+            raise UsageError(f"{path.parent} is a file: give the directory of its run")
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
         # what older versions did
         data = {"resize": (0,), "rescale_action": False, "autoreset": "next-step", **data}
@@ -423,7 +425,8 @@ def check_setting(name: str, value: Any) -> None:
     bound = _BOUNDS.get(name)
     legal_value = is_of_type(_TYPES[name], value) and (value is None or bound is None or bound.holds(value))
     if not legal_value:
-        raise UsageError(f"{flag(name)} must be {legal(name)}, got {reprlib.repr(value)}")
+        hint = f": write {int(value)}" if is_whole(name) and isinstance(value, float) and value.is_integer() else ""
+        raise UsageError(f"{flag(name)} must be {legal(name)}, got {reprlib.repr(value)}{hint}")
 
 
 def legal(name: str) -> str:

@@ -9,6 +9,22 @@ from fastppo.bounds import flag
 from fastppo.config import TrainConfig
 from fastppo.errors import UsageError, nearest
 
+HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for the hint in an error
+    "--env": "--env-id",
+    "--gym-id": "--env-id",
+    "--n-timesteps": "--total-timesteps",
+    "--n-envs": "--num-envs",
+    "--n-steps": "--num-steps",
+    "--n-epochs": "--update-epochs",
+    "--batch-size": "--minibatch-size",
+    "--lr": "--learning-rate",
+    "--clip-range": "--clip-coef",
+    "--policy-kwargs": "--hidden-sizes",
+    "--cuda": "--device",
+    "--wandb": "--track",
+    "--wandb-project": "--track-project",
+    "--load-model-path": "--init-from",
+}
 _NAMES = [field.name for field in fields(TrainConfig)]
 
 
@@ -16,7 +32,9 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
     """`config` with other values. Raises UsageError for an unknown name, an illegal value, or two that set the same thing."""
     unknown = next((name for name in settings if name not in _NAMES), None)
     if unknown is not None:
-        raise UsageError(f"there is no setting {reprlib.repr(unknown)}{nearest(unknown[:100], _NAMES)}")
+        ours = HABITS.get("--" + unknown.replace("_", "-"), "")[2:].replace("-", "_")
+        hint = f"; here it is {ours}" if ours else nearest(unknown[:100], _NAMES)
+        raise UsageError(f"there is no setting {reprlib.repr(unknown)}{hint}")
     return replace(without_rivals(config, [name for name, value in settings.items() if value is not False]), **settings)
 
 

@@ -23,14 +23,19 @@ check() {
     echo "checked: a clean tree, version $version in pyproject.toml, CHANGELOG.md and CITATION.cff, no tag v$version"
 }
 
-# sdist and wheel in dist/, from a clone of this commit: nothing that merely lies here gets in.
+# sdist, wheel, and wheel without compiled functions in dist/, from a clone of this commit: nothing that merely lies here gets in.
 build() {
+    local make
     git clone -q . "$work/source"
     "${PYTHON:-python3}" -m venv "$work/build"
     "$work/build/bin/python" -m pip install -q --disable-pip-version-check build
     rm -rf dist
-    "$work/build/bin/python" -m build --outdir dist "$work/source" >"$work/build.log" 2>&1 || fail "$(tail -n 20 "$work/build.log")"
+    make=("$work/build/bin/python" -m build --outdir dist "$work/source")
+    "${make[@]}" >"$work/build.log" 2>&1 || fail "$(tail -n 20 "$work/build.log")"
     wheel=$(echo dist/*.whl)
+    FASTPPO_KERNELS=0 "${make[@]}" --wheel >"$work/build.log" 2>&1 || fail "$(tail -n 20 "$work/build.log")"
+    pure=dist/fastppo-$version-py3-none-any.whl
+    [ -e "$pure" ] || fail "there is no $pure in dist/"
     echo "built: $(cd dist && echo *)"
 }
 
@@ -45,9 +50,20 @@ check_wheel() {
     echo "checked: $(wc -l <"$work/files") files in the wheel, $kernels of them compiled"
 }
 
-# In an empty environment and an empty folder, with the versions of constraints.txt.
-try_wheel() {
-    local constraints=$PWD/constraints.txt wheel=$PWD/$wheel
+# All that is needed has wheels for every Python that pyproject.toml names. Installs nothing; takes minutes.
+check_pythons() {
+    local python pythons
+    pythons=$(sed -n 's/.*"Programming Language :: Python :: \(3\.[0-9]*\)".*/\1/p' pyproject.toml)
+    for python in $pythons; do
+        "$work/build/bin/python" -m pip install -q --disable-pip-version-check --dry-run --ignore-installed --only-binary=:all: \
+            --python-version "$python" --target "$work/none" "$pure" || fail "what fastppo needs has no wheels for Python $python"
+    done
+    echo "checked: all that is needed has wheels for Python" $pythons
+}
+
+# In an empty environment and an empty folder, with the versions of constraints.txt; then without compiled functions and compiler.
+try_wheels() {
+    local constraints=$PWD/constraints.txt wheel=$PWD/$wheel pure=$PWD/$pure
     "${PYTHON:-python3}" -m venv "$work/venv"
     "$work/venv/bin/python" -m pip install -q --disable-pip-version-check --constraint "$constraints" "$wheel"
     mkdir "$work/empty"
@@ -56,8 +72,10 @@ try_wheel() {
     [ "$("$work/venv/bin/fastppo" --version)" = "fastppo $version" ] || fail "fastppo --version does not say $version"
     "$work/venv/bin/fastppo" train --total-timesteps 5000 --compile on
     "$work/venv/bin/fastppo" evaluate --episodes 5
+    "$work/venv/bin/python" -m pip install -q --disable-pip-version-check --no-deps --force-reinstall "$pure"
+    CXX=none "$work/venv/bin/fastppo" train --total-timesteps 5000
     cd - >/dev/null
-    echo "checked: installed in an empty environment, it trains and evaluates"
+    echo "checked: installed in an empty environment, both wheels train and evaluate"
 }
 
 check
@@ -66,11 +84,12 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 build
 check_wheel
-try_wheel
+try_wheels
+check_pythons
 cat <<END
 next:
   git tag -a v$version -m "fastppo $version" && git push origin v$version
-  python -m cibuildwheel --output-dir wheelhouse    # wheels that a package index takes; $(basename "$wheel") is for this machine
-  python -m twine upload dist/*.tar.gz wheelhouse/*.whl
+  python -m cibuildwheel --output-dir wheelhouse    # needs docker: the wheel for Linux; $(basename "$wheel") is for this machine
+  python -m twine upload dist/*.tar.gz $pure wheelhouse/*.whl
   open the next section of CHANGELOG.md: ## Unreleased
 END

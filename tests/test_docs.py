@@ -29,6 +29,14 @@ COMMANDS = [
 ]
 QUOTED = re.findall(r"`((?:scripts/|\.venv/bin/|fastppo |python -m fastppo)[^`]*)`", TEXT)
 
+# of the section [train] in pufferlib/config/default.ini of PufferLib 3.0
+PUFFERLIBS_SETTINGS = """
+    name project seed torch_deterministic cpu_offload device optimizer anneal_lr precision total_timesteps learning_rate gamma
+    gae_lambda update_epochs clip_coef vf_coef vf_clip_coef max_grad_norm ent_coef adam_beta1 adam_beta2 adam_eps data_dir
+    checkpoint_interval batch_size minibatch_size max_minibatch_size bptt_horizon compile compile_mode compile_fullgraph
+    vtrace_rho_clip vtrace_c_clip prio_alpha prio_beta0
+"""
+
 # page -> the tests that run its blocks of Python, in their order
 EXAMPLES = {
     "docs/python.md": [
@@ -143,22 +151,26 @@ def test_flags_in_sentences_are_flags():
     of_torchrun = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     of_slurm = {"--nodes", "--ntasks-per-node", "--cpus-per-task", "--requeue"}
     of_the_zoo = {"--algo", "--env", "--optimize"}
-    known = {"--help"} | of_torchrun | of_slurm | of_the_zoo
+    of_puffer = {"--vec", "--wandb", "--wandb-project", "--rnn-name", "--policy-name", "--load-model-path", "--render-mode"}
+    of_puffer |= {"--save-frames", "--gif-path", "--max-runs"}
+    known = {"--help"} | of_torchrun | of_slurm | of_the_zoo | of_puffer
     assert {flag for flag in flags - known if f"`{flag}`" not in reference} == set()
 
 
-@pytest.mark.parametrize("name", ["docs/from-cleanrl.md", "docs/from-sb3.md"])
+@pytest.mark.parametrize("name", ["docs/from-cleanrl.md", "docs/from-pufferlib.md", "docs/from-sb3.md"])
 def test_arguments_of_others_have_flags_of_train(name):
     """What stands beside an argument of another library is a setting of a run. Of PPO's arguments none is left out."""
-    heading = "Arguments" if name.endswith("cleanrl.md") else "Arguments of PPO"
+    heading = "Arguments of PPO" if name.endswith("sb3.md") else "Arguments"
     rows = [line.split("|")[1:4] for line in section(name, heading).splitlines() if line.startswith("| `")]
     assert len(rows) > 15
     for _, ours, _ in rows:
         for flag in re.findall(r"--[a-z-]+", ours):
             assert flag[2:].replace("-", "_") in {spec.name for spec in fields(TrainConfig)}, flag
+    named = {argument for theirs, _, _ in rows for argument in re.findall(r"`(\w+)`", theirs)}
     if name.endswith("sb3.md"):
-        named = {argument for theirs, _, _ in rows for argument in re.findall(r"`(\w+)`", theirs)}
         assert named == set(inspect.signature(PPO.__init__).parameters) - {"self", "_init_setup_model"}
+    if name.endswith("pufferlib.md"):
+        assert named == set(PUFFERLIBS_SETTINGS.split())
 
 
 def test_the_tree_is_that_of_the_package():

@@ -7,10 +7,13 @@ from dataclasses import fields
 
 import pytest
 
+from fastppo import train
 from fastppo.__main__ import console
 from fastppo.bounds import flag
-from fastppo.cli import HABITS, parse_train
+from fastppo.cli import parse_train
 from fastppo.config import TrainConfig
+from fastppo.errors import UsageError
+from fastppo.given_settings import HABITS
 from fastppo.system.text import whole_number
 
 TINY = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--hidden-sizes", "8", "--eval-episodes", "0"]
@@ -214,6 +217,35 @@ def test_other_words_are_no_habits(command, capsys):
     """The hint is for a flag that is not known, and names one that the verb has."""
     assert console(command) == 2
     assert "here it is" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["train", "CartPole-v1"], "Unrecognized options: CartPole-v1; an environment is given as --env-id CartPole-v1 ("),
+        (["train", "--learning-rate", "lin_0.001"], "--learning-rate: 'lin_0.001' is not a number ("),
+        (["evaluate", "runs/old/checkpoints/last.pt"], "last.pt is a file: give the directory of its run\n"),
+    ],
+)
+def test_what_to_type_instead(here, command, told, capsys):
+    """An environment without a flag, a schedule of the zoo, a checkpoint's file: one line."""
+    assert console(command) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "ours"), [("lr", "learning_rate"), ("n_steps", "num_steps"), ("clip_range", "clip_coef")])
+def test_arguments_of_other_trainers(name, ours):
+    """In Python the hint is the argument that means the same."""
+    with pytest.raises(UsageError, match=f"there is no setting '{name}'; here it is {ours}$"):
+        train("CartPole-v1", **{name: 0.1})
+
+
+def test_a_whole_number_that_is_a_float():
+    """total_timesteps=1e5, as other trainers take it: what to write is said."""
+    with pytest.raises(UsageError, match=r"--total-timesteps must be a whole number .*, got 100000\.0: write 100000$"):
+        train("CartPole-v1", total_timesteps=1e5)
 
 
 def test_hints_are_flags():

@@ -203,7 +203,8 @@ def test_nothing_to_compare(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert console([str(runs / "0"), str(runs / "1"), "--compare"]) == 2
     assert capsys.readouterr().err == (
-        "error: --compare needs runs of two settings in the same environment, with values of episodic_return_mean\n"
+        "error: --compare needs runs of two settings in the same environment, with values of episodic_return_mean: "
+        "name their directories, or the one that holds them (runs)\n"
     )
     assert not list(tmp_path.glob("*.png"))
 

@@ -1,6 +1,7 @@
 """What a release must hold, without building one (scripts/release.sh does): its first checks, and the files of the package."""
 
 import fnmatch
+import runpy
 import shutil
 import subprocess
 import tomllib
@@ -82,3 +83,22 @@ def test_every_file_of_the_package_is_packaged():
             assert (file.parent / "__init__.py").exists(), file
         else:
             assert any(fnmatch.fnmatch(file.relative_to(package).as_posix(), pattern) for pattern in patterns), file
+
+
+@pytest.mark.parametrize(("kernels", "system", "purely"), [("1", "linux", False), ("0", "linux", True), ("1", "win32", True)])
+def test_which_systems_a_wheel_is_for(kernels, system, purely, monkeypatch):
+    """One with compiled functions is for its platform and every Python; one without them for every system."""
+    pytest.importorskip("setuptools.command.bdist_wheel")
+    from setuptools import Distribution
+
+    asked = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FASTPPO_KERNELS", kernels)
+    monkeypatch.setattr("setuptools.setup", lambda **settings: asked.update(settings))
+    with monkeypatch.context() as pretended:
+        pretended.setattr("sys.platform", system)
+        runpy.run_path("setup.py")
+    command = asked["cmdclass"]["bdist_wheel"](Distribution({"name": "fastppo", "ext_modules": asked["ext_modules"]}))
+    command.ensure_finalized()
+    python, abi, platform = command.get_tag()
+    assert (python, abi, platform == "any") == ("py3", "none", purely)

@@ -26,7 +26,13 @@ def test_a_verb_is_a_module(verb, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "near"), [(["trian"], "train"), (["evalute", "x"], "evaluate"), (["--num-envs", "8"], "fastppo --help")]
+    ("args", "near"),
+    [
+        (["trian"], "nearest: train"),
+        (["evalute", "x"], "nearest: evaluate"),
+        (["enjoy"], "here it is evaluate --render human ("),
+        (["--num-envs", "8"], "fastppo --help"),
+    ],
 )
 def test_no_verb(args, near, capsys):
     """Exit code 2, and the nearest one."""

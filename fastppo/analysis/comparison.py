@@ -40,7 +40,10 @@ def comparable(groups: Sequence[Group], metric: str) -> dict[str, list[Group]]:
         environments.setdefault(group.env_id, []).append(group)
     compared = {env_id: here for env_id, here in environments.items() if len(here) > 1}
     if not compared:
-        raise UsageError(f"--compare needs runs of two settings in the same environment, with values of {metric}")
+        raise UsageError(
+            f"--compare needs runs of two settings in the same environment, with values of {metric}: "
+            "name their directories, or the one that holds them (runs)"
+        )
     return compared
 
 
