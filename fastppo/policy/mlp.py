@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.core.contracts import Weights
-from fastppo.policy.distributions import Family, num_normal, parameters
+from fastppo.policy.distributions import Family, num_log_std, parameters
 from fastppo.policy.network import DistributionMixin, check_shapes
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -39,7 +39,7 @@ def _rows(obs: Tensor) -> Tensor:
 class MLPActorCritic(DistributionMixin):
     """Multi-layer perceptrons for actor and critic, separate or on a shared backbone; a `core.contracts.Policy`.
 
-    obs_size: D, observations are (..., D). action_size: A, the number of logits and of continuous components of an action.
+    obs_size: D, observations are (..., D). action_size: A, the number of outputs, `spaces.ActionSpec.size`.
     """
 
     obs_size: int
@@ -74,7 +74,7 @@ class MLPActorCritic(DistributionMixin):
         for head, size in (("actor", self.action_size), ("critic", 1)):
             shapes[f"{head}.head.weight"] = (features, size)
             shapes[f"{head}.head.bias"] = (size,)
-        if (components := num_normal(self.distribution, self.action_size)) > 0:
+        if (components := num_log_std(self.distribution, self.action_size)) > 0:
             shapes["actor.log_std"] = (components,)
         return shapes
 
