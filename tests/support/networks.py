@@ -38,9 +38,9 @@ class Relu(Small):
     activation = staticmethod(torch.relu)
 
 
-def structured_job(observation, action_space, policy=None, seed=0, network_seed=0, **settings):
+def structured_job(observation, action_space, policy=None, seed=0, network_seed=0, distribution="normal", **settings):
     """`job` for a space of environments.py: (learn, arguments)."""
-    action = action_spec(action_space, False)
+    action = action_spec(action_space, False, distribution)
     space = OBSERVATIONS[observation]
     spec = obs_spec(space, None, action)
     network = make_network(spec, action, TrainConfig(hidden_sizes=(16,), cnn_size=16), policy, network_seed)
