@@ -43,6 +43,8 @@ def check_combinations(config: "TrainConfig") -> None:
             f"--log-std-init {config.log_std_init:g}: --action-distribution normal-state-std clamps it; "
             f"nearest: --log-std-init {MAX_LOG_STD:g}"
         )
+    if config.action_distribution != "gsde" and config.sde_sample_freq is not None:
+        raise UsageError(f"--sde-sample-freq {config.sde_sample_freq} is for --action-distribution gsde: leave it off")
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)

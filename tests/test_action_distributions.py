@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -19,13 +20,15 @@ from fastppo.export import export_policy
 from fastppo.fused.mlp_programs import covers
 from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
+from fastppo.ranks import ALONE
+from fastppo.training.job import draw_noise
 from support.networks import Small, structured_job
 from support.programs import assert_same
 from support.resume import differing
 from support.runs import checkpoint, tiny
 from support.seeds import SHORT, assert_alike
 
-KINDS = ("normal-state-std", "beta")
+KINDS = ("normal-state-std", "gsde", "beta")
 PENDULUM = {"env_id": "Pendulum-v1", "vectorization": "sync", "max_episode_steps": 10}
 each = pytest.mark.parametrize("kind", KINDS)
 
@@ -41,13 +44,13 @@ def runs(tmp_path_factory):
 
 @each
 def test_a_trained_policy_acts_and_is_exported(runs, kind, tmp_path):
-    """Samples vary, stay within the bounds and gather around the likeliest action; an exported file gives that one."""
+    """Samples vary and stay within the bounds; without sampling the mean is taken, and an exported file gives the same."""
     policy = load_policy(runs[kind].run_dir)
     policy.seed(1)
     policy.params += 0.3 * torch.randn(policy.params.shape, generator=torch.Generator().manual_seed(0))
     obs = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-    likeliest = policy.act(obs)
-    assert (likeliest == policy.act(obs)).all()
+    without = policy.act(obs)
+    assert (without == policy.act(obs)).all()
     sampled = np.stack([policy.act(obs, deterministic=False) for _ in range(400)])
     assert np.abs(sampled).max() <= 2.0
     assert (sampled.std(0) > 0.2).all()
@@ -55,7 +58,7 @@ def test_a_trained_policy_acts_and_is_exported(runs, kind, tmp_path):
     mean, scale = policy.normalization.obs_mean["obs"], policy.normalization.obs_scale["obs"]
     dist = policy.network.actor(policy.weights, ((stored - mean) * scale).clamp(-10, 10).float())
     expected = policy.action.to_env(policy.action.distribution.mode(dist))
-    np.testing.assert_allclose(likeliest, expected.numpy(), atol=1e-6)
+    np.testing.assert_allclose(without, expected.numpy(), atol=1e-6)
     if kind != "beta":
         export_policy(policy, tmp_path / "policy.pt2", "torch")
         got = torch.export.load(tmp_path / "policy.pt2").module()({"obs": stored}).numpy()
@@ -63,7 +66,7 @@ def test_a_trained_policy_acts_and_is_exported(runs, kind, tmp_path):
         onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
         export_policy(policy, tmp_path / "policy.onnx", "onnx")  # which begins as a torch one
         (got,) = onnxruntime.InferenceSession(tmp_path / "policy.onnx").run(None, {"obs": obs})
-    np.testing.assert_allclose(got, likeliest, atol=1e-5)
+    np.testing.assert_allclose(got, without, atol=1e-5)
 
 
 @each
@@ -93,8 +96,10 @@ def test_a_run_goes_on_and_is_started_from(runs, kind, tmp_path):
         ("beta", {"env_id": "environments:AnySpaces", "env_kwargs": {"observation": "tuple", "action": "box matrix"}}),
         ("normal-state-std", {**PENDULUM, "share_backbone": True, "squash_actions": True, "init": "torch"}),
         ("beta", {"env_id": "Pendulum-v1", "backend": "torch", "reset_each_rollout": True}),
+        ("gsde", {"env_id": "composites:Parts", "rnn": "lstm", "num_minibatches": 1, "sde_sample_freq": 3}),
+        ("gsde", {"env_id": "environments:AnySpaces", "env_kwargs": {"observation": "tuple", "action": "box matrix"}}),
     ],
-    ids=["parts and memory", "parts and own network", "images", "squashed", "device"],
+    ids=["parts and memory", "parts and own network", "images", "squashed", "device", "gsde and memory", "gsde and images"],
 )
 def test_runs_of_other_kinds(kind, settings, tmp_path):
     """Actions that are choices and numbers, memory, a module of one's own, pictures beside numbers, environments on tensors.
@@ -119,7 +124,7 @@ def test_each_seed_is_as_it_would_be_alone(kind, tmp_path):
     assert_alike(tmp_path / "all" / "seed-6", tmp_path / "6")
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("normal-state-std", None), ("beta", Small)], ids=["ours", "own"])
+@pytest.mark.parametrize(("kind", "policy"), [("normal-state-std", None), ("gsde", None), ("beta", Small)])
 def test_traced_learn_equals_eager(kind, policy):
     """As the compiler is given it, for choices and numbers in one action."""
     learn_eagerly, arguments = structured_job("float32", SPACES["hybrid"], policy, distribution=kind)
@@ -159,6 +164,7 @@ def test_fused_programs_leave_it_to_others(kind):
     [
         ({"action_distribution": "beta", "squash_actions": True}, "--squash-actions: --action-distribution beta is within"),
         ({"action_distribution": "normal-state-std", "log_std_init": 3.0}, "nearest: --log-std-init 2"),
+        ({"sde_sample_freq": 4}, "--sde-sample-freq 4 is for --action-distribution gsde: leave it off"),
     ],
 )
 def test_settings_that_exclude_each_other(settings, says):
@@ -173,6 +179,28 @@ def test_spaces_without_numbers_are_refused(kind):
     for space in (gym.spaces.Discrete(3), SPACES["choices"]):
         with pytest.raises(UsageError, match=f"--action-distribution {kind} is for Box action spaces.*: leave it off"):
             action_spec(space, False, kind)
+
+
+def test_gsde_is_for_our_networks():
+    """A module of one's own does not say which layer is the last hidden one."""
+    action = action_spec(ACTIONS["box"], False, "gsde")
+    with pytest.raises(UsageError, match="--action-distribution gsde is for our networks"):
+        make_network(obs_spec(Box(-1, 1, (3,))), action, TrainConfig(action_distribution="gsde"), Small)
+
+
+@pytest.mark.parametrize(("freq", "held"), [(None, 7), (3, 3), (1, 1)])
+def test_noise_of_gsde_is_held(freq, held):
+    """An environment keeps its matrix for that many steps, from the rollout's first on; each environment has its own."""
+    config = TrainConfig(action_distribution="gsde", sde_sample_freq=freq, num_steps=7, num_envs=3, num_minibatches=1)
+    action = action_spec(ACTIONS["box"], False, "gsde")
+    network = make_network(obs_spec(Box(-1, 1, (3,))), action, replace(config, hidden_sizes=(5,)))
+    action = replace(action, distribution=network.distribution)
+    noise = draw_noise(SimpleNamespace(config=config, action=action, ranks=ALONE), torch.Generator().manual_seed(0))
+    assert noise.shape == (7, 3, 5 * action.size)
+    for step in range(7):
+        assert torch.equal(noise[step], noise[step // held * held])
+        assert step % held or step == 0 or not torch.isclose(noise[step], noise[step - 1]).any()
+    assert not torch.isclose(noise[:, 0], noise[:, 1]).any()
 
 
 def test_beta_needs_bounds():

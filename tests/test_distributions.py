@@ -11,6 +11,7 @@ from fastppo.policy.distributions import (
     CATEGORICAL,
     CONTINUOUS,
     DIAGONAL_NORMAL,
+    GSDE,
     STATE_NORMAL,
     Hybrid,
     MultiCategorical,
@@ -20,6 +21,7 @@ from fastppo.policy.distributions import (
     masked,
     normal_noise,
     parameters,
+    with_features,
 )
 
 
@@ -289,7 +291,7 @@ def torchs(kind, numbers, out, log_std, action):
     return log_prob + oracle.log_prob(action[:, len(numbers) :]).sum(-1), entropy + oracle.entropy().sum(-1)
 
 
-@pytest.mark.parametrize("kind", CONTINUOUS)
+@pytest.mark.parametrize("kind", ["normal", "normal-state-std", "beta"])
 @pytest.mark.parametrize("masked_choices", [False, True])
 def test_choices_and_numbers_equal_torch(kind, masked_choices):
     """Log-probability and entropy are sums over all parts, with their gradients in every output and log_std. Masks touch the
@@ -346,7 +348,7 @@ def test_two_outputs_for_each_number_equal_torch(kind):
     out = (1.5 * torch.randn(7, 3, 8, generator=generator(30), dtype=torch.float64)).requires_grad_()
     log_std = torch.tensor([0.3, -0.7, -1.5, 0.0], dtype=torch.float64, requires_grad=True)
     action = torch.rand(7, 3, 4, generator=generator(31), dtype=torch.float64)
-    dist, oracle = family.parameters(out, log_std), Independent(oracle_of(kind, out, log_std), 1)
+    dist, oracle = family.parameters(out, log_std, None), Independent(oracle_of(kind, out, log_std), 1)
     for ours, theirs in ((family.log_prob(dist, action), oracle.log_prob(action)), (family.entropy(dist), oracle.entropy())):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
         got, wanted = (
@@ -360,9 +362,61 @@ def test_two_outputs_for_each_number_equal_torch(kind):
 def test_a_standard_deviation_of_the_state_by_hand():
     """The second half of the outputs is added to log_std; the sum stays between -20 and 2."""
     out = torch.tensor([[1.0, 2.0, 0.5, 9.0], [3.0, 4.0, -0.5, -90.0]])
-    mean, log_std = STATE_NORMAL.parameters(out, torch.tensor([0.25, 0.0]))
+    mean, log_std = STATE_NORMAL.parameters(out, torch.tensor([0.25, 0.0]), None)
     assert mean.tolist() == [[1.0, 2.0], [3.0, 4.0]]
     assert log_std.tolist() == [[0.75, 2.0], [-0.25, -20.0]]
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_gsde_equals_stable_baselines(hybrid):
+    """Oracle: StateDependentNoiseDistribution. Samples of the same matrices, log_prob, entropy and their gradients in the means
+
+    and log_std; none in the features. Beside choices too.
+    """
+    distributions = pytest.importorskip("stable_baselines3.common.distributions")
+    rows, num_features, size = 9, 6, 3
+    mean, features, log_std = (
+        (0.7 * torch.randn(*shape, generator=generator(40 + i))).requires_grad_()
+        for i, shape in enumerate([(rows, size), (rows, num_features), (num_features, size)])
+    )
+    oracle = distributions.StateDependentNoiseDistribution(size)
+    with torch.random.fork_rng():
+        oracle.proba_distribution_net(num_features)
+        oracle.sample_weights(log_std, rows)
+    oracle.proba_distribution(mean, log_std, features)
+    expected = oracle.sample().detach()
+    noise = (oracle.exploration_matrices / log_std.exp()).detach().flatten(1)
+    family, out, action = GSDE, mean, expected
+    if hybrid:  # a choice whose only value is certain adds nothing
+        family = Hybrid((1,), size, GSDE)
+        out, noise, action = (torch.cat([torch.zeros(rows, 1), x], 1) for x in (mean, noise, expected))
+    dist = parameters(out, log_std, family, features)
+    torch.testing.assert_close(family.sample(dist, noise), action)
+    assert torch.equal(family.mode(dist)[:, -size:], mean)
+    pairs = [(family.log_prob(dist, action), oracle.log_prob(expected)), (family.entropy(dist), oracle.entropy())]
+    row_weight = torch.arange(1.0, rows + 1.0)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+        got, wanted = (
+            torch.autograd.grad((row_weight * x).sum(), (mean, log_std, features), retain_graph=True, allow_unused=True)
+            for x in (ours, theirs)
+        )
+        torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-5)
+        assert wanted[0] is None or torch.allclose(got[0], wanted[0], atol=1e-5)
+        assert (got[2], wanted[2]) == (None, None)
+
+
+def test_gsde_samples_have_their_moments():
+    """200 000 matrices and one state: mean and standard deviation within five standard errors of those of log_prob."""
+    draws, features, mean = 200_000, torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, -2.0])
+    log_std = torch.tensor([[0.0, -1.0], [-0.5, 0.3], [-2.0, -0.2]])
+    family = with_features(GSDE, 3)
+    dist = family.parameters(mean.expand(draws, 2), log_std, features.expand(draws, 3))
+    sample = family.sample(dist, family.noise((draws, 2 * family.num_noise), generator(41)))
+    std = dist[1][0].exp()
+    assert ((sample.mean(0) - mean).abs() < 5 * std / draws**0.5).all()
+    assert ((sample.std(0) - std).abs() < 5 * std / (2 * draws) ** 0.5).all()
+    assert abs(torch.corrcoef(sample.T)[0, 1]) < 5 / draws**0.5
 
 
 @pytest.mark.parametrize("alpha_beta", [(1.0, 1.0), (1.0, 6.0), (1.7, 1.7), (40.0, 3.0), (2e3, 5e3)])
@@ -390,18 +444,18 @@ def test_beta_samples_are_beta(alpha_beta):
     assert abs(torch.corrcoef(torch.stack([sample[:-1, 0], sample[1:, 0]]))[0, 1]) < 5 / draws**0.5
 
 
-def test_the_mode_of_beta_is_its_likeliest_value():
-    """Oracle: the largest of torch's densities on a grid. Each component has its own."""
+def test_beta_without_sampling_is_its_mean():
+    """Oracle: torch's mean. A density that is almost flat gives the middle, where the mode would be a bound."""
     out = torch.tensor([[0.0, -2.0, 3.0, 1.0, 3.0, -4.0]])
-    grid = torch.linspace(1e-4, 1 - 1e-4, 20_001).unsqueeze(1)
-    best = grid[oracle_of("beta", out, None).log_prob(grid).argmax(0), 0]
-    torch.testing.assert_close(BETA.mode(BETA.parameters(out, None))[0], best, rtol=0, atol=1e-4)
+    torch.testing.assert_close(BETA.mode(BETA.parameters(out, None, None)), oracle_of("beta", out, None).mean)
+    flat = BETA.mode(BETA.parameters(torch.tensor([-5.0, -9.0]), None, None))
+    torch.testing.assert_close(flat, torch.tensor([0.5]), rtol=0, atol=0.01)
 
 
 def test_extreme_outputs_of_beta_stay_finite():
     """Outputs of a policy that has become certain, or has no opinion left, with samples at the edge: nothing is infinite."""
     out = torch.tensor([[-200.0, -200.0], [200.0, -200.0], [-200.0, 200.0], [2e4, 2e4]], requires_grad=True)
-    dist = BETA.parameters(out.expand(1000, 4, 2), None)
+    dist = BETA.parameters(out.expand(1000, 4, 2), None, None)
     action = BETA.sample(dist, BETA.noise((1000, 4, BETA.num_noise), generator(33)))
     assert action.min() > 0.0
     assert action.max() < 1.0

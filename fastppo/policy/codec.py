@@ -3,6 +3,7 @@
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -111,6 +112,7 @@ def agent_from_state(
     moments = moments_from_state(state["obs_moments"], device)
     obs = obs_spec(obs_space, mask_size, action, normalize=moments or False)
     network = make_network(obs, action, config, policy)
+    action = replace(action, distribution=network.distribution)
     scales = {name: state[name] for name in ("reward_scale", "return_mean", "return_std")}
     scales = {
         name: None if scale is None and name == "reward_scale" else checked(scale, name, torch.float32, ()).to(device)

@@ -6,7 +6,7 @@ rollout at once. Knows nothing of networks or action spaces.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch import Tensor
 LOG_STD_RANGE = (-20.0, 2.0)  # of a standard deviation that depends on the state
 GAMMA_TRIES = 4  # K
 BETA_MARGIN = 1e-6  # distance of samples from 0 and 1, and of alpha and beta from 1
+GSDE_EPSILON = 1e-6  # is added to a variance
 ILLEGAL = -1e8  # no noise makes this logit the largest; finite, since 0 * -inf would be nan in entropies and gradients
 
 
-def _unchanged(out: Tensor, _: Tensor | None) -> Tensor:
+def _unchanged(out: Tensor, *_: Tensor | None) -> Tensor:
     return out
 
 
@@ -26,10 +27,11 @@ def _unchanged(out: Tensor, _: Tensor | None) -> Tensor:
 class Distribution:
     """One family. `dist` below is what `parameters` returns: logits (..., A), or two tensors of (..., C) each for C numbers.
 
-    noise(shape, generator) -> tensor of `shape`; sample(dist, noise) -> action; mode(dist) -> the likeliest action;
-    log_prob(dist, action) -> (...); entropy(dist) -> (...), in nats. parameters(out, log_std) -> dist, from a network's
-    outputs and, if `has_log_std`, its weights (C,).
+    noise(shape, generator) -> tensor of `shape`; sample(dist, noise) -> action; mode(dist) -> the likeliest action, or the mean
+    of a beta; log_prob(dist, action) -> (...); entropy(dist) -> (...), in nats. parameters(out, log_std, features) -> dist,
+    from a network's outputs, its weights log_std, if `has_log_std`, and its last hidden layer (..., F).
     num_outputs, num_noise: outputs of a network, and numbers of noise, for each logit or number of an action.
+    of_features: num_noise is F, see `with_features`.
     """
 
     noise: Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -37,10 +39,11 @@ class Distribution:
     mode: Callable[[Any], Tensor]
     log_prob: Callable[[Any, Tensor], Tensor]
     entropy: Callable[[Any], Tensor]
-    parameters: Callable[[Tensor, Tensor | None], Any] = _unchanged
+    parameters: Callable[[Tensor, Tensor | None, Tensor | None], Any] = _unchanged
     has_log_std: bool = False
     num_outputs: int = 1
     num_noise: int = 1
+    of_features: bool = False
 
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -83,31 +86,31 @@ def normal_sample(dist: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
     return mean + log_std.exp() * noise
 
 
-def normal_mode(dist: tuple[Tensor, Tensor]) -> Tensor:
+def normal_mode(dist: tuple[Tensor, ...]) -> Tensor:
     """The mean. (..., A) -> (..., A)."""
     return dist[0]
 
 
-def normal_log_prob(dist: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
+def normal_log_prob(dist: tuple[Tensor, ...], action: Tensor) -> Tensor:
     """Log-density of a diagonal Gaussian, summed over the last axis. (..., A) -> (...)."""
-    mean, log_std = dist
+    mean, log_std, *_ = dist
     standardized = (action - mean) * (-log_std).exp()
     return (-0.5 * standardized.square() - log_std - 0.5 * math.log(2.0 * math.pi)).sum(-1)
 
 
-def normal_entropy(dist: tuple[Tensor, Tensor]) -> Tensor:
+def normal_entropy(dist: tuple[Tensor, ...]) -> Tensor:
     """sum_i (log_std_i + log(2 pi e) / 2). (..., A) -> (...)."""
-    _, log_std = dist
+    _, log_std, *_ = dist
     return (log_std + 0.5 * math.log(2.0 * math.pi * math.e)).sum(-1)
 
 
-def normal_parameters(mean: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor]:
+def normal_parameters(mean: Tensor, log_std: Tensor | None, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     """One standard deviation for all states. (..., C), (C,) -> (..., C) twice."""
     assert log_std is not None
     return mean, log_std.expand_as(mean)
 
 
-def state_normal_parameters(out: Tensor, log_std: Tensor | None) -> tuple[Tensor, Tensor]:
+def state_normal_parameters(out: Tensor, log_std: Tensor | None, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     """A standard deviation for each state: the second half of the outputs is added to log_std. (..., 2 C) -> (..., C) twice.
 
     Clamped as in Stable-Baselines3's SAC. rsl_rl calls it state_dependent_std.
@@ -117,7 +120,26 @@ def state_normal_parameters(out: Tensor, log_std: Tensor | None) -> tuple[Tensor
     return mean, (log_std + of_state).clamp(*LOG_STD_RANGE)
 
 
-def beta_parameters(out: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+def gsde_parameters(mean: Tensor, log_std: Tensor | None, features: Tensor | None) -> tuple[Tensor, ...]:
+    """mean (..., C), log_std (F, C), features (..., F) -> mean and log std (..., C) each, features, std (F, C).
+
+    The noise of an action is features @ matrix with matrix ~ N(0, exp(log_std)^2), so its variance is
+    features^2 @ exp(log_std)^2. No gradient flows into the features, as in Stable-Baselines3's StateDependentNoiseDistribution.
+    Raffin, Kober and Stulp, 2021, "Smooth exploration for robotic reinforcement learning", arXiv 2005.05719, section 3.
+    """
+    assert log_std is not None
+    assert features is not None
+    features, std = features.detach(), log_std.exp()
+    return mean, 0.5 * (features.square() @ std.square() + GSDE_EPSILON).log(), features, std
+
+
+def gsde_sample(dist: tuple[Tensor, ...], noise: Tensor) -> Tensor:
+    """mean + features @ (std * noise), with the noise as a matrix (F, C). noise (..., F C) -> (..., C)."""
+    mean, _, features, std = dist
+    return mean + (features.unsqueeze(-1) * std * noise.unflatten(-1, std.shape[-2:])).sum(-2)
+
+
+def beta_parameters(out: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
     """(alpha - 1, beta - 1) = softplus(out): both above 0, so that the density has one peak. (..., 2 C) -> (..., C) twice.
 
     Chou, Maturana and Scherer, 2017, "Improving stochastic policy gradients in continuous control with deep RL using the Beta
@@ -160,10 +182,14 @@ def beta_sample(dist: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
     return (x / (x + y)).clamp(BETA_MARGIN, 1.0 - BETA_MARGIN)  # the density at 0 and at 1 may be 0
 
 
-def beta_mode(dist: tuple[Tensor, Tensor]) -> Tensor:
-    """(alpha - 1) / (alpha + beta - 2). (..., C) -> (..., C)."""
+def beta_mean(dist: tuple[Tensor, Tensor]) -> Tensor:
+    """alpha / (alpha + beta). (..., C) -> (..., C).
+
+    This is the action without sampling. The mode, (alpha - 1) / (alpha + beta - 2), may lie at a bound where the density is
+    almost flat: a policy of Pendulum got -359 with the mode and -196 with the mean (benchmarks/LOG.md).
+    """
     a, b = dist
-    return a / (a + b)
+    return (1.0 + a) / (2.0 + a + b)
 
 
 def beta_log_prob(dist: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
@@ -186,11 +212,17 @@ def _log_beta(a: Tensor, b: Tensor) -> Tensor:
 
 CATEGORICAL = Distribution(gumbel_noise, categorical_sample, categorical_mode, categorical_log_prob, categorical_entropy)
 _NORMAL = (normal_noise, normal_sample, normal_mode, normal_log_prob, normal_entropy)
-_BETA = (beta_noise, beta_sample, beta_mode, beta_log_prob, beta_entropy)
+_BETA = (beta_noise, beta_sample, beta_mean, beta_log_prob, beta_entropy)
 DIAGONAL_NORMAL = Distribution(*_NORMAL, normal_parameters, has_log_std=True)
 STATE_NORMAL = Distribution(*_NORMAL, state_normal_parameters, has_log_std=True, num_outputs=2)
 BETA = Distribution(*_BETA, beta_parameters, num_outputs=2, num_noise=4 * GAMMA_TRIES)
-CONTINUOUS = {"normal": DIAGONAL_NORMAL, "normal-state-std": STATE_NORMAL, "beta": BETA}  # by --action-distribution
+GSDE = replace(DIAGONAL_NORMAL, sample=gsde_sample, parameters=gsde_parameters, of_features=True)
+CONTINUOUS = {  # by --action-distribution
+    "normal": DIAGONAL_NORMAL,
+    "normal-state-std": STATE_NORMAL,
+    "gsde": GSDE,
+    "beta": BETA,
+}
 
 
 @dataclass(frozen=True)
@@ -237,7 +269,7 @@ class Hybrid:
     """Categorical choices and continuous components, all independent, with the methods of `Distribution`.
 
     Choices are as in `MultiCategorical`: D = sum(numbers) logits. There are C components, of the family `continuous`. dist is
-    (logits (..., D), the two tensors (..., C) of that family). An action is (..., K + C) float32: first the value of each
+    (logits (..., D), the tensors of that family). An action is (..., K + C) float32: first the value of each
     choice, which float32 holds exactly, then the components. Log-probability and entropy are sums over all of them.
     """
 
@@ -268,7 +300,7 @@ class Hybrid:
         return self._joined(self.choices.sample(logits, gumbel), self.continuous.sample(tuple(rest), other))
 
     def mode(self, dist: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """The likeliest values. -> (..., K + C)."""
+        """The modes of all. -> (..., K + C)."""
         return self._joined(self.choices.mode(dist[0]), self.continuous.mode(dist[1:]))
 
     def log_prob(self, dist: tuple[Tensor, Tensor, Tensor], action: Tensor) -> Tensor:
@@ -287,12 +319,12 @@ class Hybrid:
 Family = Distribution | MultiCategorical | Hybrid
 
 
-def parameters(out: Tensor, log_std: Tensor | None, family: Family) -> Any:
-    """`dist` from a network's outputs (..., A), logits first, and its weights log_std (C,), if the family has them."""
+def parameters(out: Tensor, log_std: Tensor | None, family: Family, features: Tensor | None = None) -> Any:
+    """`dist` from a network's outputs (..., A), logits first, its weights log_std, and its last hidden layer (..., F)."""
     if isinstance(family, Hybrid):
         logits, rest = out.tensor_split([family.num_logits], -1)
-        return logits, *family.continuous.parameters(rest, log_std)
-    return family.parameters(out, log_std) if isinstance(family, Distribution) else out
+        return logits, *family.continuous.parameters(rest, log_std, features)
+    return family.parameters(out, log_std, features) if isinstance(family, Distribution) else out
 
 
 def logits_of(dist: Any) -> Tensor:
@@ -330,12 +362,28 @@ def continuous_of(family: Family) -> Distribution | None:
     """The family of the continuous components; None where there are only choices."""
     if isinstance(family, Hybrid):
         return family.continuous
-    return family if isinstance(family, Distribution) and family in CONTINUOUS.values() else None
+    return family if isinstance(family, Distribution) and family.noise is not gumbel_noise else None
 
 
-def num_log_std(family: Family, size: int) -> int:
-    """How many log standard deviations are weights of a network with `size` outputs."""
+def num_components(family: Family, size: int) -> int:
+    """C, the number of continuous components of a network with `size` outputs."""
+    continuous = continuous_of(family)
+    return 0 if continuous is None else (size - sum(choices(family, size))) // continuous.num_outputs
+
+
+def log_std_shape(family: Family, size: int) -> tuple[int, ...] | None:
+    """Shape of the log standard deviations that are weights of a network with `size` outputs; None: there are none."""
     continuous = continuous_of(family)
     if continuous is None or not continuous.has_log_std:
-        return 0
-    return (size - sum(choices(family, size))) // continuous.num_outputs
+        return None
+    components = num_components(family, size)
+    return (continuous.num_noise, components) if continuous.of_features else (components,)
+
+
+def with_features(family: Family, number: int) -> Family:
+    """The family for a network whose last hidden layer has so many features."""
+    continuous = continuous_of(family)
+    if continuous is None or not continuous.of_features:
+        return family
+    fitting = replace(continuous, num_noise=number)
+    return replace(family, continuous=fitting) if isinstance(family, Hybrid) else fitting

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastppo.core.contracts import Obs, Weights
 from fastppo.errors import UsageError, brief
-from fastppo.policy.distributions import masked, num_log_std, parameters
+from fastppo.policy.distributions import log_std_shape, masked, parameters
 from fastppo.policy.encoder import encode
 from fastppo.policy.network import DistributionMixin, check_shapes
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsSpec
@@ -59,8 +59,8 @@ class ModulePolicy(DistributionMixin):
                 f"policy: its weight {wrong}; all must be float32" if wrong else "policy: it has no weights to train"
             )
         self.shapes = {name: weight.shape for name, weight in trained.items()}
-        if (components := num_log_std(action.distribution, action.size)) > 0:
-            self.shapes[LOG_STD] = torch.Size([components])
+        if (shape := log_std_shape(action.distribution, action.size)) is not None:
+            self.shapes[LOG_STD] = torch.Size(shape)
         self.module.eval().requires_grad_(False)
         try:
             result = self.module(inputs["obs"] if list(shapes) == ["obs"] else inputs)

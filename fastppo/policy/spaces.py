@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastppo.errors import UsageError
-from fastppo.policy.distributions import BETA, CATEGORICAL, CONTINUOUS, Family, Hybrid, MultiCategorical, choices
+from fastppo.policy.distributions import (
+    BETA,
+    CATEGORICAL,
+    CONTINUOUS,
+    Family,
+    Hybrid,
+    MultiCategorical,
+    choices,
+    continuous_of,
+    num_components,
+)
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
 NO_BOUND = 1e38  # a bound this large means no bound: environments give the largest float32 or float64
@@ -279,7 +289,6 @@ class ActionSpec:
     size: int  # A: logits and what the network gives out for the components
     shape: tuple[int, ...]  # as stored: () for a Discrete, else (K + C,), K choices and C components
     dtype: torch.dtype  # as stored: int64 for choices alone
-    num_noise: int  # numbers of noise that sample an action
 
     @property
     def num_logits(self) -> int:
@@ -320,7 +329,9 @@ class ActionSpec:
 
     def noise_shape(self, *batch: int) -> tuple[int, ...]:
         """Shape of the noise that samples a batch of actions."""
-        return (*batch, self.num_noise)
+        continuous = continuous_of(self.distribution)
+        each = 0 if continuous is None else continuous.num_noise
+        return (*batch, self.num_logits + num_components(self.distribution, self.size) * each)
 
 
 def _nested(space: gym.Space[Any], leaves: Iterator[Any]) -> Any:
@@ -357,8 +368,7 @@ def action_spec(space: gym.Space[Any], squash: bool, distribution: str = "normal
         family = Hybrid(numbers, components, continuous) if components else MultiCategorical(numbers)
     shape = () if isinstance(space, Discrete) else (len(numbers) + components,)
     dtype = torch.float32 if components else torch.int64
-    size, num_noise = (sum(numbers) + components * each for each in (continuous.num_outputs, continuous.num_noise))
-    return ActionSpec(space, tuple(leaves), family, size, shape, dtype, num_noise)
+    return ActionSpec(space, tuple(leaves), family, sum(numbers) + components * continuous.num_outputs, shape, dtype)
 
 
 def _action_leaves(
