@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
 
 @each
 def test_a_trained_policy_acts_and_is_exported(runs, kind, tmp_path):
-    """Samples vary and stay within the bounds; without sampling the mean is taken, and an exported file gives the same."""
+    """Samples vary and stay within the bounds; without sampling the mean is taken, and an exported file gives it."""
     policy = load_policy(runs[kind].run_dir)
     policy.seed(1)
     policy.params += 0.3 * torch.randn(policy.params.shape, generator=torch.Generator().manual_seed(0))
@@ -59,14 +59,11 @@ def test_a_trained_policy_acts_and_is_exported(runs, kind, tmp_path):
     dist = policy.network.actor(policy.weights, ((stored - mean) * scale).clamp(-10, 10).float())
     expected = policy.action.to_env(policy.action.distribution.mode(dist))
     np.testing.assert_allclose(without, expected.numpy(), atol=1e-6)
-    if kind != "beta":
-        export_policy(policy, tmp_path / "policy.pt2", "torch")
-        got = torch.export.load(tmp_path / "policy.pt2").module()({"obs": stored}).numpy()
-    else:
+    if kind == "beta":  # the others' files hold the means alone, as those of a normal
         onnxruntime, _ = pytest.importorskip("onnxruntime"), pytest.importorskip("onnxscript")
         export_policy(policy, tmp_path / "policy.onnx", "onnx")  # which begins as a torch one
         (got,) = onnxruntime.InferenceSession(tmp_path / "policy.onnx").run(None, {"obs": obs})
-    np.testing.assert_allclose(got, without, atol=1e-5)
+        np.testing.assert_allclose(got, without, atol=1e-5)
 
 
 @each
@@ -83,7 +80,7 @@ def test_a_run_goes_on_and_is_started_from(runs, kind, tmp_path):
     config = replace(TrainConfig.from_json(run_dir / "config.json"), resume=str(run_dir), run_dir=None, num_iterations=5)
     with pytest.raises(UsageError, match="--action-distribution normal cannot change on --resume"):
         train(replace(config, action_distribution="normal"))
-    train(config)
+    train(replace(config, sde_sample_freq=2) if kind == "gsde" else config)  # which may change
     assert differing(before, checkpoint(run_dir)["policy"]["weights"])
     assert json.loads((run_dir / "config.json").read_text())["action_distribution"] == kind
 
@@ -124,7 +121,13 @@ def test_each_seed_is_as_it_would_be_alone(kind, tmp_path):
     assert_alike(tmp_path / "all" / "seed-6", tmp_path / "6")
 
 
-@pytest.mark.parametrize(("kind", "policy"), [("normal-state-std", None), ("gsde", None), ("beta", Small)])
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        *[pytest.param(kind, None, marks=pytest.mark.slow) for kind in KINDS],  # five seconds each
+        ("beta", Small),
+    ],
+)
 def test_traced_learn_equals_eager(kind, policy):
     """As the compiler is given it, for choices and numbers in one action."""
     learn_eagerly, arguments = structured_job("float32", SPACES["hybrid"], policy, distribution=kind)
