@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastppo.config import TrainConfig
 
 MAX_BATCH_SIZE = 2**31 - 1
+MAX_LOG_STD = 2.0  # of policy.distributions.LOG_STD_RANGE, which would cost torch
 
 
 def check_combinations(config: "TrainConfig") -> None:
@@ -35,6 +36,15 @@ def check_combinations(config: "TrainConfig") -> None:
         raise UsageError(f"--eval-every {config.eval_every} plays --eval-episodes episodes each time: set that to at least 1")
     if config.policy is not None and config.rnn is not None:
         raise UsageError(f"--rnn {config.rnn} is a part of our networks, and --policy is a whole one of yours: leave it off")
+    if config.action_distribution == "beta" and config.squash_actions:
+        raise UsageError("--squash-actions: --action-distribution beta is within the bounds already: leave it off")
+    if config.action_distribution == "normal-state-std" and config.log_std_init > MAX_LOG_STD:
+        raise UsageError(
+            f"--log-std-init {config.log_std_init:g}: --action-distribution normal-state-std clamps it; "
+            f"nearest: --log-std-init {MAX_LOG_STD:g}"
+        )
+    if config.action_distribution != "gsde" and config.sde_sample_freq is not None:
+        raise UsageError(f"--sde-sample-freq {config.sde_sample_freq} is for --action-distribution gsde: leave it off")
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)

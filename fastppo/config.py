@@ -233,7 +233,12 @@ class TrainConfig:
     init: Literal["orthogonal", "torch"] = "orthogonal"
     """Initial weights: orthogonal, or as torch's Linear and Conv2d draw them (Stable-Baselines3's ortho_init=False)."""
     log_std_init: Annotated[float, within(-20, 20)] = 0.0
-    """Initial log standard deviation of continuous actions."""
+    """Initial log standard deviation of continuous actions; beta has none."""
+    action_distribution: Literal["normal", "normal-state-std", "gsde", "beta"] = "normal"
+    """Of continuous actions: normal; normal with a standard deviation that depends on the state; gSDE, state-dependent noise of
+    Raffin et al. 2021; or beta, on the environment's bounds."""
+    sde_sample_freq: Annotated[int | None, at_least(1), LEARNING] = None
+    """gSDE: steps that an environment keeps its noise matrix for; default: the whole rollout."""
     squash_actions: bool = False
     """Map continuous actions to the environment's bounds with tanh instead of clipping them."""
 

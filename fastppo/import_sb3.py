@@ -28,8 +28,8 @@ class ImportSb3Config:
 
     `evaluate`, `export`, `load_policy` and `--init-from` take the directory; `--resume` does not, since the optimiser's state
     is not imported. The file is read as data: its pickles are never unpickled. Settings come from its JSON text, the network
-    from its weights. What has no counterpart here is refused: recurrent policies, gSDE, several inputs, a features extractor
-    of one's own, an actor and a critic of different layers.
+    from its weights. What has no counterpart here is refused: recurrent policies, several inputs, a features extractor of
+    one's own, an actor and a critic of different layers.
     """
 
     model: Annotated[str, tyro.conf.Positional]

@@ -10,8 +10,8 @@ How a source's settings are written here:
 - One environment of 512 or 2048 steps is 8 environments of 64 or 256: as many rows, collected in parallel.
 - The weight of the value loss is of the squared error, as in Stable-Baselines3; CleanRL halves the error, so its 0.5 is 0.25.
 - Where a source's settings learn more with layer normalisation, they have it.
-- Stable-Baselines3's gSDE (`use_sde`) has no counterpart here and is left out. `ortho_init=False`, which is `--init torch`,
-  is left out too: the results of these presets are with orthogonal weights.
+- Stable-Baselines3's gSDE (`use_sde`), which is `--action-distribution gsde`, and `ortho_init=False`, which is `--init torch`,
+  are left out: the results of these presets are without them.
 """
 
 import re

@@ -32,6 +32,7 @@ WHOLE = {
 NUMBERS = {name: name for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "target_kl")}
 SCHEDULES = {"learning_rate": ("learning_rate", "anneal_lr"), "clip_range": ("clip_coef", "anneal_clip")}
 ACTIVATIONS = {"Tanh": "tanh", "ReLU": "relu", "ELU": "elu", "SiLU": "silu", "GELU": "gelu"}
+SILENT = ("share_features_extractor", "full_std")  # policy_kwargs that are True as they are here
 POLICIES = ("MlpPolicy", "CnnPolicy", "MultiInputPolicy", "ActorCriticPolicy", "ActorCriticCnnPolicy")
 WRAPPERS = {  # the last part of a wrapper's name -> the setting, and the argument that it takes its value from
     "GrayScaleObservation": ("grayscale", None),
@@ -61,6 +62,10 @@ class Translation:
                 self.settings |= {} if value is None else {name: number(name, value)}
             elif name in SCHEDULES:
                 self._schedule(name, value)
+            elif name == "use_sde" and value is True:
+                freq = arguments.get("sde_sample_freq", -1)
+                self.settings["action_distribution"] = "gsde"
+                self.settings["sde_sample_freq"] = None if freq == -1 else whole("sde_sample_freq", freq)
             elif name == "normalize_advantage":
                 self.settings["norm_adv"] = bool(value)
             elif name == "clip_range_vf":
@@ -114,7 +119,7 @@ class Translation:
             elif name == "ortho_init":
                 self.settings["init"] = "orthogonal" if value else "torch"
             elif name not in ("optimizer_class", "optimizer_kwargs"):
-                self._note(value is not (name == "share_features_extractor"), f"policy_kwargs {name}")
+                self._note(value is not (name in SILENT), f"policy_kwargs {name}")
 
     def _net_arch(self, value: Any) -> None:
         """Widths of both networks, or of each: [64, 64], dict(pi=[64], vf=[64]), [dict(pi=[64], vf=[64])]."""

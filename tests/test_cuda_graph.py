@@ -27,7 +27,7 @@ from fastppo.training.loop import draw_minibatches
 from fastppo.training.programs import build_programs
 from fastppo.training.setup import prepare
 from support.cpu_graphs import RecordedGraph, recorded_graphs
-from support.gpu_runs import CASES, OF_A_MINIBATCH, OF_A_STEP_OF_MEMORY, watched_graphs
+from support.gpu_runs import CASES, OF_A_MINIBATCH, OF_A_STEP_OF_MEMORY, OF_BETA, watched_graphs
 from support.processes import TIMES, PretendedRanks
 from support.programs import CATEGORICAL_POLICY, NORMAL_POLICY, job, to_meta
 
@@ -205,8 +205,8 @@ def test_a_minibatch_is_one_small_graph(case, monkeypatch):
     assert [loop[0] for loop in loops] == [4] * seeds  # 2 epochs of 2 minibatches
     for _, graphs in loops:
         (operations,) = graphs
-        remembers = "rnn" in CASES[case][0]
-        assert 100 < operations < OF_A_MINIBATCH + remembers * OF_A_STEP_OF_MEMORY * COMMON["num_steps"]
+        remembers, most = "rnn" in CASES[case][0], OF_A_MINIBATCH + ("beta" in case) * OF_BETA
+        assert 100 < operations < most + remembers * OF_A_STEP_OF_MEMORY * COMMON["num_steps"]
 
 
 @pytest.mark.parametrize("case", ["one", "dict", "seeds", "images"])

@@ -4,11 +4,15 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Categorical, Independent, Normal
+from torch.distributions import Beta, Categorical, Independent, Normal
 
 from fastppo.policy.distributions import (
+    BETA,
     CATEGORICAL,
+    CONTINUOUS,
     DIAGONAL_NORMAL,
+    GSDE,
+    STATE_NORMAL,
     Hybrid,
     MultiCategorical,
     choices,
@@ -17,6 +21,7 @@ from fastppo.policy.distributions import (
     masked,
     normal_noise,
     parameters,
+    with_features,
 )
 
 
@@ -257,41 +262,52 @@ def test_a_choice_of_which_nothing_is_legal_stays_as_it_is():
 # --- choices and numbers in one action
 
 
-def hybrid(numbers=(2, 5), num_normal=3, rows=64):
+def oracle_of(kind, out, log_std):
+    """The distribution of the numbers by torch.distributions, from a network's outputs."""
+    first, second = (out, torch.zeros_like(out)) if kind == "normal" else out.chunk(2, -1)
+    if kind == "beta":
+        return Beta(1.0 + torch.nn.functional.softplus(first), 1.0 + torch.nn.functional.softplus(second))
+    return Normal(first, (log_std + second).clamp(-20.0, 2.0).exp())
+
+
+def hybrid(kind="normal", numbers=(2, 5), size=3, rows=64):
     """A family, its outputs in float64 with a gradient, log standard deviations, and actions."""
-    family = Hybrid(numbers, num_normal)
-    out = torch.randn(rows, sum(numbers) + num_normal, generator=generator(20), dtype=torch.float64).requires_grad_()
-    log_std = (0.5 * torch.randn(num_normal, generator=generator(21), dtype=torch.float64)).requires_grad_()
+    family = Hybrid(numbers, size, CONTINUOUS[kind])
+    outputs = sum(numbers) + size * (1 if kind == "normal" else 2)
+    out = torch.randn(rows, outputs, generator=generator(20), dtype=torch.float64).requires_grad_()
+    log_std = (0.5 * torch.randn(size, generator=generator(21), dtype=torch.float64)).requires_grad_()
     chosen = torch.stack([torch.randint(n, (rows,), generator=generator(n)) for n in numbers], -1)
-    action = torch.cat([chosen, torch.randn(rows, num_normal, generator=generator(22), dtype=torch.float64)], -1)
-    return family, out, log_std, action
+    real = torch.randn(rows, size, generator=generator(22), dtype=torch.float64)
+    return family, out, log_std, torch.cat([chosen, real.sigmoid() if kind == "beta" else real], -1)
 
 
-def torchs(numbers, out, log_std, action):
+def torchs(kind, numbers, out, log_std, action):
     """Sums of log-probabilities and of entropies, by torch.distributions, of each choice and each number."""
-    *logits, mean = out.split([*numbers, len(log_std)], -1)
+    *logits, rest = out.split([*numbers, out.shape[-1] - sum(numbers)], -1)
     each = [Categorical(logits=part) for part in logits]
-    normal = Normal(mean, log_std.exp())
+    oracle = oracle_of(kind, rest, log_std)
     log_prob = sum(one.log_prob(action[:, k].long()) for k, one in enumerate(each))
     entropy = sum(one.entropy() for one in each)
-    return log_prob + normal.log_prob(action[:, len(numbers) :]).sum(-1), entropy + normal.entropy().sum(-1)
+    return log_prob + oracle.log_prob(action[:, len(numbers) :]).sum(-1), entropy + oracle.entropy().sum(-1)
 
 
+@pytest.mark.parametrize("kind", ["normal", "normal-state-std", "beta"])
 @pytest.mark.parametrize("masked_choices", [False, True])
-def test_choices_and_numbers_equal_torch(masked_choices):
+def test_choices_and_numbers_equal_torch(kind, masked_choices):
     """Log-probability and entropy are sums over all parts, with their gradients in every output and log_std. Masks touch the
 
     choices alone: torch has the illegal logits at -1e8.
     """
-    family, out, log_std, action = hybrid()
+    family, out, log_std, action = hybrid(kind)
     expected_out, dist = out, parameters(out, log_std, family)
     if masked_choices:
         legal = torch.rand(64, 7, generator=generator(23)) < 0.5
         legal[torch.arange(64), action[:, 0].long()] = True
         legal[torch.arange(64), 2 + action[:, 1].long()] = True
         dist = masked(dist, legal, family)
-        expected_out = torch.where(torch.cat([legal, torch.ones(64, 3, dtype=torch.bool)], -1), out, -1e8)
-    expected = torchs(family.numbers, expected_out, log_std, action)
+        others = torch.ones(64, out.shape[-1] - 7, dtype=torch.bool)
+        expected_out = torch.where(torch.cat([legal, others], -1), out, -1e8)
+    expected = torchs(kind, family.numbers, expected_out, log_std, action)
     for ours, theirs in zip((family.log_prob(dist, action), family.entropy(dist)), expected, strict=True):
         assert ours.shape == (64,)
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
@@ -320,3 +336,130 @@ def test_samples_of_choices_and_numbers_have_their_probabilities():
     correlation = torch.corrcoef(action.T.double()) - torch.eye(3)
     assert correlation.abs().max() < 5 / draws**0.5
     assert family.mode(dist)[0].tolist() == [1.0, 3.0, -2.0]
+
+
+# --- a standard deviation that depends on the state, and beta
+
+
+@pytest.mark.parametrize("kind", ["normal-state-std", "beta"])
+def test_two_outputs_for_each_number_equal_torch(kind):
+    """log_prob and entropy, and their gradients in the outputs and in log_std, over leading axes as a rollout has them."""
+    family, row_weight = CONTINUOUS[kind], torch.arange(1.0, 22.0, dtype=torch.float64).view(7, 3)
+    out = (1.5 * torch.randn(7, 3, 8, generator=generator(30), dtype=torch.float64)).requires_grad_()
+    log_std = torch.tensor([0.3, -0.7, -1.5, 0.0], dtype=torch.float64, requires_grad=True)
+    action = torch.rand(7, 3, 4, generator=generator(31), dtype=torch.float64)
+    dist, oracle = family.parameters(out, log_std, None), Independent(oracle_of(kind, out, log_std), 1)
+    for ours, theirs in ((family.log_prob(dist, action), oracle.log_prob(action)), (family.entropy(dist), oracle.entropy())):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+        got, wanted = (
+            torch.autograd.grad((row_weight * x).sum(), (out, log_std), retain_graph=True, allow_unused=True)
+            for x in (ours, theirs)
+        )
+        torch.testing.assert_close(got[0], wanted[0], rtol=1e-8, atol=1e-10)
+        assert kind == "beta" or torch.allclose(got[1], wanted[1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_standard_deviation_of_the_state_by_hand():
+    """The second half of the outputs is added to log_std; the sum stays between -20 and 2."""
+    out = torch.tensor([[1.0, 2.0, 0.5, 9.0], [3.0, 4.0, -0.5, -90.0]])
+    mean, log_std = STATE_NORMAL.parameters(out, torch.tensor([0.25, 0.0]), None)
+    assert mean.tolist() == [[1.0, 2.0], [3.0, 4.0]]
+    assert log_std.tolist() == [[0.75, 2.0], [-0.25, -20.0]]
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_gsde_equals_stable_baselines(hybrid):
+    """Oracle: StateDependentNoiseDistribution. Samples of the same matrices, log_prob, entropy and their gradients in the means
+
+    and log_std; none in the features. Beside choices too.
+    """
+    distributions = pytest.importorskip("stable_baselines3.common.distributions")
+    rows, num_features, size = 9, 6, 3
+    mean, features, log_std = (
+        (0.7 * torch.randn(*shape, generator=generator(40 + i))).requires_grad_()
+        for i, shape in enumerate([(rows, size), (rows, num_features), (num_features, size)])
+    )
+    oracle = distributions.StateDependentNoiseDistribution(size)
+    with torch.random.fork_rng():
+        oracle.proba_distribution_net(num_features)
+        oracle.sample_weights(log_std, rows)
+    oracle.proba_distribution(mean, log_std, features)
+    expected = oracle.sample().detach()
+    noise = (oracle.exploration_matrices / log_std.exp()).detach().flatten(1)
+    family, out, action = GSDE, mean, expected
+    if hybrid:  # a choice whose only value is certain adds nothing
+        family = Hybrid((1,), size, GSDE)
+        out, noise, action = (torch.cat([torch.zeros(rows, 1), x], 1) for x in (mean, noise, expected))
+    dist = parameters(out, log_std, family, features)
+    torch.testing.assert_close(family.sample(dist, noise), action)
+    assert torch.equal(family.mode(dist)[:, -size:], mean)
+    pairs = [(family.log_prob(dist, action), oracle.log_prob(expected)), (family.entropy(dist), oracle.entropy())]
+    row_weight = torch.arange(1.0, rows + 1.0)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs)
+        got, wanted = (
+            torch.autograd.grad((row_weight * x).sum(), (mean, log_std, features), retain_graph=True, allow_unused=True)
+            for x in (ours, theirs)
+        )
+        torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-5)
+        assert wanted[0] is None or torch.allclose(got[0], wanted[0], atol=1e-5)
+        assert (got[2], wanted[2]) == (None, None)
+
+
+def test_gsde_samples_have_their_moments():
+    """200 000 matrices and one state: mean and standard deviation within five standard errors of those of log_prob."""
+    draws, features, mean = 200_000, torch.tensor([0.5, -1.0, 2.0]), torch.tensor([1.0, -2.0])
+    log_std = torch.tensor([[0.0, -1.0], [-0.5, 0.3], [-2.0, -0.2]])
+    family = with_features(GSDE, 3)
+    dist = family.parameters(mean.expand(draws, 2), log_std, features.expand(draws, 3))
+    sample = family.sample(dist, family.noise((draws, 2 * family.num_noise), generator(41)))
+    std = dist[1][0].exp()
+    assert ((sample.mean(0) - mean).abs() < 5 * std / draws**0.5).all()
+    assert ((sample.std(0) - std).abs() < 5 * std / (2 * draws) ** 0.5).all()
+    assert abs(torch.corrcoef(sample.T)[0, 1]) < 5 / draws**0.5
+
+
+@pytest.mark.parametrize("alpha_beta", [(1.0, 1.0), (1.0, 6.0), (1.7, 1.7), (40.0, 3.0), (2e3, 5e3)])
+def test_beta_samples_are_beta(alpha_beta):
+    """Kolmogorov-Smirnov against the integral of torch's density: 200 000 draws of each of two components stay within the
+    distance that one set of draws in a thousand exceeds. The components are independent, and so are a draw's neighbours.
+    """
+    draws, (alpha, beta) = 200_000, alpha_beta
+    dist = tuple(torch.full((draws, 2), x - 1.0) for x in alpha_beta)
+    sample = BETA.sample(dist, BETA.noise((draws, 2 * BETA.num_noise), generator(32)))
+    assert sample.shape == (draws, 2)
+    assert sample.dtype == torch.float32
+    spread = 12 * (alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))) ** 0.5
+    mean = alpha / (alpha + beta)
+    grid = torch.linspace(max(1e-9, mean - spread), min(1 - 1e-9, mean + spread), 200_001, dtype=torch.float64)
+    oracle = Beta(torch.tensor(alpha).double(), torch.tensor(beta).double())
+    share = torch.cumulative_trapezoid(oracle.log_prob(grid).exp(), grid)
+    assert share[-1].item() == pytest.approx(1.0, abs=1e-6)
+    for component in sample.double().T.contiguous():
+        cdf = share[torch.searchsorted(grid, component.sort().values).clamp(1, len(grid) - 1) - 1]
+        ranks = torch.arange(draws, dtype=torch.float64)
+        distance = torch.maximum((cdf - ranks / draws).amax(), ((ranks + 1) / draws - cdf).amax())
+        assert distance < 1.95 / draws**0.5
+    assert abs(torch.corrcoef(sample.T)[0, 1]) < 5 / draws**0.5
+    assert abs(torch.corrcoef(torch.stack([sample[:-1, 0], sample[1:, 0]]))[0, 1]) < 5 / draws**0.5
+
+
+def test_beta_without_sampling_is_its_mean():
+    """Oracle: torch's mean. A density that is almost flat gives the middle, where the mode would be a bound."""
+    out = torch.tensor([[0.0, -2.0, 3.0, 1.0, 3.0, -4.0]])
+    torch.testing.assert_close(BETA.mode(BETA.parameters(out, None, None)), oracle_of("beta", out, None).mean)
+    flat = BETA.mode(BETA.parameters(torch.tensor([-5.0, -9.0]), None, None))
+    torch.testing.assert_close(flat, torch.tensor([0.5]), rtol=0, atol=0.01)
+
+
+def test_extreme_outputs_of_beta_stay_finite():
+    """Outputs of a policy that has become certain, or has no opinion left, with samples at the edge: nothing is infinite."""
+    out = torch.tensor([[-200.0, -200.0], [200.0, -200.0], [-200.0, 200.0], [2e4, 2e4]], requires_grad=True)
+    dist = BETA.parameters(out.expand(1000, 4, 2), None, None)
+    action = BETA.sample(dist, BETA.noise((1000, 4, BETA.num_noise), generator(33)))
+    assert action.min() > 0.0
+    assert action.max() < 1.0
+    loss = BETA.log_prob(dist, action.detach()).sum() + BETA.entropy(dist).sum() + BETA.mode(dist).sum()
+    (grad,) = torch.autograd.grad(loss, out)
+    assert loss.isfinite()
+    assert grad.isfinite().all()

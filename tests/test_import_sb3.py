@@ -56,6 +56,7 @@ def kwargs(**policy_kwargs):
 MODELS = {
     "CartPole": lambda: model_of("CartPole-v1"),
     "Pendulum": lambda: model_of("Pendulum-v1", **kwargs(net_arch=[32], activation_fn=torch.nn.ReLU)),
+    "gSDE": lambda: model_of("Pendulum-v1", use_sde=True, sde_sample_freq=4, **kwargs(net_arch=[32])),
     "MultiDiscrete": lambda: model_of(Still(action_space=MultiDiscrete([3, 2, 4])), **kwargs(activation_fn=torch.nn.ELU)),
     "MultiBinary": lambda: model_of(Still(action_space=MultiBinary(4)), **kwargs(net_arch=dict(pi=[8, 8], vf=[8, 8]))),
     "categories": lambda: model_of(Still(MultiDiscrete([3, 4])), **kwargs(net_arch=[])),
@@ -110,6 +111,11 @@ def test_the_same_actions(name, folder):
     if name == "Pendulum":
         assert (np.abs(ours) == 2.0).any()
         assert (np.abs(ours) < 2.0).any()
+    if name == "gSDE":  # of the samples too: the standard deviation is that of theirs
+        dist = model.policy.get_distribution(torch.from_numpy(obs)).distribution
+        ours = policy.network.actor(policy.weights, torch.from_numpy(obs))[1]
+        torch.testing.assert_close(ours, dist.scale.log(), rtol=1e-4, atol=1e-5)
+        assert TrainConfig.from_json(folder / name / "config.json").sde_sample_freq == 4
     with torch.no_grad():
         values = model.policy.predict_values(model.policy.obs_to_tensor(obs)[0]).flatten().numpy()
     np.testing.assert_allclose(policy.value(obs), values, atol=1e-4)
@@ -265,7 +271,7 @@ REFUSED = {
     "no tensors": (weights_of({"action_net.weight": 3}), "weights"),
     "other weights": (weights_of({"action_net.weight": torch.zeros(2, 3)}), "weights are not those"),
     "A2C": (saved(lambda: model_of("CartPole-v1", kind=A2C)), "no model of PPO"),
-    "gSDE": (saved(lambda: PPO("MlpPolicy", "Pendulum-v1", use_sde=True, device="cpu")), "gSDE"),
+    "gSDE": (saved(lambda: model_of("Pendulum-v1", use_sde=True, **kwargs(full_std=False))), "full_std"),
     "sizes": (
         saved(lambda: model_of("CartPole-v1", **kwargs(net_arch=dict(pi=[8], vf=[8, 8])))),
         "layers of 8 and its critic of 8 8",

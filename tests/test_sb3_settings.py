@@ -89,6 +89,9 @@ def test_settings():
     assert (config.norm_obs, config.norm_reward, config.log_std_init) == (True, True, -2.0)
     assert (config.hidden_sizes, config.activation, config.rescale_action) == ((256, 128), "relu", False)
     assert config.init == "torch"
+    assert (config.action_distribution, config.sde_sample_freq) == ("gsde", 4)
+    other = settings("Other-v4")
+    assert (other.action_distribution, other.sde_sample_freq) == ("normal", None)  # use_sde: False
     atari = settings("ALE/Pong-v5")
     assert (atari.total_timesteps, atari.learning_rate, atari.anneal_lr) == (10_000_000, 2.5e-4, True)
     assert (atari.clip_coef, atari.anneal_clip, atari.atari_frame_stack, atari.clip_reward) == (0.1, True, 2, True)
@@ -102,13 +105,11 @@ def test_settings():
 @pytest.mark.usefixtures("here")
 def test_what_has_no_counterpart_is_named():
     """In the line that a run prints on its preset."""
-    assert describe(settings("Mine-v1")).startswith(
-        "preset ppo.yml (Mine-v1; in the zoo's format, without what has no counterpart here: use_sde): "
-    )
+    assert describe(settings("Mine-v1")).startswith("preset ppo.yml (Mine-v1; in the zoo's format): ")
     other = describe(settings("Other-v4"))
     for words in ("normalize clip_obs", "batch_size 100: minibatches are of 128 rows", "net_arch", "callback", "norm_obs"):
         assert words in other
-    assert "use_sde" not in other
+    assert "sde" not in other
     assert "HistoryWrapper" in describe(settings("Pictures-v0"))
     assert "norm_reward" not in other
 

@@ -23,7 +23,7 @@ from fastppo.core.seed_axis import SeedAxis
 from fastppo.fused import operators
 from fastppo.fused.operators import ActCall, Actors
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, choices
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, choices, continuous_of
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.network import Network
 from fastppo.policy.spaces import ACTION_MASK
@@ -36,11 +36,12 @@ SERIAL_WORK = 2**22  # multiplications of a call of `act` that one thread does a
 
 
 def covers(network: Network) -> TypeGuard[Covered]:
-    """Whether the fused programs compute this network: perceptrons, on anything but images."""
+    """Whether the fused programs compute this network: perceptrons, on anything but images, whose continuous actions have
+    one standard deviation for all states."""
     if isinstance(network, ActorCritic):
         has_images = any(leaf.kind == "image" for leaf in network.encoder.leaves)
         return covers(network.mlp) and not has_images and not network.critic_only
-    return isinstance(network, MLPActorCritic)
+    return isinstance(network, MLPActorCritic) and continuous_of(network.distribution) in (None, DIAGONAL_NORMAL)
 
 
 def mlp_of(network: Covered) -> MLPActorCritic:

@@ -3,6 +3,7 @@
 import math
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -104,13 +105,14 @@ def agent_from_state(
     Safe with untrusted data that `load_checkpoint` has read: everything is checked before it is used.
     """
     obs_space = space_from_data(state["obs_space"])
-    action = action_spec(space_from_data(state["action_space"]), config.squash_actions)
+    action = action_spec(space_from_data(state["action_space"]), config.squash_actions, config.action_distribution)
     mask_size = state["info_mask_size"]
     if mask_size is not None and type(mask_size) is not int:
         raise ValueError(f"info_mask_size is a {type(mask_size).__name__}, not a number")
     moments = moments_from_state(state["obs_moments"], device)
     obs = obs_spec(obs_space, mask_size, action, normalize=moments or False)
     network = make_network(obs, action, config, policy)
+    action = replace(action, distribution=network.distribution)
     scales = {name: state[name] for name in ("reward_scale", "return_mean", "return_std")}
     scales = {
         name: None if scale is None and name == "reward_scale" else checked(scale, name, torch.float32, ()).to(device)
@@ -129,7 +131,7 @@ def difference_of_spaces(state: Mapping[str, Any], obs: ObsSpec, action: ActionS
 
     Bounds may differ, and so may action masks. Raises KeyError, ValueError or UsageError if `state` does not hold spaces.
     """
-    own_action = action_spec(space_from_data(state["action_space"]), any(leaf.squash for leaf in action.leaves))
+    own_action, action = (action_spec(space, False) for space in (space_from_data(state["action_space"]), action.space))
     own_obs = obs_spec(space_from_data(state["obs_space"]), None, own_action, normalize=state["obs_moments"] or False)
     there, here = ({leaf.key: _described(leaf) for leaf in spec.observed} for spec in (own_obs, obs))
     for key in dict.fromkeys([*here, *there]):

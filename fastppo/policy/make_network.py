@@ -4,6 +4,7 @@ from typing import Literal, Protocol
 
 from fastppo.errors import UsageError, nearest
 from fastppo.policy.actor_critic import ActorCritic
+from fastppo.policy.distributions import with_features
 from fastppo.policy.encoder import Encoder
 from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
@@ -44,6 +45,8 @@ class NetworkConfig(Protocol):
     @property
     def log_std_init(self) -> float: ...
     @property
+    def action_distribution(self) -> str: ...
+    @property
     def squash_actions(self) -> bool: ...
 
 
@@ -62,15 +65,18 @@ def make_network(
             raise UsageError(f"--init {config.init} is for our networks, and yours draws its own weights: leave it off")
         if critic_only:
             raise UsageError("--critic-only is for our networks, and yours gets the whole observation: leave it off")
+        if config.action_distribution == "gsde":
+            raise UsageError("--action-distribution gsde is for our networks, whose last hidden layer it takes: leave it off")
         return ModulePolicy(policy, obs, action, config.log_std_init, seed)
     sizes = config.hidden_sizes
     if sizes is None:
         sizes = () if obs.has_images else (64, 64)
     encoder = Encoder(obs.leaves, config.cnn_size, config.cnn_activation, config.cnn)
+    inputs = encoder.size if config.rnn is None else config.rnn_hidden_size
     mlp = MLPActorCritic(
-        encoder.size if config.rnn is None else config.rnn_hidden_size,
+        inputs,
         action.size,
-        action.distribution,
+        with_features(action.distribution, (inputs, *sizes)[-1]),
         sizes,
         config.activation,
         config.share_backbone,

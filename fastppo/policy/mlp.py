@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.core.contracts import Weights
-from fastppo.policy.distributions import Family, num_normal, parameters
+from fastppo.policy.distributions import Family, log_std_shape, parameters
 from fastppo.policy.network import DistributionMixin, check_shapes
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -39,7 +39,7 @@ def _rows(obs: Tensor) -> Tensor:
 class MLPActorCritic(DistributionMixin):
     """Multi-layer perceptrons for actor and critic, separate or on a shared backbone; a `core.contracts.Policy`.
 
-    obs_size: D, observations are (..., D). action_size: A, the number of logits and of continuous components of an action.
+    obs_size: D, observations are (..., D). action_size: A, the number of outputs, `spaces.ActionSpec.size`.
     """
 
     obs_size: int
@@ -74,8 +74,8 @@ class MLPActorCritic(DistributionMixin):
         for head, size in (("actor", self.action_size), ("critic", 1)):
             shapes[f"{head}.head.weight"] = (features, size)
             shapes[f"{head}.head.bias"] = (size,)
-        if (components := num_normal(self.distribution, self.action_size)) > 0:
-            shapes["actor.log_std"] = (components,)
+        if (shape := log_std_shape(self.distribution, self.action_size)) is not None:
+            shapes["actor.log_std"] = shape
         return shapes
 
     def init(self, generator: torch.Generator) -> Tensor:
@@ -169,7 +169,7 @@ class MLPActorCritic(DistributionMixin):
         # transposed, (A, R): a narrow output as A long rows, so that the next operations read contiguous vectors
         out = torch.addmm(weights["actor.head.bias"].unsqueeze(1), weights["actor.head.weight"].mT, features.mT)
         out = out.mT.reshape(*shape, -1)  # (..., A)
-        return parameters(out, weights.get("actor.log_std"), self.distribution)
+        return parameters(out, weights.get("actor.log_std"), self.distribution, features.reshape(*shape, -1))
 
     def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
         value = torch.mv(features, weights["critic.head.weight"].squeeze(1)) + weights["critic.head.bias"]  # (R,)

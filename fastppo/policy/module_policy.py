@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastppo.core.contracts import Obs, Weights
 from fastppo.errors import UsageError, brief
-from fastppo.policy.distributions import masked, num_normal, parameters
+from fastppo.policy.distributions import log_std_shape, masked, parameters
 from fastppo.policy.encoder import encode
 from fastppo.policy.network import DistributionMixin, check_shapes
 from fastppo.policy.spaces import ACTION_MASK, ActionSpec, ObsSpec
@@ -31,8 +31,9 @@ class ModulePolicy(DistributionMixin):
     or a dict of shapes by leaf if there are several. It is called in eval mode with floats (R, *shape), or a dict of them:
     images as (C, H, W) in [0, 1], categories one-hot, all others flat, no masks. It returns (outputs (R, num_outputs), value
     (R,) or (R, 1)). Outputs are the logits of all choices, then the means of all continuous components, both in the order of
-    the action space; the log standard deviations of the means are one more weight. Parameters without requires_grad and buffers
-    are saved but not trained.
+    the action space; the log standard deviations of the means are one more weight. --action-distribution normal-state-std adds
+    a further output for each component to these; of beta, alphas and then betas come instead of means, before their softplus.
+    Parameters without requires_grad and buffers are saved but not trained.
     """
 
     def __init__(self, factory: ModuleFactory, obs: ObsSpec, action: ActionSpec, log_std_init: float, seed: int = 0) -> None:
@@ -58,8 +59,8 @@ class ModulePolicy(DistributionMixin):
                 f"policy: its weight {wrong}; all must be float32" if wrong else "policy: it has no weights to train"
             )
         self.shapes = {name: weight.shape for name, weight in trained.items()}
-        if (components := num_normal(action.distribution, action.size)) > 0:
-            self.shapes[LOG_STD] = torch.Size([components])
+        if (shape := log_std_shape(action.distribution, action.size)) is not None:
+            self.shapes[LOG_STD] = torch.Size(shape)
         self.module.eval().requires_grad_(False)
         try:
             result = self.module(inputs["obs"] if list(shapes) == ["obs"] else inputs)

@@ -21,6 +21,11 @@ class Network(Policy, Protocol):
     """A `core.contracts.Policy` whose parameters can be made, saved and restored."""
 
     @property
+    def distribution(self) -> Family:
+        """Of the actions."""
+        ...
+
+    @property
     def num_params(self) -> int:
         """P, the length of the flat buffer."""
         ...

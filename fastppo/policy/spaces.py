@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastppo.errors import UsageError
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Family, Hybrid, MultiCategorical, choices
+from fastppo.policy.distributions import (
+    BETA,
+    CATEGORICAL,
+    CONTINUOUS,
+    Family,
+    Hybrid,
+    MultiCategorical,
+    choices,
+    continuous_of,
+    num_components,
+)
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
 NO_BOUND = 1e38  # a bound this large means no bound: environments give the largest float32 or float64
@@ -200,6 +210,7 @@ class ActionLeaf:
     key: "action", or "action.name" of a part of a Dict or Tuple. path: to it through these.
     numbers: the number of values of each choice; () for a Box. first: the place of its first stored number.
     low, high: (A,) of env_dtype, for a Box; low (K,), the first value of each choice, for a MultiDiscrete or MultiBinary.
+    to_bounds: how the numbers of a Box are brought within its bounds: clipped, by tanh, or from [0, 1] linearly.
     """
 
     key: str
@@ -209,7 +220,7 @@ class ActionLeaf:
     env_dtype: torch.dtype
     low: Tensor
     high: Tensor
-    squash: bool = False
+    to_bounds: Literal["clip", "tanh", "linear"] = "clip"
     first: int = 0
 
     @property
@@ -224,7 +235,7 @@ class ActionLeaf:
         return action
 
     def to_env(self, stored: Tensor) -> Tensor:
-        """Stored numbers (N, width), of a Discrete (N,), -> (N, ...) for the environments: shifted, clipped or squashed.
+        """Stored numbers (N, width), of a Discrete (N,), -> (N, ...) for the environments: shifted, or brought within bounds.
 
         Numbers of a Box, MultiDiscrete or MultiBinary must be on the device of the bounds: the CPU, or the one given to `to`.
         """
@@ -233,8 +244,9 @@ class ActionLeaf:
         if self.numbers:
             stored = stored + self.low
         else:
-            if self.squash:
-                stored = self.low + (stored.tanh() + 1.0) * (0.5 * self.high - 0.5 * self.low)
+            if self.to_bounds != "clip":
+                halves = stored.tanh() + 1.0 if self.to_bounds == "tanh" else 2.0 * stored  # in [0, 2]
+                stored = self.low + halves * (0.5 * self.high - 0.5 * self.low)
             # in the environment's dtype: a bound rounded to float32 may lie outside the space
             stored = torch.minimum(torch.maximum(stored.to(self.env_dtype), self.low), self.high)
         return stored.to(self.env_dtype).reshape(*stored.shape[:-1], *(self.space.shape or ()))
@@ -247,7 +259,7 @@ class ActionLeaf:
         array = stored.numpy()
         if isinstance(self.space, Discrete):
             return (array + int(self.space.start)).astype(self.space.dtype, copy=False)
-        if self.squash or self.numbers:
+        if self.to_bounds != "clip" or self.numbers:
             return self.to_env(stored).numpy()  # a new array already
         low, high = self._bounds
         clipped = np.minimum(np.maximum(array.astype(low.dtype), low), high)
@@ -274,7 +286,7 @@ class ActionSpec:
     space: gym.Space[Any]
     leaves: tuple[ActionLeaf, ...]
     distribution: Family
-    size: int  # A: logits and means
+    size: int  # A: logits and what the network gives out for the components
     shape: tuple[int, ...]  # as stored: () for a Discrete, else (K + C,), K choices and C components
     dtype: torch.dtype  # as stored: int64 for choices alone
 
@@ -317,7 +329,9 @@ class ActionSpec:
 
     def noise_shape(self, *batch: int) -> tuple[int, ...]:
         """Shape of the noise that samples a batch of actions."""
-        return (*batch, self.size)
+        continuous = continuous_of(self.distribution)
+        each = 0 if continuous is None else continuous.num_noise
+        return (*batch, self.num_logits + num_components(self.distribution, self.size) * each)
 
 
 def _nested(space: gym.Space[Any], leaves: Iterator[Any]) -> Any:
@@ -329,37 +343,45 @@ def _nested(space: gym.Space[Any], leaves: Iterator[Any]) -> Any:
     return next(leaves)
 
 
-def action_spec(space: gym.Space[Any], squash: bool) -> ActionSpec:
-    """The `ActionSpec` of a space. Raises UsageError for a space that is not supported."""
-    leaves = list(_action_leaves(space, "action", (), squash))
+def action_spec(space: gym.Space[Any], squash: bool, distribution: str = "normal") -> ActionSpec:
+    """The `ActionSpec` of a space. distribution: of Box actions, a key of CONTINUOUS.
+
+    Raises UsageError for a space that is not supported.
+    """
+    continuous = CONTINUOUS[distribution]
+    asked = "--squash-actions" if squash else f"--action-distribution {distribution}"
+    to_bounds: Any = "linear" if continuous is BETA else "tanh" if squash else "clip"
+    leaves = list(_action_leaves(space, "action", (), to_bounds, asked))
     _check_structure("action", leaves)
     numbers = tuple(number for leaf in leaves for number in leaf.numbers)
-    normal = sum(leaf.width for leaf in leaves if not leaf.numbers)
-    if squash and not normal:
-        raise UsageError(f"--squash-actions is for Box action spaces; this environment's is {type(space).__name__}")
+    components = sum(leaf.width for leaf in leaves if not leaf.numbers)
+    if (squash or distribution != "normal") and not components:
+        raise UsageError(f"{asked} is for Box action spaces; this environment's is {type(space).__name__}: leave it off")
     next_choice, next_component = 0, len(numbers)
     for index, leaf in enumerate(leaves):
         leaves[index] = replace(leaf, first=next_choice if leaf.numbers else next_component)
         next_choice, next_component = next_choice + len(leaf.numbers), next_component + (0 if leaf.numbers else leaf.width)
-    family: Family = DIAGONAL_NORMAL
+    family: Family = continuous
     if isinstance(space, Discrete):
         family = CATEGORICAL
     elif numbers:
-        family = Hybrid(numbers, normal) if normal else MultiCategorical(numbers)
-    shape = () if isinstance(space, Discrete) else (len(numbers) + normal,)
-    dtype = torch.float32 if normal else torch.int64
-    return ActionSpec(space, tuple(leaves), family, sum(numbers) + normal, shape, dtype)
+        family = Hybrid(numbers, components, continuous) if components else MultiCategorical(numbers)
+    shape = () if isinstance(space, Discrete) else (len(numbers) + components,)
+    dtype = torch.float32 if components else torch.int64
+    return ActionSpec(space, tuple(leaves), family, sum(numbers) + components * continuous.num_outputs, shape, dtype)
 
 
-def _action_leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...], squash: bool) -> Iterator[ActionLeaf]:
-    """The leaves of an action space, in its order."""
+def _action_leaves(
+    space: gym.Space[Any], key: str, path: tuple[str | int, ...], to_bounds: Any, asked: str
+) -> Iterator[ActionLeaf]:
+    """The leaves of an action space, in its order. asked: the flag that wants finite bounds."""
     where, none = _where(path), torch.empty(0, dtype=torch.float32, device="cpu")
     if isinstance(space, Dict | Tuple):
         parts: Any = list(space.spaces.items() if isinstance(space, Dict) else enumerate(space.spaces))
         if not parts:
             raise UsageError(f"--env-id: action space {space}{where} is empty, which leaves nothing to choose")
         for name, part in parts:
-            yield from _action_leaves(part, f"{key}.{name}", (*path, name), squash)
+            yield from _action_leaves(part, f"{key}.{name}", (*path, name), to_bounds, asked)
     elif isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
         raise UsageError(f"--env-id: action space {space}{where} is of shape {space.shape}, which leaves nothing to choose")
     elif isinstance(space, Discrete):
@@ -372,9 +394,9 @@ def _action_leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...],
         yield ActionLeaf(key, path, space, (2,) * len(start), _torch_dtype(space), start, none)
     elif isinstance(space, Box) and space.dtype in (np.float16, np.float32, np.float64):
         low, high = torch.from_numpy(space.low).flatten(), torch.from_numpy(space.high).flatten()
-        if squash and not ((low.abs() < NO_BOUND).all() and (high.abs() < NO_BOUND).all()):
-            raise UsageError(f"--squash-actions needs finite action bounds; this environment has none{where}: leave it off")
-        yield ActionLeaf(key, path, space, (), low.dtype, low, high, squash)
+        if to_bounds != "clip" and not ((low.abs() < NO_BOUND).all() and (high.abs() < NO_BOUND).all()):
+            raise UsageError(f"{asked} needs finite action bounds; this environment has none{where}: leave it off")
+        yield ActionLeaf(key, path, space, (), low.dtype, low, high, to_bounds)
     elif isinstance(space, OneOf):
         raise UsageError(
             f"--env-id: action space {space}{where} is not supported; use a Tuple of a Discrete, which says which part counts, "

@@ -30,7 +30,7 @@ from fastppo.sb3_settings import ACTIVATIONS, Translation, class_name
 # attributes of a model that are arguments of PPO which we have settings for
 ARGUMENTS = (
     *("n_envs", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm"),
-    *("target_kl", "normalize_advantage", "seed"),
+    *("target_kl", "normalize_advantage", "seed", "use_sde", "sde_sample_freq"),
 )
 EXTRACTORS = ("features_extractor", "pi_features_extractor", "vf_features_extractor")  # of one policy: the same tensors
 PLAIN_EXTRACTORS = ("NatureCNN", "FlattenExtractor")
@@ -80,7 +80,7 @@ def import_policy(
         raise model.refuse(str(error)) from None
     own = _own_spaces(model)
     obs_space, action_space = own if spaces_of is None else spaces_of(config)
-    action = action_spec(action_space, squash=False)
+    action = action_spec(action_space, False, config.action_distribution)
     obs = obs_spec(obs_space, None, action, normalize=config.norm_obs)
     _check_spaces(model, own, (obs_space, action_space), obs)
     leaf = obs.leaves[0]
@@ -99,13 +99,11 @@ def import_policy(
 
 
 def _refuse_others(model: SavedModel) -> None:
-    """Raise UsageError for a model that is not of PPO or MaskablePPO, or explores by gSDE."""
+    """Raise UsageError for a model that is not of PPO or MaskablePPO."""
     if any("lstm" in name for name in model.weights):
         raise model.refuse("it is recurrent, and its memory has another form than --rnn")
     if not {"n_epochs", "clip_range", "gae_lambda", "policy_class", "observation_space", "action_space"} <= model.data.keys():
         raise model.refuse("it is no model of PPO")
-    if model.data.get("use_sde") is True:
-        raise model.refuse("it explores by gSDE (use_sde), which has no counterpart here")
 
 
 def _kwargs(model: SavedModel) -> dict[str, Any]:
@@ -119,6 +117,8 @@ def _kwargs(model: SavedModel) -> dict[str, Any]:
         raise model.refuse(f"it has a features extractor of its own, {str(extractor)[:100]!r}")
     if kwargs.get("squash_output") is True:
         raise model.refuse("its actions are squashed (squash_output)")
+    if kwargs.get("full_std") is False or kwargs.get("use_expln") is True:
+        raise model.refuse("its noise has another form (full_std, use_expln)")
     return kwargs
 
 

@@ -62,7 +62,7 @@ class Diagnosis:
 def share_at_bounds(action: ActionSpec, stored: Tensor) -> float:
     """The share of the numbers in the actions of a rollout, (T, N, C), that a Box clips to its bounds; 0 for other spaces."""
     (leaf, *others) = action.leaves
-    if others or leaf.numbers or action.num_logits or leaf.squash:
+    if others or leaf.numbers or action.num_logits or leaf.to_bounds != "clip":
         return 0.0
     clipped = (stored < leaf.low.to(stored)) | (stored > leaf.high.to(stored))
     return clipped.float().mean().item()  # sync: once in ten iterations

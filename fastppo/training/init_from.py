@@ -25,7 +25,8 @@ from fastppo.training.state import TrainState, snapshot
 # settings of the built-in networks, which must be those of the other run
 NETWORK = (
     *("share_backbone", "rnn", "rnn_hidden_size", "rnn_layers", "rnn_shared"),
-    *("hidden_sizes", "activation", "layer_norm", "cnn", "cnn_size", "cnn_activation", "squash_actions"),
+    *("hidden_sizes", "activation", "layer_norm", "cnn", "cnn_size", "cnn_activation"),
+    *("action_distribution", "squash_actions"),
 )
 
 

@@ -109,8 +109,15 @@ def allocate_buffers(task: Task) -> Buffers:
 
 
 def draw_noise(task: Task, generator: torch.Generator) -> Tensor:
-    """The action noise of one seed, (T, N / K, ...). Every process draws the noise of all and takes its part."""
-    noise = task.action.distribution.noise(task.action.noise_shape(task.config.num_steps, task.config.num_rows), generator)
+    """The action noise of one seed, (T, N / K, ...). Every process draws the noise of all and takes its part.
+
+    With gSDE an environment has the same noise for --sde-sample-freq steps.
+    """
+    config, held = task.config, 1
+    if config.action_distribution == "gsde":
+        held = config.sde_sample_freq or config.num_steps
+    noise = task.action.distribution.noise(task.action.noise_shape(-(-config.num_steps // held), config.num_rows), generator)
+    noise = noise if held == 1 else noise.repeat_interleave(held, 0)[: config.num_steps]
     return task.ranks.share(noise, 1).contiguous()
 
 

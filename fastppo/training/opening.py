@@ -73,7 +73,7 @@ def open_environments(
         made.unwrapped.share = (ranks.rank, ranks.size)
     if isinstance(made, TorchVectorEnv) and made.device != device:
         raise UsageError(f"--device {device}: the environments given are on {made.device}")
-    action = action_spec(made.single_action_space, config.squash_actions)
+    action = action_spec(made.single_action_space, config.squash_actions, config.action_distribution)
     checks = config.check_env and not config.resume
     tried = copy.tried() if checks and engine in ONE_BY_ONE else copy.result
     mask_size = tried.mask_size if tried is not None and tried.ran else info_mask_size(envs)

@@ -169,6 +169,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
     workers = choose_workers(local, found.obs) if device.type == "cpu" else 1
     with plain():
         network, networks = make_networks(configs, found, policy)
+        found = replace(found, action=replace(found.action, distribution=network.distribution))
         threads = choose_threads(local, network)
         torch.set_num_threads(threads)  # before the first parallel operation, which is in `init`
         states = [init_state(own, of_seed, found.obs, device) for own, of_seed in zip(configs, networks, strict=True)]

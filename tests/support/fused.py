@@ -53,7 +53,7 @@ def make_rollout(network, num_steps, num_envs, generator, final_obs=False):
         numbers = mlp.distribution.numbers
         rollout["action"] = torch.stack([torch.randint(n, batch, generator=generator) for n in numbers], -1)
         if isinstance(mlp.distribution, Hybrid):
-            rollout["action"] = torch.cat([rollout["action"].float(), normal(mlp.distribution.num_normal)], -1)
+            rollout["action"] = torch.cat([rollout["action"].float(), normal(mlp.distribution.num_components)], -1)
     return rollout
 
 

@@ -38,12 +38,16 @@ def two_processes(device=None, timeout=None):
 CASES = {
     "one": (HOST, None),
     "continuous": (CONTINUOUS, None),
+    "state std": ({**CONTINUOUS, "action_distribution": "normal-state-std"}, None),
+    "gsde": ({**CONTINUOUS, "action_distribution": "gsde"}, None),
+    "beta": ({**CONTINUOUS, "action_distribution": "beta"}, None),
     "dict": (DICT, None),
     "images": (IMAGES, None),
     "module": (HOST, Module),
     "rnn_state": ({**HOST, "rnn": "lstm"}, None),
     "device": (DEVICE, None),
     "device, memory": ({**DEVICE, "rnn": "gru"}, None),
+    "device, beta": ({**DEVICE, "env_id": "Pendulum-v1", "action_distribution": "beta"}, None),
     "seeds": ({**HOST, "num_seeds": 3}, None),
     "seeds, device": ({**DEVICE, "num_seeds": 3}, None),
     "seeds, images": ({**IMAGES, "num_seeds": 2}, None),
@@ -64,6 +68,7 @@ WITHOUT_A_KERNEL = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view"
 # one graph it had 173 for each minibatch: 2,900 for CartPole's preset, 1.77 million for BipedalWalker's.
 OF_A_MINIBATCH = 220
 OF_A_STEP_OF_MEMORY = 35
+OF_BETA = 40  # logarithms of gamma functions and their derivatives
 
 
 class Watched(TorchDispatchMode):

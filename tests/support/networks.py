@@ -1,6 +1,7 @@
 """Small networks of a user's own, and `learn` for any space of environments.py."""
 
 import functools
+from dataclasses import replace
 
 import torch
 from environments import OBSERVATIONS
@@ -38,12 +39,13 @@ class Relu(Small):
     activation = staticmethod(torch.relu)
 
 
-def structured_job(observation, action_space, policy=None, seed=0, network_seed=0, **settings):
+def structured_job(observation, action_space, policy=None, seed=0, network_seed=0, distribution="normal", **settings):
     """`job` for a space of environments.py: (learn, arguments)."""
-    action = action_spec(action_space, False)
+    action = action_spec(action_space, False, distribution)
     space = OBSERVATIONS[observation]
     spec = obs_spec(space, None, action)
     network = make_network(spec, action, TrainConfig(hidden_sizes=(16,), cnn_size=16), policy, network_seed)
+    action = replace(action, distribution=network.distribution)
     learn_eagerly, (_, _, rollout, *rest) = job(MLPActorCritic(1, action.size, CATEGORICAL), seed, **settings)
     space.seed(seed)
     rows = [space.sample() for _ in range((T + 1) * N)]
