@@ -242,7 +242,7 @@ class TrainConfig:
     num_seeds: Annotated[int, between(1, 1024)] = 1
     """Agents trained side by side in one process, with consecutive seeds from --seed on; each result is as if trained alone."""
     device: Annotated[str, DEVICE, MAY_CHANGE] = "auto"
-    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (the faster of GPU and CPU in a trial), cpu, cuda or cuda:N."""
     num_threads: Annotated[int | None, between(1, 4096), MAY_CHANGE] = None
     """Most CPU threads, and most processes of --vectorization grouped; default: as many as make training faster."""
     compile: Annotated[Literal["off", "auto", "on", "inductor"], MAY_CHANGE] = "auto"

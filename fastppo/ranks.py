@@ -286,6 +286,11 @@ def is_first_of_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def is_alone() -> bool:
+    """Whether torchrun has started no other process; before `start_ranks` too."""
+    return _number("WORLD_SIZE", 1) == 1
+
+
 def threads_per_rank(local_size: int) -> int:
     """Threads for each rank on this machine: OMP_NUM_THREADS if the user set it, else an equal part of the cores.
 

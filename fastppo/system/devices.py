@@ -19,7 +19,8 @@ def resolved(device: torch.device | str) -> torch.device:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for --device; auto selects the GPU if there is one. Raises UsageError for a GPU that cannot be used."""
+    """The device for --device; auto is the GPU if there is one, unless a trial has
+    chosen before (training/device_trial.py). Raises UsageError for a GPU that cannot be used."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)

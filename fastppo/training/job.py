@@ -24,6 +24,7 @@ from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
 from fastppo.system.modes import plain
 from fastppo.system.tensordicts import TensorDict
+from fastppo.training.device_trial import DeviceTrial
 from fastppo.training.multi_seed import make_seed_directories, reopen_seeds
 from fastppo.training.programs import build_programs
 from fastppo.training.reproducibility import guarantees
@@ -127,6 +128,7 @@ class Job:
     thread_watch: Watch | None
     guarantees: list[str]  # lines on reproducibility
     stop: StopSignals
+    device_trial: DeviceTrial | None = None
     stopped_by: int = 0  # number of the signal that stopped the loop, equal in all processes
     collector: Collector | None = None
     iterations: int = 0  # number done by this process
