@@ -35,6 +35,10 @@ def check_combinations(config: "TrainConfig") -> None:
         raise UsageError(f"--eval-every {config.eval_every} plays --eval-episodes episodes each time: set that to at least 1")
     if config.policy is not None and config.rnn is not None:
         raise UsageError(f"--rnn {config.rnn} is a part of our networks, and --policy is a whole one of yours: leave it off")
+    if config.bf16 and config.rnn is not None:
+        raise UsageError(
+            f"--bf16 is for networks without memory: with --rnn {config.rnn} leave it off (--tf32 works with both)"
+        )
     if config.num_seeds > 1:
         _check_seeds(config)
     _check_minibatches(config)

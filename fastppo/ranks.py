@@ -210,6 +210,8 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
+    elif device.type != "cpu":
+        raise UsageError(f"--device {device} trains in one process: with torchrun use --device cpu or cuda")
     else:
         torch.set_num_threads(threads_per_rank(local_size))
     from torch.distributed.rendezvous import rendezvous

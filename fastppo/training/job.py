@@ -22,6 +22,7 @@ from fastppo.rollout.storage import RnnState, allocate_rollout
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
+from fastppo.system.devices import WITH_FAST_PROGRAMS
 from fastppo.system.modes import plain
 from fastppo.system.tensordicts import TensorDict
 from fastppo.training.device_trial import DeviceTrial
@@ -162,8 +163,12 @@ def start_job(
     buffers = allocate_buffers(task)
     specs = build_programs(task, buffers.learn_arguments(), buffers.noise)
     num_threads = 1 if task.workers > 1 else task.threads
+    mode = task.config.compile
+    if task.device.type not in WITH_FAST_PROGRAMS:
+        mode = "off"
+        display.note(f"nobody has run fastppo on {task.device.type} yet; programs are eager there")
     with plain():
-        selector = ProgramSelector(task.config.compile, specs, num_threads, display.note, task.ranks, kernels)
+        selector = ProgramSelector(mode, specs, num_threads, display.note, task.ranks, kernels)
     thread_watch = None
     if task.trial is not None and selector.name == "eager" and torch.get_num_threads() > 1:
         thread_watch = Watch(task.trial, display.note, task.provenance)
