@@ -196,7 +196,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     set_environment(monkeypatch, WORLD_SIZE="4", RANK="3", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr("torch.distributed.rendezvous.rendezvous", lambda *_, **__: iter([("store", 3, 4)]))
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([("store", 3, 4)]))
     monkeypatch.setattr("fastppo.ranks._for_this_start", lambda store, *_: store)
     monkeypatch.setattr("fastppo.ranks._watch_connections", lambda: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: started.update(given, name=backend))
