@@ -23,8 +23,8 @@ PICTURES = {"env_id": "environments:AnySpacesVector-v0", "env_kwargs": {"observa
 CONTINUOUS = {"env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True}
 # settings, and most launches of Triton kernels and of libraries in a minibatch; eager there are about 171
 RUNS = {
-    "cartpole8": ({}, 50, 12),
-    "halfcheetah": (CONTINUOUS, 50, 12),
+    "discrete": ({}, 50, 12),
+    "continuous": (CONTINUOUS, 50, 12),
     "nature": (PICTURES, 80, 40),
     "nature, bf16": ({**PICTURES, "bf16": True}, 100, 40),
 }
