@@ -131,10 +131,10 @@ def kernels_of(code):
 
 
 def launches_of(code):
-    """(calls of Triton kernels, calls of libraries such as cuBLAS) in the step."""
-    return len(re.findall(r"^\s+\w+\.run\(", code, re.MULTILINE)), len(
-        re.findall(r"^\s+extern_kernels\.\w+\(", code, re.MULTILINE)
-    )
+    """(calls of Triton kernels, calls of libraries such as cuBLAS and cuDNN) in the step."""
+    kernels = re.findall(r"^\s+\w+\.run\(", code, re.MULTILINE)
+    libraries = re.findall(r"^\s+(?:\w+ = )?(?:extern_kernels\.|torch\.ops\.aten\.)[\w.]+\(", code, re.MULTILINE)
+    return len(kernels), len(libraries)
 
 
 def compiled(code):
