@@ -47,7 +47,7 @@ PIXELS = Bound(
     f"0, or one or two whole numbers between 1 and {MAX_PIXELS}",
 )  # height and width
 WEIGHTS = Bound(lambda weights: weights and all(map(math.isfinite, weights)), "one or more numbers")
-DEVICE = Bound(lambda x: re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]?))?", x), "auto, cpu, cuda or cuda:N")
+DEVICE = Bound(lambda x: re.fullmatch("auto|cpu|mps|xpu|cuda(:(0|[1-9][0-9]?))?", x), "auto, cpu, cuda, cuda:N, mps or xpu")
 NAMES = Bound(lambda names: all(name.strip() and name.isprintable() for name in names), "names in a list")
 DIRECTORY = Bound(str.strip, "the name of a directory")
 

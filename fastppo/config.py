@@ -247,9 +247,13 @@ class TrainConfig:
     num_seeds: Annotated[int, between(1, 1024)] = 1
     """Agents trained side by side in one process, with consecutive seeds from --seed on; each result is as if trained alone."""
     device: Annotated[str, DEVICE, MAY_CHANGE] = "auto"
-    """auto (the GPU if there is one), cpu, cuda or cuda:N."""
+    """auto (the faster of GPU and CPU in a trial), cpu, cuda or cuda:N; mps (Apple) and xpu (Intel): eager, and never tried."""
     num_threads: Annotated[int | None, between(1, 4096), MAY_CHANGE] = None
     """Most CPU threads, and most processes of --vectorization grouped; default: as many as make training faster."""
+    tf32: Annotated[bool, MAY_CHANGE] = False
+    """NVIDIA GPUs: matrix products of float32 in TF32, faster and with 10 bits of mantissa."""
+    bf16: Annotated[bool, MAY_CHANGE] = False
+    """GPUs: networks compute in bfloat16, for images and wide layers; losses and Adam stay float32. Not with --rnn."""
     compile: Annotated[Literal["off", "auto", "on", "inductor"], MAY_CHANGE] = "auto"
     """Fast forms of acting and learning. off: none. auto: fused ones in C++ for multi-layer perceptrons, after some seconds the
     first time; of the rest those compiled by Inductor, if the run is shorter with them. on: both, before training starts.

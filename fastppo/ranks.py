@@ -210,6 +210,8 @@ def start_ranks(device: torch.device, timeout: float = TIMEOUT_SECONDS) -> Ranks
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
+    elif device.type != "cpu":
+        raise UsageError(f"--device {device} trains in one process: with torchrun use --device cpu or cuda")
     else:
         torch.set_num_threads(threads_per_rank(local_size))
     from torch.distributed.rendezvous import rendezvous
@@ -284,6 +286,11 @@ def _watch_connections() -> None:
 def is_first_of_machine() -> bool:
     """Whether this process has local rank 0; before `start_ranks` too."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def is_alone() -> bool:
+    """Whether torchrun has started no other process; before `start_ranks` too."""
+    return _number("WORLD_SIZE", 1) == 1
 
 
 def threads_per_rank(local_size: int) -> int:

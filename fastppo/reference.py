@@ -35,6 +35,7 @@ SUMMARY = {
     "deviations": "Of each program that is not eager, its largest deviation from the eager one at its first call.",
     "backend": "What stepped the environments.",
     "device": "The device of parameters and rollout.",
+    "device_trial": "Seconds of an iteration on each device, if --device auto has tried them; null where that failed.",
     "peak_memory_mib": "Peak resident memory of the process, in MiB.",
     "reproducibility": "What the run guarantees about equal bits, in sentences.",
     "made_with": "Hardware and thread numbers that the bits depend on.",

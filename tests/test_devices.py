@@ -1,14 +1,21 @@
 """--device: what cannot be had is said in one line, with what to do. The states of a machine with GPUs are pretended."""
 
+import contextlib
 import json
 
 import pytest
 import torch
 
+from fastppo import train
+from fastppo.config import TrainConfig
 from fastppo.core import ppo
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.system.devices import choose_device, enough_memory
+from fastppo.ranks import start_ranks
+from fastppo.system.devices import choose_device, enough_memory, resolved
 from fastppo.train import console
+from fastppo.training import job
+from fastppo.training.setup import meet_ranks
+from support.runs import tiny
 
 OLD = (
     "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading and "
@@ -131,3 +138,41 @@ def test_a_run_that_is_out_of_memory_can_go_on(tmp_path, capsys, monkeypatch):
     assert console(["--resume", run, "--plain"]) == 0
     assert "resuming from iteration 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["global_step"] > 3 * 32 - 20
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+def test_gpus_of_others(device, monkeypatch, tmp_path, capsys):
+    """One line where there is none. Where PyTorch has one it is taken, with its index, as tensors name it."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: False)
+    assert console(["--device", device, "--run-dir", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"--device {device}: PyTorch finds no GPU of " in error
+    assert "or use --device cpu" in error
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    assert resolved(choose_device(device)) == torch.device(device, 0)
+
+
+def test_mps_has_no_float64(monkeypatch):
+    """Settings that keep statistics in it are named."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=r"^--norm-obs keeps statistics in float64, which mps has not: leave it off, or"):
+        meet_ranks(TrainConfig(device="mps", norm_obs=True, norm_reward=True), contextlib.ExitStack())
+
+
+def test_another_gpu_trains_in_one_process(monkeypatch):
+    """torchrun has no way for it to exchange gradients."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match=r"^--device xpu trains in one process: with torchrun use --device cpu or cuda$"):
+        start_ranks(torch.device("xpu"))
+
+
+def test_programs_of_another_gpu_are_eager(tmp_path, monkeypatch, capsys):
+    """And a line says that nobody has tried it. The CPU stands in for it."""
+    monkeypatch.setattr(job, "WITH_FAST_PROGRAMS", ("cuda",))
+    summary = train(tiny(tmp_path / "run", num_iterations=2, device="cpu", compile="on")).summary
+    assert summary["tier"] == "eager"
+    assert "nobody has run fastppo on cpu yet; programs are eager there" in capsys.readouterr().out

@@ -146,7 +146,7 @@ def test_commands_in_sentences_are_taken(text):
 
 def test_flags_in_sentences_are_flags():
     """No --flag is named that nothing takes."""
-    flags = set(re.findall(r"`(--[a-z][a-z-]*)", TEXT)) | set(re.findall(r"[(/ ](--[a-z][a-z-]*)[` =]", TEXT))
+    flags = set(re.findall(r"`(--[a-z][a-z0-9-]*)", TEXT)) | set(re.findall(r"[(/ ](--[a-z][a-z0-9-]*)[` =]", TEXT))
     reference = (ROOT / "REFERENCE.md").read_text()
     of_torchrun = {"--max-restarts", "--nproc-per-node", "--nnodes", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"}
     of_slurm = {"--nodes", "--ntasks-per-node", "--cpus-per-task", "--requeue"}

@@ -190,6 +190,23 @@ def test_what_cannot_start_is_one_line(monkeypatch, given, device, said):
     assert not torch.distributed.is_initialized()
 
 
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    """The second process of the second machine of two, pretended: rank 3, NCCL, the second GPU there, the timeout asked for."""
+    chosen, started = [], {}
+    set_environment(monkeypatch, WORLD_SIZE="4", RANK="3", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([("store", 3, 4)]))
+    monkeypatch.setattr("fastppo.ranks._for_this_start", lambda store, *_: store)
+    monkeypatch.setattr("fastppo.ranks._watch_connections", lambda: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **given: started.update(given, name=backend))
+    ranks = start_ranks(torch.device("cuda"), timeout=7.0)
+    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.device) == (3, 4, 1, torch.device("cuda:1"))
+    assert chosen == [1]
+    assert (started["name"], started["rank"], started["world_size"]) == ("nccl", 3, 4)
+    assert (started["device_id"], started["timeout"].total_seconds()) == (torch.device("cuda:1"), 7.0)
+
+
 def test_threads_are_shared_out(monkeypatch):
     """torchrun's own OMP_NUM_THREADS=1 is nobody's wish; another number is."""
     cores = machine_cores()

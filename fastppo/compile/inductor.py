@@ -19,6 +19,7 @@ shapes, dtypes and strides.
 import contextlib
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def compile_step(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[
         from torch._inductor import compile as compile_graph
 
         directory = tempfile.TemporaryDirectory(prefix="build-", dir=cache_dir, ignore_cleanup_errors=True)
-        with _environment("TORCHINDUCTOR_CACHE_DIR", directory.name):
+        with _environment("TORCHINDUCTOR_CACHE_DIR", directory.name), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # --tf32 is the user's choice
             compiled = compile_graph(graph, list(inputs), options={"triton.cudagraphs": False})
             compiled(*inputs)
     except Exception as error:  # compilers and drivers raise errors of many types

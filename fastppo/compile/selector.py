@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -61,6 +62,7 @@ class ProgramSpec:
     seeds: Seeds | None = None
     fused: Callable[[], Any] | None = None  # makes the fused form, once the kernels are loaded
     shorten: Callable[[Sequence[Any]], Sequence[Any]] | None = None  # arguments of a comparison that the fused form can do
+    mode: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext  # of torch, while it is captured for a GPU
 
 
 class ProgramSelector:
@@ -344,7 +346,8 @@ class ProgramSelector:
             if tier == COMPILED_GRAPH:
                 self._note(f"programs: compiling the steps of {name} for the GPU")
             try:
-                form = GraphedProgram(spec.program, spec.example, spec.seeds, tier == COMPILED_GRAPH)
+                with spec.mode():
+                    form = GraphedProgram(spec.program, spec.example, spec.seeds, tier == COMPILED_GRAPH)
             except CompileError as error:
                 reason = error
             (fails,) = self._ranks.highest(form is None)

@@ -3,6 +3,10 @@
 The eager form is right by definition. The two sum in different orders, so their results differ by rounding. In a long update
 such differences grow, since they decide whether a ratio near its bound is clipped. So updates are compared by their first
 minibatches. Rounding gives deviations of 1e-6 to 1e-3 there, a wrong term of the gradient 0.3 and more.
+
+With --bf16 or --tf32 (`rounded`) products have 8 or 11 bits. Adam's step is as large as the learning rate even where a gradient
+is all rounding, so single parameters may go the other way. Updates are then compared as a whole, and less strictly: rounding to
+8 bits gives up to 0.09 with minibatches of 16 rows and 0.04 with 128, a missing term or a step of another size 0.3 and more.
 """
 
 import math
@@ -19,10 +23,10 @@ TOLERANCE = 0.1  # the largest deviation that counts as rounding
 FEW_MINIBATCHES = 8
 FEW_STEPS = 4
 
-Deviation = Callable[[Any, Any, Sequence[Any]], float]  # (result, eager result, arguments) -> at most TOLERANCE if right
+Deviation = Callable[..., float]  # (result, eager result, arguments, rounded=False) -> at most TOLERANCE if right
 
 
-def deviation_of_learn(result: LearnResult, eager: LearnResult, args: Sequence[Any]) -> float:
+def deviation_of_learn(result: LearnResult, eager: LearnResult, args: Sequence[Any], rounded: bool = False) -> float:
     """The largest difference of parameters relative to the largest step of one, or of a metric of the first minibatches.
 
     In an update of many minibatches, a difference of the parameters counts only if it is as large as the step itself.
@@ -30,26 +34,31 @@ def deviation_of_learn(result: LearnResult, eager: LearnResult, args: Sequence[A
     args: of `learn`, the old parameters first. All may have an axis of seeds.
     """
     old: Tensor = args[0]
-    step = (eager.params - old).abs().amax()
-    if eager.minibatch_metrics.shape[-2] > 4 * FEW_MINIBATCHES:
-        step = step / TOLERANCE
     metrics, eager_metrics = (x.minibatch_metrics[..., :FEW_MINIBATCHES, :] for x in (result, eager))
-    return max(
-        _difference(result.params - old, eager.params - old, step),
+    of_numbers = max(
         _difference(metrics, eager_metrics, eager_metrics.abs().clamp(min=1.0)),
         _difference(result.explained_variance, eager.explained_variance, eager.explained_variance.abs().clamp(min=1.0)),
     )
+    if rounded:
+        if not torch.equal(result.params.isfinite(), eager.params.isfinite()):
+            return math.inf
+        apart, moved = (result.params - eager.params).norm(dim=-1), (eager.params - old).norm(dim=-1)
+        return max(_difference(apart, torch.zeros_like(apart), moved), of_numbers) / 2
+    step = (eager.params - old).abs().amax()
+    if eager.minibatch_metrics.shape[-2] > 4 * FEW_MINIBATCHES:
+        step = step / TOLERANCE
+    return max(_difference(result.params - old, eager.params - old, step), of_numbers)
 
 
-def deviation_of_act(result: Any, eager: Any, _args: Sequence[Any]) -> float:
+def deviation_of_act(result: Any, eager: Any, _args: Sequence[Any], rounded: bool = False) -> float:
     """The share of numbers that differ, in actions (N, ...) or, of a policy with memory, in those and its memory."""
     pairs = zip(result, eager, strict=True) if isinstance(result, tuple) else [(result, eager)]
-    return max(_share_of_others(x, y) for x, y in pairs)
+    return max(_share_of_others(x, y, rounded) for x, y in pairs)
 
 
-def deviation_of_collect(result: CollectResult, eager: CollectResult, _args: Sequence[Any]) -> float:
+def deviation_of_collect(result: CollectResult, eager: CollectResult, _args: Sequence[Any], rounded: bool = False) -> float:
     """The share of numbers that differ in the first steps; later ones may, since trajectories part at a rounding."""
-    return max(_share_of_others(x, y) for x, y in zip(_first_steps(result), _first_steps(eager), strict=True))
+    return max(_share_of_others(x, y, rounded) for x, y in zip(_first_steps(result), _first_steps(eager), strict=True))
 
 
 def _first_steps(result: CollectResult) -> list[Tensor]:
@@ -57,10 +66,12 @@ def _first_steps(result: CollectResult) -> list[Tensor]:
     return [x.narrow(axis, 0, min(FEW_STEPS, x.shape[axis])) for x in (result.obs, result.action, result.reward)]
 
 
-def _share_of_others(x: Tensor, y: Tensor) -> float:
-    """The share of numbers in x that are not those of y; floats may differ by rounding."""
-    same = torch.isclose(x, y, rtol=1e-3, atol=1e-4, equal_nan=True) if y.is_floating_point() else x == y
-    return float((~same).double().mean())
+def _share_of_others(x: Tensor, y: Tensor, rounded: bool = False) -> float:
+    """The share of numbers in x that are not those of y; floats may differ by rounding. rounded: one number is let pass."""
+    rtol, atol = (0.05, 0.05) if rounded else (1e-3, 1e-4)
+    same = torch.isclose(x, y, rtol=rtol, atol=atol, equal_nan=True) if y.is_floating_point() else x == y
+    others = (~same).sum() - int(rounded)
+    return float(others.clamp(min=0).double() / same.numel())
 
 
 def _difference(x: Tensor, y: Tensor, scale: Tensor) -> float:

@@ -172,5 +172,7 @@ class MLPActorCritic(DistributionMixin):
         return parameters(out, weights.get("actor.log_std"), self.distribution, features.reshape(*shape, -1))
 
     def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
-        value = torch.mv(features, weights["critic.head.weight"].squeeze(1)) + weights["critic.head.bias"]  # (R,)
+        # autocast of the CPU leaves products by vectors out
+        weight = weights["critic.head.weight"].squeeze(1).to(features.dtype)
+        value = torch.mv(features, weight) + weights["critic.head.bias"]  # (R,)
         return value.reshape(shape)

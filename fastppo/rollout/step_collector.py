@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_map
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step, np_or_torch
 from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
 from fastppo.policy.spaces import ActionSpec, ObsSpec
-from fastppo.rollout.storage import Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
+from fastppo.rollout.pinned_rows import PinnedRows, pinned
+from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
 from fastppo.system.tensordicts import TensorDict
 
 
@@ -186,37 +187,45 @@ class StepCollector:
 class HostCollector(StepCollector):
     """Steps environments of numpy arrays.
 
-    On the CPU rows are written to arrays that share the rollout's memory. For a rollout on a GPU rows are written to a pinned
-    copy on the host, so that uploads overlap with stepping.
+    On the CPU rows are written to arrays that share the rollout's memory. For a rollout on a GPU they are written to pinned
+    memory: each step takes one copy to the GPU, of all that acting needs, and one back, of the actions. The copies are on the
+    stream of `act`, which has to wait for the first and is waited for by the second.
     """
 
     def _written(self) -> Mapping[str, Any]:
-        self.on_host = self.tensors["reward"].device.type == "cpu"
-        self.host = self.tensors if self.on_host else {key: x.cpu().pin_memory() for key, x in self.tensors.items()}
-        self.host_rows = {key: self.host[key].unbind(0) for key in self.act_keys}
+        device = self.tensors["reward"].device
         self.actions: list[Tensor] = list(self.tensors["action"][:-1])
-        return {key: x.numpy() for key, x in self.host.items()}
+        self.steps: PinnedRows | None = None  # what acting needs, by row
+        if shares_memory(device):
+            return {key: x.numpy() for key, x in self.tensors.items()}
+        final_obs = [key for key in self.tensors if key.startswith("final_")]
+        self.steps = PinnedRows(self.tensors, self.act_keys, final_obs)
+        self.results = PinnedRows({key: self.tensors[key].unsqueeze(0) for key in STEP_KEYS}, STEP_KEYS)  # as one row
+        self.host_actions = pinned(self.tensors["action"].cpu(), device)
+        results = {key: x[0] for key, x in self.results.host.items()}
+        return {key: x.numpy() for key, x in {**self.steps.host, **results, "action": self.host_actions}.items()}
 
     def _act_obs(self, t: int) -> Any:
-        if not self.on_host:
-            for key, rows in self.host_rows.items():
-                self.rows_by_key[key][t].copy_(rows[t], non_blocking=True)
+        if self.steps is not None:
+            self.steps.upload(t)
         return self.act_rows[t]
 
     def _env_action(self, t: int, action: Tensor) -> Any:
         self.actions[t] = action  # stacked at the end: a write per step costs 5 us
-        if not self.on_host:
-            action = action.cpu()  # a sync, once per step: the environments need it
+        if self.steps is not None:
+            action = self.host_actions[t].copy_(action)  # a sync, once per step: the environments need it
         return self.action.to_env_array(action if self.seeds is None else action.flatten(0, 1))
 
     def _finish(self) -> None:
         torch.stack(self.actions, out=self.tensors["action"][:-1])
-        if not self.on_host:
-            for key, x in self.tensors.items():
-                if key == "action":
-                    self.host[key].copy_(x)
-                else:
-                    x.copy_(self.host[key])
+        if self.steps is not None:
+            self.steps.upload(len(self.actions))
+            self.results.upload(0)
+
+
+def shares_memory(device: torch.device) -> bool:
+    """Whether arrays on the host can be the rollout."""
+    return device.type == "cpu"
 
 
 class TensorCollector(StepCollector):

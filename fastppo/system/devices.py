@@ -9,24 +9,34 @@ import torch
 
 from fastppo.errors import TrainingFault, UsageError
 
+WITH_FAST_PROGRAMS = ("cpu", "cuda")  # on other devices programs are eager
+
 
 def resolved(device: torch.device | str) -> torch.device:
-    """`device` with its index: "cuda" becomes the current GPU, normally "cuda:0". Other devices are returned as they are."""
+    """`device` with its index: "cuda" becomes the current GPU, normally "cuda:0". The CPU has none."""
     device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.cuda.current_device() if device.type == "cuda" else 0)
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device for --device; auto selects the GPU if there is one. Raises UsageError for a GPU that cannot be used."""
+    """The device for --device. Raises UsageError for one that cannot be used.
+
+    auto is the GPU if there is one; where there is a choice, training/device_trial.py has made it before.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(wanted)
+    reason = None
     if device.type == "cuda":
         reason = _why_not(device)
-        if reason is not None:
-            raise UsageError(f"--device {wanted}: {reason}, or use --device cpu")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        reason = "PyTorch finds no GPU of Apple's here: it needs macOS on Apple silicon"
+    elif device.type == "xpu" and not torch.xpu.is_available():
+        reason = "PyTorch finds no GPU of Intel's here: it needs its driver and a PyTorch for XPU"
+    if reason is not None:
+        raise UsageError(f"--device {wanted}: {reason}, or use --device cpu")
     return device
 
 

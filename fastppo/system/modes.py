@@ -94,6 +94,26 @@ def under(mode: Callable[[], AbstractContextManager[Any]], function: Callable[..
 
 
 @contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Matrix products of float32 in TF32 on a GPU; afterwards as before. Convolutions are so by PyTorch's default.
+
+    `allow_tf32` keeps PyTorch's older setting equal to the newer one: Inductor reads both, and they must not differ.
+    """
+    matmul = torch.backends.cuda.matmul
+    before: str = matmul.fp32_precision
+    was_allowed: bool = before == "tf32"
+    if was_allowed:
+        yield
+        return
+    matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
+@contextlib.contextmanager
 def _plain() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         token = _outside.set(_outside.get() or settings())

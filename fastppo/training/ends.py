@@ -150,6 +150,7 @@ def _about(job: Job) -> Mapping[str, Any]:
         "deviations": job.selector.deviations,
         "backend": job.task.engine,
         "device": str(job.task.device),
+        "device_trial": None if job.device_trial is None else job.device_trial.summary,
         "peak_memory_mib": peak_memory_mib(),
         "reproducibility": job.guarantees,
         "made_with": job.task.provenance,

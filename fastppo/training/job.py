@@ -22,8 +22,10 @@ from fastppo.rollout.storage import RnnState, allocate_rollout
 from fastppo.run.directory import RunDirectory
 from fastppo.run.display import Display, NoDisplay, make_display
 from fastppo.run.signals import StopSignals
+from fastppo.system.devices import WITH_FAST_PROGRAMS
 from fastppo.system.modes import plain
 from fastppo.system.tensordicts import TensorDict
+from fastppo.training.device_trial import DeviceTrial
 from fastppo.training.multi_seed import make_seed_directories, reopen_seeds
 from fastppo.training.programs import build_programs
 from fastppo.training.reproducibility import guarantees
@@ -134,6 +136,7 @@ class Job:
     thread_watch: Watch | None
     guarantees: list[str]  # lines on reproducibility
     stop: StopSignals
+    device_trial: DeviceTrial | None = None
     stopped_by: int = 0  # number of the signal that stopped the loop, equal in all processes
     collector: Collector | None = None
     iterations: int = 0  # number done by this process
@@ -167,8 +170,12 @@ def start_job(
     buffers = allocate_buffers(task)
     specs = build_programs(task, buffers.learn_arguments(), buffers.noise)
     num_threads = 1 if task.workers > 1 else task.threads
+    mode = task.config.compile
+    if task.device.type not in WITH_FAST_PROGRAMS:
+        mode = "off"
+        display.note(f"nobody has run fastppo on {task.device.type} yet; programs are eager there")
     with plain():
-        selector = ProgramSelector(task.config.compile, specs, num_threads, display.note, task.ranks, kernels)
+        selector = ProgramSelector(mode, specs, num_threads, display.note, task.ranks, kernels)
     thread_watch = None
     if task.trial is not None and selector.name == "eager" and torch.get_num_threads() > 1:
         thread_watch = Watch(task.trial, display.note, task.provenance)

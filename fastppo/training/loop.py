@@ -26,7 +26,7 @@ from fastppo.envs.factory import is_on_device
 from fastppo.errors import Interrupted, UsageError
 from fastppo.fused.kernels import Kernels
 from fastppo.policy.module_policy import ModuleFactory, named_factory
-from fastppo.ranks import Ranks, checked, is_first_of_machine
+from fastppo.ranks import Ranks, checked, is_alone, is_first_of_machine
 from fastppo.rollout.collector import Collector, start_collector
 from fastppo.rollout.step_collector import StepCollector
 from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases
@@ -39,6 +39,7 @@ from fastppo.system.paths import current_directory
 from fastppo.system.platforms import SIGPIPE, process_age
 from fastppo.training.arguments import GivenEnvs, arguments
 from fastppo.training.callback_list import has_on_step
+from fastppo.training.device_trial import try_devices
 from fastppo.training.ends import finish, isolating_fault, keeping_state
 from fastppo.training.job import Job, draw_noise, start_job
 from fastppo.training.multi_seed import shown_row
@@ -114,14 +115,44 @@ def train_in(
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         if config.num_threads is not None or is_forked():  # before the first operation that threads would share
             torch.set_num_threads(config.num_threads or 1)
-        kernels = start_kernels(config, policy, cleanup)  # the compiler works while the environments are made and checked
-        task = prepare(config, policy, envs, cleanup)
-        refuse_watching(callbacks, task)
-        with enough_memory(task.device, "before the first iteration"):
-            job = start_job(task, place, callbacks, cleanup, kernels)
-        with keeping_state(job, envs), enough_memory(task.device, "while training"):
+        trial = try_devices(config, envs is None and is_alone(), partial(train_briefly, policy))
+        if trial is not None:
+            config = replace(config, device=trial.chosen)  # a resumed run keeps it
+        job = open_job(place, config, policy, callbacks, envs, cleanup)
+        if trial is not None:
+            job.device_trial = trial
+            job.display.note(trial.note)
+        with keeping_state(job, envs), enough_memory(job.task.device, "while training"):
             run_iterations(job)
         return finish(job, policy, envs)
+
+
+def open_job(
+    place: Path,
+    config: TrainConfig,
+    policy: ModuleFactory | None,
+    callbacks: Sequence[Callback],
+    envs: VectorEnv | None,
+    cleanup: contextlib.ExitStack,
+) -> Job:
+    """Make everything that training needs. Raises UsageError."""
+    kernels = start_kernels(config, policy, cleanup)  # the compiler works while the environments are made and checked
+    task = prepare(config, policy, envs, cleanup)
+    refuse_watching(callbacks, task)
+    with enough_memory(task.device, "before the first iteration"):
+        return start_job(task, place, callbacks, cleanup, kernels)
+
+
+def train_briefly(policy: ModuleFactory | None, config: TrainConfig, callback: CallbackFunction) -> None:
+    """Train without results, for a trial. Raises what a signal to stop raises."""
+    with contextlib.ExitStack() as cleanup:
+        job = open_job(Path(), config, policy, checked_callbacks([callback]), None, cleanup)
+        cleanup.callback(job.stop.restore)
+        cleanup.callback(job.selector.close)
+        with enough_memory(job.task.device, "while training"):
+            run_iterations(job)
+        if job.stop.received is not None:
+            raise job.stop.exception()
 
 
 def refuse_watching(callbacks: Sequence[Callback], task: Task) -> None:
@@ -136,7 +167,7 @@ def refuse_watching(callbacks: Sequence[Callback], task: Task) -> None:
 def start_kernels(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> Kernels | None:
     """The functions of the fused programs, loaded or being built; None where the settings rule these programs out."""
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    is_covered = policy is None and config.rnn is None
+    is_covered = policy is None and config.rnn is None and not config.bf16
     is_covered = is_covered and not config.env_id.startswith("ALE/")  # pictures are not
     if not is_covered or config.compile not in ("auto", "on") or not on_cpu:
         return None

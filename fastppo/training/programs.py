@@ -17,14 +17,15 @@ from fastppo.compile.selector import ProgramSpec
 from fastppo.compile.verification import deviation_of_act, deviation_of_collect, deviation_of_learn, first_minibatches
 from fastppo.config import TrainConfig
 from fastppo.core import acting, ppo
-from fastppo.core.contracts import Execution, Normalization, obs_of
+from fastppo.core.contracts import Execution, Normalization, Policy, obs_of
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.fused import mlp_programs
+from fastppo.policy.mixed_precision import AutocastPolicy
 from fastppo.policy.module_policy import ModulePolicy
 from fastppo.policy.rnn import RecurrentActorCritic
 from fastppo.rollout.env_step import env_step_of, pack
-from fastppo.system.modes import under
+from fastppo.system.modes import tf32, under
 from fastppo.training.setup import ROWS_PER_PASS, Task
 
 MIN_WORKER_ENVS = 64  # for each worker of a compiled `collect`
@@ -39,7 +40,17 @@ def build_programs(task: Task, learn_example: tuple[Any, ...], noise: Tensor) ->
     params, _, rollout, *_, normalization = learn_example
     second = {"collect": collect_program} if task.on_device else {"act": act_program}
     others = {name: build(task, params, normalization, rollout, noise) for name, build in second.items()}
-    return {"learn": learn_program(task, learn_example), **others}
+    specs = {"learn": learn_program(task, learn_example), **others}
+    if task.config.tf32 or task.config.bf16:
+        specs = {name: replace(spec, deviation=partial(spec.deviation, rounded=True)) for name, spec in specs.items()}
+    if task.config.tf32:
+        specs = {name: replace(spec, eager=under(tf32, spec.eager), mode=tf32) for name, spec in specs.items()}
+    return specs
+
+
+def policy_of(task: Task) -> Policy:
+    """The network as the programs use it."""
+    return AutocastPolicy(task.network) if task.config.bf16 else task.network
 
 
 def maps_seeds(task: Task) -> bool:
@@ -54,7 +65,7 @@ def learn_program(task: Task, example: tuple[Any, ...]) -> ProgramSpec:
     it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. On a GPU the eager program is captured.
     """
     axis, ranks, on_cpu = task.axis, task.ranks, task.device.type == "cpu"
-    learn = partial(ppo.learn, policy=task.network, config=learn_config(task.local))
+    learn = partial(ppo.learn, policy=policy_of(task), config=learn_config(task.local))
     shared = ranks.learn_settings()
     execution = Execution(
         microbatch_size=rows_per_pass(task.config) if task.obs.has_images else None,
@@ -69,7 +80,7 @@ def learn_program(task: Task, example: tuple[Any, ...]) -> ProgramSpec:
         compiled = partial(learn, execution=fast)
     per_call = 1 if on_cpu or not maps_seeds(task) else axis.size
     network, fused = task.network, None
-    if on_cpu and mlp_programs.covers(network):
+    if on_cpu and mlp_programs.covers(network) and not task.config.bf16:
         fused = partial(mlp_programs.FusedLearn, network, learn.keywords["config"], task.workers, axis, ranks)
     return ProgramSpec(
         axis.map(eager, maps_seeds(task)),
@@ -93,7 +104,7 @@ def collect_program(
     """`collect`. Compiled, it gains by taking several seeds at once: each worker takes its part of them."""
     axis, made = task.axis, task.made
     assert isinstance(made, TorchVectorEnv)
-    collect = compiled = partial(acting.collect, policy=task.network, env_step=env_step_of(made, task.action))
+    collect = compiled = partial(acting.collect, policy=policy_of(task), env_step=env_step_of(made, task.action))
     if task.device.type == "cpu" and not axis.shape:
         enough = task.local.num_envs >= MIN_WORKER_ENVS * task.workers
         compiled = partial(collect, execution=Execution(num_workers=task.workers if enough else 1))
@@ -113,20 +124,20 @@ def act_program(
     that a module of the user's own may keep and cannot learn from. Acting for eight environments takes 20 us under it and 22
     without gradients.
     """
-    axis, network = task.axis, task.network
+    axis, network, policy = task.axis, task.network, policy_of(task)
     remembers = isinstance(network, RecurrentActorCritic)
     act: Any = acting.act_recurrent_from_params if remembers else acting.act_from_params
-    compiled = partial(act, policy=network)
+    compiled = partial(act, policy=policy)
     eager = partial(axis.map(compiled, maps_seeds(task)), params)
     if not axis.shape:  # the views of the weights are made once
         act = acting.act_recurrent if remembers else acting.act
-        eager = partial(act, network, network.weights(params))
+        eager = partial(act, policy, policy.weights(params))
     mode = torch.no_grad if isinstance(network, ModulePolicy) else torch.inference_mode
     obs = tree_map(partial(first_row, task), obs_of(rollout))
     example = (params, normalization, obs, noise[0], *rnn_inputs(task, rollout))
     seeds = axis.calls(axis.size if maps_seeds(task) else 1, 1)
     fused = None
-    if task.device.type == "cpu" and mlp_programs.covers(network):
+    if task.device.type == "cpu" and mlp_programs.covers(network) and not task.config.bf16:
         fused = partial(mlp_programs.FusedAct, network, task.workers, axis)
     return ProgramSpec(under(mode, eager), compiled, example, deviation_of_act, seeds, fused)
 

@@ -14,6 +14,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from fastppo import random_streams
+from fastppo.bounds import flag
 from fastppo.config import TrainConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
@@ -193,7 +194,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (*lines, note, started, thread_note) if line is not None),
+        notes=tuple(line for line in (*lines, note, started, thread_note, precision_note(config, device)) if line is not None),
         render_env=render_env,
         evaluator=evaluator,
         **vars(found),
@@ -203,6 +204,11 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
 def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torch.device, Ranks]:
     """The device of this process, and the ranks. Raises UsageError."""
     device = choose_device(config.device)
+    statistics = next((name for name in ("norm_obs", "norm_reward", "rnd_coef") if getattr(config, name)), None)
+    if device.type == "mps" and statistics is not None:
+        raise UsageError(
+            f"{flag(statistics)} keeps statistics in float64, which mps has not: leave it off, or use --device cpu"
+        )
     if config.track is not None:
         check_installed(config.track)
     if device.type == "cuda":  # CUDA graphs are captured on the current GPU; cleanup restores the caller's
@@ -213,6 +219,15 @@ def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torc
     with checked(ranks):
         check_same(config, ranks.agree(config), ranks)
     return resolved(ranks.device if ranks.size > 1 else device), ranks
+
+
+def precision_note(config: TrainConfig, device: torch.device) -> str | None:
+    """A line where --tf32 or --bf16 does not make this device faster."""
+    if device.type == "cuda" or not (config.tf32 or config.bf16):
+        return None
+    if config.bf16:
+        return f"--bf16 is for GPUs: on {device} networks are rounded to bfloat16, and there are no fused programs"
+    return f"--tf32 is for NVIDIA GPUs: on {device} it changes nothing"
 
 
 def make_networks(
