@@ -224,10 +224,10 @@ def _jumanji(name: str, kwargs: Kwargs) -> JaxEnv:
     space, actions = space_of(env.observation_spec), space_of(env.action_spec)
     parts = list(space.spaces) if isinstance(space, Dict) else []
     renamed = {}
-    mask = space["action_mask"] if isinstance(space, Dict) and "action_mask" in parts else None
-    if mask is not None and np.prod(mask.shape or ()) != sum(choices_of(actions)):
+    mask = space.spaces.get("action_mask") if isinstance(space, Dict) else None
+    if isinstance(space, Dict) and mask is not None and np.prod(mask.shape or ()) != sum(choices_of(actions)):
         renamed["action_mask"] = "legal"  # of pairs of choices, where a mask is of each choice alone: an observation
-        space = Dict({renamed.get(part, part): space[part] for part in parts})
+        space = Dict({renamed.get(part, part): own for part, own in space.spaces.items()})
     return JaxEnv(space, actions, reset, step)
 
 
