@@ -16,6 +16,7 @@ from fastppo.envs.factory import EnvConfig, make_envs
 from fastppo.envs.registry import JAX_PACKAGES, find_spec
 from fastppo.envs.render import make_render_env, render_frame
 from fastppo.run.metrics_file import read_rows
+from support.pages import python_in, section
 from support.runs import rows_of, tiny
 
 CARTPOLE = "jax:gymnax/CartPole-v1"
@@ -110,6 +111,14 @@ def test_an_environment_goes_its_own_way(gymnax):
     assert not torch.equal(two.reset()[0], starts[0])
 
 
+def test_the_pages_function(gymnax):
+    """That of docs/environments.md makes environments of one's own class."""
+    names = {"MyEnv": type(gymnax.make("Pendulum-v1")[0])}
+    exec(python_in(section("docs/environments.md", "Environments of JAX")), names)
+    obs, _ = names["make"](3).reset(seed=0)
+    assert (obs.dtype, tuple(obs.shape)) == (torch.float32, (3, 3))
+
+
 @pytest.fixture
 def stub():
     """An environment of several types: counts its steps up to 3, then terminates if the first action is 1."""
@@ -147,6 +156,11 @@ def test_types_structures_and_the_time_limit(stub):
     assert seen[1] == ([1.0, 1.0], [1.0, 1.0], [False, False], [False, False])
     assert seen[2] == ([0.0, 1.5], [1.5, 1.5], [True, False], [False, False])
     assert seen[3] == ([0.5, 0.0], [0.5, 2.0], [False, False], [False, True])
+    short = stub(max_episode_steps=3)
+    short.reset(seed=0)
+    for _ in range(3):
+        _, _, terminated, truncated, _ = short.step(torch.tensor([[1, 2], [0, 1]]))
+    assert (terminated.tolist(), truncated.tolist()) == ([True, False], [False, True])
     with pytest.raises(ValueError, match=r"actions must have shape \(2, 2\), not \(2,\)"):
         envs.step(torch.zeros(2))
 

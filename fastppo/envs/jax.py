@@ -207,7 +207,7 @@ class JaxVectorEnv(VectorEnv[Any, Any, Any]):
         super().reset(seed=seed if isinstance(seed, int) else None)
         if seed is None and self._running is None:
             seed = int(self.np_random.integers(SEEDS))
-        if self.jax_device.platform == "gpu":
+        if self.jax_device.platform != "cpu" and torch.cuda.is_available():
             torch.cuda.synchronize()  # sync: once per reset. JAX may write where torch still reads what it was lent
         if seed is None:
             keys = self.running.key

@@ -24,6 +24,7 @@ from fastppo.errors import UsageError, nearest
 LIMITS = ("max_steps_in_episode", "max_timesteps")  # names of the time limit in parameters like gymnax's
 NO_LIMIT = 2**31 - 1
 CRAFTAX = tuple(f"Craftax-{kind}-v1" for kind in ("Symbolic", "Pixels", "Classic-Symbolic", "Classic-Pixels"))
+BOUNDS = (("low", "minimum"), ("high", "maximum"))  # names of a space's bounds
 GROUP = "state"  # of observations in groups, the policy's
 
 Kwargs = dict[str, Any]
@@ -251,11 +252,8 @@ def space_of(space: Any) -> gym.Space[Any]:
     return _box(low, high, shape, dtype)
 
 
-BOUNDS = (("low", "minimum"), ("high", "maximum"))
-
-
 def _box(low: Any, high: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Box:
-    """A Box; bounds of None: those of the type. Bytes have all values, whatever is said; bools are 0 and 1."""
+    """A Box. Bounds of None are those of the type. Bytes go from 0 to 255, whatever the package says, and bools are 0 or 1."""
     if dtype.kind == "b":
         return Box(0, 1, shape, np.int8)
     if dtype == np.uint8:
