@@ -115,7 +115,7 @@ def _first(env: JaxEnv, key: Key) -> tuple[State, Any]:
     """The start of an episode, with arrays of the types that a step returns, so that both fit and nothing is compiled twice."""
     state, obs = env.reset(key)
     action = jax.tree.map(jnp.asarray, _any_action(env.action_space))
-    like, _, reward, *_ = jax.eval_shape(lambda: env.step(key, state, action))
+    like, _, reward, *_ = jax.eval_shape(env.step, key, state, action)  # of a copy of the state, whose dicts a step may change
     if reward.size != 1:
         raise UsageError(f"its reward has the shape {reward.shape}: environments of several agents are not supported for JAX")
     return jax.tree.map(lambda x, wanted: _strong(x, wanted.dtype), state, like), _as_space(env.observation_space, obs)
