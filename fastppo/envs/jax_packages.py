@@ -122,7 +122,7 @@ def _craftax(name: str, kwargs: Kwargs) -> JaxEnv:
     return _gymnax_env(env, params, step)
 
 
-# --- Brax, and MuJoCo Playground, which has its interface
+# --- Brax
 
 
 def of_brax(env: Any, episode_length: int | None, render: Callable[[State], Any] | None = None, fps: int = 30) -> JaxEnv:
@@ -163,18 +163,6 @@ def _brax(name: str, kwargs: Kwargs) -> JaxEnv:
         return image.render_array(env.sys, state.pipeline_state)
 
     return of_brax(env, length, render, round(1 / float(env.dt)))
-
-
-def _playground(name: str, kwargs: Kwargs) -> JaxEnv:
-    from mujoco_playground import registry
-
-    _refuse_unknown("mujoco_playground", name, registry.ALL_ENVS)
-    config = registry.get_default_config(name)
-    unknown = {key: None for key in kwargs if key.partition(".")[0] not in config}
-    _refuse_arguments(unknown)
-    env = registry.load(name, config_overrides=kwargs)
-    length = kwargs.get("episode_length", config.episode_length)
-    return of_brax(env, length, lambda state: env.render([state])[0], round(1 / env.dt))
 
 
 # --- Navix
@@ -287,6 +275,5 @@ PACKAGES: Mapping[str, Callable[[str, Kwargs], JaxEnv]] = MappingProxyType(
         "navix": _navix,
         "craftax": _craftax,
         "jumanji": _jumanji,
-        "mujoco_playground": _playground,
     }
 )

@@ -26,7 +26,6 @@ JAX_PACKAGES = {  # in ids that start so, with what pip installs
     "navix": "navix",
     "craftax": "craftax",
     "jumanji": "jumanji",
-    "mujoco_playground": "playground",
 }
 
 
