@@ -77,7 +77,8 @@ class TrainConfig:
     """Train a PPO agent on a Gymnasium environment."""
 
     env_id: Annotated[str, ENVIRONMENTS] = "CartPole-v1"
-    """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one."""
+    """Gymnasium id; module:EnvId-v0, to import the module that registers it; module:NAME, a function or class to make one;
+    jax:PACKAGE/NAME, an environment of JAX."""
     preset: str = "none"
     """Settings to start from, overridden by other flags: auto (by env_id), none, a name, a .json file, a run, a .yml file
     of the zoo of Stable-Baselines3."""

@@ -50,6 +50,7 @@ EXAMPLES = {
     "docs/environments.md": [
         "test_composite_actions.test_the_example_of_the_docs",
         "test_collect_runs.test_the_pages_environment_learns",
+        "test_jax.test_the_pages_function",
     ],
     "docs/from-sb3.md": ["test_import_sb3.test_statistics"],
     "docs/memory.md": ["test_export.test_the_pages_memory"],

@@ -33,7 +33,7 @@ from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import SUCCESS, EnvFn, NumberedVectorEnv
 from fastppo.envs.preprocessing import Preprocessing
-from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari
+from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari, is_jax
 from fastppo.envs.streams import untouched_streams
 from fastppo.envs.wrappers import wrapped
 from fastppo.errors import ENVIRONMENT_ERRORS, ForkHangs, UsageError, brief, located, nearest
@@ -136,6 +136,8 @@ def _make_envs(config: EnvConfig, device: "torch.device | str", deadline: Deadli
                 "ALE steps all games in its own threads; leave it at auto"
             )
         return make_ale(config.env_id, config.num_envs, config.env_kwargs, config.atari)
+    if is_jax(config.env_id):
+        config = replace(config, env_kwargs={"device": str(device), **config.env_kwargs})
     envs = make_gymnasium_envs(config, deadline)
     if not is_on_device(envs.unwrapped):
         return envs

@@ -1,11 +1,15 @@
 """From --env-id to a spec, or a UsageError that names the nearest known ids. Does not import torch.
 
-`module:NAME` imports the module. If an id NAME is registered then, it is that environment, as in gymnasium. Otherwise NAME is a
-function or class of the module (envs/functions.py). `package.module` is a module of
-PettingZoo's form, with `parallel_env` or `env`.
+`jax:PACKAGE/NAME` is an environment of JAX (envs/jax_packages.py). `module:NAME` imports the module. If an
+id NAME is registered then, it is that environment, as in gymnasium. Otherwise NAME is a function or class of the module
+(envs/functions.py). `package.module` is a module of PettingZoo's form, with `parallel_env` or `env`.
 """
 
+import importlib.util
 import os
+import re
+from functools import partial
+from typing import Any
 
 import gymnasium as gym
 
@@ -15,12 +19,22 @@ from fastppo.system.named import import_module, is_dotted
 
 INSTALL = "pip install 'fastppo[{}]'"
 PETTINGZOO = ("pettingzoo", "mpe2")  # packages of the extra of that name
+JAX = "jax:"
+JAX_PACKAGES = {  # in ids that start so, with what pip installs
+    "gymnax": "'fastppo[jax]'",
+    "brax": "'fastppo[jax]'",
+    "navix": "navix",
+    "craftax": "craftax",
+    "jumanji": "jumanji",
+}
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The spec of an id, of module:Id or of module:function. Raises UsageError with the nearest known names."""
     if is_nameless(env_id):
         return given_spec(env_id)
+    if is_jax(env_id):
+        return _jax_spec(env_id)
     name = import_module_of(env_id)
     if name not in gym.registry and (name.startswith("ALE/") or "NoFrameskip-v" in name):
         _register_atari(name)
@@ -39,9 +53,36 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
 def import_module_of(env_id: str) -> str:
     """Import the module of module:Id, so that it registers its environments, and return the Id; raises UsageError."""
     module, _, name = env_id.rpartition(":")
+    if is_jax(env_id):
+        return env_id
     if module:
         _import(module, env_id)
     return name
+
+
+def is_jax(env_id: str) -> bool:
+    """Whether this is the id of an environment of JAX."""
+    return env_id.startswith(JAX)
+
+
+def _jax_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """The spec of jax:PACKAGE/NAME. Imports neither; raises UsageError for a package that is not known or not installed."""
+    package, slash, name = env_id.removeprefix(JAX).partition("/")
+    if package not in JAX_PACKAGES or not slash or not name:
+        known = ", ".join(JAX_PACKAGES)
+        hint = nearest(package, JAX_PACKAGES) if package not in JAX_PACKAGES else ""
+        raise UsageError(f"--env-id {env_id[:100]}: write jax:PACKAGE/NAME, as jax:gymnax/CartPole-v1; packages: {known}{hint}")
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"--env-id {env_id} needs a package that is not installed: pip install {JAX_PACKAGES[package]}")
+    return gym.envs.registration.EnvSpec(
+        re.sub(r"[^\w:./-]", "_", env_id), vector_entry_point=partial(_make_jax, package, name)
+    )
+
+
+def _make_jax(package: str, name: str, /, **kwargs: Any) -> Any:
+    from fastppo.envs.jax_packages import make_jax_envs  # here, since it imports jax
+
+    return make_jax_envs(package, name, **kwargs)
 
 
 def _import(module: str, env_id: str) -> None:
@@ -96,5 +137,5 @@ def shorten_spinning(env_id: str, backend: str) -> None:
 
     After each operation they would keep a core busy for a millisecond: Breakout 391 steps/s instead of 342 (benchmarks/LOG.md).
     """
-    if backend == "envpool" or is_atari(env_id):
+    if backend == "envpool" or is_jax(env_id) or is_atari(env_id):
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
