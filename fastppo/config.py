@@ -50,7 +50,6 @@ OLD_NAMES = {"minibatch_strata": "minibatch_shards"}  # of settings, in flags an
 LEFT_OPEN = ("resize", "rescale_action", "learning_rate", "update_epochs", "ent_coef")  # None: the environment chooses
 EXACT_CHECKPOINT_ITERATIONS = 50  # few, since each restart of the environments truncates episodes
 
-
 PATHS = ("run_dir", "resume", "init_from")
 # marks a setting that may change when a run is resumed: how long it runs, and how it is shown, kept and computed
 MAY_CHANGE = "may change on --resume"
@@ -236,8 +235,7 @@ class TrainConfig:
     log_std_init: Annotated[float, within(-20, 20)] = 0.0
     """Initial log standard deviation of continuous actions; beta has none."""
     action_distribution: Literal["normal", "normal-state-std", "gsde", "beta"] = "normal"
-    """Of continuous actions: normal; normal with a standard deviation that depends on the state; gSDE, state-dependent noise of
-    Raffin et al. 2021; or beta, on the environment's bounds."""
+    """Of continuous actions: normal, with one std or one for each state; gSDE (Raffin et al., 2021); beta, on the bounds."""
     sde_sample_freq: Annotated[int | None, at_least(1), LEARNING] = None
     """gSDE: steps that an environment keeps its noise matrix for; default: the whole rollout."""
     squash_actions: bool = False
@@ -284,8 +282,7 @@ class TrainConfig:
     log_interval: Annotated[int, at_least(1), MAY_CHANGE] = 1
     """Iterations between rows of metrics.csv and TensorBoard."""
     log_info: Annotated[tuple[str, ...], NAMES, MAY_CHANGE] = ()
-    """Numbers in the info of an episode's last step to be logged as info_NAME, means over the iteration's episodes; is_success
-    is logged by itself."""
+    """Numbers in the info of an episode's last step to log as info_NAME, means over episodes; is_success is always logged."""
     track: Annotated[Literal["wandb", "mlflow", "trackio"] | None, MAY_CHANGE] = None
     """Send metrics to an experiment tracker too, configured by its own environment variables (such as WANDB_MODE=offline)."""
     track_project: Annotated[str, MAY_CHANGE] = "fastppo"
@@ -433,8 +430,7 @@ RESUMABLE = marked(MAY_CHANGE)
 def check_setting(name: str, value: Any) -> None:
     """Raise UsageError unless `value` has the type of the setting and is within its bound. Other settings do not matter."""
     bound = _BOUNDS.get(name)
-    legal_value = is_of_type(_TYPES[name], value) and (value is None or bound is None or bound.holds(value))
-    if not legal_value:
+    if not (is_of_type(_TYPES[name], value) and (value is None or bound is None or bound.holds(value))):
         hint = f": write {int(value)}" if is_whole(name) and isinstance(value, float) and value.is_integer() else ""
         raise UsageError(f"{flag(name)} must be {legal(name)}, got {reprlib.repr(value)}{hint}")
 

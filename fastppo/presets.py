@@ -51,11 +51,8 @@ TIANSHOU = "tianshou, examples/mujoco/mujoco_ppo.py at 002ffd9"  # https://githu
 
 SB3 = {"learning_rate": 3e-4, "anneal_lr": False}  # Stable-Baselines3's defaults, where a file of the zoo is silent
 NORMALIZED = {"norm_obs": True, "norm_reward": True}
-WIDE = {
-    "log_std_init": -2.0,
-    "hidden_sizes": (256, 256),
-    "activation": "relu",
-}  # the zoo's network for most of its tuned MuJoCo
+# the zoo's network for most of its tuned MuJoCo
+WIDE = {"log_std_init": -2.0, "hidden_sizes": (256, 256), "activation": "relu"}
 LAYER_NORM = {"layer_norm": True}  # ours, where it learns more than without (benchmarks/README.md)
 
 # For environments without a preset, chosen on those of benchmarks/untuned.py with seeds from 101 on. CartPole's settings learn
