@@ -60,6 +60,7 @@ VARIANTS: Mapping[str, str] = {
     "learning rate not annealed": "--no-anneal-lr",
     "entropy bonus 0.01 to 0": "--ent-coef 0.01 --ent-coef-end 0",
     "layer normalisation": "--layer-norm",
+    "no layer normalisation": "--no-layer-norm",
     "torch's initial weights": "--init torch",
     "advantages not standardised": "--no-norm-adv",
     "value loss clipped": "--clip-vloss",

@@ -254,23 +254,24 @@ inline Vector only_columns(Vector x, int64_t c, int64_t columns) {
 // policy/mlp.py `_normalized` of n rows of sums, in place.
 inline void layer_norm(const Matrix& matrix, const float* packed, int64_t n, const Rows& x, const Rows& standard) {
   const int64_t columns = matrix.columns, width = padded(columns);
+  const auto number = static_cast<float>(columns);
   for (int64_t r = 0; r < n; ++r) {
     float *to = x.row(r), *row = standard.row(r);
     Vector total = {}, squares = {};
     for (int64_t c = 0; c < width; c += kWidth) total += only_columns(load(to + c), c, columns);
-    const auto mean = static_cast<float>(sum(total) / static_cast<double>(columns));
+    const Vector mean = spread_sum(total) / number;
     for (int64_t c = 0; c < width; c += kWidth) {
       const Vector deviation = only_columns(load(to + c) - mean, c, columns);
       store(row + c, deviation);
       squares += deviation * deviation;
     }
-    const auto inverse = static_cast<float>(1.0 / std::sqrt(sum(squares) / static_cast<double>(columns) + 1e-5));
+    const Vector inverse = 1.0f / sqrt(spread_sum(squares) / number + 1e-5f);
     for (int64_t c = 0; c < width; c += kWidth) {
       const Vector standardized = load(row + c) * inverse;
       store(row + c, standardized);
       store(to + c, standardized * load(packed + matrix.scale + c) + load(packed + matrix.shift + c));
     }
-    row[columns] = inverse;
+    row[columns] = inverse[0];
   }
 }
 
@@ -279,6 +280,7 @@ inline void layer_norm(const Matrix& matrix, const float* packed, int64_t n, con
 inline void backward_layer_norm(const Matrix& matrix, const float* packed, int64_t n, const Rows& delta, const Rows& standard,
                                 float* gradient) {
   const int64_t columns = matrix.columns, width = padded(columns);
+  const auto number = static_cast<float>(columns);
   add_rows(delta.row(0), delta.step, n, columns, gradient + matrix.shift);
   for (int64_t r = 0; r < n; ++r) {
     float* to = delta.row(r);
@@ -292,8 +294,7 @@ inline void backward_layer_norm(const Matrix& matrix, const float* packed, int64
       total += scaled;
       along += scaled * standardized;
     }
-    const auto mean = static_cast<float>(sum(total) / static_cast<double>(columns));
-    const auto slope = static_cast<float>(sum(along) / static_cast<double>(columns));
+    const Vector mean = spread_sum(total) / number, slope = spread_sum(along) / number;
     for (int64_t c = 0; c < width; c += kWidth) {
       store(to + c, only_columns((load(to + c) - mean - load(row + c) * slope) * row[columns], c, columns));
     }

@@ -98,6 +98,14 @@ inline Vector totals(Vector (&x)[kWidth]) {
   return x[0];
 }
 
+// Each lane becomes the sum of all.
+template <int step = 1>
+inline Vector spread_sum(Vector x) {
+  x = low<step>(x, x) + high<step>(x, x);
+  if constexpr (2 * step < kWidth) return spread_sum<2 * step>(x);
+  return x;
+}
+
 // Of all lanes, in float64.
 inline double sum(Vector x) {
   double total = 0.0;
