@@ -280,8 +280,8 @@ def help_texts(kind: type) -> dict[str, str]:
 def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:
     """`default` without the settings that a given flag replaces. Raises UsageError if both of a pair are given."""
     alone = {arg.replace("_", "-") for arg in args}
-    given = [spec.name for spec in fields(TrainConfig) if flag(spec.name) in alone or _value_of(flag(spec.name), args)]
-    return without_rivals(default, given)
+    values = {spec.name: _value_of(flag(spec.name), args) for spec in fields(TrainConfig)}
+    return without_rivals(default, {name: value for name, value in values.items() if value or flag(name) in alone})
 
 
 def _value_of(name: str, args: Sequence[str]) -> str | None:
@@ -310,6 +310,8 @@ def _fold(box: str, flags: Collection[str]) -> str:
     )
     message = re.sub(r"options:[ ,]*$", "options: ''", message)  # an argument of blanks
     message = re.sub(r"no type matching .*\bFLOAT could be instantiated from \[(.*)\]\.?$", r"\1 is not a number", message)
+    whole_numbers = r"no type matching .*\bINT \.\.\.\].* could be instantiated from \[(.*)\]\.?$"
+    message = re.sub(whole_numbers, r"\1: write whole numbers as 64 64", message)
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
     if message.startswith("Unrecognized"):

@@ -1,7 +1,7 @@
 """Settings as a user gives them, in the place of others. Costs no torch."""
 
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,6 +20,10 @@ HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for th
     "--lr": "--learning-rate",
     "--clip-range": "--clip-coef",
     "--policy-kwargs": "--hidden-sizes",
+    "--net-arch": "--hidden-sizes",
+    "--activation-fn": "--activation",
+    "--ortho-init": "--init",
+    "--use-sde": "--action-distribution",
     "--cuda": "--device",
     "--wandb": "--track",
     "--wandb-project": "--track-project",
@@ -35,10 +39,11 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
         ours = HABITS.get("--" + unknown.replace("_", "-"), "")[2:].replace("-", "_")
         hint = f"; here it is {ours}" if ours else nearest(unknown[:100], _NAMES)
         raise UsageError(f"there is no setting {reprlib.repr(unknown)}{hint}")
-    return replace(without_rivals(config, [name for name, value in settings.items() if value is not False]), **settings)
+    given = {name: value for name, value in settings.items() if value is not False}
+    return replace(without_rivals(config, given), **settings)
 
 
-def without_rivals(config: TrainConfig, given: Collection[str]) -> TrainConfig:
+def without_rivals(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given."""
     for one, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
         if one in given and other in given:
@@ -49,4 +54,6 @@ def without_rivals(config: TrainConfig, given: Collection[str]) -> TrainConfig:
         config = replace(config, norm_reward=False)
     if "desired_kl" in given and "anneal_lr" not in given:
         config = replace(config, anneal_lr=False)
+    if given.get("action_distribution", "gsde") != "gsde" and "sde_sample_freq" not in given:
+        config = replace(config, sde_sample_freq=None)
     return config

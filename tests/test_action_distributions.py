@@ -1,6 +1,7 @@
 """--action-distribution: each family in runs of all kinds, acting, export, --resume and --init-from; what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,10 +19,12 @@ from fastppo.compile.program import flat_tensors
 from fastppo.compile.trace import trace
 from fastppo.export import export_policy
 from fastppo.fused.mlp_programs import covers
+from fastppo.given_settings import with_settings
 from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.ranks import ALONE
 from fastppo.training.job import draw_noise
+from fastppo.training.setup import unused_note
 from support.networks import Small, structured_job
 from support.programs import assert_same
 from support.resume import differing
@@ -176,6 +179,33 @@ def test_settings_that_exclude_each_other(settings, says):
         TrainConfig(**settings)
 
 
+def test_sde_sample_freq_goes_with_another_distribution():
+    """That of a preset or a resumed run is no reason to refuse the distribution that is asked for; a given one is."""
+    before = TrainConfig(action_distribution="gsde", sde_sample_freq=4)
+    assert with_settings(before, {"action_distribution": "beta"}).sde_sample_freq is None
+    assert with_settings(before, {"action_distribution": "gsde"}).sde_sample_freq == 4
+    with pytest.raises(UsageError, match="--sde-sample-freq 8 is for --action-distribution gsde: leave it off"):
+        with_settings(before, {"action_distribution": "beta", "sde_sample_freq": 8})
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy", "says"),
+    [
+        ({"action_distribution": "beta", "log_std_init": -2.0}, None, "--log-std-init changes nothing: .* has no standard"),
+        ({"layer_norm": True, "hidden_sizes": ()}, None, "--layer-norm changes nothing: this network has no hidden layers"),
+        ({"layer_norm": True}, Small, "--layer-norm changes nothing: it is for our networks"),
+        ({"layer_norm": True, "rnn": "lstm"}, None, None),
+        ({"action_distribution": "gsde", "log_std_init": -2.0}, None, None),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_told(settings, policy, says):
+    """In one line before training."""
+    config = TrainConfig(num_minibatches=1, **settings)
+    action = action_spec(ACTIONS["box"], False, config.action_distribution)
+    note = unused_note(config, make_network(obs_spec(Box(-1, 1, (3,))), action, config, policy))
+    assert note is None if says is None else re.match(says, note)
+
+
 @each
 def test_spaces_without_numbers_are_refused(kind):
     """A Discrete, and choices in a structure."""
@@ -187,7 +217,9 @@ def test_spaces_without_numbers_are_refused(kind):
 def test_gsde_is_for_our_networks():
     """A module of one's own does not say which layer is the last hidden one."""
     action = action_spec(ACTIONS["box"], False, "gsde")
-    with pytest.raises(UsageError, match="--action-distribution gsde is for our networks"):
+    with pytest.raises(
+        UsageError, match="--action-distribution gsde is for our networks, whose last hidden layer it takes: set it to normal"
+    ):
         make_network(obs_spec(Box(-1, 1, (3,))), action, TrainConfig(action_distribution="gsde"), Small)
 
 

@@ -195,6 +195,7 @@ def test_flags_take_such_numbers(tmp_path, capsys):
         (["--n_steps", "5"], "--num-steps"),
         (["--n-epochs", "5"], "--update-epochs"),
         (["--batch-size", "5"], "--minibatch-size"),
+        (["--use-sde"], "--action-distribution"),
     ],
 )
 def test_flags_of_other_trainers(flags, ours, capsys):
@@ -224,6 +225,8 @@ def test_other_words_are_no_habits(command, capsys):
     [
         (["train", "CartPole-v1"], "Unrecognized options: CartPole-v1; an environment is given as --env-id CartPole-v1 ("),
         (["train", "--learning-rate", "lin_0.001"], "--learning-rate: 'lin_0.001' is not a number ("),
+        (["train", "--hidden-sizes", "64,64"], "--hidden-sizes: '64,64': write whole numbers as 64 64 ("),
+        (["train", "--env-id", "Pendulum"], "--env-id 'Pendulum' is not registered; nearest: Pendulum-v1\n"),
         (["evaluate", "runs/old/checkpoints/last.pt"], "last.pt is a file: give the directory of its run\n"),
     ],
 )

@@ -149,7 +149,7 @@ def test_what_takes_an_imported_run(cartpole, capsys):
     assert train_console([*flags, "--init-from", str(run_dir), "--run-dir", "tuned"]) == 0
     assert "starts with the policy of" in capsys.readouterr().out
     assert train_console(["--resume", str(run_dir)]) == 2
-    assert "last.pt does not exist" in capsys.readouterr().err
+    assert "has best.pt and no last.pt: a new run starts from it with --init-from" in capsys.readouterr().err
 
 
 def test_statistics(tmp_path, monkeypatch, capsys):

@@ -181,6 +181,7 @@ def fails(*args):
         (lambda inputs: None, r"policy\(\(3,\), 3\) failed: TypeError: .*takes 1 positional argument"),
         (fails, r"policy\(\(3,\), 3\) failed: RuntimeError: the wheel came off$"),
         (lambda inputs, n: torch.tanh, r"must return a torch.nn.Module, not builtin_function_or_method"),
+        (lambda inputs, n: nn.LazyLinear(n), "its weight weight has no shape yet: give the layer its sizes"),
         (lambda inputs, n: nn.Tanh(), "it has no weights to train"),
         (lambda inputs, n: Small(inputs, n).double(), r"its weight body.0.weight is torch.float64; all must be float32"),
         (lambda inputs, n: Small((4,), n), r"failed on float32 inputs \(3,\), two at once: RuntimeError: mat1 and mat2"),

@@ -153,7 +153,10 @@ def test_what_is_no_name_is_one_line(tmp_path, monkeypatch, capsys):
         (["--policy", "Wide"], "--policy Wide: write module:NAME, such as my_module:Wide"),
         (["--policy", "my_nets.py:Wide"], "write it with dots and without .py, as my_nets"),
         (["--policy", "a:B", "--rnn", "gru"], "--rnn gru is a part of our networks, and --policy is a whole one of yours"),
-        (["--policy", "my_nets:Wide", "--init", "torch"], "--init torch is for our networks, and yours draws its own weights"),
+        (
+            ["--policy", "my_nets:Wide", "--init", "torch"],
+            "--init torch is for our networks, and yours draws its own weights: use --init orthogonal",
+        ),
     ):
         assert console([*FLAGS, *flags, "--run-dir", "run"]) == 2
         assert says in capsys.readouterr().err

@@ -46,7 +46,8 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         if "." in env_id and is_dotted(env_id):
             _import(env_id, env_id)
             return module_spec(env_id)
-        reason = "is not registered" if isinstance(error, gym.error.UnregisteredEnv) else first_line(error)
+        unknown = isinstance(error, gym.error.UnregisteredEnv) or first_line(error).startswith("No registered env")
+        reason = "is not registered" if unknown else first_line(error)
         raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
 
 

@@ -62,11 +62,15 @@ def make_network(
         if config.rnn is not None:
             raise UsageError(f"--rnn {config.rnn} is a part of our networks, and policy= is a whole one of yours: leave it off")
         if config.init != "orthogonal":
-            raise UsageError(f"--init {config.init} is for our networks, and yours draws its own weights: leave it off")
+            raise UsageError(
+                f"--init {config.init} is for our networks, and yours draws its own weights: use --init orthogonal"
+            )
         if critic_only:
             raise UsageError("--critic-only is for our networks, and yours gets the whole observation: leave it off")
         if config.action_distribution == "gsde":
-            raise UsageError("--action-distribution gsde is for our networks, whose last hidden layer it takes: leave it off")
+            raise UsageError(
+                "--action-distribution gsde is for our networks, whose last hidden layer it takes: set it to normal"
+            )
         return ModulePolicy(policy, obs, action, config.log_std_init, seed)
     sizes = config.hidden_sizes
     if sizes is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastppo.core.contracts import Obs, Weights
 from fastppo.errors import UsageError, brief
@@ -53,6 +54,9 @@ class ModulePolicy(DistributionMixin):
         if not isinstance(self.module, nn.Module):
             raise UsageError(f"policy({given}, {action.size}) must return a torch.nn.Module, not {type(self.module).__name__}")
         trained = {name: weight for name, weight in self.module.named_parameters() if weight.requires_grad}
+        lazy = next((name for name, weight in trained.items() if is_lazy(weight)), None)
+        if lazy is not None:
+            raise UsageError(f"policy: its weight {lazy} has no shape yet: give the layer its sizes instead of Lazy")
         wrong = next((f"{name} is {weight.dtype}" for name, weight in trained.items() if weight.dtype != torch.float32), None)
         if wrong or not trained:
             raise UsageError(

@@ -34,6 +34,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UsageError: the file is missing, damaged, not a checkpoint, of another format, or holds more than data.
     """
     if not path.exists():
+        if path.name == "last.pt" and (path.parent / "best.pt").exists():  # an imported run
+            raise UsageError(f"{path.parent} has best.pt and no last.pt: a new run starts from it with --init-from")
         raise UsageError(f"{path} does not exist: is this a run directory of fastppo, and has it reached a checkpoint?")
     if not path.is_file():
         raise UsageError(f"{path} is not a regular file")

@@ -23,6 +23,7 @@ from fastppo.envs.device import TorchVectorEnv
 from fastppo.errors import UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
+from fastppo.policy.mlp import NORM
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
 from fastppo.policy.spaces import ActionSpec, ObsSpec
@@ -194,7 +195,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (*lines, note, started, thread_note, precision_note(config, device)) if line is not None),
+        notes=tuple(line for line in (*lines, note, started, thread_note, *settings_notes(config, network, device)) if line),
         render_env=render_env,
         evaluator=evaluator,
         **vars(found),
@@ -221,6 +222,11 @@ def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torc
     return resolved(ranks.device if ranks.size > 1 else device), ranks
 
 
+def settings_notes(config: TrainConfig, network: Network, device: torch.device) -> tuple[str | None, str | None]:
+    """Lines on settings that do less here than they say."""
+    return precision_note(config, device), unused_note(config, network)
+
+
 def precision_note(config: TrainConfig, device: torch.device) -> str | None:
     """A line where --tf32 or --bf16 does not make this device faster."""
     if device.type == "cuda" or not (config.tf32 or config.bf16):
@@ -228,6 +234,18 @@ def precision_note(config: TrainConfig, device: torch.device) -> str | None:
     if config.bf16:
         return f"--bf16 is for GPUs: on {device} networks are rounded to bfloat16, and there are no fused programs"
     return f"--tf32 is for NVIDIA GPUs: on {device} it changes nothing"
+
+
+def unused_note(config: TrainConfig, network: Network) -> str | None:
+    """A line where a setting that was given is not one of this network."""
+    if config.action_distribution == "beta" and config.log_std_init != TrainConfig.log_std_init:
+        return "--log-std-init changes nothing: --action-distribution beta has no standard deviation"
+    if config.layer_norm and isinstance(network, ModulePolicy):
+        return "--layer-norm changes nothing: it is for our networks"
+    weights = network.weights(torch.empty(network.num_params, device="cpu"))
+    if config.layer_norm and not any(name.endswith(NORM) for name in weights):
+        return "--layer-norm changes nothing: this network has no hidden layers to normalise (--hidden-sizes 64)"
+    return None
 
 
 def make_networks(
