@@ -1,6 +1,7 @@
 """`fastppo VERB ...`, or `python -m fastppo VERB ...`: each verb is a module of its own. Costs no torch."""
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -49,6 +50,8 @@ def module_of(verb: str) -> str:
 def _no_verb(args: Sequence[str]) -> None:
     if args[0] not in ("-h", "--help"):
         hint = f"; here it is {HABITS[args[0]]}" if args[0] in HABITS else nearest(args[0], VERBS)
+        if args[0].startswith("--") or re.search(r"-v\d+$", args[0]):
+            hint = "; to train: fastppo train --env-id CartPole-v1"
         raise UsageError(f"{args[0]!r} is not a verb of fastppo{hint} (all verbs: fastppo --help)")
     width = max(map(len, VERBS))
     print("usage: fastppo VERB ..., and fastppo VERB --help for its flags\n")

@@ -45,6 +45,8 @@ def check_combinations(config: "TrainConfig") -> None:
         )
     if config.action_distribution != "gsde" and config.sde_sample_freq is not None:
         raise UsageError(f"--sde-sample-freq {config.sde_sample_freq} is for --action-distribution gsde: leave it off")
+    if config.bf16 and config.action_distribution == "gsde":
+        raise UsageError("--bf16 would round the variances of --action-distribution gsde: leave it off (--tf32 works with it)")
     if config.bf16 and config.rnn is not None:
         raise UsageError(
             f"--bf16 is for networks without memory: with --rnn {config.rnn} leave it off (--tf32 works with both)"

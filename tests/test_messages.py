@@ -84,6 +84,7 @@ def test_calls_name_the_arguments(tmp_path, monkeypatch):
         (lambda: train("CartPole-v1", learning_rate=-1), "^learning_rate must be a number above 0, got -1$"),
         (lambda: train("CartPol-v1"), "^env_id 'CartPol-v1'.*nearest: CartPole-v1"),
         (lambda: train("CartPole-v1", resume="nowhere"), "nowhere"),
+        (lambda: train("CartPole-v1", "MlpPolicy"), "^policy must be a class or function .*, got 'MlpPolicy'$"),
         (lambda: preset_for(preset="LunarLandr"), "^preset must be .*nearest: LunarLander"),
         (lambda: preset_for("CartPole-v1", num_iterations=1, total_timesteps=1), "^total_timesteps and num_iterations set"),
         (lambda: load_preset("none.json"), "preset takes a name"),

@@ -159,6 +159,8 @@ def test_a_recurrent_policy_has_no_bf16():
     """One line with the way out."""
     with pytest.raises(UsageError, match=r"^--bf16 is for networks without memory: with --rnn gru leave it off"):
         TrainConfig(rnn="gru", bf16=True)
+    with pytest.raises(UsageError, match=r"^--bf16 would round the variances"):
+        TrainConfig(action_distribution="gsde", bf16=True)
 
 
 def precisions():

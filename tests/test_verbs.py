@@ -31,6 +31,8 @@ def test_a_verb_is_a_module(verb, capsys):
         (["trian"], "nearest: train"),
         (["evalute", "x"], "nearest: evaluate"),
         (["enjoy"], "here it is evaluate --render human ("),
+        (["CartPole-v1"], "; to train: fastppo train --env-id CartPole-v1 ("),
+        (["--env-id", "CartPole-v1"], "; to train: fastppo train --env-id CartPole-v1 ("),
         (["--num-envs", "8"], "fastppo --help"),
     ],
 )

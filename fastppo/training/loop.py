@@ -6,6 +6,7 @@ environments and programs are one.
 """
 
 import contextlib
+import reprlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +88,8 @@ def train(
         SystemExit: likewise after SIGTERM, or when stdout is a pipe that its reader has closed; 128 + SIGTERM or SIGPIPE.
     """
     place = current_directory()  # before the code of an environment changes it
+    if policy is not None and not callable(policy):
+        raise UsageError(f"policy must be a class or function that makes a torch.nn.Module, got {reprlib.repr(policy)}")
     with arguments(config, envs, env_fn, settings) as (chosen, own):
         chosen = with_absolute_paths(chosen, place)
         try:
