@@ -213,11 +213,11 @@ def main(config: MemoryConfig, flags: Sequence[str]) -> int:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     task = TASKS[config.task]
     env_id = f"benchmarks.memory:{task.env_id}"
-    settings = learning.LearningConfig((env_id,), config.seeds, config.eval_episodes, config.jobs)
+    threads = ("--num-threads", "1") if config.jobs > 1 else ()
 
     def one(memory: str, seed: int, run_dir: Path) -> dict[str, Any]:
-        words = ["--preset", "none", *task.flags.split(), *(("--rnn", memory) if memory != "none" else ()), *flags]
-        result = learning.run(env_id, seed, run_dir, settings, words)
+        words = ["--preset", "none", *task.flags.split(), *(("--rnn", memory) if memory != "none" else ()), *threads, *flags]
+        result = {"seed": seed, **learning.run(env_id, seed, run_dir, config.eval_episodes, words)}
         if task.delay is not None:
             result["evaluation"] = share_recalled(run_dir, task.delay, config.eval_episodes)
         return result

@@ -59,7 +59,8 @@ import importlib, os, pkgutil, signal, sys
 if __name__ == "__main__":  # spawned processes import this file
     import fastppo
     for module in pkgutil.walk_packages(fastppo.__path__, "fastppo."):
-        importlib.import_module(module.name)
+        if not module.name.startswith("fastppo.envs.jax"):  # needs an extra
+            importlib.import_module(module.name)
     from fastppo.fused import kernels
     kernels.packaged = lambda: None  # installed without a compiler
     from fastppo.evaluate import console as evaluate
