@@ -25,7 +25,6 @@ from fastppo.analysis.statistics import INTERVAL, RESAMPLES, interquartile_mean
 
 Scores = NDArray[np.float64]
 NAMES = ("variant", "env_id", "seed")  # of a run, in the results file
-EVAL_EPISODES = 20
 
 
 class Task(NamedTuple):
@@ -93,7 +92,7 @@ def run(variant: str, env_id: str, seed: int, stage: str) -> dict[str, Any]:
     """What learning.py says of one run. Raises RuntimeError if it fails."""
     flags = [*STAGES[stage][env_id].flags.split(), *VARIANTS[variant].split(), "--num-threads", "1"]
     with tempfile.TemporaryDirectory() as place:
-        return learning.run(env_id, seed, Path(place, "run"), EVAL_EPISODES, flags)
+        return learning.run(env_id, seed, Path(place, "run"), learning.LearningConfig.eval_episodes, flags)
 
 
 def normalized(returns: Mapping[Name, float], variant: str, config: AblationConfig) -> Scores:

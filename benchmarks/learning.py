@@ -200,6 +200,5 @@ def main(config: LearningConfig, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    sys.exit(main(tyro.cli(LearningConfig, args=words[:split]), words[split + 1 :]))
+    own, flags = run_queue.split_flags(sys.argv[1:])
+    sys.exit(main(tyro.cli(LearningConfig, args=own), flags))

@@ -6,7 +6,6 @@ RecurrentPPO) for them. The Zoo replaces velocities by 0; here they are left out
 other policies, each seed in a fresh process. The last line of the output is one JSON object.
 """
 
-import concurrent.futures
 import json
 import os
 import sys
@@ -207,7 +206,8 @@ def share_recalled(run_dir: Path, delay: int, episodes: int) -> float:
 
 def main(config: MemoryConfig, flags: Sequence[str]) -> int:
     """Train, print, and return the exit code."""
-    import learning
+    import learning  # here, as run_queue: neither is found where this file is imported as benchmarks.memory
+    import run_queue
 
     root = str(Path(__file__).parents[1])  # from here the runs import this file as benchmarks.memory
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
@@ -215,38 +215,32 @@ def main(config: MemoryConfig, flags: Sequence[str]) -> int:
     env_id = f"benchmarks.memory:{task.env_id}"
     threads = ("--num-threads", "1") if config.jobs > 1 else ()
 
-    def one(memory: str, seed: int, run_dir: Path) -> dict[str, Any]:
+    def one(memory: str, seed: int) -> dict[str, Any]:
+        run_dir = Path(directory, f"{memory}-{seed}")
         words = ["--preset", "none", *task.flags.split(), *(("--rnn", memory) if memory != "none" else ()), *threads, *flags]
-        result = {"seed": seed, **learning.run(env_id, seed, run_dir, config.eval_episodes, words)}
+        result = learning.run(env_id, seed, run_dir, config.eval_episodes, words)
         if task.delay is not None:
             result["evaluation"] = share_recalled(run_dir, task.delay, config.eval_episodes)
         return result
 
-    summaries, failed = [], []
-    with tempfile.TemporaryDirectory() as directory, concurrent.futures.ThreadPoolExecutor(config.jobs) as pool:
-        futures = {
-            (memory, seed): pool.submit(one, memory, seed, Path(directory, f"{memory}-{seed}"))
-            for memory in config.memories
-            for seed in config.seeds
-        }
-        for memory in config.memories:
-            runs = []
-            for seed in config.seeds:
-                try:
-                    runs.append(futures[memory, seed].result())
-                    print(f"{config.task} {memory} seed {seed}: {runs[-1]['evaluation']:.2f}", flush=True)
-                except RuntimeError as error:
-                    failed.append([memory, seed, str(error)])
-                    print(f"{config.task} {memory} seed {seed} FAILED: {error}", flush=True)
-            if runs:
-                summary = learning.summarize(env_id, runs) | {"env_id": f"{config.task}, {memory}"}
-                summaries.append(summary if memory != "none" else summary | {"published": {}})  # published: recurrent ones
+    with tempfile.TemporaryDirectory() as directory:
+        results, names = Path(directory, "results.jsonl"), ("memory", "seed")
+        wanted = [(memory, seed) for memory in config.memories for seed in config.seeds]
+        failed = run_queue.run_missing(results, names, wanted, one, config.jobs)
+        lines = run_queue.finished(results, names)
+    summaries = []
+    for memory in config.memories:
+        runs = [lines[memory, seed] for seed in config.seeds if (memory, seed) in lines]
+        if runs:
+            summary = learning.summarize(env_id, runs) | {"env_id": f"{config.task}, {memory}"}
+            summaries.append(summary if memory != "none" else summary | {"published": {}})  # published: recurrent ones
     print(f"\n{learning.table(summaries)}\n")
     print(json.dumps({"task": config.task, "memories": summaries, "failed": failed}))
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    sys.exit(main(tyro.cli(MemoryConfig, args=words[:split]), words[split + 1 :]))
+    from run_queue import split_flags
+
+    own, flags = split_flags(sys.argv[1:])
+    sys.exit(main(tyro.cli(MemoryConfig, args=own), flags))

@@ -12,6 +12,12 @@ from typing import Any
 Name = tuple[Hashable, ...]
 
 
+def split_flags(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words before `--`, which are a script's own, and those after it, which go to its runs."""
+    split = list(words).index("--") if "--" in words else len(words)
+    return list(words[:split]), list(words[split + 1 :])
+
+
 def finished(results: Path, names: Sequence[str]) -> dict[Name, dict[str, Any]]:
     """The lines of a results file by the values that they have for `names`. A file that is not there has none."""
     lines = map(json.loads, results.read_text().splitlines()) if results.exists() else ()

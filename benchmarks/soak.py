@@ -28,6 +28,7 @@ from pathlib import Path
 import tyro
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from run_queue import split_flags
 
 FLAGS = ("--env-id", "CartPole-v1", "--num-envs", "8", "--compile", "on", "--total-timesteps", str(10**15), "--plain")
 MIB = 2**20
@@ -304,6 +305,5 @@ def main(config: SoakConfig, flags: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    sys.exit(main(tyro.cli(SoakConfig, args=words[:split]), words[split + 1 :]))
+    own, flags = split_flags(sys.argv[1:])
+    sys.exit(main(tyro.cli(SoakConfig, args=own), flags))

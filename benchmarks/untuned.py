@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import tyro
 from gymnasium.wrappers import TransformReward
-from run_queue import Name, finished, run_missing
+from run_queue import Name, finished, run_missing, split_flags
 
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
@@ -191,6 +191,5 @@ def main(config: UntunedConfig, flags: str) -> int:
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
-    sys.exit(main(tyro.cli(UntunedConfig, args=words[:split]), shlex.join(words[split + 1 :])))
+    own, flags = split_flags(sys.argv[1:])
+    sys.exit(main(tyro.cli(UntunedConfig, args=own), shlex.join(flags)))
