@@ -36,7 +36,7 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
     """`config` with other values. Raises UsageError for an unknown name, an illegal value, or two that set the same thing."""
     unknown = next((name for name in settings if name not in _NAMES), None)
     if unknown is not None:
-        ours = HABITS.get("--" + unknown.replace("_", "-"), "")[2:].replace("-", "_")
+        ours = HABITS.get(flag(unknown), "")[2:].replace("-", "_")
         hint = f"; here it is {ours}" if ours else nearest(unknown[:100], _NAMES)
         raise UsageError(f"there is no setting {reprlib.repr(unknown)}{hint}")
     given = {name: value for name, value in settings.items() if value is not False}

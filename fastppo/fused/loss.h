@@ -15,8 +15,6 @@ inline Vector share(Vector mine, Vector other) {
   return mine < other ? broadcast(1.0f) : mine == other ? broadcast(0.5f) : Vector{};
 }
 
-inline Vector where(Integers condition, Vector x) { return condition ? x : Vector{}; }
-
 struct Outcome {
   Vector log_prob, entropy;
 };

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastppo.compile.workers import exchange_hook
 from fastppo.core.adam import AdamState
-from fastppo.core.contracts import Coefficients, LearnResult, Normalization, Obs, has_final_obs, normalize_obs, obs_of
+from fastppo.core.contracts import Coefficients, LearnResult, Normalization, Obs, Policy, has_final_obs, normalize_obs, obs_of
 from fastppo.core.ppo import LearnConfig
 from fastppo.core.seed_axis import SeedAxis
 from fastppo.fused import operators
@@ -25,7 +25,6 @@ from fastppo.fused.operators import ActCall, Actors
 from fastppo.policy.actor_critic import ActorCritic
 from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, choices, continuous_of
 from fastppo.policy.mlp import MLPActorCritic
-from fastppo.policy.network import Network
 from fastppo.policy.spaces import ACTION_MASK
 from fastppo.ranks import ALONE, Ranks
 
@@ -35,7 +34,7 @@ TRY_AGAIN = 50  # calls after which the other number is tried again
 SERIAL_WORK = 2**22  # multiplications of a call of `act` that one thread does alone; starting a second one takes 30 us
 
 
-def covers(network: Network) -> TypeGuard[Covered]:
+def covers(network: Policy) -> TypeGuard[Covered]:
     """Whether the fused programs compute this network: perceptrons, on anything but images, whose continuous actions have
     one standard deviation for all states."""
     if isinstance(network, ActorCritic):

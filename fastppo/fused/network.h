@@ -248,7 +248,7 @@ inline void clear_padding(const Rows& x, int64_t n, int64_t columns) {
 
 // Those of a register's lanes that are columns, others zero. c: the first of them.
 inline Vector only_columns(Vector x, int64_t c, int64_t columns) {
-  return bits(bits(x) & (lanes() < static_cast<int32_t>(columns - c)));
+  return where(lanes() < static_cast<int32_t>(columns - c), x);
 }
 
 // policy/mlp.py `_normalized` of n rows of sums, in place.

@@ -31,6 +31,8 @@ inline Integers lanes() {
   return result;
 }
 
+inline Vector where(Integers condition, Vector x) { return condition ? x : Vector{}; }
+
 inline Vector bits(Integers x) {
   Vector result;
   std::memcpy(&result, &x, sizeof result);

@@ -29,7 +29,7 @@ class Distribution:
 
     noise(shape, generator) -> tensor of `shape`; sample(dist, noise) -> action; mode(dist) -> the likeliest action, or the mean
     of a beta; log_prob(dist, action) -> (...); entropy(dist) -> (...), in nats. parameters(out, log_std, features) -> dist,
-    from a network's outputs, its weights log_std, if `has_log_std`, and its last hidden layer (..., F).
+    from a network's outputs, its weights log_std, if `has_log_std`, and its last hidden layer (R, F), of R rows.
     num_outputs, num_noise: outputs of a network, and numbers of noise, for each logit or number of an action.
     of_features: num_noise is F, see `with_features`.
     """
@@ -121,7 +121,7 @@ def state_normal_parameters(out: Tensor, log_std: Tensor | None, *_: Tensor | No
 
 
 def gsde_parameters(mean: Tensor, log_std: Tensor | None, features: Tensor | None) -> tuple[Tensor, ...]:
-    """mean (..., C), log_std (F, C), features (..., F) -> mean and log std (..., C) each, features, std (F, C).
+    """mean (..., C), log_std (F, C), features (R, F) of the rows -> mean, log std (..., C), features (..., F), std (F, C).
 
     The noise of an action is features @ matrix with matrix ~ N(0, exp(log_std)^2), so its variance is
     features^2 @ exp(log_std)^2. No gradient flows into the features, as in Stable-Baselines3's StateDependentNoiseDistribution.
@@ -129,7 +129,7 @@ def gsde_parameters(mean: Tensor, log_std: Tensor | None, features: Tensor | Non
     """
     assert log_std is not None
     assert features is not None
-    features, std = features.detach(), log_std.exp()
+    features, std = features.detach().reshape(*mean.shape[:-1], -1), log_std.exp()
     return mean, 0.5 * (features.square() @ std.square() + GSDE_EPSILON).log(), features, std
 
 
@@ -320,7 +320,7 @@ Family = Distribution | MultiCategorical | Hybrid
 
 
 def parameters(out: Tensor, log_std: Tensor | None, family: Family, features: Tensor | None = None) -> Any:
-    """`dist` from a network's outputs (..., A), logits first, its weights log_std, and its last hidden layer (..., F)."""
+    """`dist` from a network's outputs (..., A), logits first, its weights log_std, and its last hidden layer (R, F)."""
     if isinstance(family, Hybrid):
         logits, rest = out.tensor_split([family.num_logits], -1)
         return logits, *family.continuous.parameters(rest, log_std, features)

@@ -4,7 +4,7 @@ Parameters and gradients stay float32, and so does what the networks return: dis
 bfloat16 has the range of float32, so losses need no scaling.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastppo.core.contracts import Obs, Policy, Weights
+from fastppo.core.contracts import Obs, Weights
+from fastppo.policy.distributions import Family
+from fastppo.policy.network import DistributionMixin, Network
 
 
 @dataclass(frozen=True)
-class AutocastPolicy:
+class AutocastPolicy(DistributionMixin):
     """A `core.contracts.Policy` without memory, its forward passes under autocast."""
 
-    policy: Policy
+    policy: Network
+    distribution: Family = field(init=False, repr=False, compare=False)
 
-    @property
-    def rnn_state_size(self) -> int:
-        """0: the policy is not recurrent."""
-        return 0
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "distribution", self.policy.distribution)
 
     def weights(self, params: Tensor) -> Weights:
         """Views of the flat buffer, float32."""
@@ -47,18 +48,6 @@ class AutocastPolicy:
         with _autocast(weights):
             dist, value = self.policy.actor_critic(weights, obs)
         return _float32(dist), value.float()
-
-    def sample(self, dist: Any, noise: Tensor) -> Tensor:
-        """An action from the distribution and its noise."""
-        return self.policy.sample(dist, noise)
-
-    def log_prob(self, dist: Any, action: Tensor) -> Tensor:
-        """Log-density of the action, (...)."""
-        return self.policy.log_prob(dist, action)
-
-    def entropy(self, dist: Any) -> Tensor:
-        """Entropy in nats, (...)."""
-        return self.policy.entropy(dist)
 
     def sources(self) -> list[Path] | None:
         """Those of the policy; this file is in their folder."""

@@ -169,7 +169,7 @@ class MLPActorCritic(DistributionMixin):
         # transposed, (A, R): a narrow output as A long rows, so that the next operations read contiguous vectors
         out = torch.addmm(weights["actor.head.bias"].unsqueeze(1), weights["actor.head.weight"].mT, features.mT)
         out = out.mT.reshape(*shape, -1)  # (..., A)
-        return parameters(out, weights.get("actor.log_std"), self.distribution, features.reshape(*shape, -1))
+        return parameters(out, weights.get("actor.log_std"), self.distribution, features)
 
     def _critic_head(self, weights: Weights, features: Tensor, shape: torch.Size) -> Tensor:
         # autocast of the CPU leaves products by vectors out

@@ -170,7 +170,7 @@ def refuse_watching(callbacks: Sequence[Callback], task: Task) -> None:
 def start_kernels(config: TrainConfig, policy: ModuleFactory | None, cleanup: contextlib.ExitStack) -> Kernels | None:
     """The functions of the fused programs, loaded or being built; None where the settings rule these programs out."""
     on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    is_covered = policy is None and config.rnn is None and not config.bf16
+    is_covered = policy is None and config.rnn is None and config.action_distribution == "normal" and not config.bf16
     is_covered = is_covered and not config.env_id.startswith("ALE/")  # pictures are not
     if not is_covered or config.compile not in ("auto", "on") or not on_cpu:
         return None

@@ -65,7 +65,8 @@ def learn_program(task: Task, example: tuple[Any, ...]) -> ProgramSpec:
     it (5.2 ms instead of 4.9, benchmarks/LOG.md): each core updates a seed at a time. On a GPU the eager program is captured.
     """
     axis, ranks, on_cpu = task.axis, task.ranks, task.device.type == "cpu"
-    learn = partial(ppo.learn, policy=policy_of(task), config=learn_config(task.local))
+    policy = policy_of(task)
+    learn = partial(ppo.learn, policy=policy, config=learn_config(task.local))
     shared = ranks.learn_settings()
     execution = Execution(
         microbatch_size=rows_per_pass(task.config) if task.obs.has_images else None,
@@ -79,9 +80,9 @@ def learn_program(task: Task, example: tuple[Any, ...]) -> ProgramSpec:
         fast = Execution(microbatch_size=rows_per_pass(task.config), num_ranks=ranks.size, num_workers=num_workers)
         compiled = partial(learn, execution=fast)
     per_call = 1 if on_cpu or not maps_seeds(task) else axis.size
-    network, fused = task.network, None
-    if on_cpu and mlp_programs.covers(network) and not task.config.bf16:
-        fused = partial(mlp_programs.FusedLearn, network, learn.keywords["config"], task.workers, axis, ranks)
+    fused = None
+    if on_cpu and mlp_programs.covers(policy):
+        fused = partial(mlp_programs.FusedLearn, policy, learn.keywords["config"], task.workers, axis, ranks)
     return ProgramSpec(
         axis.map(eager, maps_seeds(task)),
         compiled,
@@ -137,8 +138,8 @@ def act_program(
     example = (params, normalization, obs, noise[0], *rnn_inputs(task, rollout))
     seeds = axis.calls(axis.size if maps_seeds(task) else 1, 1)
     fused = None
-    if task.device.type == "cpu" and mlp_programs.covers(network) and not task.config.bf16:
-        fused = partial(mlp_programs.FusedAct, network, task.workers, axis)
+    if task.device.type == "cpu" and mlp_programs.covers(policy):
+        fused = partial(mlp_programs.FusedAct, policy, task.workers, axis)
     return ProgramSpec(under(mode, eager), compiled, example, deviation_of_act, seeds, fused)
 
 

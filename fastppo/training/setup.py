@@ -240,10 +240,11 @@ def unused_note(config: TrainConfig, network: Network) -> str | None:
     """A line where a setting that was given is not one of this network."""
     if config.action_distribution == "beta" and config.log_std_init != TrainConfig.log_std_init:
         return "--log-std-init changes nothing: --action-distribution beta has no standard deviation"
-    if config.layer_norm and isinstance(network, ModulePolicy):
+    if not config.layer_norm:
+        return None
+    if isinstance(network, ModulePolicy):
         return "--layer-norm changes nothing: it is for our networks"
-    weights = network.weights(torch.empty(network.num_params, device="cpu"))
-    if config.layer_norm and not any(name.endswith(NORM) for name in weights):
+    if not any(name.endswith(NORM) for name in network.weights(torch.empty(network.num_params, device="cpu"))):
         return "--layer-norm changes nothing: this network has no hidden layers to normalise (--hidden-sizes 64)"
     return None
 
