@@ -23,12 +23,11 @@ from fastppo.config import OLD_NAMES, TrainConfig, read_run_config, with_absolut
 from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
 from fastppo.given_settings import HABITS, without_rivals
 from fastppo.presets import choose_preset, find_preset
-from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable, whole_number
-from fastppo.training.resumed_settings import resumed_settings
+from fastppo.training.resumed_settings import check_resumable, resumed_settings
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
