@@ -203,7 +203,7 @@ def test_the_sources_batches():
         "none": (256, 1024),
         "default": (256, 1024),
         "classic": (256, 1024),
-        "general": (256, 1024),
+        "general": (64, 1024),
         "article": (256, 1024),
         "continuous": (64, 2048),
         "Pendulum": (64, 2048),
@@ -328,7 +328,9 @@ def test_an_environment_without_a_preset(tmp_path, capsys):
     args = [*TINY, "--env-id", "environments:Walk-v0", "--run-dir", str(tmp_path / "run"), "--ent-coef", "0.5"]
     assert console(args) == 0
     out = capsys.readouterr().out
-    assert "preset general (environments:Walk-v0; fastppo's own): norm_obs, norm_reward, learning_rate 0.001, update_" in out
+    assert "preset general (environments:Walk-v0; fastppo's own): norm_obs, norm_reward, recompute_advantage, no norm_adv, " in out
+    assert "layer_norm, " in out
+    assert "learning_rate 0.001, update_" in out
     assert "settings for: " in out
     config = TrainConfig.from_json(tmp_path / "run" / "config.json")
     assert (config.preset, config.learning_rate, config.update_epochs, config.ent_coef) == ("general", 1e-3, 10, 0.5)
