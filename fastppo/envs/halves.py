@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.agents import agents_of
+from fastppo.envs.atari import EpisodicLife
 from fastppo.envs.multi_seed_envs import JoinedVectorEnv
 from fastppo.envs.registry import find_spec, is_atari
 from fastppo.errors import UsageError
@@ -74,7 +75,7 @@ def make_halves(config: "EnvConfig", on_cpu: bool, make: Callable[["EnvConfig"],
 def _refuse_others(config: "EnvConfig", half: VectorEnv) -> None:
     if agents_of(half) is not None:
         raise UsageError(f"--env-halves on is for one agent, and {config.env_id} has several: leave it off")
-    if isinstance(half, StepsAsync):
+    if isinstance(half.env if isinstance(half, EpisodicLife) else half, StepsAsync):
         return
     known = None if config.backend == "envpool" or is_atari(config.env_id) else find_spec(config.env_id)
     instead = "" if known is None or known.entry_point is None else "use --vectorization grouped, or "

@@ -157,6 +157,8 @@ class StepCollector:
             if self.reward_parts is None:
                 self.reward_parts = np.zeros((step.reward_parts.shape[1], *self.storage["reward"][:-1].shape))
             self.reward_parts[:, t] = np.moveaxis(self._by_seed(step.reward_parts), -1, 0)
+        elif self.reward_parts is not None:  # all of these environments have only been reset
+            self.reward_parts[:, t] = 0.0
         for name, numbers in step.infos.items():
             self._write_info(name, t, numbers)
         if self.envs.acting is not None:
