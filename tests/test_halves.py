@@ -29,6 +29,8 @@ from fastppo.training.halves_trial import HalvesTrial, try_halves
 from fastppo.training.job import allocate_buffers, draw_noise
 from fastppo.training.programs import build_programs
 from fastppo.training.setup import prepare
+from fastppo.training.shares import share_of, with_shards
+from support.processes import PretendedRanks
 from support.runs import assert_same, checkpoint, rows_of, tiny, without_times
 
 GROUPED = {"vectorization": "grouped", "num_envs": 6, "num_threads": 2}
@@ -359,6 +361,17 @@ def test_what_halves_are_not_for(case, tmp_path):
         train(tiny(tmp_path / "run", **{"num_envs": 4, "env_halves": "on", "check_env": False, **settings}))
     assert not (tmp_path / "run").exists()
     assert not multiprocessing.active_children()
+
+
+def test_halves_of_several_processes():
+    """Each halves its own environments, so each needs an even number."""
+    ranks = PretendedRanks(0, 2, 0, torch.device("cpu"))
+    settings = {"num_steps": 8, "num_minibatches": 2, "env_halves": "on"}
+    config, _ = with_shards(TrainConfig(num_envs=8, **settings), ranks)
+    assert share_of(config, ranks).num_envs == 4
+    message = "--env-halves on halves the 3 environments of each of 2 processes: --num-envs must be a multiple of 4"
+    with pytest.raises(UsageError, match=f"^{message}$"):
+        with_shards(TrainConfig(num_envs=6, **settings), ranks)
 
 
 class OnStep(Callback):

@@ -222,15 +222,17 @@ def collect_in_turns(parts: Sequence[StepCollector], act: Callable[..., Any], no
     noises: (T, n, ...) for each part of n environments. For other arguments and errors see Collector.
     """
     phases = Phases()
+    turns = [(part, noise.unbind(0)) for part, noise in zip(parts, noises, strict=True)]
+    num_steps = len(noises[0])
     for part in parts:
         part.begin_rollout()
-    for t, step_noises in enumerate(zip(*(noise.unbind(0) for noise in noises), strict=True)):
-        for part, step_noise in zip(parts, step_noises, strict=True):
+    for t in range(num_steps):
+        for part, noise in turns:
             if t > 0:
                 part.step(t - 1, phases)
-            part.act(t, act, step_noise, phases)
+            part.act(t, act, noise[t], phases)
     for part in parts:
-        part.step(len(noises[0]) - 1, phases)
+        part.step(num_steps - 1, phases)
     for part in parts:
         part.end_rollout(cut)
     return phases
