@@ -23,12 +23,11 @@ from fastppo.config import OLD_NAMES, TrainConfig, read_run_config
 from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
 from fastppo.given_settings import HABITS, with_absolute_paths, without_rivals
 from fastppo.presets import choose_preset, find_preset
-from fastppo.resumable import check_resumable
 from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams
 from fastppo.system.text import printable, whole_number
-from fastppo.training.resumed_settings import resumed_settings
+from fastppo.training.resumed_settings import check_resumable, resumed_settings
 
 T = TypeVar("T")
 SPEAK_SECONDS = 2.0  # for the process that prints the reason: torchrun ends all processes once one has exited
@@ -234,6 +233,7 @@ def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfi
     return replace(start, num_envs=num_envs, minibatch_size=None, num_minibatches=count)
 
 
+NAMES_ELSEWHERE = {**HABITS, "--run-dir": "--output-dir"}  # --run-dir is the name of train, for a hint of the other verbs
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
@@ -315,13 +315,15 @@ def _fold(box: str, flags: Collection[str]) -> str:
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
     if message.startswith("Unrecognized"):
-        named = (HABITS.get(word.partition("=")[0].replace("_", "-")) for word in message.replace(",", " ").split())
+        named = (NAMES_ELSEWHERE.get(word.partition("=")[0].replace("_", "-")) for word in message.replace(",", " ").split())
         habit = next((name for name in named if name in flags), None)
         if habit is not None:
             return f"{message}; here it is {habit} (all flags: --help)"
-        env_id = re.match(r"Unrecognized options: (\S+-v\d+)(?!\S)", message)
-        if env_id and "--env-id" in flags:
-            return f"{message}; an environment is given as --env-id {env_id[1]} (all flags: --help)"
+        word = re.match(r"Unrecognized options: ([^-\s,][^\s,]*)(?!\S)", message)
+        if word:
+            what, name = ("an environment", "--env-id") if re.search(r"-v\d+$", word[1]) else ("a file", "--output")
+            if name in flags:
+                return f"{message}; {what} is given as {name} {word[1]} (all flags: --help)"
     for text in texts[1:]:
         if text.startswith("Perhaps you meant"):
             message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")

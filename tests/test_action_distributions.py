@@ -1,7 +1,6 @@
 """--action-distribution: each family in runs of all kinds, acting, export, --resume and --init-from; what it refuses."""
 
 import json
-import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,7 +23,6 @@ from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.ranks import ALONE
 from fastppo.training.job import draw_noise
-from fastppo.training.setup import unused_note
 from support.networks import Small, structured_job
 from support.programs import assert_same
 from support.resume import differing
@@ -186,24 +184,6 @@ def test_sde_sample_freq_goes_with_another_distribution():
     assert with_settings(before, {"action_distribution": "gsde"}).sde_sample_freq == 4
     with pytest.raises(UsageError, match="--sde-sample-freq 8 is for --action-distribution gsde: leave it off"):
         with_settings(before, {"action_distribution": "beta", "sde_sample_freq": 8})
-
-
-@pytest.mark.parametrize(
-    ("settings", "policy", "says"),
-    [
-        ({"action_distribution": "beta", "log_std_init": -2.0}, None, "--log-std-init changes nothing: .* has no standard"),
-        ({"layer_norm": True, "hidden_sizes": ()}, None, "--layer-norm changes nothing: this network has no hidden layers"),
-        ({"layer_norm": True}, Small, "--layer-norm changes nothing: it is for our networks"),
-        ({"layer_norm": True, "rnn": "lstm"}, None, None),
-        ({"action_distribution": "gsde", "log_std_init": -2.0}, None, None),
-    ],
-)
-def test_a_setting_that_changes_nothing_is_told(settings, policy, says):
-    """In one line before training."""
-    config = TrainConfig(num_minibatches=1, **settings)
-    action = action_spec(ACTIONS["box"], False, config.action_distribution)
-    note = unused_note(config, make_network(obs_spec(Box(-1, 1, (3,))), action, config, policy))
-    assert note is None if says is None else re.match(says, note)
 
 
 @each

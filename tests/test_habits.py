@@ -228,6 +228,8 @@ def test_other_words_are_no_habits(command, capsys):
         (["train", "--hidden-sizes", "64,64"], "--hidden-sizes: '64,64': write whole numbers as 64 64 ("),
         (["train", "--env-id", "Pendulum"], "--env-id 'Pendulum' is not registered; nearest: Pendulum-v1\n"),
         (["evaluate", "runs/old/checkpoints/last.pt"], "last.pt is a file: give the directory of its run\n"),
+        (["export", "runs/old", "policy.onnx"], "Unrecognized options: policy.onnx; a file is given as --output policy.onnx ("),
+        (["import-sb3", "a.zip", "--run-dir", "b"], "Unrecognized options: --run-dir, b; here it is --output-dir ("),
     ],
 )
 def test_what_to_type_instead(here, command, told, capsys):

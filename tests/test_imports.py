@@ -26,7 +26,6 @@ FLOORS = (
             "config",
             "env_objects",
             "given_settings",
-            "resumable",
             "presets",
             "sb3_settings",
             "callbacks",

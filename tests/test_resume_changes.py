@@ -8,9 +8,9 @@ import pytest
 from fastppo import TrainConfig, UsageError, train
 from fastppo.config import RESUMABLE
 from fastppo.config import TrainConfig as Settings
-from fastppo.resumable import LEARNED, OF_THE_NETWORK, REASONS, TRAINED_ON, check_resumable
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.train import console
+from fastppo.training.resumed_settings import LEARNED, OF_THE_NETWORK, REASONS, TRAINED_ON, check_resumable
 from support.processes import Started
 from support.resume import differing
 from support.runs import rows_of, tiny, without_times

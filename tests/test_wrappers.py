@@ -19,7 +19,7 @@ from fastppo.envs.factory import EnvConfig, default_vectorization, env_maker, ma
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.envs.wrappers import MIN_SIDE, FrameSkip, is_picture, join_channels, wrapped
 from fastppo.policy.spaces import MIN_IMAGE_SIDE, obs_spec
-from fastppo.resumable import check_resumable
+from fastppo.training.resumed_settings import check_resumable
 from support.runs import tiny
 
 

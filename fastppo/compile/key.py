@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,10 @@ _COMPILER_VARIABLES = ("CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY
 
 def native_key() -> str:
     """The cache key of the library built from native.cpp."""
-    return library_key("native", [native.SOURCE])
+    return library_key("native", native.SOURCES)
 
 
-def library_key(name: str, sources: list[Path]) -> str:
+def library_key(name: str, sources: Sequence[Path]) -> str:
     """The cache key of a library of ours that is built from these files by `native.command`."""
     facts = ([_digest(path.read_bytes()) for path in (*sources, Path(native.__file__))], _machine())
     return f"{name}-{_digest(repr(facts).encode())[:25]}"

@@ -118,8 +118,8 @@ inline double sum(Vector x) {
 // torch.minimum and torch.maximum: NaN passes through.
 inline float minimum(float a, float b) { return a < b || a != a ? a : b; }
 inline float maximum(float a, float b) { return a > b || a != a ? a : b; }
-inline Vector minimum(Vector a, Vector b) { return (a < b) | (a != a) ? a : b; }
-inline Vector maximum(Vector a, Vector b) { return (a > b) | (a != a) ? a : b; }
+inline Vector minimum(Vector a, Vector b) { return ((a < b) | (a != a)) ? a : b; }
+inline Vector maximum(Vector a, Vector b) { return ((a > b) | (a != a)) ? a : b; }
 
 // Each comparison is false for NaN and then keeps x, so that NaN passes through. One instruction each, in this order.
 inline Vector at_most(Vector x, float most) { return broadcast(most) < x ? broadcast(most) : x; }

@@ -281,11 +281,10 @@ def learn(job: Job, collector: Collector) -> Update:
     outcomes = global_outcomes(collector.outcomes(), ranks, info_names)
     if config.rnd_coef > 0:  # the rollout's rewards get a bonus, those of the outcomes do not
         outcomes = outcomes._replace(reward=outcomes.reward.copy())
-    if config.norm_reward or config.rnd_coef > 0 or (config.norm_obs and job.runs[0].is_blank):
-        for index in running:
-            rollout = buffers.rollouts[index]
-            normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))
-            buffers.inputs[index] = buffers.inputs[index]._replace(normalization=normalization)
+    for index in running:
+        rollout = buffers.rollouts[index]
+        normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))
+        buffers.inputs[index] = buffers.inputs[index]._replace(normalization=normalization)
     with plain(), torch.no_grad():
         result = job.selector.learn(*buffers.learn_arguments())
     buffers.adam = result.adam

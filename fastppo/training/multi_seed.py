@@ -17,12 +17,12 @@ from fastppo.analysis.run_groups import group_runs, read_run
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
-from fastppo.resumable import check_resumable
 from fastppo.run.directory import RunDirectory
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import EVALUATION, joint_row
 from fastppo.training.results import TrainResult, drawing_curves
 from fastppo.training.resume import fill_directory, reopen
+from fastppo.training.resumed_settings import check_resumable
 from fastppo.training.setup import Task, seed_folder
 from fastppo.training.training_run import Note, TrainingRun
 

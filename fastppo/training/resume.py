@@ -19,10 +19,10 @@ from fastppo.core.adam import AdamState
 from fastppo.errors import UsageError, brief
 from fastppo.policy.codec import checked, difference_of_spaces, moments_from_state, weights_from_state
 from fastppo.random_streams import Stream, seed_of
-from fastppo.resumable import MAKING, TRAINED_ON, changes, check_resumable
 from fastppo.run.best import BestPolicy
 from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.training.reproducibility import differences
+from fastppo.training.resumed_settings import MAKING, TRAINED_ON, changes, check_resumable
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, snapshot, snapshot_data
 

@@ -24,7 +24,6 @@ from fastppo.envs.halves import HalvesVectorEnv
 from fastppo.errors import UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
-from fastppo.policy.mlp import NORM
 from fastppo.policy.module_policy import ModuleFactory, ModulePolicy
 from fastppo.policy.network import Network
 from fastppo.policy.spaces import ActionSpec, ObsSpec
@@ -42,6 +41,7 @@ from fastppo.training.reproducibility import made_with, versions
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
 from fastppo.training.thread_trial import choose, minibatch_of
+from fastppo.training.unused_settings import unused_settings
 
 # Rows of a microbatch. Compiled loops write the intermediates of a pass to memory. Those of a small pass stay in the CPU cache:
 # half the time at minibatches of 8192 rows and two threads (57 to 73 ms an epoch of 65,536 rows instead of 114). At minibatches
@@ -183,12 +183,8 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         states = [init_state(own, of_seed, found.obs, device) for own, of_seed in zip(configs, networks, strict=True)]
         started = start_from(config, network, found.obs, found.action, states, ranks)
         trial, thread_note = try_threads(config, local, found, network, states[0].params, threads)
-    made = found.envs.envs
-    if isinstance(made, TorchVectorEnv):
-        made.reset()  # gives its state the right shapes; start_collector resets it again with a seed
-        if config.resume:
-            for state, environments in zip(states, states_of(made, nothing_remembered(network, made)), strict=True):
-                state.environments = gather_environments(environments, ranks)
+    start_device_envs(found.envs.envs, config, network, states, ranks)
+    unused = unused_settings(config, network, found.obs, found.action, device)
     return Task(
         config=config,
         local=local,
@@ -201,7 +197,7 @@ def prepare(config: TrainConfig, policy: ModuleFactory | None, given: VectorEnv 
         threads=threads,
         trial=trial,
         provenance=made_with(device, torch.get_num_threads(), workers),
-        notes=tuple(line for line in (*lines, note, started, thread_note, *settings_notes(config, network, device)) if line),
+        notes=tuple(line for line in (*lines, note, started, thread_note, *unused) if line),
         render_env=render_env,
         evaluator=evaluator,
         **vars(found),
@@ -226,33 +222,6 @@ def meet_ranks(config: TrainConfig, cleanup: contextlib.ExitStack) -> tuple[torc
     with checked(ranks):
         check_same(config, ranks.agree(config), ranks)
     return resolved(ranks.device if ranks.size > 1 else device), ranks
-
-
-def settings_notes(config: TrainConfig, network: Network, device: torch.device) -> tuple[str | None, str | None]:
-    """Lines on settings that do less here than they say."""
-    return precision_note(config, device), unused_note(config, network)
-
-
-def precision_note(config: TrainConfig, device: torch.device) -> str | None:
-    """A line where --tf32 or --bf16 does not make this device faster."""
-    if device.type == "cuda" or not (config.tf32 or config.bf16):
-        return None
-    if config.bf16:
-        return f"--bf16 is for GPUs: on {device} networks are rounded to bfloat16, and there are no fused programs"
-    return f"--tf32 is for NVIDIA GPUs: on {device} it changes nothing"
-
-
-def unused_note(config: TrainConfig, network: Network) -> str | None:
-    """A line where a setting that was given is not one of this network."""
-    if config.action_distribution == "beta" and config.log_std_init != TrainConfig.log_std_init:
-        return "--log-std-init changes nothing: --action-distribution beta has no standard deviation"
-    if not config.layer_norm:
-        return None
-    if isinstance(network, ModulePolicy):
-        return "--layer-norm changes nothing: it is for our networks"
-    if not any(name.endswith(NORM) for name in network.weights(torch.empty(network.num_params, device="cpu"))):
-        return "--layer-norm changes nothing: this network has no hidden layers to normalise (--hidden-sizes 64)"
-    return None
 
 
 def make_networks(
@@ -303,6 +272,18 @@ def named_after(envs: VectorEnv, config: TrainConfig) -> TrainConfig:
         return config
     spec = getattr(envs, "spec", None)
     return replace(config, env_id=type(envs.unwrapped).__name__ if spec is None else spec.id)
+
+
+def start_device_envs(
+    made: VectorEnv, config: TrainConfig, network: Network, states: Sequence[TrainState], ranks: Ranks
+) -> None:
+    """Give environments on the device their first state, so that it has its shapes, and a resumed run's `states` too."""
+    if not isinstance(made, TorchVectorEnv):
+        return
+    made.reset()  # start_collector resets it again, with a seed
+    if config.resume:
+        for state, environments in zip(states, states_of(made, nothing_remembered(network, made)), strict=True):
+            state.environments = gather_environments(environments, ranks)
 
 
 def nothing_remembered(network: Network, made: TorchVectorEnv) -> tuple[Tensor, ...]:

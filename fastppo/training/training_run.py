@@ -30,6 +30,7 @@ from fastppo.run.tracking import Tracker
 from fastppo.training.callback_list import CallbackList, Recorded
 from fastppo.training.checkpoints import Checkpoints
 from fastppo.training.diagnosis import PATIENCE, Diagnosis, share_at_bounds
+from fastppo.training.running_statistics import add_observations, add_returns
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, gather_environments, normalization_of, preserved, snapshot
 from fastppo.training.update import (
@@ -37,8 +38,6 @@ from fastppo.training.update import (
     adapted_factor,
     frozen_inputs,
     read_metrics,
-    update_obs_moments,
-    update_return_moments,
 )
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
@@ -167,11 +166,6 @@ class TrainingRun:
         return self.state.global_step / self.config.total_timesteps
 
     @property
-    def is_blank(self) -> bool:
-        """Whether there are no statistics of observations yet: in the first iteration, unless --init-from brings some."""
-        return self.state.iteration == 0 and self.config.init_from is None
-
-    @property
     def over(self) -> bool:
         """Whether it has all its steps, has ended early, or cannot go on."""
         return self.progress >= 1.0 or self.enough is not None or self.fault is not None
@@ -201,24 +195,19 @@ class TrainingRun:
             self.callbacks.on_step(self._step_view, seen)
 
     def normalize(self, rollout: Mapping[str, Tensor], steps: Mapping[str, Tensor]) -> Normalization:
-        """Add a rollout to the statistics that it is itself learned with, and with --rnd-coef the bonus to its rewards.
-
-        These are the statistics of returns, since acting does not depend on the scale of rewards. In the first iteration they
-        are also those of observations: it acted before anything was known of them, its actions hardly depended on what it saw,
-        and it learns from normalised observations.
+        """Add a rollout to the statistics that it is learned with, and with --rnd-coef the bonus to its rewards.
 
         Args:
             rollout: (T+1, N / K, ...) of this process. steps: (T, N) `reward terminated truncated valid` of all processes.
         """
         state, ranks = self.state, self._task.ranks
-        if self.is_blank:
-            update_obs_moments(state, rollout, ranks.total)
+        add_observations(state, rollout, self.config, ranks.total, has_learned=False)
         if state.novelty is not None:
             state.novelty, bonus = state.novelty.added_to(rollout, steps["valid"], normalization_of(state), self.config, ranks)
             self._recorded.record("charts/rnd_bonus", float(bonus.sum() / steps["valid"].sum().clamp(min=1)))
             steps = {**steps, "reward": steps["reward"] + bonus}
             rollout["reward"][:-1] += ranks.share(bonus, 1)
-        update_return_moments(state, steps, self.config.gamma)
+        add_returns(state, steps, self.config.gamma)
         return normalization_of(state)
 
     def apply_update(self, result: LearnResult, rollout: Mapping[str, Tensor]) -> dict[str, float]:
@@ -237,8 +226,7 @@ class TrainingRun:
         state.params.copy_(result.params)
         state.adam, state.return_mean, state.return_std = result.adam, result.return_mean, result.return_std
         state.learning_rate_factor = adapted_factor(state.learning_rate_factor, metrics["approx_kl"], self.config)
-        if not self.is_blank:  # else see `normalize`
-            update_obs_moments(state, rollout, self._task.ranks.total)
+        add_observations(state, rollout, self.config, self._task.ranks.total, has_learned=True)
         if state.iteration % PATIENCE == 1:
             self._at_bounds = share_at_bounds(self._task.action, rollout["action"])
         return metrics

@@ -1,24 +1,19 @@
-"""What one iteration goes by and what it changes: the frozen inputs of its programs, its metrics, the statistics.
+"""What one iteration goes by, and its metrics: the frozen inputs of its programs, annealing, what an update returned.
 
 Knows nothing of files, logs or how a rollout is collected.
 """
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from fastppo.config import TrainConfig
 from fastppo.core.contracts import Coefficients, LearnResult, Normalization
-from fastppo.core.losses import Total, alone
 from fastppo.core.ppo import MINIBATCH_METRICS, SUMMARY
 from fastppo.errors import TrainingFault
-from fastppo.policy.normalization import discounted_return, update_moments
 from fastppo.run.metrics import METRICS
-from fastppo.system.modes import ours
 from fastppo.training.state import TrainState, normalization_of
 
 LOWEST_RATE, HIGHEST_RATE = 1e-5, 1e-2  # of --desired-kl
@@ -86,30 +81,3 @@ def read_metrics(result: LearnResult) -> dict[str, float]:
             )
         raise TrainingFault("a parameter is not finite after the update, which was not applied")
     return {**{name: summary[name] for name in METRICS if name in summary}, "updates": int(summary["updates"])}
-
-
-@ours
-def update_return_moments(state: TrainState, steps: Mapping[str, Tensor], gamma: float) -> None:
-    """Add a rollout's discounted returns to their statistics, where the state has any.
-
-    steps: (T, N) `reward terminated truncated valid` of all processes.
-    """
-    if state.return_moments is not None:
-        reward, valid = steps["reward"], steps["valid"]
-        done = steps["terminated"] | steps["truncated"]
-        running, state.return_carry = discounted_return(reward, done, valid, state.return_carry, gamma)
-        state.return_moments = update_moments(state.return_moments, running.flatten(), valid.flatten())
-
-
-@ours
-def update_obs_moments(state: TrainState, rollout: Mapping[str, Tensor], total: Total = alone) -> None:
-    """Add the observations of a rollout's valid rows to their statistics, where the state has any.
-
-    rollout: (T+1, N / K, ...) of this process. total: adds up the sums of all processes.
-    """
-    if state.obs_moments is not None:
-        valid = rollout["valid"][:-1].flatten()
-        state.obs_moments = {
-            key: update_moments(moments, rollout[key][:-1].flatten(0, 1), valid, total)
-            for key, moments in state.obs_moments.items()
-        }
