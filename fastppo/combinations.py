@@ -24,6 +24,8 @@ def check_combinations(config: "TrainConfig") -> None:
             f"--vectorization {config.vectorization} is for --backend gymnasium; "
             f"{config.backend} steps all at once: leave it off"
         )
+    if config.env_halves == "on":
+        _check_halves(config)
     config.preprocessing.wrappers  # noqa: B018  # raises UsageError
     for name in config.preprocessing.flags if config.backend in ("torch", "envpool") else ():
         raise UsageError(
@@ -58,6 +60,22 @@ def check_combinations(config: "TrainConfig") -> None:
         from fastppo.presets import check_applied  # here: presets are made of settings
 
         check_applied(config)
+
+
+def _check_halves(config: "TrainConfig") -> None:
+    """What is known before the environments are made; the rest: envs/factory.py."""
+    if config.num_seeds > 1:
+        raise UsageError(f"--env-halves on is for one seed: with --num-seeds {config.num_seeds} leave it off")
+    if config.num_envs % 2:
+        nearest = f"{config.num_envs - 1} or {config.num_envs + 1}" if config.num_envs > 1 else "2"
+        raise UsageError(f"--env-halves on needs an even --num-envs, got {config.num_envs}; nearest: --num-envs {nearest}")
+    if config.backend == "torch":
+        raise UsageError("--env-halves on is for environments on the host, and --backend torch has none: leave it off")
+    if config.vectorization in ("sync", "entry-point"):
+        raise UsageError(
+            f"--env-halves on: --vectorization {config.vectorization} steps environments while the policy waits; "
+            "use --vectorization grouped, or leave it off"
+        )
 
 
 def _check_seeds(config: "TrainConfig") -> None:

@@ -7,7 +7,7 @@ The string under each field is its help text.
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -41,7 +41,6 @@ from fastppo.env_objects import with_objects
 from fastppo.envs.preprocessing import Preprocessing, parse_pairs
 from fastppo.errors import UsageError, nearest
 from fastppo.system.json_files import read_json
-from fastppo.system.paths import absolute
 
 if TYPE_CHECKING:
     from fastppo.envs.factory import EnvConfig
@@ -112,6 +111,9 @@ class TrainConfig:
     """Seconds that a step or reset of the environments may take before the run stops with a fault; 0: no limit."""
     backend: Annotated[Literal["auto", "gymnasium", "torch", "envpool"], ENVIRONMENTS] = "auto"
     """What runs the environments: gymnasium, EnvPool, or torch on the policy's device. auto: as registered."""
+    env_halves: Annotated[Literal["auto", "on", "off"], MAY_CHANGE] = "auto"
+    """on: two halves of the environments, of which one steps in other processes or threads while the policy acts for the other.
+    auto: on a GPU, where that is faster in a trial."""
     check_env: Annotated[bool, MAY_CHANGE] = True
     """Check the environment before training: spaces, types, bounds, seeding; one line for each error."""
 
@@ -347,6 +349,7 @@ class TrainConfig:
             num_threads=self.num_threads,
             autoreset=self.autoreset,
             log_info=self.log_info,
+            halves=self.env_halves == "on",
             atari=AtariSettings(
                 noop_max=self.atari_noop_max,
                 frame_skip=self.atari_frame_skip,
@@ -390,18 +393,6 @@ class TrainConfig:
             return cls(**data)
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-
-
-def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
-    """`config` with its directories made absolute, relative to `place`. Raises UsageError as `absolute`."""
-    paths: dict[str, Any] = {name: getattr(config, name) for name in PATHS}
-    paths = {name: path and str(absolute(path, flag(name), place)) for name, path in paths.items()}
-    return replace(config, **paths)
-
-
-def default_runs(config: TrainConfig, place: Path | None) -> Path:
-    """The parent of run directories without a name: `runs` in `place`. Raises UsageError as `absolute`."""
-    return Path() if config.run_dir or config.resume else absolute("runs", "--run-dir", place)
 
 
 def read_run_config(run_dir: Path) -> TrainConfig:

@@ -3,11 +3,13 @@
 import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from fastppo.bounds import flag
-from fastppo.config import TrainConfig
+from fastppo.config import PATHS, TrainConfig
 from fastppo.errors import UsageError, nearest
+from fastppo.system.paths import absolute
 
 HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for the hint in an error
     "--env": "--env-id",
@@ -57,3 +59,15 @@ def without_rivals(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig
     if given.get("action_distribution", "gsde") != "gsde" and "sde_sample_freq" not in given:
         config = replace(config, sde_sample_freq=None)
     return config
+
+
+def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:
+    """`config` with its directories made absolute, relative to `place`. Raises UsageError as `absolute`."""
+    paths: dict[str, Any] = {name: getattr(config, name) for name in PATHS}
+    paths = {name: path and str(absolute(path, flag(name), place)) for name, path in paths.items()}
+    return replace(config, **paths)
+
+
+def default_runs(config: TrainConfig, place: Path | None) -> Path:
+    """The parent of run directories without a name: `runs` in `place`. Raises UsageError as `absolute`."""
+    return Path() if config.run_dir or config.resume else absolute("runs", "--run-dir", place)

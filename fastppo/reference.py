@@ -34,6 +34,8 @@ SUMMARY = {
     "tier": "The programs at the end: fused, compiled, compiled-cuda-graph, cuda-graph or eager.",
     "deviations": "Of each program that is not eager, its largest deviation from the eager one at its first call.",
     "backend": "What stepped the environments.",
+    "env_halves": "Whether one half of the environments stepped while the policy acted for the other: on or off.",
+    "env_halves_trial": "Seconds of an iteration with --env-halves on and off, if auto has tried them; null where that failed.",
     "device": "The device of parameters and rollout.",
     "device_trial": "Seconds of an iteration on each device, if --device auto has tried them; null where that failed.",
     "peak_memory_mib": "Peak resident memory of the process, in MiB.",

@@ -6,10 +6,10 @@ from types import ModuleType
 from typing import Any
 
 from fastppo.cli import parse_train, run
-from fastppo.config import default_runs
 from fastppo.envs.envpool import task_of
 from fastppo.envs.registry import find_spec, shorten_spinning
 from fastppo.envs.wrappers import find_wrapper
+from fastppo.given_settings import default_runs
 from fastppo.system.imports import lasting_imports
 from fastppo.system.paths import current_directory
 

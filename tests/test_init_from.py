@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastppo import TrainConfig, UsageError, train
-from fastppo.config import with_absolute_paths
+from fastppo.given_settings import with_absolute_paths
 from fastppo.run.checkpoint_file import load_checkpoint
 from support.networks import Relu, Small
 from support.processes import Started, assert_same_run

@@ -10,8 +10,8 @@ from environments import Wandering
 
 from fastppo import Callback, TrainConfig, UsageError, train
 from fastppo.compile.library_cache import cache_dir
-from fastppo.config import default_runs, with_absolute_paths
 from fastppo.evaluate import console as evaluate
+from fastppo.given_settings import default_runs, with_absolute_paths
 from fastppo.sweep import console as sweep
 from fastppo.system.paths import absolute
 from fastppo.train import console

@@ -104,7 +104,8 @@ def make_ale(env_id: str, num_envs: int, env_kwargs: Mapping[str, Any], settings
     except Exception as error:
         raise UsageError(f"--env-id {env_id} cannot be made: {brief(error)}") from None
     actions = [action.name for action in ale.ale.get_action_set()]
-    return with_lives(ale if settings.grayscale else _channels_first(ale), settings, has_fire=actions[FIRE] == "FIRE")
+    envs = AleVectorEnv(ale) if settings.grayscale else _channels_first(ale)
+    return with_lives(envs, settings, has_fire=actions[FIRE] == "FIRE")
 
 
 def make_rgb_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSettings) -> VectorEnv:
@@ -149,6 +150,19 @@ def make_rgb_ale(env_id: str, env_kwargs: Mapping[str, Any], settings: AtariSett
     stacked.metadata = {**stacked.metadata, "render_fps": 60 / settings.frame_skip}
     envs: VectorEnv = SyncVectorEnv([lambda: stacked])
     return with_lives(envs if settings.grayscale else _channels_first(envs), settings, has_fire)
+
+
+class AleVectorEnv(VectorWrapper):
+    """ALE's vector environment with the names for a step in two parts that other vector environments have."""
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Begin a step in ALE's threads; actions (N,) whole numbers."""
+        self.env.send(actions)  # type: ignore[attr-defined]
+
+    def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Wait for its end: what `step` returns."""
+        result: tuple[Any, Any, Any, Any, dict[str, Any]] = self.env.recv()  # type: ignore[attr-defined]
+        return result
 
 
 class _Start(gym.Wrapper[Any, Any, Any, Any]):
@@ -235,9 +249,24 @@ class EpisodicLife(VectorWrapper):
 
     def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """actions (N,) whole numbers -> obs as they come, reward (N,) float64, terminated, truncated (N,) bool, info."""
+        return self._with_ends(*self.env.step(self._resumed(actions)))
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """The first part of `step`, where the environment has one."""
+        self.env.step_async(self._resumed(actions))  # type: ignore[attr-defined]
+
+    def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """The second part of `step`."""
+        return self._with_ends(*self.env.step_wait())  # type: ignore[attr-defined]
+
+    def _resumed(self, actions: NDArray[Any]) -> NDArray[Any]:
+        return np.where(self._resuming, self.resume_action, actions)
+
+    def _with_ends(
+        self, obs: Any, reward: Any, terminated: Any, truncated: Any, info: dict[str, Any]
+    ) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """The result of a step, with the ends of lives."""
         resuming, late = self._resuming, self._late
-        actions = np.where(resuming, self.resume_action, actions)
-        obs, reward, terminated, truncated, info = self.env.step(actions)
         lives, ended = info["lives"], terminated | truncated
         # some games stand at 0 lives for a few frames before they end: that is no life to go on with (baselines)
         lost = (lives < self._lives) & (lives > 0) & ~ended & ~self._ended & ~resuming

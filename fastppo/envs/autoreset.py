@@ -85,7 +85,7 @@ class AutoresetEnvs:
         self.num_envs = envs.num_envs
         self.deadline = deadline
         self.closed = False
-        self._info_names = tuple(info_names)
+        self.info_names = tuple(info_names)
         self._lives = _lives_of(envs)
         self._rows = envs if isinstance(envs, AgentRows) else None
         self._is_new = True  # until the first reset, which decides whether there are masks
@@ -128,20 +128,33 @@ class AutoresetEnvs:
         within the step without declaring it.
         """
         with self.deadline:
-            obs, reward, terminated, truncated, info = self.envs.step(action)
-            game_over = None if self._lives is None else self._lives.game_over
-            game_over = game_over if self._rows is None else self._rows.over
-            if not self.is_declared and not FINAL_KEYS.isdisjoint(info):
-                raise EnvironmentFailed(UNDECLARED.format(next(key for key in info if key in FINAL_KEYS)))
-            done: Any = None
-            if self.keeps_final_obs or self._mask_size or self._mask_source or "action_mask" in info:
-                done = np_or_torch(terminated).logical_or(terminated, truncated)
-            if self.mode is AutoresetMode.SAME_STEP:  # what has ended is reset already
-                mask = self._mask(info, np.zeros(self.num_envs, bool), "step")
-                final_obs = _final_obs(obs, done, info)
-                infos = numbers_in(info.get("final_info", info), self._info_names, self.num_envs)
-                return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, info.get(REWARD_PARTS), infos)
-            mask, infos = self._mask(info, done, "step"), numbers_in(info, self._info_names, self.num_envs)
+            return self._step_of(self.envs.step(action))
+
+    def step_async(self, action: Batch) -> None:
+        """Begin a step of environments whose step is in two parts (envs/halves.py)."""
+        with self.deadline:
+            self.envs.step_async(action)  # type: ignore[attr-defined]
+
+    def step_wait(self) -> Step:
+        """Wait for its end: what `step` returns and raises."""
+        with self.deadline:
+            return self._step_of(self.envs.step_wait())  # type: ignore[attr-defined]
+
+    def _step_of(self, result: tuple[Structure, Batch, Batch, Batch, dict[str, Any]]) -> Step:
+        obs, reward, terminated, truncated, info = result
+        game_over = None if self._lives is None else self._lives.game_over
+        game_over = game_over if self._rows is None else self._rows.over
+        if not self.is_declared and not FINAL_KEYS.isdisjoint(info):
+            raise EnvironmentFailed(UNDECLARED.format(next(key for key in info if key in FINAL_KEYS)))
+        done: Any = None
+        if self.keeps_final_obs or self._mask_size or self._mask_source or "action_mask" in info:
+            done = np_or_torch(terminated).logical_or(terminated, truncated)
+        if self.mode is AutoresetMode.SAME_STEP:  # what has ended is reset already
+            mask = self._mask(info, np.zeros(self.num_envs, bool), "step")
+            final_obs = _final_obs(obs, done, info)
+            infos = numbers_in(info.get("final_info", info), self.info_names, self.num_envs)
+            return Step(obs, reward, terminated, truncated, final_obs, mask, game_over, info.get(REWARD_PARTS), infos)
+        mask, infos = self._mask(info, done, "step"), numbers_in(info, self.info_names, self.num_envs)
         if self.mode is AutoresetMode.NEXT_STEP:
             return Step(obs, reward, terminated, truncated, None, mask, game_over, info.get(REWARD_PARTS), infos)
         final_obs = obs

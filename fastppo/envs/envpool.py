@@ -93,9 +93,21 @@ class EnvPoolVectorEnv(VectorEnv):
         Returns:
             obs (N, *obs_shape), reward (N,) float32, terminated (N,) bool, truncated (N,) bool, info.
         """
-        step = self._pool.step if self._raw is None else self._raw.step
-        obs, reward, terminated, truncated, info = step(actions)
-        return obs, reward, terminated, truncated, info
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: NDArray[Any]) -> None:
+        """Begin a step in the pool's threads, with actions as `step` takes them."""
+        if self._raw is None:
+            self._pool.send(actions)
+        else:
+            self._raw.send(actions)
+
+    def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Wait for its end: what `step` returns."""
+        result: tuple[Any, Any, Any, Any, dict[str, Any]]
+        result = self._pool.recv(reset=False, return_info=True) if self._raw is None else self._raw.receive()
+        return result
 
     def close_extras(self, **kwargs: Any) -> None:
         """Release the threads."""
@@ -132,11 +144,14 @@ class RawPool:
         self._places, self._players = places, infos[PLAYERS]
         self._infos = [(name, place) for name, place in infos.items() if name != PLAYERS]
 
-    def step(self, actions: NDArray[Any]) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """As the pool's own step. Raises ValueError for actions of another shape, which the pool would not check."""
+    def send(self, actions: NDArray[Any]) -> None:
+        """As the pool's own `send`. Raises ValueError for actions of another shape, which the pool would not check."""
         if actions.shape != self._shape:
             raise ValueError(f"actions of shape {actions.shape} instead of {self._shape}")
         self._send([self._ids, self._ids, np.ascontiguousarray(actions, dtype=self._dtype)])
+
+    def receive(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """The results of a step, as of the pool's own `recv`."""
         state = self._recv()
         obs, reward, done, truncated, elapsed = (state[place] for place in self._places)
         info: dict[str, Any] = {name: state[place] for name, place in self._infos}

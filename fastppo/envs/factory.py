@@ -86,6 +86,10 @@ class EnvConfig:
     """"same-step" or "next-step": when environments that are made one by one are reset; "auto": in the next step."""
     log_info: tuple[str, ...] = ()
     """Further names of numbers in the infos to be read, beside SUCCESS."""
+    halves: bool = False
+    """For `make_training_envs`: two halves, of which one steps while the policy acts for the other (envs/halves.py)."""
+    half: int | None = None
+    """0 or 1: these N environments are that half of a run's, all in processes if in any; None: they are all."""
 
     @property
     def info_names(self) -> tuple[str, ...]:
@@ -154,6 +158,13 @@ def make_training_envs(
     tried: Callable[[], Tried] | None = None,
 ) -> MadeEnvs:
     """The environments of a run, S times N of them; `tried` as `choose_vectorization` takes it. Raises as `make_envs`."""
+    if config.halves:
+        from fastppo.envs.halves import make_halves  # here, since it imports torch
+
+        if are_one_by_one(config) and config.vectorization == "auto":
+            config = replace(config, vectorization="grouped")
+        in_halves = make_halves(config, str(device) == "cpu", lambda half: _make_envs(half, device, deadline))
+        return MadeEnvs(in_halves, engine_name(in_halves, config), "in two halves, as --env-halves says")
     every = replace(config, num_envs=config.num_envs * config.num_seeds)
     choice = VectorizationChoice("auto", f"as --backend {config.backend} asks")
     if config.backend in ("auto", "gymnasium"):
@@ -332,7 +343,8 @@ def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> Ve
     if config.vectorization == "sync":
         return NumberedVectorEnv(env_fns, mode=autoreset, info_names=config.info_names)
     num_groups = num_envs if config.vectorization == "async" else num_processes(num_envs, config.num_threads)
-    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial, autoreset, config.info_names)
+    first = None if config.half is None else config.half * num_envs
+    return GroupedVectorEnv(env_fns, num_groups, deadline, is_trial, autoreset, config.info_names, first)
 
 
 def default_vectorization(config: EnvConfig) -> str:

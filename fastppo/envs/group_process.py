@@ -46,6 +46,12 @@ class GroupTask(NamedTuple):
     copied: frozenset[int]  # ids of spaces that the fork has copied with their generators, such as attributes of a class
     mode: AutoresetMode
     info_names: Sequence[str]  # as NumberedVectorEnv takes them
+    first: int = 0  # number of environment 0, for messages
+
+    @property
+    def numbers(self) -> slice:
+        """The numbers of its environments."""
+        return slice(self.first + self.rows.start, self.first + self.rows.stop)
 
 
 def run_group(
@@ -69,12 +75,12 @@ def run_group(
     group = None
     try:
         with deadline:
-            group = NumberedVectorEnv(env_fns, rows.start, task.mode, task.info_names)
+            group = NumberedVectorEnv(env_fns, task.numbers.start, task.mode, task.info_names)
         if (group.single_observation_space, group.single_action_space) != (exchanged["obs"], exchanged["action"]):
-            raise EnvironmentFailed(f"{group_name(rows)}: other spaces than those of environment 0")
+            raise EnvironmentFailed(f"{group_name(task.numbers)}: other spaces than those of environment {task.first}")
         for identity, space in spaces_of(group).items():
             if identity in task.copied:  # else its samples would equal those of other processes
-                of_space = np.random.SeedSequence([int(space.np_random.integers(2**32)), rows.start])
+                of_space = np.random.SeedSequence([int(space.np_random.integers(2**32)), task.numbers.start])
                 space.seed(int(of_space.generate_state(1)[0]))
         own = rows_of(read_from_shared_memory(exchanged, task.memory, task.num_envs), rows)
         info: dict[str, Any] = {}
@@ -95,7 +101,7 @@ def run_group(
             else:  # CLOSE, or nothing: the parent has ended
                 break
     except BaseException as error:
-        named = str(error) if isinstance(error, EnvironmentFailed) else f"{group_name(rows)}: {located(error)}"
+        named = str(error) if isinstance(error, EnvironmentFailed) else f"{group_name(task.numbers)}: {located(error)}"
         with contextlib.suppress(OSError):  # the parent has ended
             send_byte(answers, FAILED)
             answers.send((named, traceback.format_exc()))

@@ -2,9 +2,10 @@
 
 For environments that are slow in Python. A process for each environment costs more than it gives where there are fewer cores
 than environments: with gymnasium's AsyncVectorEnv eight HalfCheetahs on two cores step in 1165 us, in one process in 585, in
-two groups in 348 us (benchmarks/LOG.md). The first group runs in this process, which would only wait otherwise. Groups
-exchange arrays in shared memory (envs/shared_rows.py); a byte in a pipe says start and done (8 us for both; through a socket
-13, and spinning before blocking keeps a core busy to save 4).
+two groups in 348 us (benchmarks/LOG.md). The first group runs in this process, which would only wait otherwise; not in that of
+a half (envs/halves.py), whose caller has other work between `step_async` and `step_wait`. Groups exchange arrays in shared
+memory (envs/shared_rows.py); a byte in a pipe says start and done (8 us for both; through a socket 13, and spinning before
+blocking keeps a core busy to save 4).
 
 An environment that raises, exits or hangs is named by its number, in any process. Where its process was killed or hangs in C,
 the numbers of its group are named. Same seed, same bits as gymnasium's SyncVectorEnv, for any number of groups. An environment
@@ -19,7 +20,7 @@ import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from multiprocessing import util
@@ -78,6 +79,7 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         is_trial: bool = False,
         mode: AutoresetMode = AutoresetMode.NEXT_STEP,
         info_names: Sequence[str] = (SUCCESS,),
+        first: int | None = None,
     ) -> None:
         """Make the environments, each where it will run; env_fns[0] says which spaces all of them have.
 
@@ -88,6 +90,8 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
                 it by NAME_SECONDS is ended.
             is_trial: a trial of processes waits less long for those that hang.
             info_names: as NumberedVectorEnv takes them.
+            first: the number of env_fns[0], for environments that run all in other processes; None: the first group runs in
+                this one.
 
         Raises:
             UsageError: a space that arrays cannot hold, or a script without a main guard where processes import it.
@@ -103,8 +107,11 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
         self._answered: set[bytes] = set()  # the commands that all processes have answered at least once
         if getattr(multiprocessing.current_process(), "_inheriting", False):  # started here, it imports the user's script
             os._exit(UNGUARDED)
+        own = edges[1] if first is None else 0  # environments in this process
         began = time.monotonic()
-        self._group = NumberedVectorEnv(env_fns[: edges[1]], mode=mode, info_names=info_names)
+        self._group = NumberedVectorEnv(env_fns[: own or 1], first or 0, mode, info_names)
+        if not own:  # it was made for its spaces
+            self._group.close()
         own_seconds = time.monotonic() - began
         deadline.lift()  # the rest waits for processes with deadlines of their own
         self.metadata = {**self._group.metadata, "autoreset_mode": mode}
@@ -118,11 +125,11 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
             context = multiprocessing.get_context(START_METHOD)
             memory = create_shared_memory(allocated_space(exchanged), self.num_envs, context)  # type: ignore[arg-type]
             self._batch: Any = read_from_shared_memory(exchanged, memory, self.num_envs)
-            self._rows = rows_of(self._batch, slice(0, edges[1]))
-            for start, stop in pairwise(edges[1:]):
-                rows, copied = slice(start, stop), frozenset(spaces_of(self._group))
-                seconds, entropy = deadline.seconds, _entropy(rows)
-                task = GroupTask(rows, self.num_envs, exchanged, memory, seconds, entropy, copied, mode, info_names)
+            self._rows = rows_of(self._batch, slice(0, own)) if own else None
+            for start, stop in pairwise(edges[1:] if own else edges):
+                rows, copied, number = slice(start, stop), frozenset(spaces_of(self._group)), first or 0
+                seconds, entropy = deadline.seconds, _entropy(number + start)
+                task = GroupTask(rows, self.num_envs, exchanged, memory, seconds, entropy, copied, mode, info_names, number)
                 self._workers.append(GroupProcess(context, env_fns, task, self._workers, deadline))
             for worker in self._workers:
                 worker.first_result(own_seconds, is_trial)
@@ -135,41 +142,59 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         """New episodes, all of them: obs (N, ...), info. Environment i is seeded with seed + i, or seed[i]; None: none is."""
         seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed or [None] * self.num_envs)
-        info = self._run(RESET, partial(reset_group, self._group, self._rows), (seeds, options))
+        message = seeds, options
+        self._send(RESET, message)
+        info = self._result(RESET, partial(reset_group, self._group, self._rows, message))
         return self._batch["obs"], info
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """actions (N, ...) -> obs (N, ...), reward, terminated, truncated (N,), info."""
+        self.step_async(actions)
+        return self.step_wait()
+
+    def step_async(self, actions: Any) -> None:
+        """Begin a step in the other processes; actions: (N, ...)."""
         copy_into(self._batch["action"], actions)
-        info = self._run(STEP, partial(step_group, self._group, self._rows))
+        self._send(STEP)
+
+    def step_wait(self) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Step this process's group, and wait for the others: what `step` returns."""
+        info = self._result(STEP, partial(step_group, self._group, self._rows))
         batch = self._batch
         return batch["obs"], batch["reward"], batch["terminated"], batch["truncated"], info
 
-    def _run(self, command: bytes, own: Callable[..., dict[str, Any]], message: Any = None) -> dict[str, Any]:
-        """Run one command in all groups; `own` runs it in this process's group. After any error the environments are closed."""
+    def _send(self, command: bytes, message: Any = None) -> None:
+        """Send one command to the other processes. After any error the environments are closed."""
         if self._failure is not None:
             raise self._failure
         if self.closed:
             raise gym.error.ClosedEnvironmentError("these environments have been closed")
-        try:
+        with self._closing_on_error():
             for worker in self._workers:
                 worker.send(command, message)
+
+    def _result(self, command: bytes, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The infos of all groups once a command is done; `own` runs it in this process's group. Errors: as `_send`."""
+        with self._closing_on_error():
+            began = time.monotonic()
+            infos = [] if self._rows is None else [own()]
+            own_seconds = time.monotonic() - began
+            self._deadline.lift()
             if command in self._answered:
-                infos = [own() if message is None else own(message)]
-                self._deadline.lift()
                 infos += [worker.result() for worker in self._workers]
             else:
-                began = time.monotonic()
-                infos = [own() if message is None else own(message)]
-                own_seconds = time.monotonic() - began
-                self._deadline.lift()
                 infos += [worker.first_result(own_seconds, self._is_trial) for worker in self._workers]
                 self._answered.add(command)
+        return self._join(infos) if any(infos) else {}
+
+    @contextlib.contextmanager
+    def _closing_on_error(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException as error:
             self._failure = error if isinstance(error, ENVIRONMENT_ERRORS) else None
             self._give_up()
             raise
-        return self._join(infos) if any(infos) else {}
 
     def _give_up(self) -> None:
         """Close after an error. Errors while closing are dropped, since the first error is the one to report."""
@@ -180,7 +205,8 @@ class GroupedVectorEnv(VectorEnv[Any, Any, Any]):
     def _join(self, infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Join the groups' infos as SyncVectorEnv would: 0 or None, and False under _key, where a group lacks the key."""
         joined: dict[str, Any] = {}
-        sizes = [self._group.num_envs, *(worker.num_envs for worker in self._workers)]
+        own = [] if self._rows is None else [self._group.num_envs]
+        sizes = [*own, *(worker.num_envs for worker in self._workers)]
         for key in dict.fromkeys(key for info in infos for key in info):
             like = next(info[key] for info in infos if key in info)
             missing = None if like.dtype == object else 0
@@ -221,7 +247,7 @@ class GroupProcess:
         task: `copied` has the spaces of environments in this process, by their ids.
         """
         rows = task.rows
-        self.rows, self.num_envs = rows, rows.stop - rows.start
+        self.numbers, self.num_envs = task.numbers, rows.stop - rows.start
         commands, self._commands = context.Pipe(duplex=False)
         self._answers, answers = context.Pipe(duplex=False)
         self._message, self._poll = deadline.message, poller(self._answers)
@@ -235,7 +261,7 @@ class GroupProcess:
         self._process = context.Process(  # type: ignore[attr-defined]
             target=run_group,
             args=(commands, answers, parents, wrapped, task),
-            name=f"fastppo-environments-{rows.start}",
+            name=f"fastppo-environments-{task.numbers.start}",
             daemon=False,  # environments may start processes of their own
         )
         try:
@@ -264,7 +290,7 @@ class GroupProcess:
         """Wait until the command is done; returns the infos of its environments. Raises EnvironmentFailed."""
         try:
             if not self._poll(self._patience):
-                raise EnvironmentFailed(f"{group_name(self.rows)}: {self._message}")
+                raise EnvironmentFailed(f"{group_name(self.numbers)}: {self._message}")
             answer = receive_byte(self._answers)
             if answer == DONE:
                 return {}
@@ -290,7 +316,7 @@ class GroupProcess:
             waited, now = time.monotonic() - started, _computed(self._process.pid)
             if waited > most or (now is not None and now == before):
                 raise ForkHangs(
-                    f"{group_name(self.rows)}: no answer for {waited:.0f} s: a forked process lacks its parent's threads, "
+                    f"{group_name(self.numbers)}: no answer for {waited:.0f} s: a forked process lacks its parent's threads, "
                     "such as a thread pool of the environment's module; use --vectorization sync"
                 )
             before = now
@@ -306,7 +332,7 @@ class GroupProcess:
                 'if __name__ == "__main__":, or use --vectorization sync'
             )
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        return EnvironmentFailed(f"{group_name(self.rows)}: the process {how}")
+        return EnvironmentFailed(f"{group_name(self.numbers)}: the process {how}")
 
     def ask_to_close(self) -> None:
         """Send the command to close, if the process is still there."""
@@ -348,7 +374,10 @@ def _computed(group: int | None) -> int | None:
     return total
 
 
-def _entropy(rows: slice) -> list[int]:
-    """Entropy of a process's random streams until its first reset; the same in every run if the user has seeded numpy."""
+def _entropy(number: int) -> list[int]:
+    """Entropy of a process's random streams until its first reset; the same in every run if the user has seeded numpy.
+
+    number: of its first environment.
+    """
     _, keys, position, *_ = np.random.get_state(legacy=True)
-    return [rows.start, int(position), *map(int, keys[:4])]
+    return [number, int(position), *map(int, keys[:4])]

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.halves import HalvesVectorEnv
 from fastppo.errors import resetting
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.device_collector import DeviceCollector
+from fastppo.rollout.halves_collector import HalvesCollector
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
 from fastppo.rollout.storage import Outcomes, Phases, RnnState, by_step
 from fastppo.system.tensordicts import TensorDict
@@ -65,6 +67,11 @@ def start_collector(
     Raises TrainingFault if an environment fails to reset, or takes longer than the deadline of `envs`.
     """
     rollout = by_step(rollout)
+    if isinstance(envs.envs, HalvesVectorEnv):
+        halves = [AutoresetEnvs(half, envs.deadline, envs.info_names) for half in envs.envs.envs]
+        in_turns = HalvesCollector(halves, rollout, obs, action, rnn_state)
+        in_turns.reset(seed)
+        return in_turns
     with resetting():
         obs_start, mask = envs.reset_and_mask(seed)
         if isinstance(envs.envs, TorchVectorEnv):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed, Step, np_or_torch
-from fastppo.errors import ENVIRONMENT_ERRORS, environment_fault, resetting
+from fastppo.errors import ENVIRONMENT_ERRORS, TrainingFault, environment_fault, resetting
 from fastppo.policy.spaces import ActionSpec, ObsSpec
 from fastppo.rollout.pinned_rows import PinnedRows, pinned
 from fastppo.rollout.storage import STEP_KEYS, Outcomes, Phases, RnnState, check_finite, cut_episodes, on_cpu, outcomes_of
@@ -27,9 +27,21 @@ class StepCollector:
     """The loop over the steps of a rollout. Subclasses define where rows are written and how the environments get actions."""
 
     def __init__(
-        self, envs: AutoresetEnvs, rollout: TensorDict, obs: ObsSpec, action: ActionSpec, rnn_state: RnnState | None = None
+        self,
+        envs: AutoresetEnvs,
+        rollout: TensorDict,
+        obs: ObsSpec,
+        action: ActionSpec,
+        rnn_state: RnnState | None = None,
+        first: int | None = None,
     ) -> None:
-        """rollout: see `by_step`."""
+        """Make the views of the rollout.
+
+        Args:
+            rollout: see `by_step`.
+            first: the number of the first environment, if `act` runs for others while these step; None: these are all.
+        """
+        self.in_turns, self.first = first is not None, first or 0
         self.envs, self.action, self.rnn_state = envs, action, rnn_state
         self.obs, self.observed, self.info_mask = obs, obs.observed, obs.info_mask  # computed once, not in each step
         self.seeds = rollout.shape[1:2] if rollout.ndim > 2 else None
@@ -45,6 +57,8 @@ class StepCollector:
         self.infos: dict[str, Any] = {}  # (T, N) each, by name of a number in the environments' infos; nan: none
         self.cut: Any = None  # (N,) bool, see Outcomes
         self.on_step: Callable[[int, Any, Step], None] | None = None  # called with t, the actions, and what they led to
+        self._now: Tensor | None = None  # the recurrent state in a rollout
+        self._sent: Any = None  # the last actions, in the form of the environments
 
     def _written(self) -> Mapping[str, Any]:
         """The arrays or tensors (T+1, N, ...), by key, in which rows are written."""
@@ -76,39 +90,55 @@ class StepCollector:
 
     def collect(self, act: Callable[..., Any], noise: Tensor, cut: bool = False) -> Phases:
         """Fill the rollout with T calls of `act` and of the environments' `step`. See Collector for arguments and errors."""
-        phases = Phases()
+        return collect_in_turns([self], act, [noise], cut)
+
+    def begin_rollout(self) -> None:
+        """Continue from row T of the last rollout."""
         for key in (*self.act_keys, "valid"):
             self.storage[key][0] = self.storage[key][-1]
         self.infos = {}
-        rnn_state = None if self.rnn_state is None else self.rnn_state.begin()
-        for t, step_noise in enumerate(noise.unbind(0)):
-            started = time.perf_counter()
-            obs = self._act_obs(t)
-            if rnn_state is None:
-                action = act(obs, step_noise)  # (N, ...)
-            else:
-                action, rnn_state = act(obs, step_noise, rnn_state, self.rows_by_key["episode_start"][t])
-            env_action = self._env_action(t, action)
-            acted = time.perf_counter()
+        self._now = None if self.rnn_state is None else self.rnn_state.begin()
+
+    def act(self, t: int, act: Callable[..., Any], noise: Tensor, phases: Phases) -> None:
+        """Choose the actions of row t, and begin the environments' step."""
+        started = time.perf_counter()
+        obs = self._act_obs(t)
+        if self._now is None:
+            action = act(obs, noise)  # (N, ...)
+        else:
+            action, self._now = act(obs, noise, self._now, self.rows_by_key["episode_start"][t])
+        self._sent = self._env_action(t, action)
+        acted = time.perf_counter()
+        phases.act += acted - started
+        if self.in_turns:
             try:
-                step = self.envs.step(env_action)
-                self._write_step(t, step)
+                self.envs.step_async(self._sent)
             except ENVIRONMENT_ERRORS as error:
-                raise environment_fault(error, f"in step {t} of the rollout") from error
-            stepped = time.perf_counter()
-            phases.act += acted - started
-            phases.env += stepped - acted
-            if self.on_step is not None:
-                self.on_step(t, env_action, step)
-        if self.rnn_state is not None and rnn_state is not None:
-            self.rnn_state.now = rnn_state
+                raise fault_of(error, t) from error
+            phases.env += time.perf_counter() - acted
+
+    def step(self, t: int, phases: Phases) -> None:
+        """Step the environments, or wait for the end of the step that has begun, and write its result."""
+        started = time.perf_counter()
+        try:
+            step = self.envs.step_wait() if self.in_turns else self.envs.step(self._sent)
+            self._write_step(t, step)
+        except ENVIRONMENT_ERRORS as error:
+            raise fault_of(error, t) from error
+        phases.env += time.perf_counter() - started
+        if self.on_step is not None:
+            self.on_step(t, self._sent, step)
+
+    def end_rollout(self, cut: bool) -> None:
+        """Complete the rollout after its last step."""
+        if self.rnn_state is not None and self._now is not None:
+            self.rnn_state.now = self._now
         ended = self.storage["terminated"][:-1] | self.storage["truncated"][:-1]
         if self.envs.acting is None:  # else written step by step
             self.storage["valid"][1:] = True if self.envs.keeps_final_obs else ~ended
         self.cut = cut_episodes(self.storage) if cut else None
         self._finish()
-        check_finite(self.storage)
-        return phases
+        check_finite(self.storage, self.first)
 
     def _write_step(self, t: int, step: Step) -> None:
         """Write the result of step t: the observation to row t + 1, the rest to row t."""
@@ -127,6 +157,8 @@ class StepCollector:
             if self.reward_parts is None:
                 self.reward_parts = np.zeros((step.reward_parts.shape[1], *self.storage["reward"][:-1].shape))
             self.reward_parts[:, t] = np.moveaxis(self._by_seed(step.reward_parts), -1, 0)
+        elif self.reward_parts is not None:  # all of these environments have only been reset
+            self.reward_parts[:, t] = 0.0
         for name, numbers in step.infos.items():
             self._write_info(name, t, numbers)
         if self.envs.acting is not None:
@@ -182,6 +214,33 @@ class StepCollector:
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """Not supported, since `state_dicts` returns None."""
         raise NotImplementedError
+
+
+def collect_in_turns(parts: Sequence[StepCollector], act: Callable[..., Any], noises: Sequence[Tensor], cut: bool) -> Phases:
+    """The loop of a rollout over all parts of the environments, of which each steps while `act` runs for the others.
+
+    noises: (T, n, ...) for each part of n environments. For other arguments and errors see Collector.
+    """
+    phases = Phases()
+    turns = [(part, noise.unbind(0)) for part, noise in zip(parts, noises, strict=True)]
+    num_steps = len(noises[0])
+    for part in parts:
+        part.begin_rollout()
+    for t in range(num_steps):
+        for part, noise in turns:
+            if t > 0:
+                part.step(t - 1, phases)
+            part.act(t, act, noise[t], phases)
+    for part in parts:
+        part.step(num_steps - 1, phases)
+    for part in parts:
+        part.end_rollout(cut)
+    return phases
+
+
+def fault_of(error: BaseException, t: int) -> TrainingFault:
+    """What to raise for an environment's error in step t of a rollout."""
+    return environment_fault(error, f"in step {t} of the rollout")
 
 
 class HostCollector(StepCollector):

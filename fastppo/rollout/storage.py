@@ -148,8 +148,11 @@ def on_cpu(rows: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: torch.as_tensor(x).cpu() for key, x in rows.items()}
 
 
-def check_finite(rows: Mapping[str, Any]) -> None:
-    """Raise TrainingFault if an environment returned a number that is not finite: names its key, environment and step."""
+def check_finite(rows: Mapping[str, Any], first: int = 0) -> None:
+    """Raise TrainingFault if an environment returned a number that is not finite: names its key, environment and step.
+
+    first: number of the first environment.
+    """
     floats = {key: x for key, x in rows.items() if key != "action" and "float" in str(x.dtype)}
     if isinstance(rows["reward"], Tensor):
         if torch.stack([x.isfinite().all() for x in floats.values()]).all():  # sync: once per rollout
@@ -160,7 +163,7 @@ def check_finite(rows: Mapping[str, Any]) -> None:
             continue
         step, *where = np.argwhere(~np.isfinite(array))[0][: rows["reward"].ndim]
         made_by = step - 1 if key.startswith("obs") else step  # step t-1 returned obs[t]
-        who = f"environment {where[-1]}" + (f" of seed {where[0] + 1} of {array.shape[1]}" if len(where) > 1 else "")
+        who = f"environment {first + where[-1]}" + (f" of seed {where[0] + 1} of {array.shape[1]}" if len(where) > 1 else "")
         value = np.ravel(array[(step, *where)])
         value = value[~np.isfinite(value)][0]
         how = "not finite" if np.isnan(value) else "infinite or too large for float32"  # an overflow to float32 looks the same

@@ -40,7 +40,7 @@ class DeviceTrial:
     def note(self) -> str:
         """A line for the user."""
         (other,) = (device for device in self.seconds if device != self.chosen)
-        each = ", ".join(f"{device} {_duration(self.seconds[device])}" for device in (self.chosen, other))
+        each = ", ".join(f"{device} {duration(self.seconds[device])}" for device in (self.chosen, other))
         return f"device {self.chosen}, the faster one in a trial: {each} (--device {other} takes the other)"
 
     @property
@@ -49,7 +49,7 @@ class DeviceTrial:
         return {device: taken if math.isfinite(taken) else None for device, taken in self.seconds.items()}
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """As '12.3 ms an iteration', or 'failed'."""
     return f"{1e3 * seconds:.3g} ms an iteration" if math.isfinite(seconds) else "failed"
 
@@ -63,12 +63,16 @@ def try_devices(config: TrainConfig, is_alone: bool, train: Train) -> DeviceTria
     """
     if config.device != "auto" or config.resume is not None or not is_alone or not torch.cuda.is_available():
         return None
-    iterations = config.num_iterations or config.total_timesteps / config.batch_size
-    if iterations < WORTH_TRYING:
+    if not is_worth_trying(config):
         return None
     trial = DeviceTrial({device: seconds_of(replace(config, device=device), train) for device in ("cuda", "cpu")})
     # where both fail, the run itself says why
     return trial if math.isfinite(trial.seconds[trial.chosen]) else None
+
+
+def is_worth_trying(config: TrainConfig) -> bool:
+    """Whether the run is so much longer than a trial."""
+    return (config.num_iterations or config.total_timesteps / config.batch_size) >= WORTH_TRYING
 
 
 def seconds_of(config: TrainConfig, train: Train) -> float:

@@ -149,6 +149,8 @@ def _about(job: Job) -> Mapping[str, Any]:
         "tier": job.selector.name,
         "deviations": job.selector.deviations,
         "backend": job.task.engine,
+        "env_halves": "on" if job.task.in_halves else "off",
+        "env_halves_trial": None if job.halves_trial is None else job.halves_trial.summary,
         "device": str(job.task.device),
         "device_trial": None if job.device_trial is None else job.device_trial.summary,
         "peak_memory_mib": peak_memory_mib(),

@@ -26,6 +26,7 @@ from fastppo.system.devices import WITH_FAST_PROGRAMS
 from fastppo.system.modes import plain
 from fastppo.system.tensordicts import TensorDict
 from fastppo.training.device_trial import DeviceTrial
+from fastppo.training.halves_trial import HalvesTrial
 from fastppo.training.multi_seed import make_seed_directories, reopen_seeds
 from fastppo.training.programs import build_programs
 from fastppo.training.reproducibility import guarantees
@@ -137,6 +138,7 @@ class Job:
     guarantees: list[str]  # lines on reproducibility
     stop: StopSignals
     device_trial: DeviceTrial | None = None
+    halves_trial: HalvesTrial | None = None
     stopped_by: int = 0  # number of the signal that stopped the loop, equal in all processes
     collector: Collector | None = None
     iterations: int = 0  # number done by this process

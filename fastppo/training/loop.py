@@ -21,11 +21,12 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from fastppo.callbacks import Callback, CallbackFunction, checked_callbacks
-from fastppo.config import TrainConfig, default_runs, with_absolute_paths
+from fastppo.config import TrainConfig
 from fastppo.core.minibatches import draw_permutation
 from fastppo.envs.factory import is_on_device
 from fastppo.errors import Interrupted, UsageError
 from fastppo.fused.kernels import Kernels
+from fastppo.given_settings import default_runs, with_absolute_paths
 from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.ranks import Ranks, checked, is_alone, is_first_of_machine
 from fastppo.rollout.collector import Collector, start_collector
@@ -42,6 +43,7 @@ from fastppo.training.arguments import GivenEnvs, arguments
 from fastppo.training.callback_list import has_on_step
 from fastppo.training.device_trial import try_devices
 from fastppo.training.ends import finish, isolating_fault, keeping_state
+from fastppo.training.halves_trial import try_halves
 from fastppo.training.job import Job, draw_noise, start_job
 from fastppo.training.multi_seed import shown_row
 from fastppo.training.results import TrainResult
@@ -118,13 +120,19 @@ def train_in(
         cleanup.callback(torch.set_num_threads, torch.get_num_threads())
         if config.num_threads is not None or is_forked():  # before the first operation that threads would share
             torch.set_num_threads(config.num_threads or 1)
-        trial = try_devices(config, envs is None and is_alone(), partial(train_briefly, policy))
+        alone, briefly = envs is None and is_alone(), partial(train_briefly, policy)
+        trial = try_devices(config, alone, briefly)
         if trial is not None:
             config = replace(config, device=trial.chosen)  # a resumed run keeps it
+        watches = any(map(has_on_step, callbacks))
+        halves = try_halves(config, alone and not watches, briefly, None if trial is None else trial.seconds["cuda"])
+        if halves is not None:
+            config = replace(config, env_halves=halves.chosen)
         job = open_job(place, config, policy, callbacks, envs, cleanup)
-        if trial is not None:
-            job.device_trial = trial
-            job.display.note(trial.note)
+        job.device_trial, job.halves_trial = trial, halves
+        for tried in (trial, halves):
+            if tried is not None:
+                job.display.note(tried.note)
         with keeping_state(job, envs), enough_memory(job.task.device, "while training"):
             run_iterations(job)
         return finish(job, policy, envs)
@@ -163,6 +171,8 @@ def refuse_watching(callbacks: Sequence[Callback], task: Task) -> None:
     watching = next((type(callback).__name__ for callback in callbacks if has_on_step(callback)), None)
     if watching is not None and is_on_device(task.envs.envs):
         raise UsageError(f"{watching}.on_step: --backend torch steps environments in a program; use on_iteration")
+    if watching is not None and task.in_halves:
+        raise UsageError(f"{watching}.on_step: --env-halves on has no step of all environments; leave it off")
     if watching is not None and task.config.num_seeds > 1:
         raise UsageError(f"{watching}.on_step is for one seed: with --num-seeds {task.config.num_seeds} use on_iteration")
 

@@ -20,6 +20,7 @@ from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import MadeEnvs, are_one_by_one, env_maker, make_training_envs
 from fastppo.envs.grouped import GroupedVectorEnv
+from fastppo.envs.halves import HalvesVectorEnv
 from fastppo.envs.wrappers import DEFAULT_SIZE, RESCALED, RESIZED
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError
 from fastppo.policy.spaces import ActionSpec, ObsSpec, action_spec, obs_spec
@@ -64,6 +65,8 @@ def open_environments(
         envs = AutoresetEnvs(made, deadline, local.env_config.info_names)
         cleanup.callback(envs.close)
     else:
+        if config.env_halves == "on":
+            raise UsageError("--env-halves on makes environments from --env-id, which yours were not: leave it off")
         made, engine, why = given, "given", "a vector environment of your own"
         envs = AutoresetEnvs(made, deadline, local.env_config.info_names)
     number = made.num_envs // envs.num_agents
@@ -133,6 +136,8 @@ def with_agents(config: TrainConfig, found: OpenedEnvs) -> TrainConfig:
 
 def has_processes(made: VectorEnv) -> bool:
     """Whether the environments run in groups, most of them in other processes."""
+    if isinstance(made, HalvesVectorEnv):
+        made = made.envs[0]
     return isinstance(made.envs_of_agents if isinstance(made, AgentRows) else made, GroupedVectorEnv)
 
 

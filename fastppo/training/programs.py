@@ -20,6 +20,7 @@ from fastppo.core import acting, ppo
 from fastppo.core.contracts import Execution, Normalization, Policy, obs_of
 from fastppo.core.gradient import functional_grad_and_aux
 from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.halves import NUM_HALVES
 from fastppo.fused import mlp_programs
 from fastppo.policy.mixed_precision import AutocastPolicy
 from fastppo.policy.module_policy import ModulePolicy
@@ -135,7 +136,10 @@ def act_program(
         eager = partial(act, policy, policy.weights(params))
     mode = torch.no_grad if isinstance(network, ModulePolicy) else torch.inference_mode
     obs = tree_map(partial(first_row, task), obs_of(rollout))
-    example = (params, normalization, obs, noise[0], *rnn_inputs(task, rollout))
+    rows = (obs, noise[0], *rnn_inputs(task, rollout))
+    if task.in_halves:
+        rows = tree_map(lambda x: x[: task.made.num_envs // NUM_HALVES], rows)
+    example = (params, normalization, *rows)
     seeds = axis.calls(axis.size if maps_seeds(task) else 1, 1)
     fused = None
     if task.device.type == "cpu" and mlp_programs.covers(policy):

@@ -20,6 +20,7 @@ from fastppo.core.seed_axis import SeedAxis
 from fastppo.envs.autoreset import AutoresetEnvs, ResetSeed
 from fastppo.envs.deadline import Deadline
 from fastppo.envs.device import TorchVectorEnv
+from fastppo.envs.halves import HalvesVectorEnv
 from fastppo.errors import UsageError
 from fastppo.policy.agent import Agent
 from fastppo.policy.make_network import make_network
@@ -85,6 +86,11 @@ class Task:
     def on_device(self) -> bool:
         """Whether the environments are functions of tensors on the device."""
         return isinstance(self.made, TorchVectorEnv)
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether one half of the environments steps while the policy acts for the other."""
+        return isinstance(self.made, HalvesVectorEnv)
 
     @property
     def axis(self) -> SeedAxis:

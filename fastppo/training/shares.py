@@ -35,6 +35,11 @@ def with_shards(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, str | N
         num_shards = ranks.size
     rows, unit = config.rows_per_minibatch, config.rows_per_unit
     check_shares(config.num_envs, config.num_steps, rows, num_shards, ranks.size, unit)
+    if config.env_halves == "on" and config.num_envs % (2 * ranks.size):
+        raise UsageError(
+            f"--env-halves on halves the {config.num_envs // ranks.size} environments of each of {ranks.size} processes: "
+            f"--num-envs must be a multiple of {2 * ranks.size}"
+        )
     return config if num_shards == 1 else replace(config, minibatch_shards=num_shards), note
 
 

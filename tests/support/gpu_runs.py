@@ -45,6 +45,7 @@ CASES = {
     "images": (IMAGES, None),
     "module": (HOST, Module),
     "rnn_state": ({**HOST, "rnn": "lstm"}, None),
+    "halves": ({**HOST, "vectorization": "grouped", "env_halves": "on", "rnn": "gru"}, None),
     "device": (DEVICE, None),
     "device, memory": ({**DEVICE, "rnn": "gru"}, None),
     "device, beta": ({**DEVICE, "env_id": "Pendulum-v1", "action_distribution": "beta"}, None),
