@@ -328,7 +328,7 @@ def test_an_environment_without_a_preset(tmp_path, capsys):
     args = [*TINY, "--env-id", "environments:Walk-v0", "--run-dir", str(tmp_path / "run"), "--ent-coef", "0.5"]
     assert console(args) == 0
     out = capsys.readouterr().out
-    assert "preset general (environments:Walk-v0; fastppo's own): norm_obs, norm_reward, recompute_advantage, no norm_adv, " in out
+    assert "preset general (environments:Walk-v0; fastppo's own): norm_obs, norm_reward, recompute_advantage, no norm_" in out
     assert "layer_norm, " in out
     assert "learning_rate 0.001, update_" in out
     assert "settings for: " in out
