@@ -316,7 +316,8 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
         raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_remedy(spec, error)}") from None
     except ENVIRONMENT_ERRORS as error:
         if isinstance(error, TypeError) and "argument" in str(error):
-            raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
+            said = first_line(error).partition(" was raised from the environment creator")[0]  # gymnasium adds that
+            raise UsageError(f"--env-kwargs do not fit {env_id}: {said}") from None
         raise UsageError(f"--env-id {env_id} cannot be made: {located(error)}") from None
 
 
