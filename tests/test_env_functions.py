@@ -235,6 +235,47 @@ def test_one_thing_to_train_on(tmp_path):
         train(TrainConfig(env_id="Acrobot-v1"), env_fn=limited)
 
 
+REGISTERS = """
+import gymnasium as gym
+
+CALLS = []
+
+
+def register_envs({arguments}):
+    CALLS.append(1)
+    {body}
+    gym.register("Late-v0", "environments:Walk")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body", "message"),
+    [
+        ("", "", None),
+        ("prefix=None", "", None),
+        ("prefix", "", "'Late-v0' is not registered"),
+        ("", "raise ValueError('no data')", r"register_envs\(\) of registers: ValueError: no data \(.*registers\.py:9\)"),
+    ],
+)
+def test_a_module_that_registers_in_a_function(arguments, body, message, tmp_path, monkeypatch):
+    """As bluesky-gym does; it is called once, and not for ids that are there already."""
+    (tmp_path / "registers.py").write_text(REGISTERS.format(arguments=arguments, body=body))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "registers", raising=False)
+    monkeypatch.delitem(gym.registry, "Late-v0", raising=False)
+    if message is not None:
+        with pytest.raises(UsageError, match=message):
+            find_spec("registers:Late-v0")
+        return
+    try:
+        assert find_spec("registers:Walk-v0").id == "Walk-v0"
+        assert sys.modules["registers"].CALLS == []
+        assert [find_spec("registers:Late-v0").id for _ in range(2)] == ["Late-v0"] * 2
+        assert sys.modules["registers"].CALLS == [1]
+    finally:
+        del gym.registry["Late-v0"]
+
+
 def test_what_cannot_be_sent_to_a_process(monkeypatch):
     """Where processes are not forked, a function that holds a lock cannot go there: one line."""
     monkeypatch.setattr(grouped, "START_METHOD", "spawn")

@@ -4,7 +4,9 @@ Of gym 0.21: `reset` returns the observation alone, `step` four values. Of gym 0
 seen by its `reset`, which takes a seed since 0.26. Imports shimmy, and with it gym, only for such an environment.
 """
 
+import importlib
 import inspect
+import sys
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +19,29 @@ OLD_KEYS = {"render.modes": "render_modes", "video.frames_per_second": "render_f
 def is_old(env: object) -> bool:
     """Whether an object is an environment of OpenAI's gym; does not import it."""
     return any(kind.__module__.partition(".")[0] == "gym" and kind.__name__ == "Env" for kind in type(env).__mro__)
+
+
+def is_old_id(name: str) -> bool:
+    """Whether gym, which somebody's module has imported, knows an id."""
+    registry = getattr(getattr(sys.modules.get("gym"), "envs", None), "registry", {})
+    return name in getattr(registry, "env_specs", registry)  # of gym 0.21, of 0.26
+
+
+def make_old(env_id: str, /, **kwargs: Any) -> Any:
+    """gym's environment of an id, or module:Id. gym 0.26 is told which ones were written for gym before that.
+
+    Such a one returns the observation alone from `reset`, which fails in the wrappers that gym 0.26 puts around it.
+    """
+    gym_make = importlib.import_module("gym").make
+    env = gym_make(env_id, **kwargs)
+    told = "apply_api_compatibility"
+    if told not in inspect.signature(gym_make).parameters or told in kwargs:
+        return env
+    first = env.unwrapped.reset()
+    if isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], dict):
+        return env
+    env.close()
+    return gym_make(env_id, **{told: True}, **kwargs)
 
 
 def takes_seed(env: Any) -> bool:
