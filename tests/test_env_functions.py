@@ -125,6 +125,10 @@ def test_a_run(name, inside, tmp_path, capsys):
         ("some_envs:make_env", "neither installed nor in this folder; nearest: some_env, broken_env; start in the folder"),
         ("some_env.py:make_env", "'some_env.py' cannot be imported: write it with dots and without .py, as some_env"),
         ("./a/some_env.py:make_env", "as a.some_env"),
+        (
+            "stable-baselines3:Env-v0",
+            "cannot be imported: the installed package stable-baselines3 is imported as stable_baselines3",
+        ),
         ("broken_env:make_env", r"ModuleNotFoundError: No module named 'no_such_package' \(broken_env.py:1\)"),
     ],
 )
@@ -274,6 +278,27 @@ def test_a_module_that_registers_in_a_function(arguments, body, message, tmp_pat
         assert sys.modules["registers"].CALLS == [1]
     finally:
         del gym.registry["Late-v0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        (
+            "def make(game, state=None): ...",
+            "; or does retro_like.make know it? --env-id retro_like:make --env-kwargs game=Sonic-v0",
+        ),
+        ("from gymnasium import make", ""),
+        ("make = 3", ""),
+    ],
+)
+def test_a_module_with_a_function_make(source, hint, tmp_path, monkeypatch):
+    """As stable_retro, whose games are in no registry: the error names the flags that make one."""
+    (tmp_path / "retro_like.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "retro_like", raising=False)
+    with pytest.raises(UsageError, match=re.escape(hint) + "$") as caught:
+        find_spec("retro_like:Sonic-v0")
+    assert ("retro_like.make" in str(caught.value)) == bool(hint)
 
 
 def test_what_cannot_be_sent_to_a_process(monkeypatch):

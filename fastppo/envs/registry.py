@@ -55,7 +55,8 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
             return module_spec(env_id)
         unknown = isinstance(error, gym.error.UnregisteredEnv) or first_line(error).startswith("No registered env")
         reason = "is not registered" if unknown else first_line(error)
-        raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
+        hint = nearest(name, _newest_first(name)) + _made_by(env_id)
+        raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{hint}") from None
 
 
 def _registered(env_id: str, name: str) -> gym.envs.registration.EnvSpec:
@@ -72,6 +73,16 @@ def _registered(env_id: str, name: str) -> gym.envs.registration.EnvSpec:
     except ENVIRONMENT_ERRORS as error:
         raise UsageError(f"--env-id {env_id}: register_envs() of {env_id.rpartition(':')[0]}: {located(error)}") from None
     return gym.spec(name)
+
+
+def _made_by(env_id: str) -> str:
+    """The hint that the module of module:Id has a function `make` of its own, as stable_retro has; "" if it has not."""
+    module, _, name = env_id.rpartition(":")
+    make = getattr(sys.modules.get(module), "make", None)
+    if not inspect.isfunction(make) or make.__module__.partition(".")[0] in ("gym", "gymnasium"):
+        return ""
+    first = next(iter(inspect.signature(make).parameters), None)
+    return f"; or does {module}.make know it? --env-id {module}:make" + (f" --env-kwargs {first}={name}" if first else "")
 
 
 def import_module_of(env_id: str) -> str:

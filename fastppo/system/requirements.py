@@ -22,7 +22,7 @@ def check_gymnasium() -> None:
     wanted = ".".join(map(str, OLDEST))
     message = (
         f"fastppo needs gymnasium {wanted} or newer, and {installed} is installed: pip install 'gymnasium>={wanted}' "
-        "(pip check names the packages that asked for an older one; most of them run with the newer one)"
+        "(pip check names the packages that asked for an older one; many of them run with the newer one)"
     )
     if _is_command():
         print(f"error: {message}", file=sys.stderr)
