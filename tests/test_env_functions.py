@@ -72,6 +72,18 @@ def fails():
     raise ValueError("the map is missing")
 
 
+class Alone(Walk):
+    OPEN = []
+
+    def __init__(self):
+        if self.OPEN:
+            raise RuntimeError("one emulator in a process")
+        self.OPEN.append(self)
+
+    def close(self):
+        self.OPEN.clear()
+
+
 one = Walk()
 gym.register("Registered", entry_point=Walk, max_episode_steps=3)
 
@@ -122,6 +134,7 @@ def test_a_run(name, inside, tmp_path, capsys):
         ("some_env:nothing", "it returned None, not a gymnasium Env"),
         ("some_env:text", "it returned a builtins.str, not a gymnasium Env"),
         ("some_env:fails", r"cannot be made: ValueError: the map is missing \(some_env.py:\d+\)"),
+        ("some_env:Alone", r"one emulator in a process \(.*\); if only one can be made in a process: --num-envs 1"),
         ("some_envs:make_env", "neither installed nor in this folder; nearest: some_env, broken_env; start in the folder"),
         ("some_env.py:make_env", "'some_env.py' cannot be imported: write it with dots and without .py, as some_env"),
         ("./a/some_env.py:make_env", "as a.some_env"),
