@@ -45,7 +45,7 @@ def test_without_a_seed(tmp_path, capsys):
     assert "reset with the same seed twice gave two different first observations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["make_21", "make_26"])
+@pytest.mark.parametrize("name", ["make_21", "make_26", "Before-v0", "After-v0"])
 def test_videos(name):
     """gym 0.21 is told the mode when it renders, under the names of its metadata."""
     envs = make_render_env(EnvConfig(f"{MODULE}:{name}"))
@@ -59,7 +59,7 @@ def test_videos(name):
     frames = []
     assert play(Zero(), envs, frames.append, 0, True, 100) == (0.0, 5)
     assert [int(frame.max()) for frame in frames] == [0, 1, 2, 3, 4, 5]
-    assert frames_per_second(envs) == (7 if name == "make_21" else 30)
+    assert frames_per_second(envs) == (7 if name in ("make_21", "Before-v0") else 30)
     envs.close()
 
 

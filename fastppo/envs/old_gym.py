@@ -33,15 +33,17 @@ def make_old(env_id: str, /, **kwargs: Any) -> Any:
     Such a one returns the observation alone from `reset`, which fails in the wrappers that gym 0.26 puts around it.
     """
     gym_make = importlib.import_module("gym").make
-    env = gym_make(env_id, **kwargs)
     told = "apply_api_compatibility"
     if told not in inspect.signature(gym_make).parameters or told in kwargs:
-        return env
+        return gym_make(env_id, **kwargs)
+    tried = {name: value for name, value in kwargs.items() if name != "render_mode"}  # older ones do not take it
+    env = gym_make(env_id, **tried)
     first = env.unwrapped.reset()
-    if isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], dict):
+    is_older = not (isinstance(first, tuple) and len(first) == 2 and isinstance(first[1], dict))
+    if not is_older and tried == kwargs:
         return env
     env.close()
-    return gym_make(env_id, **{told: True}, **kwargs)
+    return gym_make(env_id, **({told: True} if is_older else {}), **kwargs)
 
 
 def takes_seed(env: Any) -> bool:
@@ -67,13 +69,12 @@ def converted(env: Any, render_mode: str | None = None) -> gym.Env[Any, Any]:
         ) from None
     env = _without_checker(env)
     try:
-        if takes_seed(env):
-            return GymV26CompatibilityV0(env=env)
-        made = GymV21CompatibilityV0(env=env, render_mode=render_mode)
+        is_new = takes_seed(env)
+        made: Any = GymV26CompatibilityV0(env=env) if is_new else GymV21CompatibilityV0(env=env, render_mode=render_mode)
     except NotImplementedError as error:
         raise UsageError(f"it is an environment of OpenAI's gym: {error}") from None
     made.metadata = {OLD_KEYS.get(key, key): value for key, value in (made.metadata or {}).items()}
-    return made if hasattr(env, "seed") else Unseeded(made)
+    return made if is_new or hasattr(env, "seed") else Unseeded(made)
 
 
 def _without_checker(env: Any) -> Any:

@@ -123,8 +123,8 @@ def make_26(render_mode=None):
 class Compatible(Of26):
     """What gym 0.26 makes of an environment that was written before it."""
 
-    def __init__(self, env):
-        self.env = env
+    def __init__(self, env, render_mode):
+        self.env, self.render_mode, self.metadata = env, render_mode, env.metadata
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
@@ -135,14 +135,19 @@ class Compatible(Of26):
         obs, reward, over, info = self.env.step(action)
         return obs, reward, False, over, info
 
+    def render(self):
+        return self.env.render(self.render_mode)
+
 
 REGISTRY = {"Before-v0": Of21, "After-v0": Of26}
 
 
 def make(env_id, apply_api_compatibility=False, **kwargs):
     """gym.make of 0.26, whose wrappers take the new interface alone."""
-    env = REGISTRY[env_id.rpartition(":")[2]](**kwargs)
-    return Compatible(env) if apply_api_compatibility else PassiveEnvChecker(env)
+    kind = REGISTRY[env_id.rpartition(":")[2]]
+    if apply_api_compatibility:
+        return Compatible(kind(), kwargs.pop("render_mode", None))
+    return PassiveEnvChecker(kind(**kwargs))
 
 
 class StandsAlone:
