@@ -124,6 +124,8 @@ def try_package(package: Package, python: Path, steps: int, place: Path, episode
     summary = json.loads(Path(run_dir, "summary.json").read_text())
     evaluate = [*fastppo, "evaluate", run_dir, "--checkpoint", "last", "--seed", "7", "--episodes", str(episodes)]
     evaluation = json.loads(run(evaluate, place, 1200).splitlines()[-1])
+    if evaluation["return_mean"] is None:
+        raise RuntimeError(f"no episode of {package.name}'s evaluation has ended; see --max-episode-steps")
     if package.exports:
         run([*fastppo, "export", run_dir], place, 600)
     return {"steps": summary["global_step"], "sps": summary["sps"], "return": evaluation["return_mean"]}
