@@ -27,6 +27,7 @@ import gymnasium as gym
 import tyro
 from gymnasium.wrappers import TransformReward
 from run_queue import Name, finished, run_missing, split_flags
+from sb3_defaults import sb3_return
 
 from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 
@@ -133,19 +134,8 @@ def run_fastppo(name: str, seed: int, preset: str, flags: str, config: UntunedCo
 
 
 def run_sb3(name: str, seed: int, config: UntunedConfig) -> float:
-    """The same for Stable-Baselines3, in this process: PPO("MlpPolicy", env) as its documentation begins."""
-    import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.evaluation import evaluate_policy
-    from stable_baselines3.common.monitor import Monitor
-
-    torch.set_num_threads(1)
-    make = UNTUNED[name].make
-    policy = "MultiInputPolicy" if isinstance(make().observation_space, gym.spaces.Dict) else "MlpPolicy"
-    model = PPO(policy, Monitor(make()), seed=seed, device="cpu").learn(config.steps)
-    env = Monitor(make())
-    env.reset(seed=7)
-    return float(evaluate_policy(model, env, config.episodes, deterministic=True)[0])  # type: ignore[arg-type]
+    """The same for Stable-Baselines3's PPO with its defaults, in this process."""
+    return sb3_return(UNTUNED[name].make, seed, config.steps, config.episodes)
 
 
 def run(trainer: str, name: str, seed: int, steps: int, flags: str, config: UntunedConfig) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastppo.callbacks import Callback, StepView, View
 from fastppo.config import TrainConfig
 from fastppo.errors import TrainingFault, UsageError
+from fastppo.system.requirements import check_gymnasium
 
 if TYPE_CHECKING:
     from fastppo.analysis.loading import load_policy
@@ -72,3 +73,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+check_gymnasium()  # before a module imports what an older one lacks

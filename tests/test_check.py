@@ -209,7 +209,7 @@ ERRORS = {
     "no reward": (stepping(lambda obs, reward, *rest: (obs, None, *rest)), "reward is None, not a number"),
     "a reward in brackets": (
         stepping(lambda obs, reward, *rest: (obs, np.array([1.0]), *rest)),
-        "reward has shape (1,); it has to be a number",
+        "reward has shape (1,); it has to be a number: --reward-weights 1 trains on the number in it",
     ),
     "an end in brackets": (
         stepping(lambda obs, reward, ended, *rest: (obs, reward, np.array([ended]), *rest)),

@@ -72,6 +72,18 @@ def fails():
     raise ValueError("the map is missing")
 
 
+class Alone(Walk):
+    OPEN = []
+
+    def __init__(self):
+        if self.OPEN:
+            raise RuntimeError("one emulator in a process")
+        self.OPEN.append(self)
+
+    def close(self):
+        self.OPEN.clear()
+
+
 one = Walk()
 gym.register("Registered", entry_point=Walk, max_episode_steps=3)
 
@@ -122,9 +134,14 @@ def test_a_run(name, inside, tmp_path, capsys):
         ("some_env:nothing", "it returned None, not a gymnasium Env"),
         ("some_env:text", "it returned a builtins.str, not a gymnasium Env"),
         ("some_env:fails", r"cannot be made: ValueError: the map is missing \(some_env.py:\d+\)"),
+        ("some_env:Alone", r"one emulator in a process \(.*\); if only one can be made in a process: --num-envs 1"),
         ("some_envs:make_env", "neither installed nor in this folder; nearest: some_env, broken_env; start in the folder"),
         ("some_env.py:make_env", "'some_env.py' cannot be imported: write it with dots and without .py, as some_env"),
         ("./a/some_env.py:make_env", "as a.some_env"),
+        (
+            "stable-baselines3:Env-v0",
+            "cannot be imported: the installed package stable-baselines3 is imported as stable_baselines3",
+        ),
         ("broken_env:make_env", r"ModuleNotFoundError: No module named 'no_such_package' \(broken_env.py:1\)"),
     ],
 )
@@ -233,6 +250,68 @@ def test_one_thing_to_train_on(tmp_path):
         train(tiny(tmp_path / "run"), env_fn=limited, envs=gym.make_vec("CartPole-v1", 2))
     with pytest.raises(UsageError, match="env_id Acrobot-v1 and env_fn both say"):
         train(TrainConfig(env_id="Acrobot-v1"), env_fn=limited)
+
+
+REGISTERS = """
+import gymnasium as gym
+
+CALLS = []
+
+
+def register_envs({arguments}):
+    CALLS.append(1)
+    {body}
+    gym.register("Late-v0", "environments:Walk")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "body", "message"),
+    [
+        ("", "", None),
+        ("prefix=None", "", None),
+        ("prefix", "", "'Late-v0' is not registered"),
+        ("", "raise ValueError('no data')", r"register_envs\(\) of registers: ValueError: no data \(.*registers\.py:9\)"),
+    ],
+)
+def test_a_module_that_registers_in_a_function(arguments, body, message, tmp_path, monkeypatch):
+    """As bluesky-gym does; it is called once, and not for ids that are there already."""
+    (tmp_path / "registers.py").write_text(REGISTERS.format(arguments=arguments, body=body))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "registers", raising=False)
+    monkeypatch.delitem(gym.registry, "Late-v0", raising=False)
+    if message is not None:
+        with pytest.raises(UsageError, match=message):
+            find_spec("registers:Late-v0")
+        return
+    try:
+        assert find_spec("registers:Walk-v0").id == "Walk-v0"
+        assert sys.modules["registers"].CALLS == []
+        assert [find_spec("registers:Late-v0").id for _ in range(2)] == ["Late-v0"] * 2
+        assert sys.modules["registers"].CALLS == [1]
+    finally:
+        del gym.registry["Late-v0"]
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        (
+            "def make(game, state=None): ...",
+            "; or does retro_like.make know it? --env-id retro_like:make --env-kwargs game=Sonic-v0",
+        ),
+        ("from gymnasium import make", ""),
+        ("make = 3", ""),
+    ],
+)
+def test_a_module_with_a_function_make(source, hint, tmp_path, monkeypatch):
+    """As stable_retro, whose games are in no registry: the error names the flags that make one."""
+    (tmp_path / "retro_like.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "retro_like", raising=False)
+    with pytest.raises(UsageError, match=re.escape(hint) + "$") as caught:
+        find_spec("retro_like:Sonic-v0")
+    assert ("retro_like.make" in str(caught.value)) == bool(hint)
 
 
 def test_what_cannot_be_sent_to_a_process(monkeypatch):

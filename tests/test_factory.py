@@ -259,6 +259,7 @@ def test_envpools_names(env_id, task):
         ("ALE/Braekout-v5", "envpool", "auto", {}, r"nearest: .*Breakout-v5"),
         ("ALE/Braekout-v5", "auto", "auto", {}, r"--env-id 'ALE/Braekout-v5'.*nearest: .*ALE/Breakout-v5"),
         ("CartPole-v1", "envpool", "auto", {"gravity": 1}, r"--env-kwargs do not fit CartPole-v1 of EnvPool: .*gravity"),
+        ("Pendulum-v1", "auto", "sync", {"gravity": 1}, r"^--env-kwargs do not fit Pendulum-v1: .* argument 'gravity'$"),
         ("CartPole-v1", "envpool", "auto", {"num_threads": "x"}, "--env-kwargs do not fit CartPole-v1 of EnvPool"),
         ("CartPole-v1", "envpool", "auto", {"seed": 3}, "--env-kwargs seed is not for CartPole-v1.*--seed"),
         ("ALE/Pong-v5", "envpool", "auto", {"frame_skip": 3}, "--env-kwargs frame_skip is not for ALE/Pong-v5.*--atari"),

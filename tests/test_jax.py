@@ -83,6 +83,8 @@ def test_steps_equal_gymnax(gymnax):
         for i in range(3):
             keys[i], for_step, for_reset = jax.random.split(keys[i], 3)
             final, states[i], reward, done, _ = step(for_step, states[i], int(action[i]), params)
+            if hasattr(env, "is_truncated"):  # since gymnax 1.0
+                done = done | env.is_truncated(states[i], params)
             elapsed[i] += 1
             fell = abs(float(final[0])) > 2.4 or abs(float(final[2])) > 12 * 2 * np.pi / 360
             assert (bool(got.terminated[i]), bool(got.truncated[i])) == (fell, elapsed[i] == LIMIT and not fell)

@@ -24,9 +24,9 @@ def _gym(monkeypatch):
     gym_stand_in.install(monkeypatch)
 
 
-@pytest.mark.parametrize("name", ["Of21", "make_21", "Of26", "make_26"])
+@pytest.mark.parametrize("name", ["Of21", "make_21", "Of26", "make_26", "Before-v0", "After-v0"])
 def test_both_interfaces_train(name, tmp_path):
-    """Episodes of five steps, truncated; rewards of 0 or 1; seeds reach the environment."""
+    """Episodes of five steps, truncated; rewards of 0 or 1; seeds reach the environment. The last two are in gym's registry."""
     result = train(tiny(tmp_path / "run", env_id=f"{MODULE}:{name}", num_steps=32, eval_episodes=1))
     row = read_rows(result.run_dir / "metrics.csv")[-1]
     assert float(row["episodic_length_mean"]) == 5
@@ -45,7 +45,7 @@ def test_without_a_seed(tmp_path, capsys):
     assert "reset with the same seed twice gave two different first observations" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["make_21", "make_26"])
+@pytest.mark.parametrize("name", ["make_21", "make_26", "Before-v0", "After-v0"])
 def test_videos(name):
     """gym 0.21 is told the mode when it renders, under the names of its metadata."""
     envs = make_render_env(EnvConfig(f"{MODULE}:{name}"))
@@ -59,7 +59,7 @@ def test_videos(name):
     frames = []
     assert play(Zero(), envs, frames.append, 0, True, 100) == (0.0, 5)
     assert [int(frame.max()) for frame in frames] == [0, 1, 2, 3, 4, 5]
-    assert frames_per_second(envs) == (7 if name == "make_21" else 30)
+    assert frames_per_second(envs) == (7 if name in ("make_21", "Before-v0") else 30)
     envs.close()
 
 
@@ -80,6 +80,13 @@ def test_a_space_that_cannot_be_converted(monkeypatch, capsys):
     monkeypatch.setattr(gym_stand_in.Of21, "action_space", "a space of another package")
     assert console(["train", "--env-id", f"{MODULE}:Of21"]) == 2
     assert "it is an environment of OpenAI's gym: Cannot convert space of type" in capsys.readouterr().err
+
+
+def test_without_gym_itself(capsys):
+    """Crafter's class is one of gym's only where gym can be imported."""
+    assert console(["train", "--env-id", f"{MODULE}:StandsAlone"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("not a gymnasium Env; one of OpenAI's gym needs gym itself too: pip install gym")
 
 
 def test_gymnasiums_own_are_not_old():

@@ -426,7 +426,13 @@ def test_a_policy_refuses_what_it_was_not_trained_on(tmp_path):
             Dict(a=gym.spaces.Sequence(Discrete(2))),
             r"\(at a\) is not supported; .* pad it to a Box with a gymnasium\.ObservationW",
         ),
-        (gym.spaces.Text(3), r"not supported; .* pad it to a Box"),
+        (
+            Dict(mission=gym.spaces.Text(3), image=Box(0, 255, (7, 7, 3), np.uint8), direction=Discrete(4)),
+            r"""\(at mission\) .*; leave it out: --wrapper gymnasium\.wrappers:FilterObservation """
+            r"""'filter_keys=\["image","direction"\]', or pad it to a Box""",
+        ),
+        (Tuple([gym.spaces.Text(3), Discrete(4)]), r"'filter_keys=\[1\]', or pad it to a Box"),
+        (gym.spaces.Text(3), r"of these; pad it to a Box"),
         (gym.spaces.Graph(Box(0, 1, (2,)), None), r"not supported; .* pad it to a Box"),
     ],
 )

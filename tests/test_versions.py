@@ -1,6 +1,10 @@
 """What fastppo asks of gymnasium is there in the oldest version that pyproject.toml declares; see scripts/test_oldest.sh."""
 
 import ast
+import os
+import subprocess
+import sys
+import tomllib
 from array import typecodes
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import fastppo
 from fastppo.envs.check_calls import CallChecker, CheckedEnv
 from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.shared_rows import allocated_space
+from fastppo.system.requirements import OLDEST
 
 GENERIC_IN_THE_OLDEST = {"Env", "Wrapper", "VectorEnv", "Space"}
 HALF = Box(-1, 1, (3,), np.float16)
@@ -66,3 +71,36 @@ def test_shared_memory_is_of_types_that_the_oldest_allocates(space):
     for ours, theirs in zip(leaves(allocated), leaves(space), strict=True):
         assert ours.dtype.char in f"?{typecodes}"
         assert (ours.shape, ours.dtype.itemsize) == (theirs.shape, theirs.dtype.itemsize)
+
+
+@pytest.fixture
+def old_gymnasium(tmp_path):
+    """A folder with the metadata of gymnasium 0.29.1, which stands before the installed one."""
+    metadata = tmp_path / "gymnasium-0.29.1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gymnasium\nVersion: 0.29.1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "lines"),
+    [
+        (["-m", "fastppo", "train", "--help"], 2, 1),
+        (["-m", "fastppo.evaluate", "runs/x"], 2, 1),
+        (["-c", "import fastppo"], 1, None),
+    ],
+)
+def test_an_older_gymnasium_is_one_line(words, code, lines, old_gymnasium):
+    """Packages of environments bring it. A command says so without a traceback; an import raises an ImportError."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(old_gymnasium), str(Path(fastppo.__file__).parent.parent)])}
+    done = subprocess.run([sys.executable, *words], cwd=old_gymnasium, env=env, capture_output=True, text=True, timeout=60)
+    told = done.stderr.splitlines()
+    assert done.returncode == code
+    assert "fastppo needs gymnasium 1.1 or newer, and 0.29.1 is installed: pip install 'gymnasium>=1.1'" in told[-1]
+    assert lines is None or len(told) == lines
+
+
+def test_the_oldest_gymnasium_is_the_declared_one():
+    """Of pyproject.toml."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    assert f"gymnasium[classic-control]>={OLDEST[0]}.{OLDEST[1]}" in project["dependencies"]

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shlex
 import sys
 
 import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, Text, Tuple
 
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.__main__ import console
@@ -343,6 +344,28 @@ def no_environment(env):
 
 
 OWN = ("test_wrappers:Plus", "test_wrappers:Times", "by=3", "name=a b")
+
+
+class Told(gym.ObservationWrapper):
+    """CartPole with a text in its observation, as MiniGrid's mission."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.observation_space = Dict({"mission": Text(9), "state": env.observation_space})
+
+    def observation(self, obs):
+        return {"mission": "balance", "state": obs}
+
+
+def test_a_text_is_left_out_by_the_flag_that_the_error_names(tmp_path):
+    """The words behind `leave it out:` are taken as they stand there."""
+    told = ["train", "--env-id", "CartPole-v1", "--wrapper", "test_wrappers:Told", "--plain", "--eval-episodes", "0"]
+    told += ["--num-iterations", "1", "--compile", "off", "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(UsageError, match="leave it out: ") as caught:
+        obs_spec(Told(gym.make("CartPole-v1")).observation_space)
+    words = re.search(r"leave it out: (.*), or pad", str(caught.value))[1]
+    assert console([*told, *shlex.split(words)]) == 0
+    assert load_policy(tmp_path / "run").act({"state": np.zeros(4, np.float32)}) in (0, 1)
 
 
 def test_own_wrappers_are_put_on_in_order():

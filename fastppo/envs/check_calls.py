@@ -110,8 +110,9 @@ class CallChecker:
             self.error("reward", f"reward is {describe(reward)}, not a number")
         elif array.shape != self.lead:
             line = f"reward has shape {array.shape}; it has to be {self.lead or 'a number'}"
-            if array.ndim == 1 and len(array) > 1 and not self.lead:
-                line += f": --reward-weights{' 1' * len(array)} trains on the sum of its parts"
+            if array.ndim == 1 and len(array) and not self.lead:
+                what = "the sum of its parts" if len(array) > 1 else "the number in it"
+                line += f": --reward-weights{' 1' * len(array)} trains on {what}"
             self.error("reward", line)
         elif (unusable := _unusable(array)) is not None:
             self.error("reward", f"reward {unusable} {self.when}")

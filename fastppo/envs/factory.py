@@ -31,7 +31,7 @@ from fastppo.envs.check_ends import leaves
 from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
-from fastppo.envs.numbered import SUCCESS, EnvFn, NumberedVectorEnv
+from fastppo.envs.numbered import ONLY_SOME, SUCCESS, EnvFn, NumberedVectorEnv
 from fastppo.envs.preprocessing import Preprocessing
 from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari, is_jax
 from fastppo.envs.streams import untouched_streams
@@ -327,8 +327,10 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
         raise UsageError(f"--env-id {env_id} needs a package that is not installed: {_remedy(spec, error)}") from None
     except ENVIRONMENT_ERRORS as error:
         if isinstance(error, TypeError) and "argument" in str(error):
-            raise UsageError(f"--env-kwargs do not fit {env_id}: {first_line(error)}") from None
-        raise UsageError(f"--env-id {env_id} cannot be made: {located(error)}") from None
+            said = first_line(error).partition(" was raised from the environment creator")[0]  # gymnasium adds that
+            raise UsageError(f"--env-kwargs do not fit {env_id}: {said}") from None
+        hint = f"; {ONLY_SOME}" if ONLY_SOME in getattr(error, "__notes__", ()) else ""
+        raise UsageError(f"--env-id {env_id} cannot be made: {located(error)}{hint}") from None
 
 
 def _make_gymnasium(config: EnvConfig, deadline: Deadline, is_trial: bool) -> VectorEnv:

@@ -17,7 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.agents import AgentsEnv, has_agents
-from fastppo.envs.old_gym import converted, is_old, takes_seed
+from fastppo.envs.old_gym import converted, is_old, make_old, takes_seed
 from fastppo.envs.simulators import as_vector_env, refuse_many
 from fastppo.errors import UsageError
 from fastppo.system.named import find_named, importable_name, place_of
@@ -97,6 +97,17 @@ def module_spec(env_id: str) -> EnvSpec:
     )
 
 
+def old_spec(env_id: str) -> EnvSpec:
+    """The spec of module:Id, where the module has registered the id in OpenAI's gym."""
+    return _spec(env_id, partial(make_old, env_id))
+
+
+def has_required(function: Function) -> bool:
+    """Whether a function has an argument without a default."""
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return any(each.default is each.empty and each.kind not in kinds for each in _arguments(function).values())
+
+
 def _spec(env_id: str, function: Function) -> EnvSpec:
     """A function or class as gymnasium takes it."""
     name = re.sub(r"[^\w:.-]", "_", env_id)  # as the letters of a registered id
@@ -130,7 +141,9 @@ def _make(function: Function, kind: type, /, **kwargs: Any) -> Any:
         refuse_many(made)
     if not isinstance(made, kind):
         what = "None" if made is None else f"a {type(made).__module__}.{type(made).__qualname__}"
-        raise UsageError(f"it returned {what}, not a gymnasium {kind.__name__}")
+        stands_alone = kind is gym.Env and hasattr(made, "reset") and hasattr(made, "step")  # crafter's, without gym
+        hint = "; one of OpenAI's gym needs gym itself too: pip install gym" if stands_alone else ""
+        raise UsageError(f"it returned {what}, not a gymnasium {kind.__name__}{hint}")
     return made
 
 

@@ -41,14 +41,17 @@ def make_jax_envs(
 
 
 def of_gymnax(env: Any, params: Any) -> JaxEnv:
-    """An environment with gymnax's interface. An end that comes only from the time limit in `params` is a truncation."""
-    unlimited = _unlimited(params)
+    """An environment with gymnax's interface. An end that comes only from the time limit in `params` is a truncation.
+
+    Since gymnax 1.0 `step_env` returns terminations alone, and `is_truncated` knows the time limit.
+    """
+    unlimited, limit = _unlimited(params), getattr(env, "is_truncated", None)
 
     def step(key: Key, state: State, action: Any) -> tuple[State, Any, Any, Any, Any]:
         obs, after, reward, done, _ = env.step_env(key, state, action, params)
         # XLA computes what both steps have in common once
         terminated = done if unlimited is None else env.step_env(key, state, action, unlimited)[3]
-        return after, obs, reward, terminated, done
+        return after, obs, reward, terminated, done if limit is None else done | limit(after, params)
 
     return _gymnax_env(env, params, step)
 

@@ -23,6 +23,7 @@ EnvFn = Callable[[], gym.Env[Any, Any]]
 REWARD_PARTS = "fastppo_reward_parts"  # (K,) the parts of a vector reward (envs/wrappers.py)
 # The infos that are read (envs/autoreset.py). Gathering others would take time, a seventh of a step for HalfCheetah's.
 INFO_KEYS = ("action_mask", REWARD_PARTS)
+ONLY_SOME = "if only one can be made in a process: --num-envs 1"  # a note of the error where the first could be made
 SUCCESS = "is_success"  # in the info of an episode's last step, as robotics environments have it
 
 
@@ -53,7 +54,9 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
             super().__init__(
                 [partial(make, env_fn, first + i) for i, env_fn in enumerate(env_fns)], copy=False, autoreset_mode=mode
             )
-        except BaseException:
+        except BaseException as error:
+            if 0 < len(made) < len(env_fns):
+                error.add_note(ONLY_SOME)
             for env in made:
                 with contextlib.suppress(*ENVIRONMENT_ERRORS):
                     env.close()

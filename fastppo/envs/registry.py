@@ -1,20 +1,25 @@
 """From --env-id to a spec, or a UsageError that names the nearest known ids. Does not import torch.
 
 `jax:PACKAGE/NAME` is an environment of JAX (envs/jax_packages.py). `module:NAME` imports the module. If an
-id NAME is registered then, it is that environment, as in gymnasium. Otherwise NAME is a function or class of the module
-(envs/functions.py). `package.module` is a module of PettingZoo's form, with `parallel_env` or `env`.
+id NAME is registered then, it is that environment, as in gymnasium. Some packages register their ids in a function
+`register_envs()` instead, which is called, and old ones in OpenAI's gym, whose environment is converted. Otherwise NAME is a
+function or class of the module (envs/functions.py). `package.module` is a module of PettingZoo's form, with `parallel_env` or
+`env`.
 """
 
 import importlib.util
+import inspect
 import os
 import re
+import sys
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
 
-from fastppo.envs.functions import given_spec, imported_spec, is_nameless, module_spec
-from fastppo.errors import UsageError, nearest
+from fastppo.envs.functions import given_spec, has_required, imported_spec, is_nameless, module_spec, old_spec
+from fastppo.envs.old_gym import is_old_id
+from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
 from fastppo.system.named import import_module, is_dotted
 
 INSTALL = "pip install 'fastppo[{}]'"
@@ -39,8 +44,10 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     if name not in gym.registry and (name.startswith("ALE/") or "NoFrameskip-v" in name):
         _register_atari(name)
     try:
-        return gym.spec(name)
+        return _registered(env_id, name)
     except gym.error.Error as error:
+        if name != env_id and is_old_id(name):
+            return old_spec(env_id)
         if name != env_id and is_dotted(name):
             return imported_spec(env_id)
         if "." in env_id and is_dotted(env_id):
@@ -48,7 +55,34 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
             return module_spec(env_id)
         unknown = isinstance(error, gym.error.UnregisteredEnv) or first_line(error).startswith("No registered env")
         reason = "is not registered" if unknown else first_line(error)
-        raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{nearest(name, _newest_first(name))}") from None
+        hint = nearest(name, _newest_first(name)) + _made_by(env_id)
+        raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{hint}") from None
+
+
+def _registered(env_id: str, name: str) -> gym.envs.registration.EnvSpec:
+    """gymnasium's spec of an id, after `register_envs()` of its module where that is needed. Raises gym.error.Error."""
+    try:
+        return gym.spec(name)
+    except gym.error.Error:
+        module = sys.modules.get(env_id.rpartition(":")[0])
+        register = getattr(module, "register_envs", None)
+        if not inspect.isfunction(register) or has_required(register):
+            raise
+    try:
+        register()
+    except ENVIRONMENT_ERRORS as error:
+        raise UsageError(f"--env-id {env_id}: register_envs() of {env_id.rpartition(':')[0]}: {located(error)}") from None
+    return gym.spec(name)
+
+
+def _made_by(env_id: str) -> str:
+    """The hint that the module of module:Id has a function `make` of its own, as stable_retro has; "" if it has not."""
+    module, _, name = env_id.rpartition(":")
+    make = getattr(sys.modules.get(module), "make", None)
+    if not inspect.isfunction(make) or make.__module__.partition(".")[0] in ("gym", "gymnasium"):
+        return ""
+    first = next(iter(inspect.signature(make).parameters), None)
+    return f"; or does {module}.make know it? --env-id {module}:make" + (f" --env-kwargs {first}={name}" if first else "")
 
 
 def import_module_of(env_id: str) -> str:

@@ -6,6 +6,8 @@ The rollout stores actions as sampled, the leaves of a Dict or Tuple in one tens
 environment, so PPO compares log-probabilities of the sampled actions.
 """
 
+import contextlib
+import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -133,7 +135,7 @@ def obs_spec(
     Raises:
         UsageError: a space that is not supported, or a mask that does not fit the actions.
     """
-    leaves = list(_leaves(space, "obs", ()))
+    leaves = list(_leaves(space, "obs", (), space))
     if info_mask_size is not None:
         leaves.append(ObsLeaf(ACTION_MASK, (), (info_mask_size,), torch.bool, "mask"))
     _check_structure("observation", [leaf for leaf in leaves if leaf.kind != "mask"])
@@ -157,8 +159,10 @@ def obs_spec(
     return ObsSpec(tuple(sorted(leaves, key=lambda leaf: leaf.key)))
 
 
-def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Iterator[ObsLeaf]:
-    """The leaves of a space. An empty part, like Box(shape=(0,)), has none."""
+def _leaves(
+    space: gym.Space[Any], key: str, path: tuple[str | int, ...], whole: gym.Space[Any] | None = None
+) -> Iterator[ObsLeaf]:
+    """The leaves of a space. An empty part, like Box(shape=(0,)), has none. whole: the observation space, for the error."""
     if isinstance(space, Box | MultiDiscrete | MultiBinary) and not math.prod(space.shape):
         return
     if isinstance(space, Dict | Tuple):
@@ -171,7 +175,7 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
                     )
                 yield ObsLeaf(ACTION_MASK, (name,), (math.prod(part.shape),), torch.bool, "mask")
             else:
-                yield from _leaves(part, f"{key}.{name}", (*path, name))
+                yield from _leaves(part, f"{key}.{name}", (*path, name), whole)
     elif isinstance(space, Discrete):
         yield ObsLeaf(key, path, (), torch.int64, "categories", categories=((int(space.start), int(space.n)),))
     elif isinstance(space, MultiDiscrete):
@@ -190,8 +194,20 @@ def _leaves(space: gym.Space[Any], key: str, path: tuple[str | int, ...]) -> Ite
     else:
         raise UsageError(
             f"--env-id: observation space {space}{_where(path)} is not supported; supported: Box, Discrete, MultiDiscrete, "
-            "MultiBinary, and Dict and Tuple of these; pad it to a Box with a gymnasium.ObservationWrapper"
+            f"MultiBinary, and Dict and Tuple of these; {_left_out(whole)}pad it to a Box with a gymnasium.ObservationWrapper"
         )
+
+
+def _left_out(space: gym.Space[Any] | None) -> str:
+    """The flag that keeps only the supported parts of a Dict or Tuple, for the error that one is not; "" if none is."""
+    parts: Any = space.spaces.items() if isinstance(space, Dict) else enumerate(space) if isinstance(space, Tuple) else ()
+    kept = []
+    for name, part in parts:
+        with contextlib.suppress(UsageError):
+            list(_leaves(part, "obs", (name,)))
+            kept.append(name)
+    flag = f"--wrapper gymnasium.wrappers:FilterObservation 'filter_keys={json.dumps(kept, separators=(',', ':'))}'"
+    return f"leave it out: {flag}, or " if kept else ""
 
 
 def is_image_shape(shape: tuple[int, ...]) -> bool:

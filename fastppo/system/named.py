@@ -5,6 +5,7 @@ import importlib
 import operator
 import pkgutil
 from collections.abc import Collection
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,8 +76,20 @@ def _where_to_find(module: str) -> str:
         if parent and (package := importlib.import_module(parent)):
             known = [found.name for found in pkgutil.iter_modules(package.__path__)]
             return f"{parent} has no module {name}{nearest(name, known)}"
+    if names := _modules_of(top):
+        return f"the installed package {top} is imported as {' or '.join(names)}"
     here = [path.stem for path in Path().glob("*.py")]
     return (
         f"it is neither installed nor in this folder{nearest(module, here)}; start in the folder of {top}, "
         "or add that folder to PYTHONPATH"
     )
+
+
+def _modules_of(package: str) -> list[str]:
+    """The modules of a package that is installed under this name, which is not always theirs: flappy-bird-gymnasium."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("-", "_").replace(".", "_")
+
+    found = metadata.packages_distributions().items()  # reads all installed packages: 0.1 s
+    return sorted(name for name, packages in found if plain(package) in map(plain, packages) and name[0] not in "_.")[:3]

@@ -54,6 +54,7 @@ def install(monkeypatch):
     """Make `import gym` find the stand-in, and shimmy read it anew."""
     gym, wrappers = types.ModuleType("gym"), types.ModuleType("gym.wrappers")
     gym.Env, gym.spaces, gym.wrappers = Env, gymnasium.spaces, wrappers
+    gym.envs, gym.make = types.SimpleNamespace(registry=REGISTRY), make
     for name in [name for name in sys.modules if name.partition(".")[0] == "shimmy"]:
         monkeypatch.delitem(sys.modules, name)
     for name, module in (("gym", gym), ("gym.wrappers", wrappers), ("gym.spaces", gymnasium.spaces)):
@@ -117,3 +118,41 @@ def make_21():
 
 def make_26(render_mode=None):
     return Wrapper(PassiveEnvChecker(Of26(render_mode)))
+
+
+class Compatible(Of26):
+    """What gym 0.26 makes of an environment that was written before it."""
+
+    def __init__(self, env, render_mode):
+        self.env, self.render_mode, self.metadata = env, render_mode, env.metadata
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.env.seed(seed)
+        return self.env.reset(), {}
+
+    def step(self, action):
+        obs, reward, over, info = self.env.step(action)
+        return obs, reward, False, over, info
+
+    def render(self):
+        return self.env.render(self.render_mode)
+
+
+REGISTRY = {"Before-v0": Of21, "After-v0": Of26}
+
+
+def make(env_id, apply_api_compatibility=False, **kwargs):
+    """gym.make of 0.26, whose wrappers take the new interface alone."""
+    kind = REGISTRY[env_id.rpartition(":")[2]]
+    if apply_api_compatibility:
+        return Compatible(kind(), kwargs.pop("render_mode", None))
+    return PassiveEnvChecker(kind(**kwargs))
+
+
+class StandsAlone:
+    """As Crafter's environment is where gym is not installed."""
+
+    def reset(self): ...
+
+    def step(self, action): ...
