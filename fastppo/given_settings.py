@@ -10,6 +10,7 @@ from fastppo.bounds import flag
 from fastppo.config import PATHS, TrainConfig
 from fastppo.errors import UsageError, nearest
 from fastppo.system.paths import absolute
+from fastppo.system.text import whole_number
 
 HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for the hint in an error
     "--env": "--env-id",
@@ -58,7 +59,27 @@ def without_rivals(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig
         config = replace(config, anneal_lr=False)
     if given.get("action_distribution", "gsde") != "gsde" and "sde_sample_freq" not in given:
         config = replace(config, sde_sample_freq=None)
-    return config
+    return with_fitting_minibatches(config, given)
+
+
+def with_fitting_minibatches(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """`config` with the given sizes of a batch, and the nearest number of minibatches that is not larger and divides it.
+
+    Only with --preset general: an environment that nobody has tuned should train with any sizes. given: values, or words.
+    """
+    sizes = [name for name in ("num_envs", "num_steps", "num_agents") if name in given]
+    if config.preset != "general" or not sizes or not given.keys().isdisjoint(("num_minibatches", "minibatch_size")):
+        return config
+    try:
+        numbers: dict[str, Any] = {name: whole_number(str(given[name])) for name in sizes}
+    except ValueError:  # reported when it is parsed or checked
+        return config
+    num_envs, num_steps = (numbers.get(name, getattr(config, name)) for name in ("num_envs", "num_steps"))
+    batch_size = num_envs * num_steps * (numbers.get("num_agents", config.num_agents) or 1)
+    if batch_size < 1:
+        return config
+    fitting = next(number for number in range(config.minibatches_per_epoch, 0, -1) if batch_size % number == 0)
+    return replace(config, **numbers, minibatch_size=None, num_minibatches=fitting)
 
 
 def with_absolute_paths(config: TrainConfig, place: Path | None) -> TrainConfig:

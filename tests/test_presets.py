@@ -13,6 +13,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
 
 import fastppo
 from fastppo import TrainConfig, UsageError, preset_for, train
+from fastppo.bounds import flag
 from fastppo.cli import parse_train
 from fastppo.envs.registry import find_spec
 from fastppo.policy.spaces import action_spec, obs_spec
@@ -321,6 +322,27 @@ def test_settings_by_spaces(obs, action, words, chosen):
     mine = dict(zip(names, (0.5, 7, 0.25), strict=True))
     assert by_spaces(replace(config, **mine), obs_spec(obs), spec) == ({}, [])
     assert by_spaces(TrainConfig(), obs_spec(obs), spec) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "minibatches"),
+    [
+        ({}, 16),
+        ({"num_envs": 3, "num_steps": 20}, 15),
+        ({"num_steps": 10}, 16),
+        ({"num_envs": 1, "num_steps": 7}, 7),
+        ({"num_envs": 3, "num_steps": 20, "num_minibatches": 4}, 4),
+        ({"num_envs": 3, "num_steps": 20, "minibatch_size": 6}, 10),
+    ],
+)
+def test_any_size_of_a_batch_will_do(settings, minibatches):
+    """--preset general has at most 16 minibatches, and as many as divide the batch, unless they are given; as flags too."""
+    flags = [word for name, value in settings.items() for word in (flag(name), str(value))]
+    config = parse_train(["--env-id", "environments:Walk-v0", *flags])
+    assert config == preset_for("environments:Walk-v0", **settings)
+    assert config.minibatches_per_epoch == minibatches
+    with pytest.raises(UsageError, match="--num-minibatches 16 does not divide the batch of 60"):
+        preset_for("environments:Walk-v0", num_envs=3, num_steps=20, num_minibatches=16)
 
 
 def test_an_environment_without_a_preset(tmp_path, capsys):
