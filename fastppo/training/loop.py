@@ -281,7 +281,7 @@ def learn(job: Job, collector: Collector) -> Update:
     outcomes = global_outcomes(collector.outcomes(), ranks, info_names)
     if config.rnd_coef > 0:  # the rollout's rewards get a bonus, those of the outcomes do not
         outcomes = outcomes._replace(reward=outcomes.reward.copy())
-    for index in running:
+    for index in running if config.norm_obs or config.norm_reward or config.rnd_coef > 0 else ():
         rollout = buffers.rollouts[index]
         normalization = job.runs[index].normalize(rollout, global_steps(rollout, outcomes, ranks))
         buffers.inputs[index] = buffers.inputs[index]._replace(normalization=normalization)

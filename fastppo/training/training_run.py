@@ -33,12 +33,7 @@ from fastppo.training.diagnosis import PATIENCE, Diagnosis, share_at_bounds
 from fastppo.training.running_statistics import add_observations, add_returns
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, gather_environments, normalization_of, preserved, snapshot
-from fastppo.training.update import (
-    FrozenInputs,
-    adapted_factor,
-    frozen_inputs,
-    read_metrics,
-)
+from fastppo.training.update import FrozenInputs, adapted_factor, frozen_inputs, read_metrics
 
 SPS_WINDOW = 10  # iterations behind the steps per second shown and logged
 ENDLESS_STEPS = 1_000  # steps of each environment without the end of an episode before a line says so
