@@ -13,6 +13,7 @@ from fastppo.core.acting import act
 from fastppo.core.contracts import CollectResult, Execution
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.classic import CartPole, MountainCarContinuous, Pendulum
+from fastppo.fused.mlp_programs import bind_act
 from fastppo.rollout.collector import start_collector
 from support.device_envs import Faulty, N, Spoilt, T, setup
 
@@ -132,10 +133,12 @@ def over_rollouts(ours, compiled):
 
 @pytest.mark.slow  # a quarter of a minute of compiling: below two workers are compiled, and this one's graph is compared
 @pytest.mark.usefixtures("needs_compiler")
-def test_compiled_collect_equals_eager(programs_dir):
+@pytest.mark.parametrize("fused", [False, True], ids=["compiled", "fused"])
+def test_compiled_collect_equals_eager(programs_dir, fused):
     """One worker, discrete actions, normalised observations: the same actions, ends and transitions, rollout after rollout."""
     ours = setup(CartPole(max_episode_steps=15), norm_obs=True)
-    compiled = compile_program(ours.program(), ours.arguments(), programs_dir)
+    execution = Execution(bind_act=functools.partial(bind_act, ours.policy) if fused else None)
+    compiled = compile_program(ours.program(execution=execution), ours.arguments(), programs_dir)
     ended = 0
     for result, expected in over_rollouts(ours, compiled):
         assert_same(result, expected)
@@ -171,12 +174,14 @@ def test_traced_collect_of_choices_equals_eager():
 
 @pytest.mark.usefixtures("needs_compiler")
 def test_two_compiled_workers_equal_eager(programs_dir):
-    """Each steps half of the environments: bounds and a constant of the environment are tensors of the graph.
+    """Each steps half of the environments and acts by the C++ functions. Bounds and a constant of the environment are tensors
+    of the graph.
 
     A number that is not finite is seen whichever worker it comes to.
     """
     ours = setup(Spoilt(max_episode_steps=7), squash=True)
-    compiled = compile_program(ours.program(execution=Execution(num_workers=2)), ours.arguments(), programs_dir)
+    execution = Execution(num_workers=2, bind_act=functools.partial(bind_act, ours.policy))
+    compiled = compile_program(ours.program(execution=execution), ours.arguments(), programs_dir)
     for result, expected in over_rollouts(ours, compiled):
         assert_same(result, expected)
         assert (expected.truncated.any(0)).all()

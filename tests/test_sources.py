@@ -15,11 +15,12 @@ import fastppo
 from fastppo.compile.background import BackgroundCompile
 from fastppo.compile.inductor import compile_program
 from fastppo.compile.key import cache_key, native_key
+from fastppo.core.contracts import EAGER
 from support.programs import jobs_of
 
 ROOT = Path(fastppo.__file__).parent
 # Modules of ours that compute nothing inside a program: messages, processes, what the machine has, seeds of generators.
-COMPUTES_NOTHING = ("fastppo.errors", "fastppo.random_streams", "fastppo.system")
+COMPUTES_NOTHING = ("fastppo.errors", "fastppo.random_streams", "fastppo.ranks", "fastppo.system")
 
 RUNS = {
     "mlp": {},
@@ -63,7 +64,8 @@ def files_behind(*objects):
 def computed_from(program):
     """The classes and functions of ours that a program is made of, and what traces and compiles it."""
     made_of = [program.func, type(program.keywords["policy"]), compile_program]
-    env_step = program.keywords.get("env_step")
+    env_step, execution = program.keywords.get("env_step"), program.keywords.get("execution", EAGER)
+    made_of += [] if execution.bind_act is None else [execution.bind_act.func]
     return [*made_of, *([] if env_step is None else [type(env_step), type(env_step.env)])]
 
 
@@ -95,7 +97,9 @@ def test_every_file_that_a_program_is_computed_from_is_in_its_key(tmp_path, monk
 def test_the_sources_of_the_helpers_are_in_their_key(monkeypatch):
     """The C++ text, and the module that builds it."""
     source = next(ROOT.rglob("native.cpp"))
-    for path in (source, source.with_name("recurrence.h"), source.with_suffix(".py")):
+    included = [*map(source.with_name, ("acting.h", "recurrence.h")), *sorted(ROOT.glob("fused/*.h"))]
+    assert len(included) == 10
+    for path in (source, *included, source.with_suffix(".py")):
         assert after_an_edit(monkeypatch, path, native_key) != native_key()
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastppo.compile import native
-from fastppo.compile.program import Example, Program, flat_tensors, layout_of, of_one_call
+from fastppo.compile.program import Example, Program, execution_of, flat_tensors, layout_of, of_one_call
 from fastppo.core.compilable import compilable, traits_of
 from fastppo.core.seed_axis import Seeds, of_seed
 
@@ -84,6 +84,8 @@ def describe(value: Any) -> Any:
 def _sources(program: Program, example: Example) -> list[str]:
     """Digests of all source files of the program, and of the traced graph of the parts without known source."""
     files, graph = _folder_of(compilable) + _folder_of(program.func) + sorted(Path(__file__).parent.glob("*.py")), ""
+    bind_act = execution_of(program).bind_act
+    files += [] if bind_act is None else _folder_of(getattr(bind_act, "func", bind_act))
     for owner, function, args in traits_of(program.func).calls(*example, **program.keywords):
         sources = owner.sources()
         files += _folder_of(type(owner)) if sources is None else sources

@@ -13,6 +13,8 @@
 
 #include "recurrence.h"
 
+#include "acting.h"
+
 // --- all-reduce -----------------------------------------------------------------------------------------------------------
 //
 // worker: int64 (6,): its number, rank of its process, number of workers, address of the meeting place, calls so far, and address

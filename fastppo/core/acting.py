@@ -5,6 +5,8 @@ Pure functions: they draw no random numbers and never ask the host for a value. 
 Letters: T num_steps, N num_envs, P number of parameters.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -146,12 +148,17 @@ def collect(
                 params, normalization, obs, noise, rnn_state, episode_start, policy=remembering
             )
         else:
-            action = act_from_params(params, normalization, obs, noise, policy=policy)
+            action = act_now(obs, noise)
         running, result = env_step(running, action, random)
         if policy.rnn_state_size:
             running = (*running, rnn_state, done)  # this step has reset those that were done
         return running, (obs, action, *result, ~done)
 
+    act_now: Callable[[Obs, Tensor], Tensor]
+    if execution.bind_act is None:
+        act_now = partial(act_from_params, params, normalization, policy=policy)
+    else:
+        act_now = execution.bind_act(params, normalization)
     shard = Shard.of(worker, execution)
     running = tuple(shard.mine(x, 0) for x in running)
     draws = (shard.mine(noise, 1), shard.mine(random, 1))

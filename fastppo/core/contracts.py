@@ -38,6 +38,7 @@ class Execution:
         num_workers: threads that call the program at once, each for its own part of the environments and minibatches.
         num_ranks: processes that share an update, each with its own environments and its own rows of each minibatch.
         all_reduce: their exchange; None where there is one worker and one rank.
+        bind_act: `bind_act(params, normalization)(obs, noise)` instead of core.acting.act in the loop of `collect`; None: that.
         scan, grad_and_aux, cells: loops, gradient and recurrent cells; the compiler has its own.
     """
 
@@ -45,6 +46,7 @@ class Execution:
     num_workers: int = 1
     num_ranks: int = 1
     all_reduce: AllReduce | None = None
+    bind_act: Callable[[Tensor, "Normalization"], Callable[[Obs, Tensor], Tensor]] | None = None
     scan: Callable[..., Any] = scan
     grad_and_aux: Callable[..., Any] = grad_and_aux
     cells: Cells = STEPS

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from fastppo.compile import native
 from fastppo.compile.workers import exchange_hook
 from fastppo.core.adam import AdamState
 from fastppo.core.contracts import Coefficients, LearnResult, Normalization, Obs, Policy, has_final_obs, normalize_obs, obs_of
@@ -68,6 +69,24 @@ def network_input(network: Covered, obs: Obs, normalization: Normalization) -> T
 def mask_of(obs: Obs) -> Tensor | None:
     """The action mask in an observation, contiguous."""
     return None if isinstance(obs, Tensor) or ACTION_MASK not in obs else obs[ACTION_MASK].contiguous()
+
+
+def bind_act(network: Covered, params: Tensor, normalization: Normalization) -> Callable[[Obs, Tensor], Tensor]:
+    """core.acting.act in the loop of a compiled program: `bind_act(network, params, normalization)(obs, noise)`.
+
+    The parameters are packed once. Observations of environments on the device are one tensor, without a mask.
+    """
+    numbers = description(network)
+    dtype, columns = operators.action_type(numbers)
+    packed = native.mlp_pack(params, numbers, operators.packed_size(numbers))
+
+    def act(obs: Obs, noise: Tensor) -> Tensor:
+        assert isinstance(obs, Tensor)
+        x = network_input(network, obs, normalization)
+        action: Tensor = native.mlp_act_packed(packed, x, noise.contiguous(), numbers, columns, dtype is torch.int64)
+        return action.squeeze(-1) if mlp_of(network).distribution is CATEGORICAL else action
+
+    return act
 
 
 class FusedLearn:

@@ -5,6 +5,7 @@ The C++ files of this folder compute them; fused/kernels.py builds and loads tho
 
 import ctypes
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,22 @@ def action_type(network: Sequence[int]) -> tuple[torch.dtype, int]:
     """Dtype and length of an action: the choices, int64 if that is all, then the normal components."""
     num_normal = network[1] - num_logits(network)
     return torch.float32 if num_normal else torch.int64, num_choices(network) + num_normal
+
+
+def packed_size(network: Sequence[int]) -> int:
+    """At least the number of floats that the C++ class Actor packs this network's parameters into, on every processor."""
+    obs_size, action_size, _, share_backbone, layer_norm, num_hidden, *sizes = network
+    hidden = [obs_size, *sizes[:num_hidden]]
+    layers = list(pairwise(hidden)) * (1 if share_backbone else 2)
+    heads = [(action_size, hidden[-1]), (1, hidden[-1])]
+    matrices = sum(_padded(columns) * inner + _padded(inner) * columns for inner, columns in [*layers, *heads])
+    vectors = sum((3 if layer_norm else 1) * _padded(columns) for _, columns in layers)
+    return matrices + vectors + 2 * _padded(action_size) + _padded(1)  # heads' biases, log standard deviations
+
+
+def _padded(number: int) -> int:
+    """Rounded up to whole registers of the widest kind, 16 floats."""
+    return -(-number // 16) * 16
 
 
 def _address(x: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastppo.core.contracts import CollectResult
 from fastppo.core.seed_axis import stack
@@ -69,7 +68,8 @@ class DeviceCollector:
             raise
         except ENVIRONMENT_ERRORS as error:
             raise environment_fault(error, "in the rollout") from error
-        collected = tree_map(Tensor.detach, collected)  # under vmap a step cannot detect that its results record gradients
+        # under vmap a step cannot detect that its results record gradients
+        collected = CollectResult(tuple(map(Tensor.detach, collected.running)), *map(Tensor.detach, collected[1:]))
         after, tensors = collected.running, self.tensors
         if self.rnn_state is not None:
             self.rnn_state.begin()

@@ -109,7 +109,9 @@ def collect_program(
     collect = compiled = partial(acting.collect, policy=policy_of(task), env_step=env_step_of(made, task.action))
     if task.device.type == "cpu" and not axis.shape:
         enough = task.local.num_envs >= MIN_WORKER_ENVS * task.workers
-        compiled = partial(collect, execution=Execution(num_workers=task.workers if enough else 1))
+        policy = policy_of(task)
+        bind_act = partial(mlp_programs.bind_act, policy) if mlp_programs.covers(policy) else None
+        compiled = partial(collect, execution=Execution(num_workers=task.workers if enough else 1, bind_act=bind_act))
     running = (*pack(made.running), *(x.contiguous() for x in rnn_inputs(task, rollout)))
     example = (params, normalization, running, noise, made.draw(task.local.num_steps))
     per_call = -(-axis.size // task.workers) if maps_seeds(task) else 1
