@@ -318,10 +318,32 @@ def test_settings_by_spaces(obs, action, words, chosen):
     """What --preset general leaves open, by observations and actions; what a user has set stays."""
     names, config = ("learning_rate", "update_epochs", "ent_coef"), PRESETS["general"].config()
     spec = action_spec(action, False)
-    assert by_spaces(config, obs_spec(obs), spec) == (dict(zip(names, chosen, strict=True)), [f"settings for: {words}"])
+    assert by_spaces(config, obs_spec(obs), spec) == (
+        dict(zip(names, chosen, strict=True)),
+        [f"settings for: {words}, 100,000 steps"],
+    )
     mine = dict(zip(names, (0.5, 7, 0.25), strict=True))
     assert by_spaces(replace(config, **mine), obs_spec(obs), spec) == ({}, [])
     assert by_spaces(TrainConfig(), obs_spec(obs), spec) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"total_timesteps": 5_000}, 1e-3),
+        ({"total_timesteps": 316_228}, 5.48e-4),
+        ({"total_timesteps": 1_000_000}, 3e-4),
+        ({"total_timesteps": 50_000_000}, 3e-4),
+        ({"num_iterations": 625, "num_envs": 10, "num_steps": 160}, 3e-4),
+    ],
+    ids=str,
+)
+def test_a_long_run_starts_from_a_lower_learning_rate(settings, rate):
+    """1e-3 for 100,000 steps, 3e-4 for a million, their geometric mean between; iterations count as their steps."""
+    config = replace(PRESETS["general"].config(), **settings)
+    chosen, (line,) = by_spaces(config, obs_spec(Box(-1, 1, (3,))), action_spec(Box(-1, 1, (2,)), False))
+    assert chosen["learning_rate"] == rate
+    assert line.endswith(f" {config.total_timesteps if config.num_iterations is None else 1_000_000:,} steps")
 
 
 @pytest.mark.parametrize(

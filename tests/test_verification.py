@@ -58,6 +58,24 @@ def test_nan_is_compared_too():
     assert deviation_of_learn(spoilt, spoilt, arguments) == 0.0
 
 
+def test_an_update_that_overflows_says_nothing():
+    """Its eager result is taken, and the next update is compared; nothing is reported of the fast form."""
+    learn, arguments = job(NORMAL_POLICY)
+    rollout = {key: x.clone() for key, x in arguments[2].items()}
+    rollout["reward"].fill_(1e30)
+    reports, calls = [], []
+
+    def fast(*args):
+        calls.append(args)
+        return learn(*args)
+
+    verified = Verified(fast, learn, deviation_of_learn, reports.append)
+    assert verified(*arguments[:2], rollout, *arguments[3:]).params.isnan().any()
+    assert (reports, calls) == ([], [])
+    verified(*arguments)
+    assert (reports, len(calls)) == ([0.0], 1)
+
+
 def test_the_first_minibatches_are_those_of_the_update():
     """Eight of the first epochs, of two at least, for one seed and for many; all else as it was."""
     permutation = torch.arange(2 * 3 * 40).view(2, 3, 40)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastppo.compile.compile_errors import CompileError
 from fastppo.core.contracts import CollectResult, LearnResult
+from fastppo.core.ppo import SUMMARY
 
 TOLERANCE = 0.1  # the largest deviation that counts as rounding
 FEW_MINIBATCHES = 8
@@ -95,6 +96,11 @@ def first_minibatches(units: int, args: Sequence[Any]) -> Sequence[Any]:
     return (*args[:3], few, *args[4:])
 
 
+def overflows(result: Any) -> bool:
+    """Whether it is of an update with numbers that are not finite: whoever adds these up in another order has others."""
+    return isinstance(result, LearnResult) and not result.summary[..., SUMMARY.index("finite")].all()
+
+
 class Verified:
     """A fast form of a program that is compared with the eager form at its first call, and replaced by it if they differ."""
 
@@ -117,6 +123,8 @@ class Verified:
             return self._chosen(*args)
         given = args if self._shorten is None else self._shorten(args)
         eager = self._eager(*given)
+        if overflows(eager):  # the run ends with a fault, or the next update is compared
+            return eager if given is args else self._eager(*args)
         try:
             result = self._fast(*given)
             deviation = self._deviation(result, eager, given)
