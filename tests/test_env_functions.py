@@ -23,6 +23,7 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import EnvConfig, make_envs
 from fastppo.envs.functions import env_id_of, naming
+from fastppo.envs.preprocessing import parse_pairs
 from fastppo.envs.registry import find_spec
 from support.runs import tiny
 
@@ -225,6 +226,21 @@ def test_a_function_without_a_name(function, tmp_path):
     with pytest.raises(UsageError, match=r"a function that cannot be imported: move it to a module, .* with env_fn"):
         evaluate_config(result.policy, config, EvaluationPlan(2))
     assert evaluate_config(result.policy, config, EvaluationPlan(2), env_fn=function)["episodes"] == 2
+
+
+def configured(config):
+    assert dict(size=1).update(config) is None
+    return Walk()
+
+
+def test_a_dict_that_has_lost_its_quotes():
+    """What a shell leaves of config={"size":5} is a text: the error of the environment has the way to write it behind it."""
+    env_id, quoted = "test_env_functions:configured", """'config={"name": 5}', with all quotes"""
+    make_envs(EnvConfig(env_id, 2, "sync", env_kwargs=parse_pairs(['config={"size":5}'], "--env-kwargs"))).close()
+    for text, hint in (("{size:5}", True), ("[size]", True), ("size", False)):
+        with pytest.raises(UsageError, match="cannot be made: ValueError: dictionary update sequence") as caught:
+            make_envs(EnvConfig(env_id, 2, "sync", env_kwargs=parse_pairs([f"config={text}"], "--env-kwargs")))
+        assert str(caught.value).endswith(quoted) == hint
 
 
 def test_names():
