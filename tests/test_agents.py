@@ -178,6 +178,34 @@ def test_a_time_limit_truncates_who_is_there():
     assert collector.outcomes().episode_end.nonzero()[0].tolist() == [3, 3]
 
 
+@pytest.mark.parametrize("vectorization", ["sync", "grouped"])
+@pytest.mark.parametrize(("limit", "steps", "mean", "row"), [(None, 6, 13 / 3, 2), (4, 4, 10 / 3, 1)])
+def test_numbers_in_the_agents_infos(limit, steps, mean, row, vectorization):
+    """Mean over the agents of those of each one's last step, in one row of each environment, at the episode's end alone."""
+    kwargs = {"masks": "info"} | ({} if limit is None else {"max_episode_steps": limit})
+    made = rows(f"{RELAY}:Telling", 2, vectorization, env_kwargs=kwargs, log_info=("time", "own", "text"), num_threads=2)
+    envs = AutoresetEnvs(made, info_names=("time", "own", "text"))
+    envs.reset_and_mask(3)
+    try:
+        for _ in range(2):
+            infos = [envs.step(np.zeros(6, np.int64)).infos for _ in range(steps + 1)]
+            assert [bool(each) for each in infos] == [F] * (steps - 1) + [T, F]
+            numbers = infos[steps - 1]
+            assert sorted(numbers) == ["own", "time"]
+            for name, expected in (("time", mean), ("own", 7.0)):
+                wanted = np.full((2, 3), math.nan)
+                wanted[:, row] = expected
+                np.testing.assert_allclose(numbers[name].reshape(2, 3), wanted)
+    finally:
+        envs.close()
+
+
+def test_numbers_of_agents_are_logged(tmp_path):
+    """In metrics.csv, as those of one agent are."""
+    result = train(tiny(tmp_path / "run", env_id=f"{RELAY}:Telling", num_steps=16, log_info=("time",)))
+    assert float(read_rows(result.run_dir / "metrics.csv")[-1]["info_time"]) == pytest.approx(13 / 3)
+
+
 def test_processes_step_as_one_does():
     """Same seeds, same bits; a row is agent a of environment n at n * A + a, whatever the number of processes."""
     sync, grouped = rows(num_envs=3), rows(num_envs=3, vectorization="grouped", num_threads=2)

@@ -1,6 +1,7 @@
 """--env-id my_module:make_env: functions and classes without registration, from the command line and from Python."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import subprocess
@@ -22,6 +23,7 @@ from fastppo.envs.classic import CartPole
 from fastppo.envs.device import TorchVectorEnv
 from fastppo.envs.factory import EnvConfig, make_envs
 from fastppo.envs.functions import env_id_of, naming
+from fastppo.envs.preprocessing import parse_pairs
 from fastppo.envs.registry import find_spec
 from support.runs import tiny
 
@@ -226,6 +228,21 @@ def test_a_function_without_a_name(function, tmp_path):
     assert evaluate_config(result.policy, config, EvaluationPlan(2), env_fn=function)["episodes"] == 2
 
 
+def configured(config):
+    assert dict(size=1).update(config) is None
+    return Walk()
+
+
+def test_a_dict_that_has_lost_its_quotes():
+    """What a shell leaves of config={"size":5} is a text: the error of the environment has the way to write it behind it."""
+    env_id, quoted = "test_env_functions:configured", """'config={"name": 5}', with all quotes"""
+    make_envs(EnvConfig(env_id, 2, "sync", env_kwargs=parse_pairs(['config={"size":5}'], "--env-kwargs"))).close()
+    for text, hint in (("{size:5}", True), ("[size]", True), ("size", False)):
+        with pytest.raises(UsageError, match="cannot be made: ValueError: dictionary update sequence") as caught:
+            make_envs(EnvConfig(env_id, 2, "sync", env_kwargs=parse_pairs([f"config={text}"], "--env-kwargs")))
+        assert str(caught.value).endswith(quoted) == hint
+
+
 def test_names():
     """What cannot be imported is in angle brackets, and means something only within `naming`."""
     closure = (lambda: lambda: Walk())()
@@ -312,6 +329,44 @@ def test_a_module_with_a_function_make(source, hint, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=re.escape(hint) + "$") as caught:
         find_spec("retro_like:Sonic-v0")
     assert ("retro_like.make" in str(caught.value)) == bool(hint)
+
+
+@pytest.mark.parametrize(
+    ("init", "parts", "hint"),
+    [
+        ("", {"envs": "register(id='Other-v0')", "wrap": 'register("Late-v0")'}, "wrap"),
+        ("", {"envs": "register(id='Other-v0')"}, "envs"),
+        ("", {"envs": "registered = 1"}, None),
+        ("import parted.envs", {"envs": "register = print\nregister('Late-v0')"}, None),
+    ],
+)
+def test_an_id_that_a_part_of_the_package_registers(init, parts, hint, tmp_path, monkeypatch):
+    """As vizdoom.gymnasium_wrapper: the error has the --env-id that works, and hints at no part that has been imported."""
+    (tmp_path / "parted").mkdir()
+    for name, source in {"__init__": init, **parts}.items():
+        (tmp_path / "parted" / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("parted", "parted.envs", "parted.wrap"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    said = f"; or does parted.{hint} register it? --env-id parted.{hint}:Late-v0" if hint else ""
+    with pytest.raises(UsageError) as caught:
+        find_spec("parted:Late-v0")
+    assert str(caught.value).partition("; or")[1:] == said.partition("; or")[1:]
+
+
+@pytest.mark.parametrize("source", ["try:\n  import gym\nexcept ImportError:\n  pass", "import gymnasium as gym"])
+def test_a_module_that_registers_in_gym_only_if_it_is_there(source, tmp_path, monkeypatch):
+    """As crafter does: without gym the error says what to install; not for a module of gymnasium."""
+    (tmp_path / "old_one.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "old_one", raising=False)
+    monkeypatch.delitem(sys.modules, "gym", raising=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gym" else find(name, *rest))
+    with pytest.raises(UsageError) as caught:
+        find_spec("old_one:Late-v0")
+    hint = "old_one registers in OpenAI's gym, which is not installed: pip install gym 'fastppo[gym]'"
+    assert (hint in str(caught.value)) == ("try" in source)
 
 
 def test_what_cannot_be_sent_to_a_process(monkeypatch):

@@ -120,6 +120,7 @@ class Endless(gym.Env):
 
 
 gym.register("Endless-v0", Endless, disable_env_checker=True)
+gym.register("Later-v0", lambda: Endless(ends=40), disable_env_checker=True)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,23 @@ def test_no_episode_ends(tmp_path, capsys, monkeypatch):
         assert last == '{"return_mean": null, "return_std": null, "episodes": 0}'
 
 
+def test_more_steps_of_an_evaluation(tmp_path, capsys, monkeypatch):
+    """Episodes longer than the bound: training and evaluation name the flag and a number with which they end."""
+    monkeypatch.setattr("fastppo.analysis.evaluation.MIN_EPISODE_STEPS", 10)
+    run_dir = str(tmp_path / "run")
+    train(
+        TrainConfig(env_id="Later-v0", num_envs=2, num_steps=4, num_iterations=1, eval_episodes=2, run_dir=run_dir, plain=True)
+    )
+    more = "; python -m fastppo.evaluate --max-steps 200 plays up to ten times as many\n"
+    assert f"no return (1 a step){more}" in capsys.readouterr().out
+    assert console([run_dir, "--episodes", "2"]) == 0
+    assert more in capsys.readouterr().out
+    assert console([run_dir, "--episodes", "2", "--max-steps", "200"]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said.splitlines()[-1]) == {"return_mean": 40.0, "return_std": 0.0, "episodes": 2}
+    assert "--max-steps" not in said
+
+
 def test_a_video_of_what_does_not_end(tmp_path, capsys, monkeypatch):
     """It is as long as an episode may be, and the line says so."""
     monkeypatch.setattr("fastppo.analysis.evaluation.MIN_EPISODE_STEPS", 10)
@@ -194,5 +212,6 @@ def test_some_episodes_end():
     assert played.returns == [4.0]
     assert played.report == {"return_mean": 4.0, "return_std": 0.0, "episodes": 1}
     assert played.remark.startswith(f"only 1 of 4 episodes ended in the {played.steps} steps of the evaluation: ")
+    assert played.remark.endswith(f"--max-steps {10 * played.steps} plays up to ten times as many")
     assert 40 <= played.steps <= 41
     assert played.reward == played.steps

@@ -39,9 +39,10 @@ def test_both_interfaces_train(name, tmp_path):
     assert first[0, 0] != first[1, 0]
 
 
-def test_without_a_seed(tmp_path, capsys):
-    """It trains, and the check says that a seed does not repeat it."""
-    train(tiny(tmp_path / "run", env_id=f"{MODULE}:Unseeded21"))
+@pytest.mark.parametrize("name", ["Unseeded21", "Unseeded-v0"])
+def test_without_a_seed(name, tmp_path, capsys):
+    """It trains, and the check says that a seed does not repeat it. The second is in gym's registry, as Crafter's is."""
+    train(tiny(tmp_path / "run", env_id=f"{MODULE}:{name}"))
     assert "reset with the same seed twice gave two different first observations" in capsys.readouterr().out
 
 

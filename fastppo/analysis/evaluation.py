@@ -69,11 +69,13 @@ class EvaluationResult:
             return None
         if not self.returns:
             mean = self.reward / max(self.steps, 1)
-            return f"no episode ended in the {self.steps:,} steps of the evaluation, so there is no return ({mean:.4g} a step)"
-        return (
-            f"only {len(self.returns)} of {self.wanted} episodes ended in the {self.steps:,} steps of the evaluation: "
-            "the mean is over these, and leaves out the longest"
-        )
+            said = f"no episode ended in the {self.steps:,} steps of the evaluation, so there is no return ({mean:.4g} a step)"
+        else:
+            said = (
+                f"only {len(self.returns)} of {self.wanted} episodes ended in the {self.steps:,} steps of the evaluation: "
+                "the mean is over these, and leaves out the longest"
+            )
+        return f"{said}; python -m fastppo.evaluate --max-steps {10 * self.steps} plays up to ten times as many"
 
 
 def most_steps(trained: int, episodes: int, longest: int | None) -> int:

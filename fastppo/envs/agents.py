@@ -10,8 +10,8 @@ are no transitions, with its last observation. The environment is reset when no 
 (NEXT_STEP). An AEC environment is converted by PettingZoo: `aec_to_parallel` where its agents move at once; else
 `turn_based_aec_to_parallel`, where an agent that waits for its turn has transitions whose action changes nothing.
 
-An agent's action mask may be `action_mask` in its Dict observation or in its info. Does not import torch or, for the parallel
-API, PettingZoo.
+An agent's action mask may be `action_mask` in its Dict observation or in its info. A number to be logged is the mean over the
+agents whose infos have it, each in its last step. Does not import torch or, for the parallel API, PettingZoo.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,6 +28,7 @@ from fastppo.envs.masks import has_mask
 from fastppo.errors import UsageError
 
 AGENTS = "fastppo_agents"  # key of the metadata of an `AgentsEnv`: its Agents
+AGENT_INFOS = "fastppo_agent_infos"  # key of the info of a step: by agent, the info of its last step in this episode
 FLAGS = ("terminated", "truncated", "acting")  # of each agent; acting: whether its next action counts
 
 
@@ -77,6 +78,7 @@ class AgentsEnv(gym.Env[Any, Any]):
         self.action_space = batch_space(self._agents.action_space, len(names))
         self._acting = np.zeros(len(names), bool)
         self._obs: list[Any] = []  # last observation of each agent
+        self._infos: dict[Any, dict[str, Any]] = {}  # last info of each agent, where there is something in it
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """A new episode, of the agents that are there from its start."""
@@ -88,7 +90,7 @@ class AgentsEnv(gym.Env[Any, Any]):
         absent = next(iter(obs.values()))  # for agents that join later
         self._obs = [obs.get(name, absent) for name in self._agents.names]
         none = np.zeros(len(self._agents.names))
-        self._acting = self._present()
+        self._acting, self._infos = self._present(), {}
         return self._observation(none, none > 0, none > 0), self._info(infos)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -109,7 +111,9 @@ class AgentsEnv(gym.Env[Any, Any]):
             )
         self._acting = present & ~ended
         obs = self._observation(reward, terminated, truncated)
-        return obs, float(reward.sum()), not self._acting.any(), False, self._info(infos)
+        self._infos |= {name: dict(infos[name]) for name, acts in zip(names, acting, strict=True) if acts and infos.get(name)}
+        info = self._info(infos) | ({AGENT_INFOS: self._infos} if self._infos else {})
+        return obs, float(reward.sum()), not self._acting.any(), False, info
 
     def _present(self) -> NDArray[np.bool_]:
         """(A,), which agents are in the environment."""
@@ -244,13 +248,9 @@ class AgentRows(VectorEnv[Any, Any, Any]):
         acting, terminated, truncated = (self._rows(batch[name]) != 0 for name in ("acting", "terminated", "truncated"))
         cut = np.repeat(limit, self.num_agents)  # by a time limit around the environment
         self.acting, self.over = acting & ~cut, np.repeat(over | limit, self.num_agents)
-        return (
-            self._rows(batch["agents"]),
-            self._rows(batch["reward"]),
-            terminated,
-            truncated | (acting & cut),
-            self._masks(info),
-        )
+        truncated |= acting & cut
+        infos = self._masks(info) | self._numbers(info, (terminated | truncated) & self.over)
+        return self._rows(batch["agents"]), self._rows(batch["reward"]), terminated, truncated, infos
 
     def _rows(self, batch: Any) -> Any:
         """(N, A, ...) -> (N * A, ...)."""
@@ -267,6 +267,17 @@ class AgentRows(VectorEnv[Any, Any, Any]):
             return {}
         given = np.repeat(info.get("_action_mask", np.ones(len(mask), bool)), self.num_agents)
         return {"action_mask": mask.reshape(self.num_envs, -1), "_action_mask": given}
+
+    def _numbers(self, info: Mapping[str, Any], ended: NDArray[np.bool_]) -> dict[str, Any]:
+        """The numbers of the infos of ended episodes, (N * A,): each in one of the rows that ended with its environment's."""
+        numbers: dict[str, Any] = {}
+        rows = np.arange(0, self.num_envs, self.num_agents) + ended.reshape(-1, self.num_agents).argmax(-1)
+        for name in info if ended.any() else ():
+            if not name.startswith("_") and name != "action_mask":
+                numbers[name], numbers[f"_{name}"] = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+                numbers[name][rows] = info[name]
+                numbers[f"_{name}"][rows] = info.get(f"_{name}", True)
+        return numbers
 
     def render(self) -> Any:
         """What the environments render."""

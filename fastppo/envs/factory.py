@@ -32,7 +32,7 @@ from fastppo.envs.deadline import NO_DEADLINE, Deadline
 from fastppo.envs.envpool import make_envpool
 from fastppo.envs.grouped import GroupedVectorEnv
 from fastppo.envs.numbered import ONLY_SOME, SUCCESS, EnvFn, NumberedVectorEnv
-from fastppo.envs.preprocessing import Preprocessing
+from fastppo.envs.preprocessing import Preprocessing, said_of_text
 from fastppo.envs.registry import INSTALL, find_spec, first_line, import_module_of, is_atari, is_jax
 from fastppo.envs.streams import untouched_streams
 from fastppo.envs.wrappers import wrapped
@@ -329,7 +329,7 @@ def make_gymnasium_envs(config: EnvConfig, deadline: Deadline = NO_DEADLINE, is_
         if isinstance(error, TypeError) and "argument" in str(error):
             said = first_line(error).partition(" was raised from the environment creator")[0]  # gymnasium adds that
             raise UsageError(f"--env-kwargs do not fit {env_id}: {said}") from None
-        hint = f"; {ONLY_SOME}" if ONLY_SOME in getattr(error, "__notes__", ()) else ""
+        hint = f"; {ONLY_SOME}" if ONLY_SOME in getattr(error, "__notes__", ()) else said_of_text(config.env_kwargs)
         raise UsageError(f"--env-id {env_id} cannot be made: {located(error)}{hint}") from None
 
 

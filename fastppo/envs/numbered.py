@@ -15,6 +15,7 @@ from gymnasium.spaces import Dict, Tuple
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo.core.action_masks import flat_mask
+from fastppo.envs.agents import AGENT_INFOS
 from fastppo.envs.masks import masks_of, owner_of
 from fastppo.errors import ENVIRONMENT_ERRORS, EnvironmentFailed, NoAnswer, located
 
@@ -78,12 +79,20 @@ class NumberedVectorEnv(SyncVectorEnv):  # before gymnasium 1.4 it takes no type
 
     def _numbers(self, info: Mapping[str, Any]) -> dict[str, float]:
         """The numbers under `info_names` in the info of an episode's last step."""
-        return {name: number for name in self.info_names if (number := as_number(info.get(name))) is not None}
+        return {name: number for name in self.info_names if (number := _number_in(info, name)) is not None}
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environments, once: gymnasium before 1.4 tries again, and prints what is raised, when this is collected."""
         self.closed = True
         super().close_extras(**kwargs)
+
+
+def _number_in(info: Mapping[str, Any], name: str) -> float | None:
+    """The number under this name in an info; of several agents the mean over those that have it. None: there is none."""
+    if (number := as_number(info.get(name))) is not None or AGENT_INFOS not in info:
+        return number
+    numbers = [number for own in info[AGENT_INFOS].values() if (number := as_number(own.get(name))) is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def as_number(value: Any) -> float | None:

@@ -74,7 +74,8 @@ def converted(env: Any, render_mode: str | None = None) -> gym.Env[Any, Any]:
     except NotImplementedError as error:
         raise UsageError(f"it is an environment of OpenAI's gym: {error}") from None
     made.metadata = {OLD_KEYS.get(key, key): value for key, value in (made.metadata or {}).items()}
-    return made if is_new or hasattr(env, "seed") else Unseeded(made)
+    before = getattr(env.unwrapped, "env", None) if is_new else env  # what gym 0.26 made compatible, if it had to
+    return made if before is None or hasattr(before, "seed") else Unseeded(made)
 
 
 def _without_checker(env: Any) -> Any:
@@ -87,7 +88,7 @@ def _without_checker(env: Any) -> Any:
 
 
 class Unseeded(gym.Wrapper[Any, Any, Any, Any]):
-    """An environment of gym 0.21 that has no `seed`."""
+    """An environment that was written for gym 0.21 and has no `seed`."""
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         return self.env.reset()

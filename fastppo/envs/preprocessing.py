@@ -4,7 +4,7 @@ Costs no gymnasium.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -81,3 +81,12 @@ def parse_pairs(pairs: Sequence[str], flag: str) -> dict[str, Any]:
         except RecursionError:
             raise UsageError(f"{flag} {key}: its value is nested too deeply") from None
     return kwargs
+
+
+def said_of_text(kwargs: Mapping[str, Any]) -> str:
+    """The hint at a value of --env-kwargs that is text and looks like a dict or list; "" if none."""
+    for key, value in kwargs.items():
+        if isinstance(value, str) and (value[:1], value[-1:]) in (("{", "}"), ("[", "]")):
+            example = f"""'{key}={{"name": 5}}'"""
+            return f"; --env-kwargs {key} is a text, since it is not JSON; in a shell write {example}, with all quotes"
+    return ""

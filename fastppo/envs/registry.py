@@ -10,9 +10,12 @@ function or class of the module (envs/functions.py). `package.module` is a modul
 import importlib.util
 import inspect
 import os
+import pkgutil
 import re
 import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -55,7 +58,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
             return module_spec(env_id)
         unknown = isinstance(error, gym.error.UnregisteredEnv) or first_line(error).startswith("No registered env")
         reason = "is not registered" if unknown else first_line(error)
-        hint = nearest(name, _newest_first(name)) + _made_by(env_id)
+        hint = nearest(name, _newest_first(name)) + (_registered_by(env_id) or _made_by(env_id))
         raise UsageError(f"--env-id {name[:100]!r} {reason[:200]}{hint}") from None
 
 
@@ -73,6 +76,32 @@ def _registered(env_id: str, name: str) -> gym.envs.registration.EnvSpec:
     except ENVIRONMENT_ERRORS as error:
         raise UsageError(f"--env-id {env_id}: register_envs() of {env_id.rpartition(':')[0]}: {located(error)}") from None
     return gym.spec(name)
+
+
+def _registered_by(env_id: str) -> str:
+    """The hint at what registers the id of module:Id where importing the module does not; "" if nothing seems to.
+
+    That is a part of the package, as tetris_gymnasium.envs, or OpenAI's gym, without which crafter registers nothing.
+    """
+    module, _, name = env_id.rpartition(":")
+    package = sys.modules.get(module)
+    parts = [f"{module}.{part.name}" for part in pkgutil.iter_modules(getattr(package, "__path__", ()))]
+    sources = {part: _source(importlib.util.find_spec(part)) for part in parts if part not in sys.modules}
+    registering = [part for part, source in sources.items() if re.search(r"\bregister\(", source)]
+    if registering:
+        found = max(registering, key=lambda part: f'"{name}"' in sources[part] or f"'{name}'" in sources[part])
+        return f"; or does {found} register it? --env-id {found}:{name}"
+    own = _source(getattr(package, "__spec__", None))
+    of_gym = re.search(r"(?m)^\s*(import gym|import gym as \w+|from gym\b.* import .*)$", own)
+    if of_gym and importlib.util.find_spec("gym") is None:
+        return f"; {module} registers in OpenAI's gym, which is not installed: pip install gym 'fastppo[gym]'"
+    return ""
+
+
+def _source(spec: ModuleSpec | None) -> str:
+    """The source text of a module in Python; "" for others."""
+    place = Path(spec.origin) if spec and spec.has_location and spec.origin else None
+    return place.read_text(errors="replace") if place and place.suffix == ".py" else ""
 
 
 def _made_by(env_id: str) -> str:

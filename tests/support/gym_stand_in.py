@@ -139,7 +139,7 @@ class Compatible(Of26):
         return self.env.render(self.render_mode)
 
 
-REGISTRY = {"Before-v0": Of21, "After-v0": Of26}
+REGISTRY = {"Before-v0": Of21, "After-v0": Of26, "Unseeded-v0": Unseeded21}
 
 
 def make(env_id, apply_api_compatibility=False, **kwargs):

@@ -72,6 +72,18 @@ class Relay:
 parallel_env = Relay
 
 
+class Telling(Relay):
+    """Infos have the step, and that of `late` a number of its own."""
+
+    def _info(self, agent):
+        return {
+            **super()._info(agent),
+            "time": self.time,
+            "text": "none",
+            **({"own": np.float32(7)} if agent == "late" else {}),
+        }
+
+
 class Team(Relay):
     """Two agents who are paid for being unlike: 1 each where their actions differ. One policy needs to know who is who."""
 
