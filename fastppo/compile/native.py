@@ -196,7 +196,7 @@ def command(source: Path, library: Path, *flags: str) -> list[str]:
 
 
 def build(library: Path) -> None:
-    """Compile native.cpp for this processor in 2 s. Raises OSError, or CalledProcessError with the compiler's output."""
+    """Compile native.cpp for this processor in 3 s. Raises OSError, or CalledProcessError with the compiler's output."""
     torch_dir = Path(torch.__file__).parent
     flags = [
         f"-I{torch_dir / 'include'}",
