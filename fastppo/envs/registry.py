@@ -101,7 +101,7 @@ def _registered_by(env_id: str) -> str:
 def _source(spec: ModuleSpec | None) -> str:
     """The source text of a module in Python; "" for others."""
     place = Path(spec.origin) if spec and spec.has_location and spec.origin else None
-    return place.read_text(errors="replace") if place and place.suffix == ".py" else ""
+    return place.read_text(encoding="utf-8", errors="replace") if place and place.suffix == ".py" else ""
 
 
 def _made_by(env_id: str) -> str:
