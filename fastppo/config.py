@@ -150,7 +150,7 @@ class TrainConfig:
     """Stop when the mean return of the last 100 episodes, or with --eval-every of an evaluation, reaches this."""
 
     learning_rate: Annotated[float | None, POSITIVE, LEARNING] = 2.5e-3
-    """Adam's step size. None: chosen by the environment's spaces."""
+    """Adam's step size. None: chosen by the environment's spaces and the length of the run."""
     anneal_lr: Annotated[bool, LEARNING] = True
     """Anneal the learning rate linearly to 0 over the run."""
     desired_kl: Annotated[float | None, POSITIVE, LEARNING] = None

@@ -59,7 +59,7 @@ LAYER_NORM = {"layer_norm": True}  # ours, where it learns more than without (be
 RECOMPUTED = {"recompute_advantage": True, "norm_adv": False, "log_std_init": -0.5}
 
 # For environments without a preset, chosen on those of benchmarks/untuned.py with seeds from 101 on. Minibatches of 64 rows.
-OPEN = {"learning_rate": None, "update_epochs": None, "ent_coef": None}  # by the environment's spaces
+OPEN = {"learning_rate": None, "update_epochs": None, "ent_coef": None}  # by the environment's spaces and the run's length
 GENERAL = NORMALIZED | RECOMPUTED | LAYER_NORM | {"num_minibatches": 16} | OPEN
 
 ARTICLE = {  # the settings of the article that fastppo grew from: those of the PPO paper's Atari runs, on CartPole

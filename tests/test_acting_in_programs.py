@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo.compile import native
+from fastppo.compile.workers import _get_pointer, _new_capsule
 from fastppo.fused import operators
 from fastppo.fused.kernels import Kernels
 from fastppo.fused.mlp_programs import description
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Hybrid, MultiCategorical
-from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
+from fastppo.policy.distributions import CATEGORICAL
+from fastppo.policy.mlp import MLPActorCritic
+from support.fused import mlps
 from support.kernels import share_helpers
 
 
@@ -26,20 +28,16 @@ def library(needs_compiler, programs_dir, tmp_path_factory):
 
 def call(function, tensors, *numbers):
     """The tensor that a C function of the helpers makes, or None if it fails."""
-    handles = [get_pointer(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
+    handles = [_get_pointer(capsule, None) for capsule in torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)]
     result = ctypes.c_void_p()
     code = function(*map(ctypes.c_void_p, handles), *numbers, ctypes.byref(result))
     for handle in handles:
         delete(ctypes.c_void_p(handle))
     if code != 0:
         return None
-    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([new_capsule(result, None, None)])[0]
+    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs([_new_capsule(result, None, None)])[0]
 
 
-get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-new_capsule = ctypes.pythonapi.PyCapsule_New
-new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 delete = ctypes.CDLL(f"{torch.__path__[0]}/lib/libtorch_cpu.so").aoti_torch_delete_tensor_object
 
 
@@ -55,26 +53,8 @@ def act(library, network, packed, obs, noise):
     return call(library.aoti_torch_cpu_mlp_act_packed, [packed, obs, noise], numbers, ctypes.c_int64(len(network)), *of_action)
 
 
-@st.composite
-def networks(draw):
-    kind = draw(st.sampled_from(["categorical", "multi", "normal", "hybrid"]))
-    numbers = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
-    size = draw(st.integers(1, 20))
-    single = {"categorical": CATEGORICAL, "normal": DIAGONAL_NORMAL, "multi": MultiCategorical(numbers)}
-    family = Hybrid(numbers, size) if kind == "hybrid" else single[kind]
-    return MLPActorCritic(
-        draw(st.integers(1, 40)),
-        {"multi": sum(numbers), "hybrid": sum(numbers) + size}.get(kind, size),
-        family,
-        tuple(draw(st.lists(st.integers(1, 70), max_size=3))),
-        draw(st.sampled_from(sorted(ACTIVATIONS))),
-        draw(st.booleans()),
-        layer_norm=draw(st.booleans()),
-    )
-
-
 @settings(max_examples=100)
-@given(mlp=networks(), num_rows=st.integers(1, 100), seed=st.integers(0, 1000))
+@given(mlp=mlps(), num_rows=st.integers(1, 100), seed=st.integers(0, 1000))
 def test_it_acts_as_the_fused_program(library, mlp, num_rows, seed):
     """The same actions for every network, of parameters packed into as much memory as Python says that they need."""
     generator = torch.Generator().manual_seed(seed)

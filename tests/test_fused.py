@@ -17,11 +17,11 @@ from fastppo.fused import operators
 from fastppo.fused.kernels import Kernels
 from fastppo.fused.mlp_programs import FusedAct, FusedLearn, ThreadCount, covers
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Hybrid, MultiCategorical
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL
 from fastppo.policy.encoder import Encoder
-from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
+from fastppo.policy.mlp import MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
-from support.fused import WIDE, arguments_of, assert_same, both, with_mask
+from support.fused import WIDE, arguments_of, assert_same, both, mlps, with_mask
 from support.learn_settings import learn_settings, split
 from support.programs import Rendezvous
 
@@ -35,21 +35,8 @@ def kernels(needs_compiler):
 
 @st.composite
 def networks(draw):
-    kind = draw(st.sampled_from(["categorical", "multi", "normal", "hybrid"]))
-    numbers = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
-    size = draw(st.integers(1, 20))
-    single = {"categorical": CATEGORICAL, "normal": DIAGONAL_NORMAL, "multi": MultiCategorical(numbers)}
-    family = Hybrid(numbers, size) if kind == "hybrid" else single[kind]
-    mlp = MLPActorCritic(
-        draw(st.integers(1, 40)),
-        {"multi": sum(numbers), "hybrid": sum(numbers) + size}.get(kind, size),
-        family,
-        tuple(draw(st.lists(st.integers(1, 70), max_size=3))),
-        draw(st.sampled_from(sorted(ACTIVATIONS))),
-        draw(st.booleans()),
-        layer_norm=draw(st.booleans()),
-    )
-    return with_mask(mlp) if kind != "normal" and draw(st.booleans()) else mlp
+    mlp = draw(mlps())
+    return with_mask(mlp) if mlp.distribution is not DIAGONAL_NORMAL and draw(st.booleans()) else mlp
 
 
 @settings(max_examples=120)

@@ -27,8 +27,7 @@ from torch import Tensor
 from fastppo.core.recurrence import Cells
 
 SOURCE = Path(__file__).with_name("native.cpp")
-INCLUDED = [*SOURCE.parent.glob("*.h"), *SOURCE.parents[1].glob("fused/*.h")]
-SOURCES = (SOURCE, *sorted(INCLUDED))
+SOURCES = (SOURCE, *sorted(SOURCE.parent.glob("*.h")), *sorted(SOURCE.parents[1].glob("fused/*.h")))
 NO_COMPILER = "there is no C++ compiler; install g++ or name one in CXX"
 
 

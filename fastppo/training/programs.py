@@ -104,12 +104,11 @@ def collect_program(
     task: Task, params: Tensor, normalization: Normalization, rollout: dict[str, Tensor], noise: Tensor
 ) -> ProgramSpec:
     """`collect`. Compiled, it gains by taking several seeds at once: each worker takes its part of them."""
-    axis, made = task.axis, task.made
+    axis, made, policy = task.axis, task.made, policy_of(task)
     assert isinstance(made, TorchVectorEnv)
-    collect = compiled = partial(acting.collect, policy=policy_of(task), env_step=env_step_of(made, task.action))
+    collect = compiled = partial(acting.collect, policy=policy, env_step=env_step_of(made, task.action))
     if task.device.type == "cpu" and not axis.shape:
         enough = task.local.num_envs >= MIN_WORKER_ENVS * task.workers
-        policy = policy_of(task)
         bind_act = partial(mlp_programs.bind_act, policy) if mlp_programs.covers(policy) else None
         compiled = partial(collect, execution=Execution(num_workers=task.workers if enough else 1, bind_act=bind_act))
     running = (*pack(made.running), *(x.contiguous() for x in rnn_inputs(task, rollout)))

@@ -3,19 +3,39 @@
 import functools
 
 import torch
+from hypothesis import strategies as st
 
 from fastppo.core.adam import AdamState
 from fastppo.core.contracts import EAGER, Normalization
 from fastppo.core.ppo import MINIBATCH_METRICS, learn
 from fastppo.fused.mlp_programs import FusedLearn
 from fastppo.policy.actor_critic import ActorCritic
-from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Hybrid, choices
+from fastppo.policy.distributions import CATEGORICAL, DIAGONAL_NORMAL, Hybrid, MultiCategorical, choices
 from fastppo.policy.encoder import Encoder
-from fastppo.policy.mlp import MLPActorCritic
+from fastppo.policy.mlp import ACTIVATIONS, MLPActorCritic
 from fastppo.policy.spaces import ObsLeaf
 from support.learn_settings import coefficients, learn_settings
 
 WIDE = MLPActorCritic(17, 6, DIAGONAL_NORMAL, (64, 64))
+
+
+@st.composite
+def mlps(draw):
+    """Every kind of actions, shape and setting that the fused programs cover."""
+    kind = draw(st.sampled_from(["categorical", "multi", "normal", "hybrid"]))
+    numbers = tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    size = draw(st.integers(1, 20))
+    single = {"categorical": CATEGORICAL, "normal": DIAGONAL_NORMAL, "multi": MultiCategorical(numbers)}
+    family = Hybrid(numbers, size) if kind == "hybrid" else single[kind]
+    return MLPActorCritic(
+        draw(st.integers(1, 40)),
+        {"multi": sum(numbers), "hybrid": sum(numbers) + size}.get(kind, size),
+        family,
+        tuple(draw(st.lists(st.integers(1, 70), max_size=3))),
+        draw(st.sampled_from(sorted(ACTIVATIONS))),
+        draw(st.booleans()),
+        layer_norm=draw(st.booleans()),
+    )
 
 
 def with_mask(mlp):
