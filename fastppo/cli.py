@@ -20,7 +20,7 @@ import tyro
 
 from fastppo.bounds import flag
 from fastppo.config import OLD_NAMES, TrainConfig, read_run_config
-from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags
+from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags, nearest
 from fastppo.given_settings import HABITS, with_absolute_paths, without_rivals
 from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import print_any_letter, silence_stdout
@@ -295,7 +295,7 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
 
 
 def _fold(box: str, flags: Collection[str]) -> str:
-    """The first paragraph of tyro's framed report with the nearest flag: one of `flags` that others call so, or tyro's."""
+    """The first paragraph of tyro's framed report, with the flag of ours that others call so, or the nearest of `flags`."""
     paragraphs: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is the frame's title
         text = line.strip("│╰╯ ")
@@ -315,8 +315,9 @@ def _fold(box: str, flags: Collection[str]) -> str:
     if len(message) > MAX_LETTERS:
         message = message[:MAX_LETTERS] + "..."
     if message.startswith("Unrecognized"):
-        named = (NAMES_ELSEWHERE.get(word.partition("=")[0].replace("_", "-")) for word in message.replace(",", " ").split())
-        habit = next((name for name in named if name in flags), None)
+        words = message.replace(",", " ").split()
+        given = [word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
+        habit = next((NAMES_ELSEWHERE[word] for word in given if NAMES_ELSEWHERE.get(word) in flags), None)
         if habit is not None:
             return f"{message}; here it is {habit} (all flags: --help)"
         word = re.match(r"Unrecognized options: ([^-\s,][^\s,]*)(?!\S)", message)
@@ -324,7 +325,6 @@ def _fold(box: str, flags: Collection[str]) -> str:
             what, name = ("an environment", "--env-id") if re.search(r"-v\d+$", word[1]) else ("a file", "--output")
             if name in flags:
                 return f"{message}; {what} is given as {name} {word[1]} (all flags: --help)"
-    for text in texts[1:]:
-        if text.startswith("Perhaps you meant"):
-            message += "; nearest: " + next((word for word in text.split() if word.startswith("--")), "")
+        if given:  # a flag's first words are enough
+            message += nearest(given[0][:100], [name for name in flags if name.startswith(given[0])] or sorted(flags), 2)
     return message + " (all flags: --help)"

@@ -19,6 +19,7 @@ HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for th
     "--n-envs": "--num-envs",
     "--n-steps": "--num-steps",
     "--n-epochs": "--update-epochs",
+    "--num-epochs": "--update-epochs",
     "--batch-size": "--minibatch-size",
     "--lr": "--learning-rate",
     "--clip-range": "--clip-coef",
@@ -30,7 +31,15 @@ HABITS = {  # flags of CleanRL, Stable-Baselines3, its zoo and PufferLib, for th
     "--cuda": "--device",
     "--wandb": "--track",
     "--wandb-project": "--track-project",
+    "--wandb-project-name": "--track-project",
     "--load-model-path": "--init-from",
+    "--lstm": "--rnn",
+    "--use-rnn": "--rnn",
+    "--eval-freq": "--eval-every",
+    "--save-freq": "--checkpoint-iterations",
+    "--checkpoint-interval": "--checkpoint-iterations",
+    "--capture-video": "--record-every",
+    "--exp-name": "--run-dir",
 }
 _NAMES = [field.name for field in fields(TrainConfig)]
 

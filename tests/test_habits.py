@@ -229,6 +229,9 @@ def test_other_words_are_no_habits(command, capsys):
         (["train", "--env-id", "Pendulum"], "--env-id 'Pendulum' is not registered; nearest: Pendulum-v1\n"),
         (["evaluate", "runs/old/checkpoints/last.pt"], "last.pt is a file: give the directory of its run\n"),
         (["export", "runs/old", "policy.onnx"], "Unrecognized options: policy.onnx; a file is given as --output policy.onnx ("),
+        (["train", "--ent", "0.1"], "Unrecognized options: --ent, 0.1; nearest: --ent-coef"),
+        (["train", "--checkpoint-every=5"], "; nearest: --checkpoint-seconds, --checkpoint-iterations ("),
+        (["train", "--num_epoch", "5"], "; nearest: --num-steps, --update-epochs ("),
         (["import-sb3", "a.zip", "--run-dir", "b"], "Unrecognized options: --run-dir, b; here it is --output-dir ("),
     ],
 )
