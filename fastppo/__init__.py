@@ -16,7 +16,7 @@ from fastppo.system.requirements import check_gymnasium
 
 if TYPE_CHECKING:
     from fastppo.analysis.loading import load_policy
-    from fastppo.presets import load_preset, preset_for
+    from fastppo.find_preset import load_preset, preset_for
     from fastppo.training.loop import train
     from fastppo.training.results import TrainResult
     from fastppo.verbs import evaluate, export, plot
@@ -58,9 +58,9 @@ def __getattr__(name: str) -> Any:
 
         return getattr(verbs, name)
     if name in ("load_preset", "preset_for"):
-        from fastppo import presets
+        from fastppo import find_preset
 
-        return getattr(presets, name)
+        return getattr(find_preset, name)
     raise AttributeError(f"module 'fastppo' has no attribute {name!r}")
 
 

@@ -21,8 +21,8 @@ import tyro
 from fastppo.bounds import flag
 from fastppo.config import OLD_NAMES, TrainConfig, read_run_config
 from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags, nearest
+from fastppo.find_preset import choose_preset, find_preset
 from fastppo.given_settings import HABITS, with_absolute_paths, without_rivals
-from fastppo.presets import choose_preset, find_preset
 from fastppo.run.display import print_any_letter, silence_stdout
 from fastppo.system.paths import absolute, current_directory, importable, leave_deleted_directory
 from fastppo.system.platforms import SIGPIPE, open_standard_streams

@@ -57,7 +57,7 @@ def check_combinations(config: "TrainConfig") -> None:
         _check_seeds(config)
     _check_minibatches(config)
     if config.preset not in ("none", "auto"):
-        from fastppo.presets import check_applied  # here: presets are made of settings
+        from fastppo.find_preset import check_applied  # here: presets are made of settings
 
         check_applied(config)
 

@@ -11,7 +11,8 @@ import pytest
 from fastppo import TrainConfig, UsageError
 from fastppo.bounds import flag
 from fastppo.cli import parse_train
-from fastppo.presets import PRESETS, load_preset
+from fastppo.find_preset import load_preset
+from fastppo.presets import PRESETS
 from fastppo.train import console
 
 

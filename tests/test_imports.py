@@ -27,6 +27,7 @@ FLOORS = (
             "env_objects",
             "given_settings",
             "presets",
+            "find_preset",
             "sb3_settings",
             "callbacks",
         },

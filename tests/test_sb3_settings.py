@@ -8,7 +8,7 @@ import pytest
 from fastppo import TrainConfig, UsageError, preset_for, train
 from fastppo.__main__ import console
 from fastppo.cli import parse_train
-from fastppo.presets import describe
+from fastppo.find_preset import describe
 from fastppo.sb3_settings import arguments_of
 
 pytest.importorskip("yaml")

@@ -6,9 +6,9 @@ from environments import ACTIONS
 from gymnasium.spaces import Box, Discrete
 
 from fastppo import TrainConfig
+from fastppo.find_preset import preset_for
 from fastppo.policy.make_network import make_network
 from fastppo.policy.spaces import action_spec, obs_spec
-from fastppo.presets import preset_for
 from fastppo.training.unused_settings import unused_settings
 from support.networks import Small
 

@@ -17,8 +17,8 @@ from fastppo.envs.functions import naming
 from fastppo.envs.numbered import NumberedVectorEnv
 from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
+from fastppo.find_preset import preset_for
 from fastppo.given_settings import with_settings
-from fastppo.presets import preset_for
 from fastppo.system.paths import current_directory
 from fastppo.training.resumed_settings import resumed_with
 

@@ -16,7 +16,7 @@ from fastppo.callbacks import Callback
 from fastppo.compile.selector import Kernels, ProgramSelector
 from fastppo.core.adam import AdamState
 from fastppo.core.seed_axis import SeedAxis
-from fastppo.presets import describe
+from fastppo.find_preset import describe
 from fastppo.rollout.collector import Collector
 from fastppo.rollout.storage import RnnState, allocate_rollout
 from fastppo.run.directory import RunDirectory
