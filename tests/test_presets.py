@@ -207,8 +207,8 @@ def test_the_sources_batches():
         "classic": (256, 1024),
         "general": (64, 1024),
         "article": (256, 1024),
-        "continuous": (64, 2048),
-        "Pendulum": (64, 2048),
+        "continuous": (64, 1024),
+        "Pendulum": (64, 1024),
         "box2d": (64, 16 * 1024),
         "mujoco": (64, 2048),
         "atari": (256, 8 * 128),
@@ -258,10 +258,10 @@ def test_a_run_and_its_continuation(tmp_path, capsys):
     assert console([*TINY, "--env-id", "Pendulum-v1", "--gamma", "0.8", "--run-dir", str(run_dir)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("preset ")]
     assert len(lines) == 1
-    assert lines[0].startswith("preset Pendulum (Pendulum-v1; fastppo's own): norm_reward")
+    assert lines[0].startswith("preset Pendulum (Pendulum-v1; fastppo's own): norm_obs, norm_reward")
     assert "gamma 0.8" in lines[0]
     before = TrainConfig.from_json(run_dir / "config.json")
-    assert (before.preset, before.gamma, before.learning_rate) == ("Pendulum", 0.8, 1e-3)
+    assert (before.preset, before.gamma, before.learning_rate) == ("Pendulum", 0.8, 7e-4)
 
     assert console(["--resume", str(run_dir), "--num-iterations", "2"]) == 0
     assert "preset" not in capsys.readouterr().out
