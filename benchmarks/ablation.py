@@ -55,6 +55,7 @@ BASE = "preset"
 VARIANTS: Mapping[str, str] = {
     BASE: "",
     "recomputed advantages": "--recompute-advantage",
+    "no recomputed advantages": "--no-recompute-advantage",
     "learning rate by KL 0.01": "--desired-kl 0.01",
     "learning rate not annealed": "--no-anneal-lr",
     "entropy bonus 0.01 to 0": "--ent-coef 0.01 --ent-coef-end 0",
