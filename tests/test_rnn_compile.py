@@ -20,8 +20,8 @@ from support.programs import OFF, assert_same, make_permutation
 from support.recurrent import KINDS, USERS, Bench, make_params, make_policy, setting
 
 
-def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_envs=6, per_minibatch=3, **given):
-    """(learn, arguments): 12 steps, minibatches of whole environments, two epochs."""
+def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_envs=6, per_minibatch=3, epochs=2, **given):
+    """(learn, arguments): 12 steps, minibatches of whole environments."""
     options = {"users": users, "layers": layers, "hidden": hidden}
     policy, _, rollout = setting(spaces, kind, num_envs=num_envs, seed=seed + 1, **options)
     params = make_params(policy, seed)
@@ -29,7 +29,7 @@ def learn_job(kind, spaces="discrete", seed=0, users=2, layers=1, hidden=5, num_
         rollout |= {"final_" + key: x.flip(0) for key, x in rollout.items() if key.partition(".")[0] == "obs"}
     numbers, settings = split({"learning_rate": 1e-3, **given})
     settings = learn_settings(**({"minibatch_size": 12 * per_minibatch} | settings))
-    arguments = (params, init_adam(params), rollout, make_permutation(2, num_envs, seed), coefficients(**numbers), OFF)
+    arguments = (params, init_adam(params), rollout, make_permutation(epochs, num_envs, seed), coefficients(**numbers), OFF)
     return functools.partial(learn, policy=policy, **settings), arguments
 
 
@@ -46,9 +46,11 @@ def assert_compiled(job, programs_dir, **shared):
 def test_compiled_learn_equals_eager(programs_dir):
     """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor.
 
+    Advantages are recomputed: a loop of minibatches in one of epochs.
+
     A run of three seeds calls the same program for one at a time, on two threads: nothing is compiled again.
     """
-    job = functools.partial(learn_job, "lstm", target_kl=0.5)
+    job = functools.partial(learn_job, "lstm", target_kl=0.5, recompute_advantage=True)
     assert_compiled(job, programs_dir)
     examples = [job(seed=seed) for seed in range(3)]
     stacked = stack([arguments for _, arguments in examples])
@@ -89,6 +91,16 @@ def test_traced_learn_has_the_cells_of_the_library(kind, users):
     graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
     called = {str(node.target) for one in graphs for node in one.nodes}
     assert {f"fastppo.{kind}.default", f"fastppo.{kind}_backward.default"} <= called
+
+
+def test_recomputed_advantages_are_traced_once():
+    """With --recompute-advantage ten epochs are no more to compile than two: they are a loop of the program."""
+    sizes = []
+    for epochs in (2, 10):
+        graph, _ = trace(*learn_job("gru", epochs=epochs, recompute_advantage=True))
+        graphs = [module.graph for module in graph.modules() if isinstance(module, torch.fx.GraphModule)]
+        sizes.append(sum(len(one.nodes) for one in graphs))
+    assert sizes[0] == sizes[1]
 
 
 def act_job(kind, number, seed=0, num_seeds=None, **options):

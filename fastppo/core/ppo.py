@@ -21,7 +21,17 @@ from torch.utils._pytree import tree_map
 from fastppo.core.adam import AdamState, adam_step, clip_by_global_norm
 from fastppo.core.advantages import generalized_advantage, monte_carlo_return
 from fastppo.core.compilable import Call, compilable, policy_call
-from fastppo.core.contracts import EAGER, Coefficients, Execution, LearnResult, Normalization, Policy, normalize_obs, obs_of
+from fastppo.core.contracts import (
+    EAGER,
+    Coefficients,
+    Execution,
+    LearnResult,
+    Normalization,
+    Obs,
+    Policy,
+    normalize_obs,
+    obs_of,
+)
 from fastppo.core.forward import Evaluation, Units, by_unit, evaluate_rollout, evaluate_units, make_units
 from fastppo.core.losses import (
     approximate_kl,
@@ -91,6 +101,17 @@ class Minibatch(NamedTuple):
     num_transitions: Tensor  # ()
 
 
+class EpochState(NamedTuple):
+    """What an epoch hands to the next."""
+
+    params: Tensor  # (P,)
+    adam: AdamState
+    running: Tensor  # () bool, False after a KL stop
+    return_mean: Tensor  # (), as in Normalization
+    return_std: Tensor  # ()
+    old_log_prob: Tensor  # (T, N), of the first epoch
+
+
 def _calls_of_learn(
     params: Tensor, adam: AdamState, rollout: Mapping[str, Tensor], *_: Any, policy: Policy, **__: Any
 ) -> list[Call]:
@@ -139,25 +160,55 @@ def learn(
     loss = partial(loss_of_units, units=units, policy=policy, cells=cells, coefficients=coefficients, config=config)
     gradient = partial(minibatch_gradient, loss=loss, shard=shard, execution=execution)
     step = partial(minibatch_step, gradient=gradient, coefficients=coefficients)
-    carry = (params, adam, torch.ones((), dtype=torch.bool, device=params.device))
-    all_metrics = []
-    for epoch, permutations in enumerate(permutation.split(1) if config.recompute_advantage else [permutation]):
-        with torch.no_grad():
-            evaluation = evaluate_rollout(carry[0], rollout, obs, normalization, policy, shard, execution)
-            targets = estimate_advantages(evaluation, rollout, coefficients, normalization, config, shard)
-            normalization = normalization._replace(return_mean=targets.return_mean, return_std=targets.return_std)
-            if epoch == 0:
-                old_log_prob = evaluation.log_prob
-                variance_explained = explained_variance(evaluation.value, targets.value_target, valid, shard.sum_over_ranks)
-            rows = Rows(old_log_prob, targets.advantage, targets.value_target, evaluation.value, valid)
-            minibatches = make_minibatches(permutations, rows, remembers, config, shard, execution)
-        carry, (metrics,) = execution.scan(step, carry, tuple(minibatches))
-        all_metrics.append(metrics)
-    # Inductor's C++ for torch.cat of one result of a scan does not compile (torch 2.13)
-    (params, adam, _), metrics = carry, torch.cat(all_metrics) if len(all_metrics) > 1 else all_metrics[0]
+    epochs = partial(learn_epochs, rollout=rollout, obs=obs, valid=valid, normalization=normalization, policy=policy)
+    epochs = partial(epochs, step=step, coefficients=coefficients, config=config, shard=shard, execution=execution)
+    running = torch.ones((), dtype=torch.bool, device=params.device)
+    state = EpochState(params, adam, running, normalization.return_mean, normalization.return_std, torch.zeros_like(valid))
+    if config.recompute_advantage:
+        is_first = torch.arange(len(permutation), device=params.device) == 0
+        state, (metrics, explained) = execution.scan(epochs, state, (permutation, is_first))
+        metrics, explained = metrics.flatten(0, 1), explained[0]
+    else:
+        state, (metrics, explained) = epochs(state, (permutation, running))
     with torch.no_grad():
-        summary = summarize(metrics, variance_explained, params)
-    return LearnResult(params, adam, metrics, variance_explained, targets.return_mean, targets.return_std, summary)
+        summary = summarize(metrics, explained, state.params)
+    return LearnResult(state.params, state.adam, metrics, explained, state.return_mean, state.return_std, summary)
+
+
+def learn_epochs(
+    state: EpochState,
+    x: tuple[Tensor, ...],
+    rollout: Mapping[str, Tensor],
+    obs: Obs,
+    valid: Tensor,
+    normalization: Normalization,
+    policy: Policy,
+    step: Callable[..., Any],
+    coefficients: Coefficients,
+    config: LearnConfig,
+    shard: Shard,
+    execution: Execution,
+) -> tuple[EpochState, tuple[Tensor, Tensor]]:
+    """Values and advantages of the whole rollout under the parameters as they are, then the minibatches of x's epochs.
+
+    x: permutations of `learn`, of one epoch (B,) or of all (E, B); whether it is the first, () bool. Its log-probabilities are
+    those that the policy acted with, and stay. step: `minibatch_step`.
+
+    Returns:
+        The new state; metrics (L, M) and the explained variance, ().
+    """
+    permutation, is_first = x
+    with torch.no_grad():
+        normalization = normalization._replace(return_mean=state.return_mean, return_std=state.return_std)
+        evaluation = evaluate_rollout(state.params, rollout, obs, normalization, policy, shard, execution)
+        targets = estimate_advantages(evaluation, rollout, coefficients, normalization, config, shard)
+        explained = explained_variance(evaluation.value, targets.value_target, valid, shard.sum_over_ranks)
+        old_log_prob = torch.where(is_first, evaluation.log_prob, state.old_log_prob)
+        rows = Rows(old_log_prob, targets.advantage, targets.value_target, evaluation.value, valid)
+        minibatches = make_minibatches(permutation, rows, policy.rnn_state_size > 0, config, shard, execution)
+    before = (state.params, state.adam, state.running)
+    (params, adam, running), (metrics,) = execution.scan(step, before, tuple(minibatches))
+    return EpochState(params, adam, running, targets.return_mean, targets.return_std, old_log_prob), (metrics, explained)
 
 
 def estimate_advantages(
