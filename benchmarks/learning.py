@@ -44,6 +44,7 @@ ZOO: Mapping[str, tuple[float, str]] = {
     "Breakout": (398.0, "10M"),
     "CartPoleNoVel": (500.0, "100k"),  # these two: ppo_lstm
     "PendulumNoVel": (-217.9, "100k"),
+    "MiniGrid-MultiRoom-N4-S5": (0.0, "10M"),
 }
 # CleanRL: training returns, mean of three seeds, MuJoCo v4: docs/rl-algorithms/ppo.md and
 # docs/benchmark/ppo_continuous_action.md of https://github.com/vwxyzjn/cleanrl at fe8d8a03

@@ -172,8 +172,8 @@ TASKS: Mapping[str, MemoryTask] = {
     ),
     "pendulum": MemoryTask(
         "PendulumNoVel-v1",
-        "--total-timesteps 200000 --num-steps 256 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 "
-        "--norm-reward",
+        "--total-timesteps 200000 --num-steps 128 --num-minibatches 8 --update-epochs 10 --learning-rate 1e-3 --gamma 0.95 "
+        "--norm-obs --norm-reward --recompute-advantage --no-norm-adv --log-std-init -0.5 --layer-norm",
     ),
 }
 
