@@ -296,15 +296,10 @@ def _value_of(name: str, args: Sequence[str]) -> str | None:
 
 def _fold(box: str, flags: Collection[str]) -> str:
     """The first paragraph of tyro's framed report, with the flag of ours that others call so, or the nearest of `flags`."""
-    paragraphs: list[list[str]] = [[]]
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:  # the first line is the frame's title
-        text = line.strip("│╰╯ ")
-        if set(text) <= {"─", "-"}:
-            paragraphs.append([])
-        else:
-            paragraphs[-1].append(text)
-    texts = [" ".join(lines) for lines in paragraphs if lines]
-    message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", texts[0] if texts else box.strip())  # tyro breaks long words
+    lines = (line.strip("│╰╯ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:])  # 0: the frame's title
+    paragraphs = itertools.groupby(lines, lambda line: set(line) <= {"─", "-"})
+    text = next((" ".join(paragraph) for is_rule, paragraph in paragraphs if not is_rule), box.strip())
+    message = re.sub(r"(\S{40})\S{10,}(\s+\S{50,})*", r"\1...", text)  # tyro breaks long words
     message = re.sub(
         r"^Missing from [^:]*: (?:({[^}]*}).*|(?:STR )?(.*?)(?: \(required\).*)?)$", r"missing argument: \1\2", message
     )

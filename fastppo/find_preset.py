@@ -102,12 +102,7 @@ def read_preset(path: str) -> Preset:
     if not isinstance(source, str) or not source.isprintable() or len(source) > 500:
         raise UsageError(f"{path}: source must be a line of text, got {reprlib.repr(source)}")
     _known(path, settings, [spec.name for spec in fields(TrainConfig) if spec.name not in NOT_IN_FILES], "setting of a preset")
-    preset = Preset(path, env_id, source, settings)
-    try:
-        preset.config()  # for its checks
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return preset
+    return _checked(Preset(path, env_id, source, settings))
 
 
 def _run_preset(name: str, path: Path) -> Preset:
@@ -115,6 +110,15 @@ def _run_preset(name: str, path: Path) -> Preset:
     config = TrainConfig.from_json(path)
     settings = {spec.name: getattr(config, spec.name) for spec in fields(config) if spec.name not in NOT_IN_FILES}
     return Preset(name, config.env_id, "the settings of that run", settings)
+
+
+def _checked(preset: Preset) -> Preset:
+    """The preset of a file, which its name is. Raises UsageError for an illegal value."""
+    try:
+        preset.config()  # for its checks
+    except UsageError as error:
+        raise UsageError(f"{preset.name}: {error}") from None
+    return preset
 
 
 def _known(path: str, data: Mapping[str, Any], names: Iterable[str], what: str) -> None:
@@ -128,12 +132,7 @@ def _zoo_preset(path: str, env_id: str | None) -> Preset:
     """The settings of an environment in a file like the zoo's ppo.yml. Raises UsageError."""
     env_id, found = read_zoo(path, env_id, _is_atari)
     without = f", without what has no counterpart here: {'; '.join(found.left_out)}" if found.left_out else ""
-    preset = Preset(path, env_id, f"in the zoo's format{without}", found.settings)
-    try:
-        preset.config()  # for its checks
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return preset
+    return _checked(Preset(path, env_id, f"in the zoo's format{without}", found.settings))
 
 
 def find_preset(name: str, env_id: str | None = None) -> Preset:

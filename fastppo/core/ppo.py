@@ -169,7 +169,7 @@ def learn(
         state, (metrics, explained) = execution.scan(epochs, state, (permutation, is_first))
         metrics, explained = metrics.flatten(0, 1), explained[0]
     else:
-        state, (metrics, explained) = epochs(state, (permutation, running))
+        state, (metrics, explained) = epochs(state, (permutation, running))  # all of them, with the first: running is true
     with torch.no_grad():
         summary = summarize(metrics, explained, state.params)
     return LearnResult(state.params, state.adam, metrics, explained, state.return_mean, state.return_std, summary)
