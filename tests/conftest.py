@@ -58,14 +58,18 @@ def pytest_runtest_setup(item):
 
 # The files that take longest, the longest first: two workers take a file at a time, and a long one at the end would keep the
 # other worker waiting. xdist's own order is by numbers of tests and has the files that compile last.
-LONG_FILES = ["selector", "compilation", "rnn_compile", "export", "torchrun", "seeds", "sweep", "video", "faults", "collect"]
-LONG_FILES += ["rnn_runs", "run", "collect_keys", "collect_runs"]
+LONG_FILES = ["export", "fake_gpu", "halves", "selector", "video", "atari", "masks", "sweep", "seeds", "env_faults", "startup"]
+LONG_FILES += ["plot", "faults", "cuda_graph", "factory", "resume", "torchrun", "compilation", "rnn_compile"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items):
-    """The long files first, all else in its order; scripts/test.sh tells xdist to leave it so."""
+    """The long files first, all else in its order, as scripts/test.sh tells xdist. Users of `inductor` are marked."""
     order = {f"test_{name}": index for index, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+    for item in items:
+        if "inductor" in item.fixturenames:
+            item.add_marker("compiles")
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +77,11 @@ def needs_compiler():
     """For tests that build programs: they are skipped where there is no C++ compiler, and fail there in CI."""
     if not native.has_compiler():
         (pytest.fail if os.environ.get("FASTPPO_REQUIRE_COMPILER") else pytest.skip)(native.NO_COMPILER)
+
+
+@pytest.fixture(scope="session")
+def inductor(needs_compiler):
+    """For tests that let Inductor build programs, seconds to a minute each. They are marked `compiles`, and run apart."""
 
 
 @pytest.fixture(scope="session")

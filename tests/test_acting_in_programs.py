@@ -19,7 +19,7 @@ from support.kernels import share_helpers
 
 
 @pytest.fixture(scope="module")
-def library(needs_compiler, programs_dir, tmp_path_factory):
+def library(inductor, programs_dir, tmp_path_factory):
     Kernels().ready(wait=True)
     helpers = share_helpers(programs_dir, tmp_path_factory.mktemp("helpers"))
     native.load(helpers)

@@ -172,7 +172,7 @@ def test_traced_collect_of_choices_equals_eager():
     assert expected.truncated.any()
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_two_compiled_workers_equal_eager(programs_dir):
     """Each steps half of the environments and acts by the C++ functions. Bounds and a constant of the environment are tensors
     of the graph.

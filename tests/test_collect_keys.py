@@ -125,7 +125,7 @@ for env in (Room(), hidden()):
 """
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_an_environment_of_a_script_is_not_compiled_in_the_background(tmp_path):
     """A class of `__main__`, which may have no file, or inside a function: one line says what to do, and eager goes on."""
     lines = in_a_process(ROOM + IN_A_SCRIPT, tmp_path).splitlines()

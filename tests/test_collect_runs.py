@@ -137,7 +137,7 @@ def test_the_pages_environment_learns(tmp_path):
     assert len(module.splitlines()) < 40
     assert command[1:3] == ["-m", "fastppo.train"]
     (tmp_path / "reach.py").write_text(module)
-    command = [sys.executable, *command[1:], "--total-timesteps", "100000", "--compile", "off", "--eval-episodes", "0"]
+    command = [sys.executable, *command[1:], "--total-timesteps", "40000", "--compile", "off", "--eval-episodes", "0"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [*command, "--run-dir", "run"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200

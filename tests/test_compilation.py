@@ -62,7 +62,7 @@ class Library:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory, programs_dir, needs_compiler):
+def library(tmp_path_factory, programs_dir, inductor):
     """One build for all tests of this file."""
     torch.set_num_threads(1)
     cache_dir = tmp_path_factory.mktemp("cache")
@@ -137,7 +137,7 @@ def test_a_failing_worker_is_an_error_not_a_hang(library):
 
 
 @pytest.fixture(scope="module")
-def ranks(programs_dir, needs_compiler):
+def ranks(programs_dir, inductor):
     """(program of one of two processes with two workers each, its example, cache directory, settings of the whole)."""
     torch.set_num_threads(1)
     settings = {"advantage_estimator": "monte-carlo", "norm_returns": True, "target_kl": 0.0016, "normalized": True}

@@ -41,6 +41,7 @@ def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     if ranks:
         monkeypatch.setattr("fastppo.training.setup.start_ranks", two_processes)
     monkeypatch.setattr("fastppo.training.setup.MIN_WORKER_ROWS", 1)
+    monkeypatch.setattr("fastppo.compile.cuda_graph.WARM_UPS", 1)  # the next two do the same
     expected = torch.device("cuda", 1 if ranks else 0)
     with prepared(settings, policy) as (task, _):
         buffers = allocate_buffers(task)

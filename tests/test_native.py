@@ -81,7 +81,7 @@ print("failures", failures)
 """
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_memory_of_tensors_under_the_pool(programs_dir, tmp_path):
     """Sizes around every border, tensors freed by other threads, threads that end, numpy, resize_: aligned and never shared.
 

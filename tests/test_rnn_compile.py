@@ -42,7 +42,7 @@ def assert_compiled(job, programs_dir, **shared):
         assert_same(compiled(*arguments), program(*arguments))
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_compiled_learn_equals_eager(programs_dir):
     """Parameters, Adam's state and every metric, of two users of an LSTM whose sizes fill no vector of the processor.
 

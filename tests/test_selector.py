@@ -97,7 +97,7 @@ RUNS = {
 LIBRARIES = {"fused": 1, "fused + compiled": 3}  # the fused programs; `collect`, and the helpers of what Inductor compiles
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(scope="module", params=["fused", pytest.param("fused + compiled", marks=pytest.mark.compiles)])
 def fast_run(request, tmp_path_factory, programs_dir, needs_compiler):
     """(tier, directory of a run with --compile on, XDG_CACHE_HOME with its programs)."""
     run_dir, cache_home = tmp_path_factory.mktemp("runs") / "fast", tmp_path_factory.mktemp("cache")
@@ -330,7 +330,7 @@ def small_tiers(notes):
     return ProgramSelector("auto", specs, 1, notes.append, kernels=Kernels(there=True)), normalization
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_auto_builds_in_the_background_where_it_pays(tmp_path, monkeypatch):
     """A long run: decided after the first iterations, built by another process, taken up between two iterations.
 
@@ -360,7 +360,7 @@ def built_in(cache):
     return list((cache / "fastppo").glob("build-*"))
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
     """close() leaves no process and no half-built directory behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -377,7 +377,7 @@ def test_a_build_under_way_ends_with_the_run(tmp_path, monkeypatch):
     assert not built_in(tmp_path)
 
 
-@pytest.mark.usefixtures("needs_compiler")
+@pytest.mark.usefixtures("inductor")
 def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
     """A hidden sync cannot slip into a compiled program: there are no graph breaks to hide it in."""
     tmp_path.chmod(0o700)
