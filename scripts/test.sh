@@ -7,7 +7,8 @@ if [ $# -eq 0 ]; then
     "$python" -P -m ruff check --config pyproject.toml .
     "$python" -P -m ruff format --config pyproject.toml --check .
     "$python" -P -m mypy --config-file pyproject.toml
-    workers=$("$python" -P -c "from fastppo.system.cpus import available_cores; print(available_cores())")
-    set -- -n "$workers" --dist loadfile --no-loadscope-reorder
+    cores=$("$python" -P -c "from fastppo.system.cpus import available_cores; print(available_cores())")
+    # one more than cores: many tests wait, for other processes or for a time limit
+    set -- -n "$((cores + 1))" --dist loadfile --no-loadscope-reorder
 fi
 exec "$python" -P -m pytest --config-file pyproject.toml --confcutdir tests "$@"

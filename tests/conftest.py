@@ -56,8 +56,8 @@ def pytest_runtest_setup(item):
     torch.manual_seed(entropy.getrandbits(63))
 
 
-# The files that take longest, the longest first: two workers take a file at a time, and a long one at the end would keep the
-# other worker waiting. xdist's own order is by numbers of tests and has the files that compile last.
+# The files that take longest, the longest first: workers take a file at a time, and a long one at the end would keep the
+# others waiting. xdist's own order is by numbers of tests and has the files that compile last.
 LONG_FILES = ["export", "fake_gpu", "halves", "selector", "video", "atari", "masks", "sweep", "seeds", "env_faults", "startup"]
 LONG_FILES += ["plot", "faults", "cuda_graph", "factory", "resume", "torchrun", "compilation", "rnn_compile"]
 

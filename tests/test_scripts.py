@@ -237,7 +237,7 @@ def test_what_lies_beside_the_code_changes_nothing(clone):
     assert code == 0, (out + err)[-2000:]
     assert any(call.startswith("-P -m ruff check") for call in calls)
     assert any(call.startswith("-P -m ruff format") for call in calls)
-    assert calls[-1].startswith("-P -m pytest --config-file pyproject.toml --confcutdir tests -n 2")
+    assert calls[-1].startswith("-P -m pytest --config-file pyproject.toml --confcutdir tests -n 3")
     (clone.path / "tests" / "test_statistics.py").open("a").write("import   sys\n")
     assert clone.run("test.sh")[0] != 0  # so it does look
 
