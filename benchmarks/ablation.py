@@ -28,7 +28,7 @@ NAMES = ("variant", "env_id", "seed")  # of a run, in the results file
 
 
 class Task(NamedTuple):
-    """An environment: its flags, and the returns that count as 0, of random actions, and as 1, the best published."""
+    """An environment: its flags, and the returns that count as 0, of random actions, and as 1, the best known, published or ours."""
 
     flags: str
     random: float

@@ -88,6 +88,7 @@ def _lines() -> Iterator[str]:
     yield ""
     yield "`info_is_success` (`info/is_success`) is there where environments have `is_success` in their infos, and `info_NAME`"
     yield "(`info/NAME`) where `--log-info NAME` asks for it: means over the iteration's episodes, of each one's last step."
+    yield "With `--rnd-coef` the column `charts/rnd_bonus` is the mean bonus of the iteration's transitions."
     yield "What a callback records has a column of that name. These are empty in rows without a value."
     yield from ("", "## summary.json", "", "Written when training has ended, and again after the evaluation.", "")
     yield from _table(("key", "what it is"), ((f"`{key}`", _text(text)) for key, text in SUMMARY.items()))

@@ -165,7 +165,7 @@ def test_arguments_of_others_have_flags_of_train(name):
     rows = [line.split("|")[1:4] for line in section(name, heading).splitlines() if line.startswith("| `")]
     assert len(rows) > 15
     for _, ours, _ in rows:
-        for flag in re.findall(r"--[a-z-]+", ours):
+        for flag in re.findall(r"--[a-z0-9-]+", ours):
             assert flag[2:].replace("-", "_") in {spec.name for spec in fields(TrainConfig)}, flag
     named = {argument for theirs, _, _ in rows for argument in re.findall(r"`(\w+)`", theirs)}
     if name.endswith("sb3.md"):
