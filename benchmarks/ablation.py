@@ -28,7 +28,7 @@ NAMES = ("variant", "env_id", "seed")  # of a run, in the results file
 
 
 class Task(NamedTuple):
-    """An environment: its flags, and the returns that count as 0, of random actions, and as 1, the best known, published or ours."""
+    """An environment: its flags, and the returns that count as 0 (random actions) and 1 (the best known, published or ours)."""
 
     flags: str
     random: float
@@ -46,7 +46,7 @@ STAGES: Mapping[str, Mapping[str, Task]] = {
     },
     "mujoco": {
         "HalfCheetah-v5": Task("--backend envpool --preset mujoco", -280, 5819),
-        "Ant-v5": Task("--backend envpool --preset mujoco", -60, 3258),
+        "Ant-v4": Task("--backend envpool --preset mujoco", -60, 3258),  # no contact forces, as in the published runs
         "Hopper-v5": Task("--backend envpool --preset mujoco", 18, 3130),
         "Walker2d-v5": Task("--backend envpool --preset mujoco", 2, 3768),
     },
@@ -61,6 +61,7 @@ VARIANTS: Mapping[str, str] = {
     "entropy bonus 0.01 to 0": "--ent-coef 0.01 --ent-coef-end 0",
     "layer normalisation": "--layer-norm",
     "no layer normalisation": "--no-layer-norm",
+    "layer normalisation, no recomputed advantages": "--layer-norm --no-recompute-advantage",
     "torch's initial weights": "--init torch",
     "advantages not standardised": "--no-norm-adv",
     "value loss clipped": "--clip-vloss",
