@@ -74,17 +74,32 @@ def test_what_compiles_nothing_imports_no_compiler(tier, tmp_path, request):
     assert loaded == {"import": [], "train": [], "evaluate": [], "load_policy": [], "tier": tier}
 
 
-@pytest.fixture(scope="module")
-def ordinary():
-    """The marks and traces of tensordict imported as usual."""
-    return in_fresh_interpreter("import tensordict" + MARKED)
+# What is imported, by name; "ordinary" is tensordict without us.
+IMPORTS = {
+    "ordinary": "import tensordict",
+    "alone": "import fastppo.system.tensordicts",
+    "after tensordict": "import tensordict, fastppo.system.tensordicts",
+    "after dynamo": "import torch._dynamo, fastppo.system.tensordicts",
+}
+EACH_IN_A_FORK = """
+import os, sys, torch
+for script in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        exec(script, {})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
 
 
-@pytest.mark.parametrize("first", ["", "import tensordict\n", "import torch._dynamo\n"], ids=["alone", "tensordict", "dynamo"])
-def test_tensordict_is_marked_for_dynamo_as_always(ordinary, first):
+def test_tensordict_is_marked_for_dynamo_as_always():
     """The same functions carry the same marks, whatever was imported before; torch and sys.meta_path are as without us."""
+    scripts = [imports + MARKED for imports in IMPORTS.values()]
+    done = subprocess.run([sys.executable, "-c", EACH_IN_A_FORK, *scripts], check=True, capture_output=True, text=True)
+    ordinary, *ours = map(json.loads, done.stdout.splitlines())
     assert len(ordinary["marked"]) > 3
-    assert in_fresh_interpreter(first + "import fastppo.system.tensordicts" + MARKED) == ordinary
+    assert dict(zip(list(IMPORTS)[1:], ours, strict=True)) == dict.fromkeys(list(IMPORTS)[1:], ordinary)
 
 
 def test_torch_compile_sees_the_marks():
