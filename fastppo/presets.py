@@ -38,6 +38,7 @@ ZOO = "RL Zoo, hyperparams/ppo.yml at 00128b5"  # https://github.com/DLR-RM/rl-b
 ZOO_NORMED = f"{ZOO}, with layer normalisation"
 ZOO_SWIMMER = "RL Zoo, hyperparams/ppo.yml at 22e3ff2"  # where Swimmer's alone have changed
 TIANSHOU = "tianshou, examples/mujoco/mujoco_ppo.py at 002ffd9"  # https://github.com/thu-ml/tianshou
+TIANSHOU_NORMED = f"{TIANSHOU}, with layer normalisation"
 
 SB3 = {"learning_rate": 3e-4, "anneal_lr": False}  # Stable-Baselines3's defaults, where a file of the zoo is silent
 NORMALIZED = {"norm_obs": True, "norm_reward": True}
@@ -265,6 +266,7 @@ PRESETS: Mapping[str, Preset] = {
         Preset("HalfCheetah", "HalfCheetah-v5", TIANSHOU, MUJOCO),
         Preset("Hopper", "Hopper-v5", TIANSHOU, MUJOCO),
         Preset("Walker2d", "Walker2d-v5", TIANSHOU, MUJOCO),
+        Preset("InvertedDoublePendulum", "InvertedDoublePendulum-v5", TIANSHOU_NORMED, MUJOCO | LAYER_NORM),
         Preset("Swimmer", "Swimmer-v5", ZOO_SWIMMER, SWIMMER),
         Preset("Reacher", "Reacher-v5", ZOO, REACHER),
         Preset("Humanoid", "Humanoid-v5", ZOO, HUMANOID),
