@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from fastppo import TrainConfig, UsageError, train
 from fastppo.config import RESUMABLE
@@ -44,7 +45,7 @@ def test_a_new_learning_rate_is_as_if_the_run_had_had_it(tmp_path):
     assert TrainConfig.from_json(flag.run_dir / "config.json").learning_rate == 1e-4
     before = TrainConfig.from_json(flag.run_dir / "config-until-2.json")  # what those rows were trained with
     assert (before.learning_rate, before.gamma) == (2.5e-3, 0.99)
-    assert not list((tmp_path / "edited").glob("config-until-*"))
+    assert (tmp_path / "edited" / "config-until-2.json").exists()  # an edit by hand is noticed
 
 
 OTHER = {
@@ -129,6 +130,28 @@ def test_another_environment_of_the_same_spaces(tmp_path, capsys):
     assert float(rows_of(result.run_dir)[3]["episodic_return_mean"]) < 0.99
     episodes = [int(row["episodes"]) for row in rows_of(result.run_dir)]
     assert episodes == sorted(set(episodes))
+
+
+def test_killed_before_a_checkpoint_has_the_change(tmp_path, capsys):
+    """config.json has the new settings then, and the checkpoint is of the old ones: the change still counts as one."""
+    train(tiny(tmp_path / "run", num_iterations=3, num_envs=8, env_id=ONE_STEP))
+    changed = {"num_envs": 4, "env_id": "environments:ProbeActionDecides-v0"}
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    result = resumed(tmp_path / "run", 6, **changed, eval_episodes=1)
+    assert "another environment: the returns so far do not count" in capsys.readouterr().out
+    assert result.summary["best_return_mean"] < 1.0
+    assert TrainConfig.from_json(tmp_path / "run" / "config-until-3.json").num_envs == 8
+
+
+@pytest.mark.parametrize("settings", [5, {"no_such": 1}, {"gamma": "high"}, {"wrapper": [[5]]}], ids=str)
+def test_settings_of_a_checkpoint_are_data(settings, tmp_path):
+    """What is no setting there is said in a line."""
+    train(tiny(tmp_path / "run", num_iterations=1))
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    torch.save({**load_checkpoint(path), "settings": settings}, path)
+    with pytest.raises(UsageError, match="does not fit the run's config"):
+        resumed(tmp_path / "run", 2)
 
 
 def test_other_spaces_are_refused(tmp_path):

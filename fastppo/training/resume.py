@@ -22,7 +22,7 @@ from fastppo.random_streams import Stream, seed_of
 from fastppo.run.best import BestPolicy
 from fastppo.run.directory import OthersDirectory, RunDirectory
 from fastppo.training.reproducibility import differences
-from fastppo.training.resumed_settings import MAKING, TRAINED_ON, changes, check_resumable
+from fastppo.training.resumed_settings import MAKING, TRAINED_ON, as_trained, changes, check_resumable
 from fastppo.training.setup import Task
 from fastppo.training.state import PolicySnapshot, TrainState, snapshot, snapshot_data
 
@@ -87,6 +87,10 @@ def reopen(config: TrainConfig, state: TrainState, task: Task, cleanup: contextl
     found = ranks.agree(found)
     assert found is not None
     before, path, checkpoint, damage = found
+    try:
+        before = as_trained(before, checkpoint)
+    except (TypeError, UsageError) as error:
+        raise _does_not_fit(path, error) from None
     changed = changes(before, config)
     renewed = renewal_of(changed)
     lost = load_state(state, task, checkpoint, fresh, path, renewed)
@@ -112,6 +116,10 @@ def reopen(config: TrainConfig, state: TrainState, task: Task, cleanup: contextl
         _annealing_note(before, config),
     ]
     return directory, [note for note in notes if note is not None]
+
+
+def _does_not_fit(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"--resume: {path} does not fit the run's config.json ({brief(error)})")
 
 
 def _not_writable(directory: RunDirectory, error: OSError) -> UsageError:
@@ -171,7 +179,8 @@ def with_new_environments(checkpoint: Mapping[str, Any], expected: Mapping[str, 
 
 def _completed(checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> Mapping[str, Any]:
     """The checkpoint with what an older version did not have; that judged the best policy by the last 100 episodes."""
-    checkpoint = {"best_evaluation": -math.inf, "learning_rate_factor": 1.0, "novelty": None, **checkpoint}
+    added = {"best_evaluation": -math.inf, "learning_rate_factor": 1.0, "novelty": None, "settings": expected["settings"]}
+    checkpoint = {**added, **checkpoint}
     if "best" in checkpoint:
         return checkpoint
     return {**checkpoint, "best": {**expected["best"], "score": checkpoint["best_return"]}}
@@ -231,7 +240,7 @@ def load_state(
     except UsageError:
         raise
     except Exception as error:  # torch raises errors of many types for what the checks let pass
-        raise UsageError(f"--resume: {path} does not fit the run's config.json ({brief(error)})") from None
+        raise _does_not_fit(path, error) from None
     # a generator of another device has another kind of state; the numbers of its start have been used
     for generator in state.generators.values():
         generator.manual_seed(seed_of(generator.initial_seed(), Stream.CONTINUED, state.iteration))
@@ -277,7 +286,7 @@ _OPEN = ("made_with",)  # packages may have come or gone
 
 def check_alike(expected: Any, given: Any, name: str = "") -> None:
     """Raise ValueError where plain data differs in keys, types, shapes or dtypes. Of lists, only those of tensors."""
-    if name == "generators" or (name == "environments" and given is None):  # set_state checks these
+    if name in ("generators", "settings") or (name == "environments" and given is None):  # checked where they are used
         return
     if type(expected) is not type(given):
         raise ValueError(f"{name or 'it'} is of type {type(given).__name__}, not {type(expected).__name__}")

@@ -5,6 +5,7 @@ LEARNING for what the next update goes by; ENVIRONMENTS for what is trained on, 
 line and for `train`. Costs no torch.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -68,10 +69,23 @@ def resumed_with(resume: str, place: Path | None, settings: Mapping[str, Any]) -
     return after
 
 
+def shaping(config: TrainConfig) -> dict[str, Any]:
+    """The settings that shape what is learned, as config.json has them."""
+    return {name: value for name, value in json.loads(config.to_json()).items() if name in LEARNED | TRAINED_ON}
+
+
+def as_trained(config: TrainConfig, checkpoint: Mapping[str, Any]) -> TrainConfig:
+    """`config`, of config.json, with the settings that the checkpoint was trained with, if it says so.
+
+    They differ where --resume changed settings, and the process was killed before its first checkpoint.
+    Raises UsageError or TypeError if they are no settings.
+    """
+    return replace(config, **checkpoint.get("settings", {}))
+
+
 def changes(before: TrainConfig, after: TrainConfig) -> list[str]:
     """The settings that shape what is learned and differ, by name."""
-    names = [spec.name for spec in fields(TrainConfig) if spec.name in LEARNED | TRAINED_ON]
-    return [name for name in names if getattr(before, name) != getattr(after, name) and not _by_default(name, after)]
+    return [name for name in shaping(before) if getattr(before, name) != getattr(after, name) and not _by_default(name, after)]
 
 
 def check_resumable(before: TrainConfig, after: TrainConfig) -> None:

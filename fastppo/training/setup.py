@@ -38,6 +38,7 @@ from fastppo.training.evaluations import Evaluator, make_watchers
 from fastppo.training.init_from import start_from
 from fastppo.training.opening import OpenedEnvs, chosen_by_environment, open_environments
 from fastppo.training.reproducibility import made_with, versions
+from fastppo.training.resumed_settings import shaping
 from fastppo.training.shares import check_same, share_of, with_shards
 from fastppo.training.state import PolicySnapshot, TrainState, checkpoint_of, gather_environments, init_state, normalization_of
 from fastppo.training.thread_trial import choose, minibatch_of
@@ -118,7 +119,8 @@ class Task:
     def data_of(self, state: TrainState | PolicySnapshot) -> dict[str, Any]:
         """A state or policy snapshot as plain data for a checkpoint."""
         made_by = {**self.provenance, **versions()}
-        return checkpoint_of(self.network, self.made.single_observation_space, self.obs, self.action, made_by, state)
+        data = checkpoint_of(self.network, self.made.single_observation_space, self.obs, self.action, made_by, state)
+        return data if isinstance(state, PolicySnapshot) else {**data, "settings": shaping(self.config)}
 
     def agent_of(self, state: TrainState) -> Agent:
         """The policy of a state."""
