@@ -169,6 +169,18 @@ def test_returns_are_logged_without_it(backend, tmp_path):
         assert float(row["charts/rnd_bonus"]) > 0.0
 
 
+def test_rewards_are_clipped_before_it_is_added(tmp_path):
+    """A reward of 10 that is clipped is a reward of 1 with the same bonus, to the bit: not the sign of their sum."""
+    settings = {"rnd_coef": 0.5, "num_iterations": 3, "vectorization": "sync"}
+    tens = train(
+        tiny(tmp_path / "tens", clip_reward=True, **settings),
+        env_fn=lambda: gym.wrappers.TransformReward(gym.make("CartPole-v1"), lambda reward: 10.0 * reward),
+    )
+    ones = train(tiny(tmp_path / "ones", **settings), env_fn=lambda: gym.make("CartPole-v1"))
+    weights = [checkpoint(result.run_dir)["policy"]["weights"] for result in (tens, ones)]
+    assert differing(*weights) == []
+
+
 def test_more_environments_on_resume(tmp_path):
     """The discounted sums of errors are by environment: they start anew, and the networks go on."""
     settings = {"env_id": "CartPole-v1", "norm_obs": True, "rnd_coef": 0.5}

@@ -161,7 +161,8 @@ def rnn_inputs(task: Task, rollout: dict[str, Tensor]) -> tuple[Tensor, ...]:
 
 
 def learn_config(config: TrainConfig) -> ppo.LearnConfig:
-    """The settings of `learn`: those of TrainConfig of the same names, and two that it derives."""
+    """The settings of `learn`: those of TrainConfig of the same names, and three that it derives."""
     derived: dict[str, Any] = {"minibatch_size": config.rows_per_minibatch, "advantage_estimator": config.advantage}
+    derived["clip_reward"] = config.clip_reward and not config.rnd_coef  # a bonus is added to rewards that are clipped already
     same = {field.name: getattr(config, field.name) for field in fields(ppo.LearnConfig) if field.name not in derived}
     return ppo.LearnConfig(**derived, **same)

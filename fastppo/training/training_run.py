@@ -201,7 +201,10 @@ class TrainingRun:
             state.novelty, bonus = state.novelty.added_to(rollout, steps["valid"], normalization_of(state), self.config, ranks)
             self._recorded.record("charts/rnd_bonus", float(bonus.sum() / steps["valid"].sum().clamp(min=1)))
             steps = {**steps, "reward": steps["reward"] + bonus}
-            rollout["reward"][:-1] += ranks.share(bonus, 1)
+            reward = rollout["reward"][:-1]
+            if self.config.clip_reward:  # `learn` does not, with a bonus: see learn_config
+                reward.sign_()
+            reward += ranks.share(bonus, 1)
         add_returns(state, steps, self.config.gamma)
         return normalization_of(state)
 
@@ -223,7 +226,7 @@ class TrainingRun:
         state.learning_rate_factor = adapted_factor(state.learning_rate_factor, metrics["approx_kl"], self.config)
         add_observations(state, rollout, self.config, self._task.ranks.total, has_learned=True)
         if state.iteration % PATIENCE == 1:
-            self._at_bounds = share_at_bounds(self._task.action, rollout["action"])
+            self._at_bounds = share_at_bounds(self._task.action, rollout["action"][:-1])
         return metrics
 
     def record(self, outcomes: Outcomes, metrics: Mapping[str, float], coefficients: Coefficients, times: Times) -> None:
