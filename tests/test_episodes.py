@@ -16,7 +16,7 @@ from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.errors import UsageError
 from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.step_collector import HostCollector
-from fastppo.rollout.storage import allocate_rollout
+from fastppo.rollout.storage import allocate_rollout, cut_episodes, outcomes_of
 from fastppo.run.episodes import EpisodeStatistics
 from fastppo.training.update import adapted_factor, coefficients_at
 
@@ -196,3 +196,15 @@ def test_env_kwargs_reach_the_environment(tmp_path):
 def test_gymnasium_has_the_environments():
     """The ids that these tests train on are gymnasium's own or the test suite's."""
     assert {"Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0"} <= set(gym.registry)
+
+
+def test_a_cut_ends_a_game_that_has_just_lost_a_life():
+    """In the last row one game goes on, one has lost a life, one is over. Each is counted where the rollout is cut."""
+    rows = {key: np.zeros((3, 3), bool) for key in ("terminated", "truncated")}
+    rows |= {"reward": np.ones((3, 3), np.float32), "valid": np.ones((3, 3), bool)}
+    rows["terminated"][1] = [False, True, True]
+    game_over = np.array([[False] * 3, [False, False, True]])
+    assert outcomes_of(rows, None, game_over).episode_end[-1].tolist() == [False, False, True]
+    outcomes = outcomes_of(rows, cut_episodes(rows), game_over)
+    assert outcomes.episode_end[-1].tolist() == [True, True, True]
+    assert outcomes.cut.tolist() == [True, True, False]

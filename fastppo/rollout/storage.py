@@ -130,6 +130,8 @@ def outcomes_of(
     cut_rows = np.zeros_like(valid[-1]) if cut is None else _to_array(cut)
     episode_end = terminated | truncated
     if game_over is not None:
+        if cut is not None:  # so is a game that has just lost a life
+            cut_rows = cut_rows | (episode_end & ~game_over)[-1]
         episode_end &= game_over
         episode_end[-1] |= cut_rows
     numbers = {name: _to_array(x) for name, x in (infos or {}).items()}

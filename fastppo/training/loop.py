@@ -253,7 +253,7 @@ def draw_minibatches(task: Task, out: Tensor, generator: torch.Generator) -> Non
 def collect(job: Job, collector: Collector) -> Phases:
     """T steps of N environments under frozen parameters and statistics."""
     task, buffers = job.task, job.buffers
-    iteration, resets = task.states[0].iteration, task.config.reset_each_rollout
+    iteration, resets = task.states[job.running[0]].iteration, task.config.reset_each_rollout
     restarts_at = job.runs[0].checkpoints.restarts_at  # only the run of a single seed restarts its environments at checkpoints
     normalization, _ = buffers.axis.stack(buffers.inputs)
     with checked(task.ranks):
