@@ -92,10 +92,11 @@ def test_the_number_of_threads_changes_no_bit():
             assert same, name
 
 
-def test_a_kl_stop_stops_all_later_minibatches():
-    """After target_kl is passed nothing moves; the two agree on which minibatch that is."""
+@pytest.mark.parametrize("options", [{}, {"norm_returns": True, "recompute_advantage": True}], ids=["", "recomputed"])
+def test_a_kl_stop_stops_all_later_minibatches(options):
+    """After target_kl is passed nothing moves, the critic's units neither; the two agree on which minibatch that is."""
     arguments = arguments_of(WIDE, 32, 8, epochs=6, spread=0.05, target_kl=1e-4)
-    fused, eager = both(WIDE, arguments, minibatch_size=32)
+    fused, eager = both(WIDE, arguments, minibatch_size=32, **options)
     applied = MINIBATCH_METRICS.index("applied")
     assert torch.equal(fused.minibatch_metrics[:, applied], eager.minibatch_metrics[:, applied])
     assert 0 < fused.minibatch_metrics[:, applied].sum() < len(fused.minibatch_metrics)

@@ -404,6 +404,25 @@ def test_monte_carlo_returns_are_standardised_and_translated_by_hand():
     assert (learned.return_mean.item(), learned.return_std.item()) == (0.0, 1.0)
 
 
+@pytest.mark.parametrize("estimator", ["gae", "monte-carlo"])
+def test_the_explained_variance_has_one_unit(estimator):
+    """A critic in units of the reward explains as much where its next targets are standardised as where they are not."""
+    params, rollout, permutation = make_params(DISCRETE), make_rollout(DISCRETE, 16, 4), make_permutation(1, 64)
+    options = {"advantage_estimator": estimator}
+    plain, standardised = (update(DISCRETE, params, rollout, permutation, norm_returns=on, **options) for on in (False, True))
+    torch.testing.assert_close(standardised.explained_variance, plain.explained_variance, rtol=1e-4, atol=1e-5)
+
+
+def test_a_critic_that_learns_no_more_keeps_its_units():
+    """After a KL stop, recomputed advantages standardise nothing that it would learn: one epoch's units are those of five."""
+    params, rollout = make_params(DISCRETE), make_rollout(DISCRETE, 16, 4)
+    options = {"norm_returns": True, "recompute_advantage": True, "target_kl": 1e-9, "minibatch_size": 16}
+    one, five = (update(DISCRETE, params, rollout, make_permutation(epochs, 64), **options) for epochs in (1, 5))
+    assert sum(column(five, "applied")) <= 1
+    assert torch.equal(one.return_mean, five.return_mean)
+    assert torch.equal(one.return_std, five.return_std)
+
+
 @POLICIES
 def test_a_standardised_critic_gives_the_advantages_of_a_plain_one(policy):
     """`norm_returns` with GAE: values are translated back before the deltas, and targets standardised after them.

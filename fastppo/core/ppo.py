@@ -202,13 +202,16 @@ def learn_epochs(
         normalization = normalization._replace(return_mean=state.return_mean, return_std=state.return_std)
         evaluation = evaluate_rollout(state.params, rollout, obs, normalization, policy, shard, execution)
         targets = estimate_advantages(evaluation, rollout, coefficients, normalization, config, shard)
-        explained = explained_variance(evaluation.value, targets.value_target, valid, shard.sum_over_ranks)
+        value, value_target = evaluation.value * state.return_std, targets.value_target * targets.return_std  # in one unit
+        explained = explained_variance(value, value_target, valid, shard.sum_over_ranks)
         old_log_prob = torch.where(is_first, evaluation.log_prob, state.old_log_prob)
         rows = Rows(old_log_prob, targets.advantage, targets.value_target, evaluation.value, valid)
         minibatches = make_minibatches(permutation, rows, policy.rnn_state_size > 0, config, shard, execution)
     before = (state.params, state.adam, state.running)
     (params, adam, running), (metrics,) = execution.scan(step, before, tuple(minibatches))
-    return EpochState(params, adam, running, targets.return_mean, targets.return_std, old_log_prob), (metrics, explained)
+    return_mean = torch.where(state.running, targets.return_mean, state.return_mean)  # a critic that learns no more
+    return_std = torch.where(state.running, targets.return_std, state.return_std)  # keeps its units
+    return EpochState(params, adam, running, return_mean, return_std, old_log_prob), (metrics, explained)
 
 
 def estimate_advantages(

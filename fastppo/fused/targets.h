@@ -170,9 +170,11 @@ class Targets {
     for (Target& target : targets_) target.value_target = (target.value_target - return_mean_) / (return_std_ + 1e-8f);
   }
 
-  void explained_variance() {
-    const double error_std = mean_and_std([](const Target& row) { return row.value_target - row.old_value; }).second;
-    const double target_std = mean_and_std([](const Target& row) { return row.value_target; }).second;
+  // value_std: the unit of the values; that of the targets is return_std_.
+  void explained_variance(float value_std) {
+    const auto target = [this](const Target& row) { return row.value_target * return_std_; };
+    const auto error = [&](const Target& row) { return target(row) - row.old_value * value_std; };
+    const double error_std = mean_and_std(error).second, target_std = mean_and_std(target).second;
     const double ratio = error_std / target_std;
     *call_.explained_variance = target_std > 0.0 ? static_cast<float>(1.0 - ratio * ratio) : NAN;
   }

@@ -49,8 +49,12 @@ class Update : Targets {
       if (l % each == 0) {
         for_parts([&](int64_t part) { evaluate_rollout(part, l == 0); });
         barrier_.wait();
-        if (thread == 0) estimate_advantages();
-        if (thread == 0 && l == 0) explained_variance();
+        if (thread == 0) {
+          const float mean = return_mean_, std = return_std_;
+          estimate_advantages();
+          if (l == 0) explained_variance(std);
+          if (!progress.running) return_mean_ = mean, return_std_ = std;  // it learns no more
+        }
         barrier_.wait();
         if (call_.num_ranks == 1) {
           for_parts([&](int64_t part) { minibatch_statistics(l + part, l + each, call_.num_parts); });
