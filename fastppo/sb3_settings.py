@@ -29,7 +29,8 @@ WHOLE = {
     "n_timesteps": "total_timesteps",
     "seed": "seed",
 }
-NUMBERS = {name: name for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "target_kl")}
+NUMBERS = {name: name for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")}
+KL_STOP = 1.5  # of target_kl, where PPO.train stops there
 SCHEDULES = {"learning_rate": ("learning_rate", "anneal_lr"), "clip_range": ("clip_coef", "anneal_clip")}
 ACTIVATIONS = {"Tanh": "tanh", "ReLU": "relu", "ELU": "elu", "SiLU": "silu", "GELU": "gelu"}
 SILENT = ("share_features_extractor", "full_std")  # policy_kwargs that are True as they are here
@@ -60,6 +61,8 @@ class Translation:
                 self.settings |= {} if value is None else {WHOLE[name]: whole(name, value)}
             elif name in NUMBERS:
                 self.settings |= {} if value is None else {name: number(name, value)}
+            elif name == "target_kl":
+                self.settings |= {} if value is None else {name: KL_STOP * number(name, value)}
             elif name in SCHEDULES:
                 self._schedule(name, value)
             elif name == "use_sde" and value is True:

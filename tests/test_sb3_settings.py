@@ -39,6 +39,7 @@ Mine-v1: &mine
   gamma: 0.98
   learning_rate: 3e-5
   max_grad_norm: 0.8
+  target_kl: 2e-2
   use_sde: True
   sde_sample_freq: 4
   policy_kwargs: "dict(log_std_init=-2,
@@ -89,6 +90,7 @@ def test_settings():
     assert (config.norm_obs, config.norm_reward, config.log_std_init) == (True, True, -2.0)
     assert (config.hidden_sizes, config.activation, config.rescale_action) == ((256, 128), "relu", False)
     assert config.init == "torch"
+    assert config.target_kl == pytest.approx(0.03)  # there an update stops at 1.5 times of target_kl
     assert (config.action_distribution, config.sde_sample_freq) == ("gsde", 4)
     other = settings("Other-v4")
     assert (other.action_distribution, other.sde_sample_freq) == ("normal", None)  # use_sde: False
