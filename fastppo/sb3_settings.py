@@ -21,6 +21,7 @@ from fastppo.system.json_files import read_text
 DEFAULTS = {"num_envs": 1, "num_steps": 2048, "update_epochs": 10, "learning_rate": 3e-4, "anneal_lr": False}
 AS_THEY_ARE = {"resize": (0,), "rescale_action": False}
 BATCH_SIZE = 64
+TORCH_ADAM_EPS = 1e-8  # with optimizer_kwargs that have no eps; without any it is 1e-5, as ours
 
 WHOLE = {
     "n_envs": "num_envs",
@@ -110,7 +111,9 @@ class Translation:
             self._note(name not in ("norm_obs", "norm_reward", "gamma"), f"normalize {name}")
 
     def _policy(self, arguments: Any) -> None:
-        for name, value in (arguments if isinstance(arguments, dict) else {}).items():
+        arguments = arguments if isinstance(arguments, dict) else {}
+        is_adam = class_name(arguments.get("optimizer_class", "Adam")) == "Adam"
+        for name, value in arguments.items():
             if name == "net_arch":
                 self._net_arch(value)
             elif name == "activation_fn" and class_name(value) in ACTIVATIONS:
@@ -121,7 +124,13 @@ class Translation:
                 self.settings["cnn_size"] = whole("features_dim", value["features_dim"])
             elif name == "ortho_init":
                 self.settings["init"] = "orthogonal" if value else "torch"
-            elif name not in ("optimizer_class", "optimizer_kwargs"):
+            elif name == "optimizer_class":
+                self._note(class_name(value) != "Adam", f"policy_kwargs optimizer_class {reprlib.repr(class_name(value))}")
+            elif name == "optimizer_kwargs" and isinstance(value, dict) and is_adam:
+                self.settings["adam_eps"] = number("optimizer_kwargs eps", value.get("eps", TORCH_ADAM_EPS))
+                for other in value:
+                    self._note(other != "eps", f"policy_kwargs optimizer_kwargs {str(other)[:50]}")
+            elif name != "optimizer_kwargs" or value:
                 self._note(value is not (name in SILENT), f"policy_kwargs {name}")
 
     def _net_arch(self, value: Any) -> None:

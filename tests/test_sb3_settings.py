@@ -9,7 +9,7 @@ from fastppo import TrainConfig, UsageError, preset_for, train
 from fastppo.__main__ import console
 from fastppo.cli import parse_train
 from fastppo.find_preset import describe
-from fastppo.sb3_settings import arguments_of
+from fastppo.sb3_settings import Translation, arguments_of
 
 pytest.importorskip("yaml")
 
@@ -114,6 +114,26 @@ def test_what_has_no_counterpart_is_named():
     assert "sde" not in other
     assert "HistoryWrapper" in describe(settings("Pictures-v0"))
     assert "norm_reward" not in other
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "eps", "left_out"),
+    [
+        ("dict(optimizer_class=th.optim.Adam, optimizer_kwargs=None)", None, []),
+        ("dict(optimizer_kwargs=dict(eps=1e-7, weight_decay=0.1))", 1e-7, ["optimizer_kwargs weight_decay"]),
+        ("dict(optimizer_kwargs=dict(betas=(0.5, 0.9)))", 1e-8, ["optimizer_kwargs betas"]),
+        (
+            "dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-7))",
+            None,
+            ["optimizer_class 'RMSpropTFLike'", "optimizer_kwargs"],
+        ),
+    ],
+)
+def test_the_optimiser(kwargs, eps, left_out):
+    """Adam's epsilon is taken over, which is torch's own with other arguments only; the rest of an optimiser is named."""
+    found = Translation({"policy_kwargs": kwargs})
+    assert found.settings.get("adam_eps") == eps
+    assert found.left_out == [f"policy_kwargs {name}" for name in left_out]
 
 
 @pytest.mark.usefixtures("here")
