@@ -255,7 +255,7 @@ def read_zoo(path: str, env_id: str | None, is_atari: Callable[[str], bool]) -> 
     if env_id is None and len(entries) != 1:
         raise UsageError(f"{path} has settings of {len(entries)} environments: name one with --env-id")
     wanted = next(iter(entries)) if env_id is None else env_id
-    same = [name for name in entries if _without_version(name) == _without_version(wanted)]
+    same = [name for name in entries if without_version(name) == without_version(wanted)]
     others = ["atari", "default"] if is_atari(wanted) else ["default"]
     name = next((name for name in (wanted, *reversed(same), *others) if name in entries), None)
     if name is None:
@@ -268,7 +268,8 @@ def read_zoo(path: str, env_id: str | None, is_atari: Callable[[str], bool]) -> 
         raise UsageError(f"{path}: {name}: {error}") from None
 
 
-def _without_version(env_id: str) -> str:
+def without_version(env_id: str) -> str:
+    """'Hopper-v5' -> 'Hopper'."""
     return re.sub(r"-v\d+$", "", env_id)
 
 
