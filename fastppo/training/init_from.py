@@ -4,6 +4,7 @@ Weights and statistics of observations and rewards are taken over; the optimiser
 The critic keeps its values: its units become those of the new run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def start_from(
     return f"starts with the policy of {source.path}, of {where}{anew}"
 
 
-def _fold_units(weights: dict[str, Tensor], mean: Tensor, std: Tensor) -> None:
+def _fold_units(weights: Mapping[str, Tensor], mean: Tensor, std: Tensor) -> None:
     """Change the critic's last layer so that its output v becomes v * std + mean."""
     weights["critic.head.weight"].mul_(std)
     weights["critic.head.bias"].mul_(std).add_(mean)
