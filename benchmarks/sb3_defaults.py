@@ -16,8 +16,8 @@ import tyro
 from run_queue import split_flags
 
 from fastppo.cli import parse_train
+from fastppo.core.space_rules import is_image
 from fastppo.envs.factory import env_maker
-from fastppo.envs.wrappers import is_picture
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def policy_for(space: gym.Space[Any]) -> str:
     """The policy that its documentation names for observations of this kind."""
     if isinstance(space, gym.spaces.Dict):
         return "MultiInputPolicy"
-    return "CnnPolicy" if is_picture(space) else "MlpPolicy"
+    return "CnnPolicy" if is_image(space) else "MlpPolicy"
 
 
 def sb3_return(make: Callable[[], gym.Env[Any, Any]], seed: int, steps: int, episodes: int) -> float:

@@ -20,6 +20,8 @@ import tyro
 
 from fastppo.bounds import flag
 from fastppo.config import OLD_NAMES, TrainConfig, read_run_config
+from fastppo.env_objects import objects_in
+from fastppo.envs.registry import names_module
 from fastppo.errors import RankLost, TrainingFault, UsageError, naming_flags, nearest
 from fastppo.find_preset import choose_preset, find_preset
 from fastppo.given_settings import HABITS, with_absolute_paths, without_rivals
@@ -190,7 +192,8 @@ def open_run(given: str | None, checkpoint: str) -> tuple[Path, Path, TrainConfi
 
     directory = fetch_run(name, checkpoint)
     config = read_run_config(directory)
-    named = [config.env_id] if ":" in config.env_id else [*config.wrapper, *filter(None, [config.policy])]
+    named = [config.env_id] if names_module(config.env_id) else [*config.wrapper, *filter(None, [config.policy])]
+    named += objects_in(config.env_kwargs)
     if named:
         download = f"hf download {name.removeprefix('hf://').partition('@')[0]} --local-dir DIR"
         raise UsageError(f"{name} names code to import, {named[0][:100]}: if you trust it, `{download}`, and name DIR")

@@ -5,6 +5,8 @@ config.json has {"__object__": "module:NAME"} for what can be imported by that n
 """
 
 import contextlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +34,12 @@ def giving(env_kwargs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def with_objects(env_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments for the environment: objects for what stands for them. Raises UsageError for one that is not there."""
     return {name: _found(name, value) if _stands_for_object(value) else value for name, value in env_kwargs.items()}
+
+
+def objects_in(env_kwargs: Mapping[str, Any]) -> list[str]:
+    """What in the arguments names code, at any depth: an object, or a text module:NAME, which an environment may import."""
+    text = json.dumps(env_kwargs, ensure_ascii=False)
+    return re.findall(rf'(?<="{OBJECT}": ")[^"]*|(?<=")[^\W\d][\w.]*:[\w./-]+(?=")', text)
 
 
 def _recorded(value: Any) -> dict[str, Any]:

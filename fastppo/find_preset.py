@@ -4,7 +4,6 @@ Costs no torch. A file is data: {"settings": {"gamma": 0.98}, "source": "where i
 settings have to be there; `fastppo sweep` writes one. Files of Stable-Baselines3's zoo, ppo.yml, are read by sb3_settings.py.
 """
 
-import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -16,7 +15,7 @@ from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
 from fastppo.given_settings import with_settings
 from fastppo.presets import PRESETS, Preset
-from fastppo.sb3_settings import read_zoo
+from fastppo.sb3_settings import read_zoo, without_version
 from fastppo.system.json_files import read_json
 
 FAMILIES: Mapping[str, str] = {  # packages that hold the environments' classes
@@ -33,9 +32,9 @@ def choose_preset(env_id: str) -> Preset:
     Makes no environment. Imports the module of module:EnvId.
     """
     name = env_id.rpartition(":")[2]
-    environment = _without_version(name)
+    environment = without_version(name)
     preset = PRESETS.get(environment)
-    if preset is not None and _without_version(preset.env_id) == environment:
+    if preset is not None and without_version(preset.env_id) == environment:
         return preset
     if _is_atari(name):
         return PRESETS["atari"]
@@ -172,11 +171,6 @@ def describe(config: TrainConfig) -> str | None:
 def _is_atari(name: str) -> bool:
     """Whether it is an id of ale_py, whose environments are registered only once it has been imported."""
     return name.startswith("ALE/") or "NoFrameskip" in name
-
-
-def _without_version(name: str) -> str:
-    """'Hopper-v5' -> 'Hopper'."""
-    return re.sub(r"-v\d+$", "", name)
 
 
 def _package_of(env_id: str) -> str:

@@ -21,6 +21,7 @@ from fastppo.system.json_files import read_text
 DEFAULTS = {"num_envs": 1, "num_steps": 2048, "update_epochs": 10, "learning_rate": 3e-4, "anneal_lr": False}
 AS_THEY_ARE = {"resize": (0,), "rescale_action": False}
 BATCH_SIZE = 64
+TORCH_ADAM_EPS = 1e-8  # with optimizer_kwargs that have no eps; without any it is 1e-5, as ours
 
 WHOLE = {
     "n_envs": "num_envs",
@@ -29,7 +30,8 @@ WHOLE = {
     "n_timesteps": "total_timesteps",
     "seed": "seed",
 }
-NUMBERS = {name: name for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm", "target_kl")}
+NUMBERS = {name: name for name in ("gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")}
+KL_STOP = 1.5  # of target_kl, where PPO.train stops there
 SCHEDULES = {"learning_rate": ("learning_rate", "anneal_lr"), "clip_range": ("clip_coef", "anneal_clip")}
 ACTIVATIONS = {"Tanh": "tanh", "ReLU": "relu", "ELU": "elu", "SiLU": "silu", "GELU": "gelu"}
 SILENT = ("share_features_extractor", "full_std")  # policy_kwargs that are True as they are here
@@ -60,6 +62,8 @@ class Translation:
                 self.settings |= {} if value is None else {WHOLE[name]: whole(name, value)}
             elif name in NUMBERS:
                 self.settings |= {} if value is None else {name: number(name, value)}
+            elif name == "target_kl":
+                self.settings |= {} if value is None else {name: KL_STOP * number(name, value)}
             elif name in SCHEDULES:
                 self._schedule(name, value)
             elif name == "use_sde" and value is True:
@@ -107,7 +111,9 @@ class Translation:
             self._note(name not in ("norm_obs", "norm_reward", "gamma"), f"normalize {name}")
 
     def _policy(self, arguments: Any) -> None:
-        for name, value in (arguments if isinstance(arguments, dict) else {}).items():
+        arguments = arguments if isinstance(arguments, dict) else {}
+        is_adam = class_name(arguments.get("optimizer_class", "Adam")) == "Adam"
+        for name, value in arguments.items():
             if name == "net_arch":
                 self._net_arch(value)
             elif name == "activation_fn" and class_name(value) in ACTIVATIONS:
@@ -118,7 +124,13 @@ class Translation:
                 self.settings["cnn_size"] = whole("features_dim", value["features_dim"])
             elif name == "ortho_init":
                 self.settings["init"] = "orthogonal" if value else "torch"
-            elif name not in ("optimizer_class", "optimizer_kwargs"):
+            elif name == "optimizer_class":
+                self._note(class_name(value) != "Adam", f"policy_kwargs optimizer_class {reprlib.repr(class_name(value))}")
+            elif name == "optimizer_kwargs" and isinstance(value, dict) and is_adam:
+                self.settings["adam_eps"] = number("optimizer_kwargs eps", value.get("eps", TORCH_ADAM_EPS))
+                for other in value:
+                    self._note(other != "eps", f"policy_kwargs optimizer_kwargs {str(other)[:50]}")
+            elif name != "optimizer_kwargs" or value:
                 self._note(value is not (name in SILENT), f"policy_kwargs {name}")
 
     def _net_arch(self, value: Any) -> None:
@@ -243,7 +255,7 @@ def read_zoo(path: str, env_id: str | None, is_atari: Callable[[str], bool]) -> 
     if env_id is None and len(entries) != 1:
         raise UsageError(f"{path} has settings of {len(entries)} environments: name one with --env-id")
     wanted = next(iter(entries)) if env_id is None else env_id
-    same = [name for name in entries if _without_version(name) == _without_version(wanted)]
+    same = [name for name in entries if without_version(name) == without_version(wanted)]
     others = ["atari", "default"] if is_atari(wanted) else ["default"]
     name = next((name for name in (wanted, *reversed(same), *others) if name in entries), None)
     if name is None:
@@ -256,7 +268,8 @@ def read_zoo(path: str, env_id: str | None, is_atari: Callable[[str], bool]) -> 
         raise UsageError(f"{path}: {name}: {error}") from None
 
 
-def _without_version(env_id: str) -> str:
+def without_version(env_id: str) -> str:
+    """'Hopper-v5' -> 'Hopper'."""
     return re.sub(r"-v\d+$", "", env_id)
 
 

@@ -313,6 +313,24 @@ def test_an_agent_alone(tmp_path):
     assert list(row)[-1] == "learn_share"  # no columns of agents
 
 
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+@pytest.mark.parametrize("vectorization", ["sync", "async"])
+def test_actions_of_several_parts(kind, vectorization):
+    """Each agent gets its own parts of a Dict or Tuple action."""
+    envs = rows(f"{RELAY}:Compound", num_envs=2, vectorization=vectorization, env_kwargs={"kind": kind})
+    envs.reset(seed=1)
+    action = {"choice": np.arange(4), "push": np.array([[0.1], [0.2], [0.3], [0.4]], np.float32)}
+    _, reward, *_ = envs.step(action if kind == "dict" else tuple(action.values()))
+    envs.close()
+    assert reward.tolist() == pytest.approx([0.1, 1.2, 2.3, 3.4])
+
+
+def test_a_run_with_actions_of_several_parts(tmp_path):
+    """A run trains and is evaluated with Dict actions of several agents."""
+    result = train(tiny(tmp_path / "run", num_steps=32, env_id=f"{RELAY}:Compound"))
+    assert console(["evaluate", str(result.run_dir), "--episodes", "2"]) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

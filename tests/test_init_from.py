@@ -1,13 +1,15 @@
 """--init-from: a new run starts with another run's weights and statistics, and what does not fit is named."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fastppo import TrainConfig, UsageError, train
+from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.given_settings import with_absolute_paths
+from fastppo.policy.codec import agent_from_state
 from fastppo.run.checkpoint_file import load_checkpoint
 from support.networks import Relu, Small
 from support.processes import Started, assert_same_run
@@ -124,6 +126,20 @@ def test_reward_statistics_that_are_not_there_start_anew(source, tmp_path, capsy
     assert "it has no reward statistics: these start anew" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("network", [{}, {"share_backbone": True}, {"rnn": "gru", "num_minibatches": 2}])
+def test_the_critic_keeps_its_values(network, tmp_path):
+    """In units of the reward, also where the new run normalises neither rewards nor returns."""
+    config = {"env_id": "Pendulum-v1", "max_episode_steps": 10, **network}
+    theirs = train(tiny(tmp_path / "theirs", **config, norm_reward=True, norm_returns=True)).run_dir
+    obs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).numpy()
+    values = load_policy(theirs).value(obs)
+    for rewards, returns in itertools.product((False, True), repeat=2):
+        own = {**config, "norm_reward": rewards, "norm_returns": returns, "num_iterations": 1}
+        run_dir = started(theirs, tmp_path / f"{rewards} {returns}", **own).run_dir
+        start = agent_from_state(kept(run_dir, "iteration-0")["policy"], TrainConfig(**own))
+        assert start.value(obs) == pytest.approx(values, rel=1e-3)
+
+
 def test_a_network_of_ones_own(tmp_path):
     """Its weights and buffers too; another one is refused."""
     theirs = train(tiny(tmp_path / "theirs"), policy=Small)
@@ -133,6 +149,14 @@ def test_a_network_of_ones_own(tmp_path):
     for policy, says in ((Relu, "policy= makes a Relu"), (None, "give what made it as policy=")):
         with pytest.raises(UsageError, match=rf"--init-from .*: this run's network is a Small of your own.*{says}"):
             train(tiny(tmp_path / "other", init_from=str(theirs.run_dir)), policy=policy)
+
+
+def test_a_network_of_ones_own_learns_other_units_anew(tmp_path, capsys):
+    """Nobody knows which of its layers gives the values, so a line says that these are in other units."""
+    theirs = train(tiny(tmp_path / "theirs", norm_returns=True), policy=Small)
+    for name, norm_returns in (("same", True), ("other", False)):
+        train(tiny(tmp_path / name, init_from=str(theirs.run_dir), norm_returns=norm_returns), policy=Small)
+        assert ("values are in other units" in capsys.readouterr().out) == (name == "other")
 
 
 def test_seeds_start_from_the_same_weights(source, tmp_path):

@@ -9,7 +9,7 @@ from fastppo import TrainConfig, UsageError, preset_for, train
 from fastppo.__main__ import console
 from fastppo.cli import parse_train
 from fastppo.find_preset import describe
-from fastppo.sb3_settings import arguments_of
+from fastppo.sb3_settings import Translation, arguments_of
 
 pytest.importorskip("yaml")
 
@@ -39,6 +39,7 @@ Mine-v1: &mine
   gamma: 0.98
   learning_rate: 3e-5
   max_grad_norm: 0.8
+  target_kl: 2e-2
   use_sde: True
   sde_sample_freq: 4
   policy_kwargs: "dict(log_std_init=-2,
@@ -89,6 +90,7 @@ def test_settings():
     assert (config.norm_obs, config.norm_reward, config.log_std_init) == (True, True, -2.0)
     assert (config.hidden_sizes, config.activation, config.rescale_action) == ((256, 128), "relu", False)
     assert config.init == "torch"
+    assert config.target_kl == pytest.approx(0.03)  # there an update stops at 1.5 times of target_kl
     assert (config.action_distribution, config.sde_sample_freq) == ("gsde", 4)
     other = settings("Other-v4")
     assert (other.action_distribution, other.sde_sample_freq) == ("normal", None)  # use_sde: False
@@ -112,6 +114,26 @@ def test_what_has_no_counterpart_is_named():
     assert "sde" not in other
     assert "HistoryWrapper" in describe(settings("Pictures-v0"))
     assert "norm_reward" not in other
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "eps", "left_out"),
+    [
+        ("dict(optimizer_class=th.optim.Adam, optimizer_kwargs=None)", None, []),
+        ("dict(optimizer_kwargs=dict(eps=1e-7, weight_decay=0.1))", 1e-7, ["optimizer_kwargs weight_decay"]),
+        ("dict(optimizer_kwargs=dict(betas=(0.5, 0.9)))", 1e-8, ["optimizer_kwargs betas"]),
+        (
+            "dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-7))",
+            None,
+            ["optimizer_class 'RMSpropTFLike'", "optimizer_kwargs"],
+        ),
+    ],
+)
+def test_the_optimiser(kwargs, eps, left_out):
+    """Adam's epsilon is taken over, which is torch's own with other arguments only; the rest of an optimiser is named."""
+    found = Translation({"policy_kwargs": kwargs})
+    assert found.settings.get("adam_eps") == eps
+    assert found.left_out == [f"policy_kwargs {name}" for name in left_out]
 
 
 @pytest.mark.usefixtures("here")

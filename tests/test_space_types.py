@@ -17,7 +17,6 @@ from hypothesis.extra import numpy as hnp
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.core.contracts import Normalization
 from fastppo.envs import check, check_trial
-from fastppo.policy import spaces
 from fastppo.policy.agent import Agent
 from fastppo.policy.codec import space_from_data, space_to_data
 from fastppo.policy.make_network import make_network
@@ -178,7 +177,6 @@ def test_bounds_of_the_largest_numbers(which, tmp_path, monkeypatch):
 
 def test_what_counts_as_no_bound():
     """The same in the check, which samples, and where actions are squashed; a large bound is one, and nothing overflows."""
-    assert check_trial.NO_BOUND == spaces.NO_BOUND
     for space in (Box(-1e30, 1e30, (1,), np.float32), Box(-60_000, 60_000, (1,), np.float16)):
         assert check_trial.sampled_space(space) == space
         spec = action_spec(space, True)

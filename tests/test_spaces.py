@@ -12,11 +12,12 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tu
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from fastppo import TrainConfig, UsageError, load_policy, train
+from fastppo.core.space_rules import is_image_shape
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.evaluate import console as evaluate_console
 from fastppo.policy.codec import space_from_data, space_to_data
 from fastppo.policy.encoder import channels_first
-from fastppo.policy.spaces import action_spec, is_image_shape, obs_spec
+from fastppo.policy.spaces import action_spec, obs_spec
 from fastppo.rollout.collector import start_collector
 from fastppo.rollout.step_collector import HostCollector, TensorCollector
 from fastppo.rollout.storage import allocate_rollout

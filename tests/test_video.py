@@ -14,6 +14,8 @@ from PIL import Image
 from fastppo import Callback, TrainConfig, UsageError, train
 from fastppo.analysis.video import choose_suffix, video_file
 from fastppo.envs.atari import AtariSettings, make_ale, make_rgb_ale
+from fastppo.envs.factory import EnvConfig
+from fastppo.envs.render import make_render_env
 from fastppo.evaluate import console
 
 SMALL = {"num_envs": 4, "num_steps": 32, "num_iterations": 4, "eval_episodes": 0, "compile": "off", "device": "cpu"}
@@ -82,6 +84,23 @@ def test_recording_leaves_the_bits_of_a_run_alone(backend, tmp_path):
     assert results[0].summary["best_return_mean"] == results[1].summary["best_return_mean"]
     assert not (tmp_path / "None" / "videos").exists()
     assert len(list((tmp_path / "1" / "videos").iterdir())) == 4
+
+
+def test_recording_leaves_the_environment_variables_alone(tmp_path, monkeypatch):
+    """A window that the caller opens afterwards is seen, and a variable of the caller's keeps its value."""
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER", "SDL_AUDIODRIVER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    before = dict(os.environ)
+    envs = make_render_env(EnvConfig("CartPole-v1"))
+    assert os.environ["SDL_AUDIODRIVER"] == "dummy"
+    envs.close()
+    assert os.environ == before
+    with pytest.raises(UsageError):
+        make_render_env(EnvConfig("environments:Walk-v0"))
+    assert os.environ == before
+    train(TrainConfig(**SMALL, record_every=4, run_dir=str(tmp_path / "run")))
+    assert not any(name.startswith(("SDL_", "MUJOCO_GL")) for name in os.environ.keys() - before.keys())
 
 
 def test_a_video_that_fails_costs_a_line(tmp_path, capsys):

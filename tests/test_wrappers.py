@@ -15,11 +15,12 @@ from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.__main__ import console
 from fastppo.analysis.evaluation import EvaluationPlan, evaluate_config
 from fastppo.config import read_run_config
+from fastppo.core.space_rules import is_image
 from fastppo.envs.atari import _channels_first
 from fastppo.envs.factory import EnvConfig, default_vectorization, env_maker, make_envs
 from fastppo.envs.preprocessing import Preprocessing
-from fastppo.envs.wrappers import MIN_SIDE, FrameSkip, is_picture, join_channels, wrapped
-from fastppo.policy.spaces import MIN_IMAGE_SIDE, obs_spec
+from fastppo.envs.wrappers import FrameSkip, join_channels, wrapped
+from fastppo.policy.spaces import obs_spec
 from fastppo.training.resumed_settings import check_resumable
 from support.runs import tiny
 
@@ -198,10 +199,9 @@ def test_actions_are_rescaled_by_default_where_their_bounds_are_far(space, is_re
 def test_what_a_picture_is(shape):
     """As the networks have it, so that nothing is resized that is not convolved."""
     space = Box(0, 255, shape, np.uint8)
-    assert is_picture(space) == obs_spec(space).has_images
-    assert MIN_SIDE == MIN_IMAGE_SIDE
-    assert not is_picture(Box(0, 1, shape, np.uint8))
-    assert not is_picture(Box(0, 255, shape, np.float32))
+    assert is_image(space) == obs_spec(space).has_images
+    assert not is_image(Box(0, 1, shape, np.uint8))
+    assert not is_image(Box(0, 255, shape, np.float32))
 
 
 def test_nothing_asked():

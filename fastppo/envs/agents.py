@@ -14,7 +14,7 @@ An agent's action mask may be `action_mask` in its Dict observation or in its in
 agents whose infos have it, each in its last step. Does not import torch or, for the parallel API, PettingZoo.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -242,8 +242,8 @@ class AgentRows(VectorEnv[Any, Any, Any]):
         return self._rows(batch["agents"]), self._masks(info)
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """actions: (N * A, ...)."""
-        whole = actions.reshape(-1, self.num_agents, *actions.shape[1:])
+        """actions: (N * A, ...), or a dict or tuple of such."""
+        whole = _mapped(lambda part: part.reshape(-1, self.num_agents, *part.shape[1:]), actions)
         batch, _, over, limit, info = self.envs_of_agents.step(whole)
         acting, terminated, truncated = (self._rows(batch[name]) != 0 for name in ("acting", "terminated", "truncated"))
         cut = np.repeat(limit, self.num_agents)  # by a time limit around the environment
@@ -254,11 +254,7 @@ class AgentRows(VectorEnv[Any, Any, Any]):
 
     def _rows(self, batch: Any) -> Any:
         """(N, A, ...) -> (N * A, ...)."""
-        if isinstance(batch, Mapping):
-            return {name: self._rows(part) for name, part in batch.items()}
-        if isinstance(batch, tuple):
-            return tuple(map(self._rows, batch))
-        return batch.reshape(-1, *batch.shape[2:])
+        return _mapped(lambda part: part.reshape(-1, *part.shape[2:]), batch)
 
     def _masks(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """The masks of the infos, (N * A, n)."""
@@ -292,6 +288,15 @@ def with_agent_rows(envs: VectorEnv) -> VectorEnv:
     """`AgentRows` of a vector environment of `AgentsEnv`; others as they are."""
     agents = agents_of(envs)
     return envs if agents is None or isinstance(envs, AgentRows) else AgentRows(envs, agents)
+
+
+def _mapped(function: Callable[[NDArray[Any]], NDArray[Any]], batch: Any) -> Any:
+    """A batch of any space with `function` of each of its arrays."""
+    if isinstance(batch, Mapping):
+        return {name: _mapped(function, part) for name, part in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(_mapped(function, part) for part in batch)
+    return function(batch)
 
 
 def _observed(agents: Agents) -> Dict:

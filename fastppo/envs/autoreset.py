@@ -85,6 +85,7 @@ class AutoresetEnvs:
         self.num_envs = envs.num_envs
         self.deadline = deadline
         self.closed = False
+        self.closing = contextlib.ExitStack()  # what else to close, after the environments
         self.info_names = tuple(info_names)
         self._lives = _lives_of(envs)
         self._rows = envs if isinstance(envs, AgentRows) else None
@@ -219,7 +220,7 @@ class AutoresetEnvs:
         """Release the environments' processes and windows. Errors while closing are dropped: a fault may have caused them."""
         if not self.closed:
             self.closed = True
-            with contextlib.suppress(*ENVIRONMENT_ERRORS), self.deadline:
+            with self.closing, contextlib.suppress(*ENVIRONMENT_ERRORS), self.deadline:
                 self.envs.close()
 
 

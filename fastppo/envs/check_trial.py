@@ -14,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from fastppo.core.action_masks import choices_of, leaf_spaces
+from fastppo.core.space_rules import NO_BOUND
 from fastppo.envs.autoreset import AutoresetEnvs
 from fastppo.envs.check_calls import CallChecker, RefusedError
 from fastppo.envs.check_ends import ACTION_COUNTS, NOT_DECLARED, FinalObs, NextAction, action_like, arrays_of, leaves, numbers
@@ -25,7 +26,6 @@ STEPS = 32  # random steps, at most
 SECONDS = 0.5  # no more steps or resets after that long; gymnasium's checker is left out where it would take longer
 SEED = 123
 OTHER_SEEDS = range(1000, 1008)  # several, since two environments that toss a coin start alike in half of the resets
-NO_BOUND = 1e38  # as policy/spaces.py
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastppo.core.action_masks import leaf_spaces
+from fastppo.core.space_rules import any_action
 from fastppo.system.devices import resolved
 
 State = Any  # a tensor, or a tuple, dict or NamedTuple of tensors, each (N, ...)
@@ -318,14 +319,9 @@ def _obs_dtype(space: gym.Space[Any]) -> torch.dtype:
     return torch.float32 if is_float else torch.from_numpy(np.empty(0, space.dtype)).dtype
 
 
-def _any_action(num_envs: int, device: torch.device, space: gym.Space[Any]) -> Tensor:
+def _any_actions(num_envs: int, device: torch.device, space: gym.Space[Any]) -> Tensor:
     """The same legal action for each of N environments."""
-    action: Any = np.zeros(space.shape or ())
-    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        action = space.start
-    elif isinstance(space, gym.spaces.Box):
-        action = np.clip(action, space.low, space.high)
-    return torch.as_tensor(np.stack([action] * num_envs), device=device).to(_action_dtype(space))
+    return torch.as_tensor(np.stack([any_action(space)] * num_envs), device=device).to(_action_dtype(space))
 
 
 def _check_contract(env: DeviceEnv, num_envs: int, device: torch.device) -> None:
@@ -344,7 +340,7 @@ def _check_contract(env: DeviceEnv, num_envs: int, device: torch.device) -> None
 
     random = torch.zeros((num_envs, env.num_random), dtype=torch.float32, device=device)
     first_state, first_obs = env.reset(random)
-    action = _for_leaves(partial(_any_action, num_envs, device), env.action_space)
+    action = _for_leaves(partial(_any_actions, num_envs, device), env.action_space)
     state, obs, reward, terminated, truncated = env.step(first_state, action, random)
     obs_shape = (num_envs, *(env.observation_space.shape or ()))
     check("reset: obs", first_obs, obs_shape, _obs_dtype(env.observation_space))

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from fastppo.core.space_rules import any_action
 from fastppo.errors import UsageError
 
 Key = Any  # a key of jax.random, (2,) uint32
@@ -114,7 +115,7 @@ def _stepped(env: JaxEnv, key: Key, state: State, action: Array) -> tuple[Any, .
 def _first(env: JaxEnv, key: Key) -> tuple[State, Any]:
     """The start of an episode, with arrays of the types that a step returns, so that both fit and nothing is compiled twice."""
     state, obs = env.reset(key)
-    action = jax.tree.map(jnp.asarray, _any_action(env.action_space))
+    action = jax.tree.map(jnp.asarray, any_action(env.action_space).astype(_dtype(env.action_space)))
     like, _, reward, *_ = jax.eval_shape(env.step, key, state, action)  # of a copy of the state, whose dicts a step may change
     if reward.size != 1:
         raise UsageError(f"its reward has the shape {reward.shape}: environments of several agents are not supported for JAX")
@@ -144,16 +145,6 @@ def _dtype(space: gym.Space[Any]) -> Any:
     """The type of JAX's arrays for a space: of 32 bits where the space has 64."""
     wide = {np.dtype(np.float64): np.dtype(np.float32), np.dtype(np.int64): np.dtype(np.int32)}
     return wide.get(np.dtype(space.dtype), np.dtype(space.dtype))
-
-
-def _any_action(space: gym.Space[Any]) -> NDArray[Any]:
-    """A legal action."""
-    action: Any = np.zeros(space.shape or ())
-    if isinstance(space, Discrete | MultiDiscrete):
-        action = space.start
-    elif isinstance(space, Box):
-        action = np.clip(action, space.low, space.high)
-    return np.asarray(action, _dtype(space))
 
 
 class JaxVectorEnv(VectorEnv[Any, Any, Any]):

@@ -124,6 +124,11 @@ def import_module_of(env_id: str) -> str:
     return name
 
 
+def names_module(env_id: str) -> bool:
+    """Whether an id names a module to import: module:NAME, or package.module, which is not registered. Imports nothing."""
+    return ":" in env_id or ("." in env_id and is_dotted(env_id) and env_id not in gym.registry)
+
+
 def is_jax(env_id: str) -> bool:
     """Whether this is the id of an environment of JAX."""
     return env_id.startswith(JAX)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,21 +26,25 @@ Frame = NDArray[np.uint8]  # (H, W, 3)
 def make_render_env(config: EnvConfig, deadline: Deadline = NO_DEADLINE) -> AutoresetEnvs:
     """One environment with the render mode "rgb_array". It has been reset and rendered once.
 
+    Until it is closed, environment variables keep it from asking for a display where there is none.
+
     Args:
         deadline: for each call of the environment.
 
     Raises:
         UsageError: it cannot be made, or cannot be rendered; says why, and which render modes it has.
     """
-    _render_without_a_display()
-    envs = AutoresetEnvs(make_rgb_env(config), deadline)
-    try:
-        envs.reset(None)
-        render_frame(envs)
-    except ENVIRONMENT_ERRORS as error:
-        envs.close()
-        reason = str(error) if isinstance(error, UsageError) else located(error)
-        raise UsageError(f"--env-id {config.env_id} cannot be rendered: {reason}") from None
+    with contextlib.ExitStack() as variables:
+        variables.enter_context(_without_a_display())
+        envs = AutoresetEnvs(make_rgb_env(config), deadline)
+        try:
+            envs.reset(None)
+            render_frame(envs)
+        except ENVIRONMENT_ERRORS as error:
+            envs.close()
+            reason = str(error) if isinstance(error, UsageError) else located(error)
+            raise UsageError(f"--env-id {config.env_id} cannot be rendered: {reason}") from None
+        envs.closing.push(variables.pop_all())
     return envs
 
 
@@ -112,10 +116,16 @@ def shows_windows() -> bool:
     return has_display() and os.environ.get("SDL_VIDEODRIVER") != "dummy"
 
 
-def _render_without_a_display() -> None:
+@contextlib.contextmanager
+def _without_a_display() -> Iterator[None]:
     """Keep pygame from asking for sound, and pygame and MuJoCo from asking for a display where there is none."""
     names = {"SDL_AUDIODRIVER": "dummy"}
     if not has_display():
         names |= {"SDL_VIDEODRIVER": "dummy", "MUJOCO_GL": "egl"}
-    for name, value in names.items():
-        os.environ.setdefault(name, value)
+    added = names.keys() - os.environ.keys()
+    os.environ.update({name: names[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -19,6 +19,7 @@ from gymnasium.spaces import Box, Dict, Space, Tuple
 from numpy.typing import NDArray
 
 from fastppo.core.action_masks import leaf_spaces
+from fastppo.core.space_rules import MIN_IMAGE_SIDE, is_image
 from fastppo.envs.agents import AgentId, agents_of
 from fastppo.envs.masks import has_mask
 from fastppo.envs.numbered import REWARD_PARTS
@@ -26,7 +27,6 @@ from fastppo.envs.preprocessing import Preprocessing
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located, nearest
 from fastppo.system.named import load_named
 
-MIN_SIDE = 36  # a smaller array of bytes is no picture (MIN_IMAGE_SIDE of policy/spaces.py)
 LARGE = 96  # pictures with a longer side are resized by default
 DEFAULT_SIZE = (84, 84)  # of DQN
 FAR = 4.0  # half of an action's range; rescaled by default where it is more, or less than 1/FAR, or does not hold 0
@@ -162,7 +162,7 @@ class PictureObservation(gym.Wrapper[Any, Any, Any, Any]):
         if (settings.grayscale or settings.resize not in (None, (0,))) and not pictures:
             name = "--grayscale" if settings.grayscale else "--resize"
             space = type(env.observation_space).__name__
-            raise UsageError(f"{name}: the observation, a {space}, has no picture (bytes, {MIN_SIDE} a side or more)")
+            raise UsageError(f"{name}: the observation, a {space}, has no picture (bytes, {MIN_IMAGE_SIDE} a side or more)")
         if settings.grayscale and not any(map(_is_coloured, pictures)):
             raise UsageError("--grayscale: the picture has no three colours; leave it off")
         self.observation_space, self._change = _changed(env.observation_space, settings)
@@ -191,7 +191,7 @@ def _changed(space: Space[Any], settings: Preprocessing) -> tuple[Space[Any], Fu
     """An observation space with its pictures changed, and the function that changes an observation."""
     if isinstance(space, Dict | Tuple):
         return _rebuilt(space, partial(_changed, settings=settings))
-    if not is_picture(space):
+    if not is_image(space):
         return space, lambda obs: obs
     return _changed_picture(space, settings)
 
@@ -271,7 +271,7 @@ def _stacked(env: gym.Env[Any, Any], number: int) -> gym.Env[Any, Any]:
         env = FrameStackObservation(env, number)
     except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
         raise UsageError(f"--frame-stack: observations of {single} cannot be stacked ({error})") from None
-    if isinstance(single, Box) and not is_picture(single):
+    if isinstance(single, Box) and not is_image(single):
         return FlattenObservation(env)
     space, function = _joined(single, env.observation_space)
     return TransformObservation(env, function, space)
@@ -290,7 +290,7 @@ def _joined(single: Space[Any], stacked: Any) -> tuple[Space[Any], Function]:
         pairs = [_joined(part, whole) for part, whole in zip(single.spaces, stacked.spaces, strict=True)]
         each = [function for _, function in pairs]
         return Tuple([part for part, _ in pairs]), lambda obs: tuple(f(part) for f, part in zip(each, obs, strict=True))
-    if is_picture(single) and len(stacked.shape) == 4:
+    if is_image(single) and len(stacked.shape) == 4:
         join = _join_planes if _is_channels_first(single) else join_channels
         return Box(0, 255, join(np.empty(stacked.shape, np.uint8)).shape, np.uint8), join
     return stacked, lambda obs: obs
@@ -362,16 +362,7 @@ def _is_far(space: Space[Any]) -> bool:
 
 def _pictures(space: Space[Any]) -> list[Any]:
     """The spaces of the pictures in an observation."""
-    return [part for part in leaf_spaces(space) if is_picture(part)]
-
-
-def is_picture(space: Space[Any]) -> bool:
-    """Bytes from 0 to 255 of shape (H, W), (H, W, C) or (C, H, W), large enough, as policy/spaces.py has it."""
-    if not isinstance(space, Box) or space.dtype != np.uint8 or len(space.shape) not in (2, 3):
-        return False
-    sides = _sides(space)
-    channels = 1 if len(space.shape) == 2 else min(space.shape[0], space.shape[2])
-    return channels <= min(sides) and min(sides) >= MIN_SIDE and bool((space.low == 0).all() and (space.high == 255).all())
+    return [part for part in leaf_spaces(space) if is_image(part)]
 
 
 def _is_channels_first(space: Any) -> bool:

@@ -128,7 +128,7 @@ def encode(leaf: ObsLeaf, x: Tensor) -> Tensor:
 
 
 def channels_first(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(C, H, W) of an image of that shape, see `spaces.is_image_shape`."""
+    """(C, H, W) of an image of that shape, see `core/space_rules.py`."""
     if len(shape) == 2:
         return (1, *shape)
     return shape if shape[0] <= shape[2] else (shape[2], shape[0], shape[1])  # type: ignore[return-value]

@@ -21,6 +21,7 @@ from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, On
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastppo.core.space_rules import NO_BOUND, is_image_shape, is_pixels
 from fastppo.errors import UsageError
 from fastppo.policy.distributions import (
     BETA,
@@ -35,9 +36,7 @@ from fastppo.policy.distributions import (
 )
 
 ACTION_MASK = "action_mask"  # key of the legal actions, in a Dict observation, in an info and in the rollout
-NO_BOUND = 1e38  # a bound this large means no bound: environments give the largest float32 or float64
 MAX_NESTING = 16  # of a space in a checkpoint
-MIN_IMAGE_SIDE = 36  # smaller images have no output after the three convolutions of the Nature CNN
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _leaves(
             dtype = torch.float64 if np.dtype(space.dtype).itemsize > 4 else torch.float32
         else:
             dtype = _torch_dtype(space)
-        pixels = space.dtype == np.uint8 and bool((space.low == 0).all() and (space.high == 255).all())
+        pixels = is_pixels(space)
         kind: Any = "image" if pixels and is_image_shape(space.shape) else "vector"
         yield ObsLeaf(key, path, space.shape, dtype, kind, 1.0 / 255.0 if pixels else 1.0)
     else:
@@ -208,15 +207,6 @@ def _left_out(space: gym.Space[Any] | None) -> str:
             kept.append(name)
     flag = f"--wrapper gymnasium.wrappers:FilterObservation 'filter_keys={json.dumps(kept, separators=(',', ':'))}'"
     return f"leave it out: {flag}, or " if kept else ""
-
-
-def is_image_shape(shape: tuple[int, ...]) -> bool:
-    """(C, H, W) or (H, W, C), C the smallest of the three, or (H, W); large enough for the Nature CNN."""
-    if len(shape) == 3:
-        channels = min(shape[0], shape[2])
-        sides = shape[1:] if shape[0] == channels else shape[:2]
-        return channels <= min(sides) and min(sides) >= MIN_IMAGE_SIDE
-    return len(shape) == 2 and min(shape) >= MIN_IMAGE_SIDE
 
 
 @dataclass(frozen=True)

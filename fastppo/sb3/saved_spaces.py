@@ -12,8 +12,8 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete, MultiBinary, MultiDiscrete
 from numpy.typing import NDArray
 
+from fastppo.core.space_rules import is_image_shape
 from fastppo.policy.codec import MAX_NUMBERS
-from fastppo.policy.spaces import is_image_shape
 
 KINDS = ("Box", "Discrete", "MultiDiscrete", "MultiBinary")
 DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)))

@@ -1,13 +1,16 @@
 """--init-from: a new run that starts with the policy of another one. Reads data only. Knows nothing of the loop.
 
 Weights and statistics of observations and rewards are taken over; the optimiser, the counters and the environments start anew.
+The critic keeps its values: its units become those of the new run.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastppo.bounds import flag
 from fastppo.config import TrainConfig, read_run_config
@@ -102,7 +105,9 @@ def start_from(
             raise ValueError("obs_moments are not those of the observation")
         returns = checkpoint.get("return_moments")  # older versions kept them in last.pt only
         moments = None if returns is None else moments_from_state({"reward": returns}, device)
-        scales = {name: checked(policy[name], name, torch.float32, ()).to(device) for name in ("return_mean", "return_std")}
+        mean, std = (checked(policy[name], name, torch.float32, ()).to(device) for name in ("return_mean", "return_std"))
+        if policy["reward_scale"] is not None and not config.norm_reward:  # the critic's units are those of the reward again
+            mean, std = (x / checked(policy["reward_scale"], "reward_scale", torch.float32, ()).to(device) for x in (mean, std))
         where = f"iteration {int(checkpoint['iteration'])}, step {int(checkpoint['global_step']):,}"
     except UsageError as error:
         if str(error).startswith("--init-from"):
@@ -116,10 +121,20 @@ def start_from(
         if config.norm_reward and moments is not None:
             state.return_moments = moments["reward"]
         if config.norm_returns:
-            state.return_mean, state.return_std = scales["return_mean"], scales["return_std"]
+            state.return_mean, state.return_std = mean, std
+        elif policy["module"] is None:
+            _fold_units(network.weights(state.params), mean, std)
         state.best = BestPolicy(config.num_envs, snapshot(state))
     anew = " (it has no reward statistics: these start anew)" if config.norm_reward and moments is None else ""
+    if not config.norm_returns and policy["module"] is not None and (float(mean), float(std)) != (0.0, 1.0):
+        anew += " (its critic's values are in other units, of --norm-returns or --norm-reward: they are learned anew)"
     return f"starts with the policy of {source.path}, of {where}{anew}"
+
+
+def _fold_units(weights: Mapping[str, Tensor], mean: Tensor, std: Tensor) -> None:
+    """Change the critic's last layer so that its output v becomes v * std + mean."""
+    weights["critic.head.weight"].mul_(std)
+    weights["critic.head.bias"].mul_(std).add_(mean)
 
 
 def _check_network(source: Source, policy: dict[str, Any], config: TrainConfig, obs: ObsSpec) -> None:

@@ -1,7 +1,7 @@
 """Environments of several agents with PettingZoo's parallel API, written without it. `support.parallel_envs` is an --env-id."""
 
 import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, Tuple
 
 
 class Relay:
@@ -115,6 +115,23 @@ class Alone(Team):
 
     def step(self, actions):
         return super().step({**actions, "other": 0})
+
+
+class Compound(Team):
+    """An action has two parts, in a Dict or Tuple, and an agent is paid what they say."""
+
+    def __init__(self, kind="dict"):
+        """kind: of the action space, "dict" or "tuple"."""
+        self.kind = kind
+
+    def action_space(self, agent):
+        parts = {"choice": Discrete(5), "push": Box(-1.0, 1.0, (1,))}
+        return Dict(parts) if self.kind == "dict" else Tuple(parts.values())
+
+    def step(self, actions):
+        obs, _, *others = super().step({"one": 0, "other": 0})
+        parts = {agent: action.values() if self.kind == "dict" else action for agent, action in actions.items()}
+        return obs, {agent: float(choice + push[0]) for agent, (choice, push) in parts.items()}, *others
 
 
 class Unlike(Relay):
