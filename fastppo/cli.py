@@ -281,7 +281,8 @@ def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:
     """`default` without the settings that a given flag replaces. Raises UsageError if both of a pair are given."""
     alone = {arg.replace("_", "-") for arg in args}
     values = {spec.name: _value_of(flag(spec.name), args) for spec in fields(TrainConfig)}
-    return without_rivals(default, {name: value for name, value in values.items() if value or flag(name) in alone})
+    given = {name: value or "" for name, value in values.items() if value or flag(name) in alone}  # a flag may be the last word
+    return without_rivals(default, given)
 
 
 def _value_of(name: str, args: Sequence[str]) -> str | None:

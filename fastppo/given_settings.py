@@ -56,7 +56,11 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
 
 
 def without_rivals(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
-    """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given."""
+    """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given.
+
+    given: values, or words of a command line. None does not replace anything.
+    """
+    given = {name: value for name, value in given.items() if str(value) != "None"}
     for one, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
         if one in given and other in given:
             raise UsageError(f"{flag(one)} and {flag(other)} set the same thing: give only one of them")

@@ -176,6 +176,23 @@ def test_from_python():
     assert "preset_for" in fastppo.__all__
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"desired_kl": None},
+        {"total_timesteps": 1000, "num_iterations": None},
+        {"num_minibatches": 8, "minibatch_size": None},
+        {"clip_reward": True},
+    ],
+)
+def test_none_replaces_nothing(settings):
+    """A setting given as None leaves its rivals as they are, from Python and as a flag; one that is the last word counts."""
+    flags = [word for name, value in settings.items() for word in (flag(name), str(value)) if word != "True"]
+    config = preset_for("Pendulum-v1", **settings)
+    assert parse_train(["--env-id", "Pendulum-v1", *flags]) == config
+    assert config == replace(preset_for("Pendulum-v1"), **settings, norm_reward="clip_reward" not in settings)
+
+
 def test_help_shows_the_presets_values(capsys):
     """--help answers with the values that a run with the other flags would have."""
     with pytest.raises(SystemExit):
