@@ -104,7 +104,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
-        default = replace(_with_whole_sequences(_without_rivals(start, args), args), preset="auto")  # what --help shows
+        default = replace(_without_rivals(start, args), preset="auto")  # what --help shows
         config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
         return with_absolute_paths(replace(config, preset=start.preset), place)
 
@@ -214,23 +214,6 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
     return find_preset(name, _value_of("--env-id", args)).config()
-
-
-def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:
-    """`start` with at most as many minibatches as environments if --rnn needs that and no flag sets their number."""
-    given = _value_of("--rnn", args)
-    if given in (None, "None") or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
-        return start
-    text = _value_of("--num-envs", args) or str(start.num_envs)
-    try:
-        num_envs = whole_number(text)
-    except ValueError:  # reported when it is parsed
-        return start
-    most = min(start.minibatches_per_epoch, num_envs)
-    count = next((number for number in range(most, 0, -1) if num_envs % number == 0), None)
-    if count is None:
-        return start
-    return replace(start, num_envs=num_envs, minibatch_size=None, num_minibatches=count)
 
 
 NAMES_ELSEWHERE = {**HABITS, "--run-dir": "--output-dir"}  # --run-dir is the name of train, for a hint of the other verbs
