@@ -205,7 +205,7 @@ def _restarted(args: Sequence[str]) -> str | None:
     run_dir = _value_of("--run-dir", args)
     if run_dir is None or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
-    return run_dir if (Path(run_dir) / "config.json").exists() else None
+    return run_dir if os.path.exists(Path(run_dir) / "config.json") else None
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:

@@ -4,6 +4,7 @@ Costs no torch. A file is data: {"settings": {"gamma": 0.98}, "source": "where i
 settings have to be there; `fastppo sweep` writes one. Files of Stable-Baselines3's zoo, ppo.yml, are read by sb3_settings.py.
 """
 
+import os
 import re
 import reprlib
 from collections.abc import Iterable, Mapping
@@ -88,7 +89,7 @@ def read_preset(path: str) -> Preset:
 
     Raises UsageError as `load_preset`.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return _run_preset(path, Path(path, "config.json"))
     form = '{"settings": {"gamma": 0.98}}'
     data = read_json(Path(path), f"a preset, {form} for example", "--preset takes a name, a .json file or a run")
@@ -145,12 +146,10 @@ def find_preset(name: str, env_id: str | None = None) -> Preset:
         return PRESETS[name]
     if name.endswith((".yml", ".yaml")):
         return _zoo_preset(name, env_id)
-    if name.endswith(".json") or "/" in name or Path(name).is_dir():
+    if name.endswith(".json") or "/" in name or os.path.isdir(name):
         return read_preset(name)
-    known = ("auto", *PRESETS)
-    raise UsageError(
-        f"--preset must be a .json or .yml file, a run or one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
-    )
+    known, hint = ("auto", *PRESETS), nearest(name[:100], ("auto", *PRESETS))
+    raise UsageError(f"--preset must be a .json or .yml file, a run or one of {', '.join(known)}, got {name[:100]!r}{hint}")
 
 
 def describe(config: TrainConfig) -> str | None:

@@ -478,6 +478,8 @@ def test_a_preset_file_that_is_not_there(tmp_path, capsys):
         error = capsys.readouterr().err
         assert name in error
         assert "cannot be read" in error or "is not a regular file" in error
+    assert console(["--preset", 300 * "x"]) == 2  # no name of a file
+    assert "got 'xxx" in capsys.readouterr().err
 
 
 def test_a_run_from_a_file_goes_on_without_it(tmp_path, capsys):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from types import FunctionType, ModuleType
 
 import gymnasium as gym
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 import fastppo
-from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, plot, train
+from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, load_preset, plot, train
+from fastppo.analysis.report_page import report_page
 from fastppo.errors import Interrupted
 from fastppo.evaluate import console as evaluate_console
+from fastppo.run.checkpoint_file import load_checkpoint
+from fastppo.sb3.archive import read_model
 from support.pages import python_in, section
 
 SHORT = {"num_iterations": 3, "num_steps": 32, "num_envs": 2, "eval_episodes": 0, "compile": "off", "check_env": False}
@@ -71,6 +75,25 @@ def test_wrong_use(call, says, result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=says):
         call(result)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other rights")
+def test_a_run_of_somebody_else(result, tmp_path):
+    """What may not be read is said in a line that names it, whoever asks."""
+    shutil.copytree(result.run_dir, tmp_path / "private/run")
+    run = tmp_path / "private/run"
+    calls = [load_policy, evaluate, plot, load_preset, read_model, partial(report_page, setting_texts={})]
+    calls.append(lambda run: load_checkpoint(run / "checkpoints/best.pt"))
+    me = os.geteuid()
+    run.parent.chmod(0)
+    os.seteuid(me or 65534)  # root may read all
+    try:
+        for call in calls:
+            with pytest.raises(UsageError, match=rf"{run}.* cannot be read.*Permission denied"):
+                call(run)
+    finally:
+        os.seteuid(me)
+        run.parent.chmod(0o700)
 
 
 def test_names_stay_functions():

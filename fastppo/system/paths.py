@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastppo.errors import UsageError
 
+MAX_LETTERS = 250  # of a name that is quoted in an error
+
 _deleted = False  # whether `leave_deleted_directory` has left the working directory
 
 
@@ -39,6 +41,17 @@ def absolute(path: str | Path, name: str, place: Path | None) -> Path:
             f"{name} {path}: the working directory has been deleted; change to another one, or give an absolute path"
         )
     return (place or Path()) / path
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Context, or decorator of a function, that reads what the user named: raises an OSError as a UsageError with the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UsageError(f"{str(error.filename)[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
 
 
 def leave_deleted_directory() -> None:
