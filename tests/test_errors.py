@@ -40,6 +40,7 @@ def lines_of(capsys):
         (["--env-id", "environments:Wlak-v1"], ["--env-id", "Walk-v1"]),
         (["--env-id", "no/such:thing"], ["--env-id"]),
         (["--env-id", ""], ["--env-id"]),
+        (["--env-id", ":foo"], ["--env-id :foo: write module:NAME, such as my_module:foo"]),
         (["--env-id", 1000 * "x"], ["--env-id"]),
         # modules
         (["--env-id", "no_such_module:Walk-v0"], ["--env-id", "no_such_module"]),
