@@ -93,20 +93,22 @@ def plot(
     Raises:
         UsageError: no run that can be read, no such column, or a file that cannot be written.
     """
-    from fastppo.analysis.curves import check_metric, draw_page, render, return_panels
+    from fastppo.analysis.curves import check_metric, check_place, draw_page, render, return_panels
     from fastppo.analysis.run_groups import read_groups
     from fastppo.errors import UsageError
+    from fastppo.run.files import replace_file
 
-    if output is not None and not Path(output).parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {Path(output).parent}")
+    if output is not None:
+        check_place(str(output))
     several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
     groups = read_groups([_directory(one) for one in several], print)
     check_metric(groups, metric)
     figure: Any = draw_page(groups, return_panels(groups, metric), columns=2)
     figure._repr_png_ = partial(render, figure, "png")  # what IPython asks for; pyplot, which has it, need not be imported
     if output is not None:
+        path = Path(output) if Path(output).suffix else Path(f"{output}.png")
         try:
-            figure.savefig(output)
+            replace_file(path, render(figure, path.suffix[1:]))
         except (OSError, ValueError) as error:
             raise UsageError(f"--output {output} cannot be written: {error}") from None
     return figure

@@ -65,6 +65,8 @@ def test_the_pages_example(result, tmp_path, monkeypatch):
         (lambda run: plot("nowhere"), "nowhere"),
         (lambda run: plot(run, metric="entropi"), "metric entropi is no column of metrics.csv; nearest: entropy"),
         (lambda run: plot(run, output="nowhere/a.png"), "output nowhere/a.png: there is no directory nowhere"),
+        (lambda run: plot(run, output="."), "output . is a directory; nearest: --output curves.png"),
+        (lambda run: plot(run, output="a.xyz"), "output a.xyz cannot be written: .*png"),
         (lambda run: export(run, "a.onnx", "torch"), "format torch writes a .pt2 file"),
         (lambda run: export(run, format="keras"), "format must be"),
         (lambda run: evaluate(), "which run"),
@@ -94,6 +96,15 @@ def test_a_run_of_somebody_else(result, tmp_path):
     finally:
         os.seteuid(me)
         run.parent.chmod(0o700)
+
+
+def test_a_picture_is_replaced_in_one_step(result, tmp_path):
+    """A picture that cannot be drawn leaves the old one, and a link is replaced, not followed."""
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "a.png").symlink_to("mine")
+    plot(result, output=tmp_path / "a")  # without an ending: .png
+    assert (tmp_path / "mine").read_text() == "kept"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_stay_functions():
