@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import TrainConfig, with_current_names
+from fastppo.config import TrainConfig, check_setting, with_current_names
 from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
 from fastppo.given_settings import with_settings
@@ -53,6 +53,8 @@ def preset_for(env_id: str | None = None, **settings: Any) -> TrainConfig:
     Raises UsageError for an unknown name or an illegal value.
     """
     name = settings.pop("preset", "auto")
+    for given, value in (("env_id", TrainConfig.env_id if env_id is None else env_id), ("preset", name)):
+        check_setting(given, value)
     preset = choose_preset(env_id or TrainConfig.env_id) if name == "auto" else find_preset(name, env_id)
     return with_settings(preset.config(env_id), settings)
 

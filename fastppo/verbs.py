@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastppo.analysis.export_formats import SUFFIXES, check_output
 from fastppo.cli import chosen_run, open_run
-from fastppo.system.paths import absolute, current_directory, importable
+from fastppo.system.paths import absolute, current_directory, importable, path_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,6 +101,8 @@ def plot(
     if output is not None:
         check_place(str(output))
     several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    if not several:
+        raise UsageError("runs is an empty list: give a run directory, or None for the newest one in runs/")
     groups = read_groups([_directory(one) for one in several], print)
     check_metric(groups, metric)
     figure: Any = draw_page(groups, return_panels(groups, metric), columns=2)
@@ -161,4 +163,4 @@ def export(
 
 def _directory(run: Run | None) -> str:
     """The run directory that is meant; the newest one where none is given. Raises UsageError."""
-    return chosen_run(None) if run is None else str(getattr(run, "run_dir", run))
+    return chosen_run(None) if run is None else path_of(getattr(run, "run_dir", run), "RUN_DIR")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastppo
-from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, load_preset, plot, train
+from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, load_preset, plot, preset_for, train
 from fastppo.analysis.report_page import report_page
 from fastppo.errors import Interrupted
 from fastppo.evaluate import console as evaluate_console
@@ -61,6 +61,18 @@ def test_the_pages_example(result, tmp_path, monkeypatch):
     [
         (lambda run: evaluate("nowhere"), "nowhere"),
         (lambda run: evaluate(run, 0), "episodes must be at least 1"),
+        (lambda run: evaluate(run, 2.5), "episodes and --seed must be whole numbers, got 2.5 and 0"),
+        (lambda run: evaluate(run, "3"), "must be whole numbers, got '3' and 0"),
+        (lambda run: evaluate(run, True), "must be whole numbers, got True and 0"),
+        (lambda run: evaluate(run, seed=1.5), "must be whole numbers, got 20 and 1.5"),
+        (lambda run: evaluate(5), "RUN_DIR must be a path, got 5"),
+        (lambda run: plot([]), "runs is an empty list"),
+        (lambda run: load_policy(run.run_dir, device="foo"), "device 'foo' cannot be used"),
+        (lambda run: load_policy(5), "run_dir must be a path, got 5"),
+        (lambda run: train(env_id=5), "env-id must be a text, got 5"),
+        (lambda run: preset_for(preset=5), "preset must be a text, got 5"),
+        (lambda run: train(resume=5), "resume must be a path, got 5"),
+        (lambda run: train(env_fn="CartPole-v1"), "env_fn must be a function that makes an environment, got 'CartPole-v1'"),
         (lambda run: evaluate(run, checkpoint="first"), 'checkpoint must be "best" or "last"'),
         (lambda run: plot("nowhere"), "nowhere"),
         (lambda run: plot(run, metric="entropi"), "metric entropi is no column of metrics.csv; nearest: entropy"),

@@ -21,6 +21,13 @@ def current_directory() -> Path | None:
         return None
 
 
+def path_of(given: object, name: str) -> str:
+    """A path as text. Raises UsageError that starts with `name` for what is neither a text nor a path."""
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"{name} must be a path, got {given!r:.99}")
+    return str(os.fspath(given))
+
+
 def absolute(path: str | Path, name: str, place: Path | None) -> Path:
     """`path` relative to `place`, a result of `current_directory`.
 
