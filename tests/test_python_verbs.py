@@ -111,7 +111,7 @@ def test_a_run_of_somebody_else(result, tmp_path):
 
 
 def test_a_picture_is_replaced_in_one_step(result, tmp_path):
-    """A picture that cannot be drawn leaves the old one, and a link is replaced, not followed."""
+    """As the command line does it: a link is replaced, not followed, so an old picture is there until the new one is."""
     (tmp_path / "mine").write_text("kept")
     (tmp_path / "a.png").symlink_to("mine")
     plot(result, output=tmp_path / "a")  # without an ending: .png
