@@ -106,7 +106,7 @@ def parse_train(args: Sequence[str]) -> TrainConfig:
     resume = _value_of("--resume", args) or _restarted(args)
     if resume is None:
         start = _preset_config(args)
-        default = replace(_with_whole_sequences(_without_rivals(start, args), args), preset="auto")  # what --help shows
+        default = replace(_without_rivals(start, args), preset="auto")  # what --help shows
         config = parse(TrainConfig, args, prog="python -m fastppo.train", default=default)
         return with_absolute_paths(replace(config, preset=start.preset), place)
 
@@ -208,7 +208,7 @@ def _restarted(args: Sequence[str]) -> str | None:
     run_dir = _value_of("--run-dir", args)
     if run_dir is None or os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") == "0":
         return None
-    return run_dir if (Path(run_dir) / "config.json").exists() else None
+    return run_dir if os.path.exists(Path(run_dir) / "config.json") else None
 
 
 def _preset_config(args: Sequence[str]) -> TrainConfig:
@@ -217,23 +217,6 @@ def _preset_config(args: Sequence[str]) -> TrainConfig:
     if name == "auto":
         return choose_preset(_value_of("--env-id", args) or TrainConfig.env_id).config()
     return find_preset(name, _value_of("--env-id", args)).config()
-
-
-def _with_whole_sequences(start: TrainConfig, args: Sequence[str]) -> TrainConfig:
-    """`start` with at most as many minibatches as environments if --rnn needs that and no flag sets their number."""
-    given = _value_of("--rnn", args)
-    if given in (None, "None") or _value_of("--num-minibatches", args) or _value_of("--minibatch-size", args):
-        return start
-    text = _value_of("--num-envs", args) or str(start.num_envs)
-    try:
-        num_envs = whole_number(text)
-    except ValueError:  # reported when it is parsed
-        return start
-    most = min(start.minibatches_per_epoch, num_envs)
-    count = next((number for number in range(most, 0, -1) if num_envs % number == 0), None)
-    if count is None:
-        return start
-    return replace(start, num_envs=num_envs, minibatch_size=None, num_minibatches=count)
 
 
 NAMES_ELSEWHERE = {**HABITS, "--run-dir": "--output-dir"}  # --run-dir is the name of train, for a hint of the other verbs
@@ -284,7 +267,8 @@ def _without_rivals(default: TrainConfig, args: Sequence[str]) -> TrainConfig:
     """`default` without the settings that a given flag replaces. Raises UsageError if both of a pair are given."""
     alone = {arg.replace("_", "-") for arg in args}
     values = {spec.name: _value_of(flag(spec.name), args) for spec in fields(TrainConfig)}
-    return without_rivals(default, {name: value for name, value in values.items() if value or flag(name) in alone})
+    given = {name: value or "" for name, value in values.items() if value or flag(name) in alone}  # a flag may be the last word
+    return without_rivals(default, given)
 
 
 def _value_of(name: str, args: Sequence[str]) -> str | None:

@@ -378,8 +378,6 @@ class TrainConfig:
 
         Raises UsageError if the file is missing, damaged or from another version of fastppo.
         """
-        if path.parent.is_file():
-            raise UsageError(f"{path.parent} is a file: give the directory of its run")
         data = with_current_names(read_json(path, "the settings of a run", "is this a run directory of fastppo?"))
         # what older versions did
         data = {"resize": (0,), "rescale_action": False, "autoreset": "next-step", **data}

@@ -10,7 +10,9 @@ import traceback
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-_FLAG = re.compile(r"-m fastppo.*|(?<![^\s(\[])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")  # a command stays as it is
+_FLAG = re.compile(
+    r"-m fastppo.*|torchrun -.*|`[^`]*`|(?<![^\s(\[])--(no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)"
+)  # commands stay as they are
 _reader_types_flags = False
 
 

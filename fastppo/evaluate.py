@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from fastppo.bounds import is_of_type
 from fastppo.cli import open_run, parse, run
 from fastppo.errors import UsageError
 from fastppo.system.imports import lasting_imports
@@ -58,6 +59,8 @@ class EvaluateConfig:
             raise UsageError(f"--video-episodes must be at least 1, got {self.video_episodes}")
         if self.max_steps is not None and self.max_steps < 1:
             raise UsageError(f"--max-steps must be at least 1, got {self.max_steps}")
+        if not (is_of_type(int, self.episodes) and is_of_type(int, self.seed)):
+            raise UsageError(f"--episodes and --seed must be whole numbers, got {self.episodes!r:.99} and {self.seed!r:.99}")
         if self.episodes < 1 or self.seed < 0:
             raise UsageError(f"--episodes must be at least 1 and --seed at least 0, got {self.episodes} and {self.seed}")
 

@@ -4,13 +4,14 @@ Costs no torch. A file is data: {"settings": {"gamma": 0.98}, "source": "where i
 settings have to be there; `fastppo sweep` writes one. Files of Stable-Baselines3's zoo, ppo.yml, are read by sb3_settings.py.
 """
 
+import os
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fastppo.config import TrainConfig, with_current_names
+from fastppo.config import TrainConfig, check_setting, with_current_names
 from fastppo.envs.registry import find_spec
 from fastppo.errors import UsageError, nearest
 from fastppo.given_settings import with_settings
@@ -51,6 +52,8 @@ def preset_for(env_id: str | None = None, **settings: Any) -> TrainConfig:
     Raises UsageError for an unknown name or an illegal value.
     """
     name = settings.pop("preset", "auto")
+    for given, value in (("env_id", TrainConfig.env_id if env_id is None else env_id), ("preset", name)):
+        check_setting(given, value)
     preset = choose_preset(env_id or TrainConfig.env_id) if name == "auto" else find_preset(name, env_id)
     return with_settings(preset.config(env_id), settings)
 
@@ -87,7 +90,7 @@ def read_preset(path: str) -> Preset:
 
     Raises UsageError as `load_preset`.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return _run_preset(path, Path(path, "config.json"))
     form = '{"settings": {"gamma": 0.98}}'
     data = read_json(Path(path), f"a preset, {form} for example", "--preset takes a name, a .json file or a run")
@@ -144,12 +147,11 @@ def find_preset(name: str, env_id: str | None = None) -> Preset:
         return PRESETS[name]
     if name.endswith((".yml", ".yaml")):
         return _zoo_preset(name, env_id)
-    if name.endswith(".json") or "/" in name or Path(name).is_dir():
+    if name.endswith(".json") or "/" in name or os.path.isdir(name):
         return read_preset(name)
-    known = ("auto", *PRESETS)
-    raise UsageError(
-        f"--preset must be a .json or .yml file, a run or one of {', '.join(known)}, got {name!r}{nearest(name, known)}"
-    )
+    known, hint = ("auto", *PRESETS), nearest(name[:100], ("auto", *PRESETS))
+    names = ", ".join(known)
+    raise UsageError(f"--preset must be a name, a .json or .yml file or a run, got {name[:100]!r}{hint}\nthe names: {names}")
 
 
 def describe(config: TrainConfig) -> str | None:

@@ -56,7 +56,11 @@ def with_settings(config: TrainConfig, settings: Mapping[str, Any]) -> TrainConf
 
 
 def without_rivals(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
-    """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given."""
+    """`config` without the settings that a given one replaces. Raises UsageError if both of a pair are given.
+
+    given: values, or words of a command line. None does not replace anything.
+    """
+    given = {name: value for name, value in given.items() if str(value) != "None"}
     for one, other in (("total_timesteps", "num_iterations"), ("num_minibatches", "minibatch_size")):
         if one in given and other in given:
             raise UsageError(f"{flag(one)} and {flag(other)} set the same thing: give only one of them")
@@ -74,10 +78,12 @@ def without_rivals(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig
 def with_fitting_minibatches(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """`config` with the given sizes of a batch, and the nearest number of minibatches that is not larger and divides it.
 
-    Only with --preset general: an environment that nobody has tuned should train with any sizes. given: values, or words.
+    With --rnn it divides the environments, since minibatches are of whole ones. Otherwise only with --preset general: an
+    environment that nobody has tuned should train with any sizes. given: values, or words.
     """
     sizes = [name for name in ("num_envs", "num_steps", "num_agents") if name in given]
-    if config.preset != "general" or not sizes or not given.keys().isdisjoint(("num_minibatches", "minibatch_size")):
+    is_wanted = "rnn" in given or (config.preset == "general" and sizes)
+    if not is_wanted or not given.keys().isdisjoint(("num_minibatches", "minibatch_size")):
         return config
     try:
         numbers: dict[str, Any] = {name: whole_number(str(given[name])) for name in sizes}
@@ -87,7 +93,8 @@ def with_fitting_minibatches(config: TrainConfig, given: Mapping[str, Any]) -> T
     batch_size = num_envs * num_steps * (numbers.get("num_agents", config.num_agents) or 1)
     if batch_size < 1:
         return config
-    fitting = next(number for number in range(config.minibatches_per_epoch, 0, -1) if batch_size % number == 0)
+    units = num_envs if "rnn" in given else batch_size
+    fitting = next(number for number in range(config.minibatches_per_epoch, 0, -1) if units % number == 0)
     return replace(config, **numbers, minibatch_size=None, num_minibatches=fitting)
 
 

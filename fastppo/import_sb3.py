@@ -13,7 +13,7 @@ from fastppo.config import EnvKwargs, TrainConfig
 from fastppo.errors import UsageError
 from fastppo.run.files import file_name
 from fastppo.system.imports import lasting_imports
-from fastppo.system.paths import absolute, current_directory
+from fastppo.system.paths import absolute, current_directory, reading
 
 if TYPE_CHECKING:
     from fastppo.run.directory import RunDirectory
@@ -49,8 +49,10 @@ def _main(args: Sequence[str]) -> None:
     settings = parse(ImportSb3Config, args, prog="python -m fastppo.import_sb3")
     place = current_directory()
     output = None if settings.output_dir is None else absolute(settings.output_dir, "--output-dir", place)
-    if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"--output-dir {output} exists and is not empty: choose another")
+    if output is not None:
+        with reading():
+            if output.exists() and (not output.is_dir() or any(output.iterdir())):
+                raise UsageError(f"--output-dir {output} exists and is not empty: choose another")
     with lasting_imports():  # here, so that --help and wrong flags do not wait for it
         from fastppo.run.directory import RunDirectory
         from fastppo.sb3.archive import read_model

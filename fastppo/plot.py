@@ -16,6 +16,7 @@ from fastppo.analysis.curves import (
     PANELS,
     RETURN,
     check_metric,
+    check_place,
     draw_page,
     render,
     return_panels,
@@ -24,7 +25,6 @@ from fastppo.analysis.run_groups import Group, read_groups
 from fastppo.cli import chosen_run, parse, run
 from fastppo.errors import UsageError
 from fastppo.run.files import file_name, replace_file
-from fastppo.system.paths import absolute, current_directory
 from fastppo.system.text import printable
 
 
@@ -57,8 +57,7 @@ def _main(args: Sequence[str]) -> None:
     check_metric(groups, settings.metric)
     improvements = improvement_lines(groups, settings.metric) if settings.compare else []
     output = re.sub(r"\.(png|svg)$", "", settings.output or _default_output(groups, settings.metric))
-    if not absolute(output, "--output", current_directory()).parent.is_dir():
-        raise UsageError(f"--output {settings.output}: there is no directory {Path(output).parent}")
+    check_place(settings.output or f"{output}.png")
     for line in (*notes, *(group.summary(settings.metric) for group in groups), *improvements):
         print(printable(line), flush=True)
     pages = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fastppo.analysis.export_formats import SUFFIXES, check_output
 from fastppo.cli import chosen_run, open_run
-from fastppo.system.paths import absolute, current_directory, importable
+from fastppo.system.paths import absolute, current_directory, importable, path_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,20 +93,24 @@ def plot(
     Raises:
         UsageError: no run that can be read, no such column, or a file that cannot be written.
     """
-    from fastppo.analysis.curves import check_metric, draw_page, render, return_panels
+    from fastppo.analysis.curves import check_metric, check_place, draw_page, render, return_panels
     from fastppo.analysis.run_groups import read_groups
     from fastppo.errors import UsageError
+    from fastppo.run.files import replace_file
 
-    if output is not None and not Path(output).parent.is_dir():
-        raise UsageError(f"--output {output}: there is no directory {Path(output).parent}")
+    if output is not None:
+        check_place(str(output))
     several = runs if isinstance(runs, Sequence) and not isinstance(runs, str) else [runs]
+    if not several:
+        raise UsageError("runs is an empty list: give a run directory, or None for the newest one in runs/")
     groups = read_groups([_directory(one) for one in several], print)
     check_metric(groups, metric)
     figure: Any = draw_page(groups, return_panels(groups, metric), columns=2)
     figure._repr_png_ = partial(render, figure, "png")  # what IPython asks for; pyplot, which has it, need not be imported
     if output is not None:
+        path = Path(output) if Path(output).suffix else Path(f"{output}.png")
         try:
-            figure.savefig(output)
+            replace_file(path, render(figure, path.suffix[1:]))
         except (OSError, ValueError) as error:
             raise UsageError(f"--output {output} cannot be written: {error}") from None
     return figure
@@ -159,4 +163,4 @@ def export(
 
 def _directory(run: Run | None) -> str:
     """The run directory that is meant; the newest one where none is given. Raises UsageError."""
-    return chosen_run(None) if run is None else str(getattr(run, "run_dir", run))
+    return chosen_run(None) if run is None else path_of(getattr(run, "run_dir", run), "RUN_DIR")

@@ -1,5 +1,6 @@
 """Wrong use ends with exit code 2 and a fault while training with 3: one or two lines that help, and nothing half-written."""
 
+import importlib
 import os
 import pty
 import shutil
@@ -39,6 +40,7 @@ def lines_of(capsys):
         (["--env-id", "environments:Wlak-v1"], ["--env-id", "Walk-v1"]),
         (["--env-id", "no/such:thing"], ["--env-id"]),
         (["--env-id", ""], ["--env-id"]),
+        (["--env-id", ":foo"], ["--env-id :foo: write module:NAME, such as my_module:foo"]),
         (["--env-id", 1000 * "x"], ["--env-id"]),
         # modules
         (["--env-id", "no_such_module:Walk-v0"], ["--env-id", "no_such_module"]),
@@ -286,6 +288,33 @@ def test_evaluating_wrongly(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert evaluate_console(flags) == 2
     lines_of(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+LONG = 300 * "x"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", LONG],
+        ["report", LONG],
+        ["plot", LONG],
+        ["export", LONG],
+        ["import_sb3", LONG],
+        ["import_sb3", "model.zip", "--output-dir", LONG],
+        ["push", LONG, "owner/name"],
+        ["train", "--preset", f"{LONG}/"],
+        ["train", "--init-from", LONG, "--no-check-env", "--compile", "off"],
+    ],
+    ids=lambda words: " ".join(words).replace(LONG, "LONG"),
+)
+def test_a_name_that_is_too_long(words, tmp_path, monkeypatch, capsys):
+    """A line and exit code 2 wherever a file or directory is named, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    verb = importlib.import_module(f"fastppo.{words[0]}")
+    assert verb.console(words[1:]) == 2
+    assert LONG[:100] in lines_of(capsys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,6 +25,9 @@ def as_in_python():
         ("--env-id: no module (--no-check-env trains all the same)", "env_id: no module (check_env=False trains all the same)"),
         ("go on: python -m fastppo.train --resume a --seed 3", "go on: python -m fastppo.train --resume a --seed 3"),
         ("runs/a--b and '--gamma' are quoted", "runs/a--b and '--gamma' are quoted"),
+        ("start with torchrun --nproc-per-node 2, or so", "start with torchrun --nproc-per-node 2, or so"),
+        ("with torchrun use --device cpu", "with torchrun use device cpu"),
+        ("`hf download a/b --local-dir DIR` and --resume", "`hf download a/b --local-dir DIR` and resume"),
         ("fixed after --: leave it out", "fixed after --: leave it out"),
     ],
 )  # fmt: skip

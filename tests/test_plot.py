@@ -276,6 +276,7 @@ def test_a_strangers_runs_are_data(tmp_path, monkeypatch, capsys, columns, retur
         (["runs", "bare"], ["bare holds no run"]),
         (["runs", "--metric", "episodic_retun_mean"], ["--metric episodic_retun_mean", "nearest: episodic_return_mean"]),
         (["runs", "--output", "no/where"], ["--output no/where", "no directory no"]),
+        (["runs", "--output", "runs/"], ["--output runs/ is a directory; nearest: --output runs/curves.png"]),
         (["runs", "--ouput", "x"], ["--output"]),
         (["damaged"], ["config.json is damaged"]),
     ],

@@ -176,6 +176,23 @@ def test_from_python():
     assert "preset_for" in fastppo.__all__
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"desired_kl": None},
+        {"total_timesteps": 1000, "num_iterations": None},
+        {"num_minibatches": 8, "minibatch_size": None},
+        {"clip_reward": True},
+    ],
+)
+def test_none_replaces_nothing(settings):
+    """A setting given as None leaves its rivals as they are, from Python and as a flag; one that is the last word counts."""
+    flags = [word for name, value in settings.items() for word in (flag(name), str(value)) if word != "True"]
+    config = preset_for("Pendulum-v1", **settings)
+    assert parse_train(["--env-id", "Pendulum-v1", *flags]) == config
+    assert config == replace(preset_for("Pendulum-v1"), **settings, norm_reward="clip_reward" not in settings)
+
+
 def test_help_shows_the_presets_values(capsys):
     """--help answers with the values that a run with the other flags would have."""
     with pytest.raises(SystemExit):
@@ -461,6 +478,8 @@ def test_a_preset_file_that_is_not_there(tmp_path, capsys):
         error = capsys.readouterr().err
         assert name in error
         assert "cannot be read" in error or "is not a regular file" in error
+    assert console(["--preset", 300 * "x"]) == 2  # no name of a file
+    assert "got 'xxx" in capsys.readouterr().err
 
 
 def test_a_run_from_a_file_goes_on_without_it(tmp_path, capsys):

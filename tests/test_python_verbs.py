@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from types import FunctionType, ModuleType
 
 import gymnasium as gym
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 
 import fastppo
-from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, plot, train
+from fastppo import TrainConfig, UsageError, View, evaluate, export, load_policy, load_preset, plot, preset_for, train
+from fastppo.analysis.report_page import report_page
 from fastppo.errors import Interrupted
 from fastppo.evaluate import console as evaluate_console
+from fastppo.run.checkpoint_file import load_checkpoint
+from fastppo.sb3.archive import read_model
 from support.pages import python_in, section
 
 SHORT = {"num_iterations": 3, "num_steps": 32, "num_envs": 2, "eval_episodes": 0, "compile": "off", "check_env": False}
@@ -57,10 +61,24 @@ def test_the_pages_example(result, tmp_path, monkeypatch):
     [
         (lambda run: evaluate("nowhere"), "nowhere"),
         (lambda run: evaluate(run, 0), "episodes must be at least 1"),
+        (lambda run: evaluate(run, 2.5), "episodes and --seed must be whole numbers, got 2.5 and 0"),
+        (lambda run: evaluate(run, "3"), "must be whole numbers, got '3' and 0"),
+        (lambda run: evaluate(run, True), "must be whole numbers, got True and 0"),
+        (lambda run: evaluate(run, seed=1.5), "must be whole numbers, got 20 and 1.5"),
+        (lambda run: evaluate(5), "RUN_DIR must be a path, got 5"),
+        (lambda run: plot([]), "runs is an empty list"),
+        (lambda run: load_policy(run.run_dir, device="foo"), "device 'foo' cannot be used"),
+        (lambda run: load_policy(5), "run_dir must be a path, got 5"),
+        (lambda run: train(env_id=5), "env-id must be a text, got 5"),
+        (lambda run: preset_for(preset=5), "preset must be a text, got 5"),
+        (lambda run: train(resume=5), "resume must be a path, got 5"),
+        (lambda run: train(env_fn="CartPole-v1"), "env_fn must be a function that makes an environment, got 'CartPole-v1'"),
         (lambda run: evaluate(run, checkpoint="first"), 'checkpoint must be "best" or "last"'),
         (lambda run: plot("nowhere"), "nowhere"),
         (lambda run: plot(run, metric="entropi"), "metric entropi is no column of metrics.csv; nearest: entropy"),
         (lambda run: plot(run, output="nowhere/a.png"), "output nowhere/a.png: there is no directory nowhere"),
+        (lambda run: plot(run, output="."), "output . is a directory; nearest: --output curves.png"),
+        (lambda run: plot(run, output="a.xyz"), "output a.xyz cannot be written: .*png"),
         (lambda run: export(run, "a.onnx", "torch"), "format torch writes a .pt2 file"),
         (lambda run: export(run, format="keras"), "format must be"),
         (lambda run: evaluate(), "which run"),
@@ -71,6 +89,34 @@ def test_wrong_use(call, says, result, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=says):
         call(result)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="Windows has other rights")
+def test_a_run_of_somebody_else(result, tmp_path):
+    """What may not be read is said in a line that names it, whoever asks."""
+    shutil.copytree(result.run_dir, tmp_path / "private/run")
+    run = tmp_path / "private/run"
+    calls = [load_policy, evaluate, plot, load_preset, read_model, partial(report_page, setting_texts={})]
+    calls.append(lambda run: load_checkpoint(run / "checkpoints/best.pt"))
+    me = os.geteuid()
+    run.parent.chmod(0)
+    os.seteuid(me or 65534)  # root may read all
+    try:
+        for call in calls:
+            with pytest.raises(UsageError, match=rf"{run}.* cannot be read.*Permission denied"):
+                call(run)
+    finally:
+        os.seteuid(me)
+        run.parent.chmod(0o700)
+
+
+def test_a_picture_is_replaced_in_one_step(result, tmp_path):
+    """As the command line does it: a link is replaced, not followed, so an old picture is there until the new one is."""
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "a.png").symlink_to("mine")
+    plot(result, output=tmp_path / "a")  # without an ending: .png
+    assert (tmp_path / "mine").read_text() == "kept"
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_names_stay_functions():

@@ -12,7 +12,7 @@ import torch
 from environments import AnySpaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from fastppo import TrainConfig, UsageError, load_policy, train
+from fastppo import TrainConfig, UsageError, load_policy, preset_for, train
 from fastppo.analysis.evaluation import play_episodes
 from fastppo.analysis.search_space import to_settings
 from fastppo.cli import parse_train
@@ -332,6 +332,9 @@ def test_minibatches_that_break_sequences(flags, says, tmp_path, monkeypatch, ca
 def test_a_presets_minibatches_become_whole_sequences(flags, minibatches, rows):
     """As many as there can be, up to the preset's own; what a flag says stays."""
     config = parse_train(["--rnn", "lstm", *flags])
+    words = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    settings = {name: int(value) if value.isdigit() else value for name, value in words.items()}
+    assert preset_for(rnn="lstm", **settings) == config
     assert config.minibatches_per_epoch == minibatches
     assert config.minibatch_size == rows
     assert config.num_envs % config.minibatches_per_epoch == 0

@@ -4,6 +4,7 @@ Reads metrics.csv and groups of runs. Knows nothing of command lines or of train
 """
 
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -17,6 +18,7 @@ from fastppo.errors import UsageError, nearest
 from fastppo.run.files import replace_file
 from fastppo.run.metrics import EVALUATION, INFO
 from fastppo.run.metrics_file import read_rows
+from fastppo.system.paths import absolute, current_directory
 from fastppo.system.text import printable
 
 if TYPE_CHECKING:
@@ -135,6 +137,15 @@ def check_metric(groups: Sequence[Group], metric: str) -> None:
     known = list(dict.fromkeys(name for group in groups for one in group.runs for name in one.columns))
     if metric not in known:
         raise UsageError(f"--metric {metric} is no column of metrics.csv{nearest(metric, known)}")
+
+
+def check_place(output: str) -> None:
+    """Raise UsageError for the name of a file that is a directory, or whose directory is not there."""
+    place = absolute(output, "--output", current_directory())
+    if not os.path.isdir(place.parent):  # Path.is_dir raises for a name that is too long
+        raise UsageError(f"--output {output}: there is no directory {Path(output).parent}")
+    if os.path.isdir(place):
+        raise UsageError(f"--output {output} is a directory; nearest: --output {Path(output, 'curves.png')}")
 
 
 def return_panels(groups: Sequence[Group], metric: str = RETURN) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from fastppo.run.hub import fetch_run, is_on_hub
 from fastppo.system.modes import ours
+from fastppo.system.paths import path_of
 
 
 def load_policy(
@@ -37,7 +38,12 @@ def load_policy(
         UsageError: no run directory, no such checkpoint, a damaged checkpoint, another network than in the run, or the Hub
             cannot be reached.
     """
-    directory = fetch_run(str(run_dir), checkpoint) if is_on_hub(run_dir) else Path(run_dir)
+    run = path_of(run_dir, "run_dir")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise UsageError(f"--device {device!r:.99} cannot be used ({brief(error)}); nearest: cpu") from None
+    directory = fetch_run(run, checkpoint) if is_on_hub(run) else Path(run)
     config = read_run_config(directory)
     path = _path_of(directory, checkpoint)
     return agent_from_checkpoint(load_checkpoint(path), config, path, device, policy)

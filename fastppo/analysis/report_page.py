@@ -18,6 +18,7 @@ from fastppo.config import TrainConfig
 from fastppo.errors import UsageError
 from fastppo.run.files import is_inside
 from fastppo.system.json_files import read_json
+from fastppo.system.paths import reading
 from fastppo.system.text import printable
 
 MAX_VIDEO_BYTES = 20 * 2**20  # of all videos of a page
@@ -30,6 +31,7 @@ INK = "#010203"  # placeholder for the colour of the page's text, which may be l
 STYLE = {**inked(INK), **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none")}
 
 
+@reading()
 def report_page(run_dir: Path, setting_texts: Mapping[str, str]) -> str:
     """The page as HTML. Raises UsageError if the run's settings cannot be read.
 

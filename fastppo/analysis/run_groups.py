@@ -18,6 +18,7 @@ from fastppo.analysis.statistics import bootstrap_interval, interquartile_mean
 from fastppo.config import RESUMABLE, TrainConfig, read_run_config
 from fastppo.errors import UsageError
 from fastppo.run.metrics_file import read_rows
+from fastppo.system.paths import reading
 from fastppo.system.text import printable
 
 # settings that do not change what is learned: the seed, the preset's name, and how a run is shown, stored and computed
@@ -110,12 +111,14 @@ def cut(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
+@reading()
 def find_runs(paths: Iterable[str]) -> list[Path]:
     """Run directories at or below `paths`, each once. Raises UsageError for a path without a run."""
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise UsageError(f"{path} is no directory" if path.exists() else f"{path} does not exist")
+        os.scandir(path).close()  # raises OSError where os.walk finds nothing
         runs = []
         for place, directories, files in os.walk(path):
             directories.sort()

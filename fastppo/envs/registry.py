@@ -41,6 +41,8 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     """The spec of an id, of module:Id or of module:function. Raises UsageError with the nearest known names."""
     if is_nameless(env_id):
         return given_spec(env_id)
+    if env_id.startswith(":"):
+        raise UsageError(f"--env-id {env_id[:100]}: write module:NAME, such as my_module:{env_id[1:100] or 'NAME'}")
     if is_jax(env_id):
         return _jax_spec(env_id)
     name = import_module_of(env_id)

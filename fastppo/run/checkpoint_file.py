@@ -18,12 +18,14 @@ from torch import Tensor
 
 from fastppo.errors import UsageError, brief
 from fastppo.run.files import utf8_name
+from fastppo.system.paths import reading
 
 FORMAT = 2  # of the checkpoints that this version writes and reads
 MAX_PICKLE_BYTES = 2**20  # of the pickle, without the tensors' numbers; each tensor adds 150 bytes
 MAX_DEPTH = 32
 
 
+@reading()
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint as data. Nothing in it is executed, and no more memory is used than the file is large.
 

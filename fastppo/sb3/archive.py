@@ -13,6 +13,7 @@ from typing import Any
 from fastppo.errors import UsageError, brief
 from fastppo.run.checkpoint_file import load_state_dict
 from fastppo.system.json_files import parse_json
+from fastppo.system.paths import reading
 
 MAX_DATA_BYTES = 2**24  # of the JSON text; that of an Atari model has 700 kB
 MAX_VERSION_BYTES = 100
@@ -33,6 +34,7 @@ class SavedModel:
         return UsageError(f"{self.name} cannot be imported: {why}")
 
 
+@reading()
 def read_model(path: Path) -> SavedModel:
     """The model in a file of `PPO.save`. No more memory is used than the file is large, apart from its JSON.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.errors import UsageError
+from fastppo.system.paths import MAX_LETTERS
 
 MAX_JSON_BYTES = 2**20  # config.json has two thousand
 
@@ -32,12 +33,14 @@ def parse_json(text: str, name: str, what: str) -> dict[str, Any]:
 def read_text(path: Path, hint: str) -> str:
     """The text of a regular file of at most MAX_JSON_BYTES; raises UsageError as `read_json`."""
     try:
+        if path.parent.is_file():
+            raise UsageError(f"{path.parent} is a file: give the directory of its run")
         if path.exists() and not path.is_file():
             raise UsageError(f"{path} is not a regular file")
         with path.open("rb") as file:
             text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror}): {hint}") from None
+        raise UsageError(f"{str(path)[:MAX_LETTERS]} cannot be read ({error.strerror}): {hint}") from None
     if len(text) > MAX_JSON_BYTES:
         raise UsageError(f"{path} is larger than any {path.name} of fastppo: at most {MAX_JSON_BYTES} bytes are read")
     try:

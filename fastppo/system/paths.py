@@ -8,6 +8,8 @@ from pathlib import Path
 
 from fastppo.errors import UsageError
 
+MAX_LETTERS = 250  # of a name that is quoted in an error
+
 _deleted = False  # whether `leave_deleted_directory` has left the working directory
 
 
@@ -17,6 +19,13 @@ def current_directory() -> Path | None:
         return None if _deleted else Path.cwd()
     except FileNotFoundError:
         return None
+
+
+def path_of(given: object, name: str) -> str:
+    """A path as text. Raises UsageError that starts with `name` for what is neither a text nor a path."""
+    if not isinstance(given, str | os.PathLike):
+        raise UsageError(f"{name} must be a path, got {given!r:.99}")
+    return str(os.fspath(given))
 
 
 def absolute(path: str | Path, name: str, place: Path | None) -> Path:
@@ -39,6 +48,17 @@ def absolute(path: str | Path, name: str, place: Path | None) -> Path:
             f"{name} {path}: the working directory has been deleted; change to another one, or give an absolute path"
         )
     return (place or Path()) / path
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Context, or decorator of a function, that reads what the user named: raises an OSError as a UsageError with the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UsageError(f"{str(error.filename)[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
 
 
 def leave_deleted_directory() -> None:

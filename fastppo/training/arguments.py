@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,7 @@ from fastppo.envs.simulators import as_vector_env
 from fastppo.errors import ENVIRONMENT_ERRORS, UsageError, located
 from fastppo.find_preset import preset_for
 from fastppo.given_settings import with_settings
-from fastppo.system.paths import current_directory
+from fastppo.system.paths import current_directory, path_of
 from fastppo.training.resumed_settings import resumed_with
 
 GivenEnvs = VectorEnv | gym.Env[Any, Any] | Sequence[gym.Env[Any, Any]] | Callable[..., Any]
@@ -54,6 +53,8 @@ def _checked(
     settings: Mapping[str, Any],
 ) -> Iterator[tuple[TrainConfig, VectorEnv | None]]:
     """`arguments`, with env_kwargs as config.json has them."""
+    if env_fn is not None and not callable(env_fn):
+        raise UsageError(f"env_fn must be a function that makes an environment, got {env_fn!r:.99}; an id is given as env_id")
     if envs is not None and env_fn is not None:
         raise UsageError("envs and env_fn both say what to train on: give one of them")
     if callable(envs):
@@ -87,7 +88,7 @@ def _settings(config: Any, settings: Mapping[str, Any], given: VectorEnv | None)
         changed = {name: value for name, value in settings.items() if name != "resume"}
         changed |= {} if env_id is None else {"env_id": env_id}
         changed |= {} if given is None else {"num_envs": given.num_envs}
-        return resumed_with(os.fspath(settings["resume"]), current_directory(), changed)
+        return resumed_with(path_of(settings["resume"], "--resume"), current_directory(), changed)
     others = {name: value for name, value in settings.items() if name != "env_id"}
     if given is None:
         return preset_for(env_id, **others)

@@ -23,6 +23,7 @@ from fastppo.ranks import checked as checked_on_all
 from fastppo.run.best import BestPolicy
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
+from fastppo.system.paths import reading
 from fastppo.training.state import TrainState, snapshot
 
 # settings of the built-in networks, which must be those of the other run
@@ -60,6 +61,7 @@ def read_source(name: str, ranks: Ranks) -> Source:
     return source
 
 
+@reading()
 def _read(path: Path) -> Source:
     if not path.exists():
         raise UsageError(f"{path} does not exist: name a run directory or a checkpoint in it")

@@ -17,9 +17,8 @@ from fastppo.config import ENVIRONMENTS, LEARNING, LEFT_OPEN, RESUMABLE, TrainCo
 from fastppo.errors import UsageError
 from fastppo.given_settings import with_settings
 from fastppo.run.files import is_inside
-from fastppo.system.paths import absolute
+from fastppo.system.paths import MAX_LETTERS, absolute
 
-MAX_LETTERS = 250  # of a name that is quoted in an error
 MAKING = frozenset({"num_envs", "vectorization", "backend"})  # how many environments and who steps them, not which ones
 LEARNED = marked(LEARNING)
 TRAINED_ON = marked(ENVIRONMENTS)
@@ -48,11 +47,12 @@ def resumed_settings(resume: str, place: Path | None) -> TrainConfig:
     """
     run_dir = absolute(resume, "--resume", place)
     try:
+        is_there = run_dir.exists()
         found = any((run_dir / "checkpoints").glob("*.pt")) or any(run_dir.glob("seed-*/checkpoints/*.pt"))
     except OSError as error:  # a name that is too long, or a loop of links
         raise UsageError(f"--resume {resume[:MAX_LETTERS]} cannot be read: {error.strerror}") from None
     if not found:
-        why = "there is no checkpoint in it to resume from" if run_dir.exists() else "there is no such directory"
+        why = "there is no checkpoint in it to resume from" if is_there else "there is no such directory"
         raise UsageError(f"--resume {resume}: {why}")
     _refuse_ways_out(run_dir)
     try:
