@@ -137,7 +137,7 @@ def test_a_run_is_a_preset_that_repeats_it(here, preset):
     [
         ("runs/older", "runs/older cannot be read"),
         ("runs", "config.json cannot be read"),
-        ("runz", "--preset must be a .json or .yml file, a run or one of"),
+        ("runz", "--preset must be a name, a .json or .yml file or a run"),
     ],
 )
 def test_a_run_that_is_none(here, capsys, preset, words):
