@@ -141,8 +141,9 @@ def test_a_fast_run_is_the_eager_run(fast_run, tmp_path, capsys, monkeypatch):
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """A stand-in; the number of threads is put back afterwards."""
+    """A stand-in; PyTorch has one thread before, whatever other tests have left, and what it had afterwards."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield Compiler(monkeypatch)
     torch.set_num_threads(threads)
 
