@@ -80,7 +80,7 @@ def test_fewer_than_ten_episodes_judge_nobody():
         kept.whole(1.0, 1.0, 1.0)
     assert kept.end() == (None, -np.inf)
     kept.whole(1.0, 1.0, 1.0)
-    assert kept.end()[1] == -np.inf  # six episodes before the boundary and six after it would be
+    assert kept.end() == (2, 1.0)  # six episodes before it and six after it
 
 
 def test_noise_is_not_recorded_as_skill():
@@ -176,8 +176,9 @@ def test_memory_is_bounded(num_envs, limit):
     assert len(kept.tracker.spans) <= 3
 
 
-def test_it_goes_on_from_its_state():
-    """From any iteration: the same policy and the same score as without an interruption."""
+@pytest.mark.parametrize("ended", [False, True])
+def test_it_goes_on_from_its_state(ended):
+    """From any iteration, of a run that had ended too: the same policy and the same score as without an interruption."""
     rng = np.random.default_rng(1)
     played = [(rng.normal(i, 20.0, (30, 4)), rng.random((30, 4)) < 0.03) for i in range(30)]
     whole = Kept(4)
@@ -187,6 +188,8 @@ def test_it_goes_on_from_its_state():
         one, two = Kept(4), Kept(4)
         for rollout in played[:cut]:
             one.steps(*rollout)
+        if ended:
+            one.end()
         two.iteration, two.policy = cut, one.policy
         two.episodes.load_state_dict(one.episodes.state_dict())
         two.tracker.load_state_dict(one.tracker.state_dict(lambda policy: [policy]), lambda data: data[0])

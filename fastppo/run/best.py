@@ -10,7 +10,7 @@ The score is the mean minus its standard error, because the highest of many mean
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -91,8 +91,11 @@ class BestPolicy(Generic[Policy]):
         return best
 
     def finish(self) -> Policy | None:
-        """At the end of training: judge the remaining policies by the finished episodes. Returns as `update`."""
-        return self._judge(None, self.spans)
+        """At the end of training: judge the remaining policies by the finished episodes. Returns as `update`.
+
+        The spans stay as they are: a run that goes on for more steps judges these policies again, by whole episodes.
+        """
+        return self._judge(None, [replace(span) for span in self.spans])
 
     def forget_running(self) -> None:
         """Drop unfinished episodes: the environments start new ones."""
