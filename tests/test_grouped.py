@@ -396,6 +396,42 @@ def test_processes_end_with_their_parent(doing):
             os.kill(pid, signal.SIGKILL)
 
 
+STOPPED = """
+import contextlib, multiprocessing, time
+import numpy as np
+from environments import Walk
+from fastppo.envs.deadline import Deadline
+from fastppo.envs.grouped import GroupedVectorEnv
+
+class Slow(Walk):
+    def step(self, action):
+        time.sleep(0.6)
+        return super().step(action)
+
+with contextlib.closing(Deadline(1.0)) as deadline, contextlib.closing(GroupedVectorEnv([Slow] * 2, 2, deadline)) as envs:
+    with deadline:
+        envs.reset()
+    print("in a step", flush=True)
+    with deadline:
+        envs.step(np.ones(2, np.int64))
+    print("done", flush=True)
+"""
+
+
+def test_processes_that_are_stopped_for_longer_than_the_limit():
+    """Ctrl-Z stops all of them, fg lets them go on: they do, since no environment has hung."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", STOPPED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as parent:
+        assert parent.stdout.readline() == "in a step\n"
+        time.sleep(0.1)
+        os.killpg(parent.pid, signal.SIGSTOP)
+        time.sleep(4.0)
+        os.killpg(parent.pid, signal.SIGCONT)
+        assert parent.stdout.read() == "done\n"
+    assert parent.returncode == 0
+
+
 USES_TORCH = """
 import numpy as np, torch
 from environments import Walk

@@ -3,7 +3,8 @@
 A timer of the operating system fires when the limit may have been reached, so a step only has to note when it begins and ends.
 The timer interrupts Python, and calls that wait in the operating system: a sleep, a lock, a socket, a pipe. It does not
 interrupt a loop in C. Without such a timer, or in another thread than the main one, nothing is interrupted; envs/grouped.py
-has its own limit for processes. Knows nothing of environments. Does not import torch.
+has its own limit for processes. While this process is stopped (Ctrl-Z, SIGSTOP) no time counts. Knows nothing of environments.
+Does not import torch.
 """
 
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 from fastppo.errors import NoAnswer
 
 LONGEST = 3600.0  # seconds between two checks, since the timer takes no unbounded number
+LATE = 1.0  # seconds: a timer that fires so late has found this process stopped, or in a loop in C
 
 
 class Deadline:
@@ -28,6 +30,7 @@ class Deadline:
         in_main = threading.current_thread() is threading.main_thread()
         if seconds > 0 and in_main and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is not None:
             handler = signal.signal(signal.SIGALRM, self._check)
+            self._due = time.monotonic() + min(seconds, LONGEST)  # when the timer fires
             self._before = handler, *signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST)), time.monotonic()
 
     def __enter__(self) -> None:
@@ -48,11 +51,14 @@ class Deadline:
     def _check(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         left = self.seconds - (0.0 if self._since is None else now - self._since)
-        late = left <= 0
-        if late:  # fire again after as long: cleaning up may hang too, or the user's code may have caught the error
+        over, was_stopped = left <= 0, now - self._due > LATE
+        if over:  # fire again after as long: cleaning up may hang too, or the user's code may have caught the error
             self._since, left = now, self.seconds
-        signal.setitimer(signal.ITIMER_REAL, min(max(left, 1e-3), LONGEST))
-        if late and not (frame is not None and frame.f_code is Deadline.__exit__.__code__):  # the code has just finished
+        delay = min(max(left, 1e-3), LONGEST)
+        self._due = now + delay
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        has_finished = frame is not None and frame.f_code is Deadline.__exit__.__code__
+        if over and not was_stopped and not has_finished:
             raise NoAnswer(self.message)
 
     def close(self) -> None:

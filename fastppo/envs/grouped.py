@@ -34,7 +34,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space, create_shared_memory, read_from_shared_memory
 
-from fastppo.envs.deadline import NO_DEADLINE, Deadline
+from fastppo.envs.deadline import LATE, NO_DEADLINE, Deadline
 from fastppo.envs.group_process import (
     CLOSE,
     CLOSE_SECONDS,
@@ -252,7 +252,8 @@ class GroupProcess:
         self._answers, answers = context.Pipe(duplex=False)
         self._message, self._poll = deadline.message, poller(self._answers)
         self._is_forked = context.get_start_method() == "fork"
-        self._patience = min(deadline.seconds + NAME_SECONDS, 2e6) * 1e3 if deadline.seconds else None  # ms, of 31 bits
+        self._seconds = min(deadline.seconds + NAME_SECONDS, 2e6) if deadline.seconds else math.inf  # to wait for an answer
+        self._patience = self._seconds * 1e3 if deadline.seconds else None  # the same in ms, of 31 bits
         # A forked process has copies of these ends and closes them: it notices its parent's end by the end of a pipe that no
         # other process can write to.
         parents = [end for worker in (*earlier, self) for end in (worker._commands, worker._answers)] if self._is_forked else []
@@ -289,8 +290,11 @@ class GroupProcess:
     def result(self) -> dict[str, Any]:
         """Wait until the command is done; returns the infos of its environments. Raises EnvironmentFailed."""
         try:
-            if not self._poll(self._patience):
-                raise EnvironmentFailed(f"{group_name(self.numbers)}: {self._message}")
+            began = time.monotonic()
+            while not self._poll(self._patience):
+                if time.monotonic() - began < self._seconds + LATE:
+                    raise EnvironmentFailed(f"{group_name(self.numbers)}: {self._message}")
+                began = time.monotonic()  # this process was stopped meanwhile, and so may the other one have been
             answer = receive_byte(self._answers)
             if answer == DONE:
                 return {}
@@ -309,10 +313,9 @@ class GroupProcess:
         """`result` of a command's first run, which took this process `own_seconds`; also raises ForkHangs."""
         idle = max(TRIAL_HANG_SECONDS if is_trial else HANG_SECONDS, SLOWER * own_seconds)
         most = max(TRIAL_SECONDS, SLOWER * own_seconds) if is_trial else math.inf
-        patience = math.inf if self._patience is None else self._patience / 1e3
         started, waited = time.monotonic(), 0.0
         before: int | None = None
-        while self._is_forked and waited + idle < patience and not self._poll(idle * 1e3 / 2):
+        while self._is_forked and waited + idle < self._seconds and not self._poll(idle * 1e3 / 2):
             waited, now = time.monotonic() - started, _computed(self._process.pid)
             if waited > most or (now is not None and now == before):
                 raise ForkHangs(
