@@ -3,6 +3,7 @@
 # -P, --config and --confcutdir: what else lies in this folder is neither imported nor read as configuration.
 extra=dev
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+export PYTHONDONTWRITEBYTECODE= # tests start hundreds of processes, which would compile the package's modules anew each time
 if [ $# -eq 0 ]; then
     "$python" -P -m ruff check --config pyproject.toml .
     "$python" -P -m ruff format --config pyproject.toml --check .

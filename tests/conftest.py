@@ -2,6 +2,7 @@
 cache of their own, runs without a picture, and the same random numbers in every run.
 """
 
+import gc
 import importlib.util
 import os
 import random
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "inductor" in item.fixturenames:
             item.add_marker("compiles")
+
+
+def pytest_collection_finish(session):
+    """What is there now stays to the end: looking through a million objects takes a second, in each test that collects garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

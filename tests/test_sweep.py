@@ -20,6 +20,7 @@ from fastppo.presets import PRESETS
 from fastppo.sweep import console
 from fastppo.system.cpus import available_cores
 from fastppo.train import console as train_console
+from support import processes
 
 optuna = pytest.importorskip("optuna")
 
@@ -227,7 +228,7 @@ def stub(tmp_path, monkeypatch):
     script.parent.mkdir()
     script.write_text(STUB)
     monkeypatch.setattr(sweep_trial, "TRAIN", "train_stub")
-    monkeypatch.setattr(training_process, "PRELOADED", [])
+    monkeypatch.setattr(training_process, "PRELOADED", processes.PRELOADED)
     monkeypatch.syspath_prepend(script.parent)
     monkeypatch.setattr(sweep_search, "POLL_SECONDS", 0.02)
 

@@ -48,6 +48,9 @@ def is_running(pid):
 
 
 TIMES = ("seconds", "sps", "env_share", "act_share", "learn_share")
+# What the server of forks imports, once for all tests of a process: the first test that starts one decides.
+PRELOADED = ["fastppo.train", "pytest", "tensorboard.backend.event_processing.event_accumulator", "matplotlib.pyplot"]
+PRELOADED += ["fastppo.training.loop", "torch.utils.tensorboard"]
 
 
 def be_a_rank(environment, said, draws, call, args):
@@ -69,7 +72,7 @@ class Started:
 
     def __init__(self, folder, size, args, call=console, args_of=None, draws=False):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["fastppo.training.loop", "matplotlib.pyplot", "torch.utils.tensorboard"])
+        context.set_forkserver_preload(PRELOADED)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.size = folder, size
         self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
