@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
-    """What is there now stays to the end: looking through a million objects takes a second, in each test that collects garbage."""
+    """What is there now stays to the end: looking through a million objects takes a test that collects garbage a second."""
     gc.collect()
     gc.freeze()
 

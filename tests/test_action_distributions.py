@@ -31,6 +31,7 @@ from support.seeds import SHORT, assert_alike
 
 KINDS = ("normal-state-std", "gsde", "beta")
 PENDULUM = {"env_id": "Pendulum-v1", "vectorization": "sync", "max_episode_steps": 10}
+PENDULUM |= {"num_minibatches": 4, "update_epochs": 2}
 each = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -70,6 +70,7 @@ def room(tmp_path, monkeypatch):
     del sys.modules["room"]
 
 
+@pytest.mark.long
 def test_what_an_environment_computes_is_in_the_key(room, monkeypatch):
     """A class attribute, a global of its module, a tensor it closes over, a field: another program each; else the same.
 
@@ -138,6 +139,7 @@ def test_an_environment_of_a_script_is_not_compiled_in_the_background(tmp_path):
         assert "Room" in line or "Hidden" in line
 
 
+@pytest.mark.long
 def test_the_background_process_finds_what_this_one_finds(room, tmp_path, monkeypatch):
     """A module beside a user's script is on this process's path only; the other one gets so far as to miss a compiler."""
     monkeypatch.setenv("CXX", "no-such-compiler")

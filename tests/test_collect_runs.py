@@ -130,6 +130,7 @@ def test_a_number_that_is_not_finite_ends_the_run(what, tmp_path, capsys):
     assert torch.load(run_dir / "checkpoints" / "last.pt", weights_only=True)["iteration"] == 1
 
 
+@pytest.mark.long
 def test_the_pages_environment_learns(tmp_path):
     """The example of docs/environments.md: under 40 lines, run by the command given, better within a few seconds."""
     text = section("docs/environments.md", "Your own environment on the device")

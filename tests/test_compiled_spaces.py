@@ -89,6 +89,7 @@ def test_two_networks_of_the_same_shapes_share_no_program(tmp_path):
     assert len(set(keys)) == len(keys)
 
 
+@pytest.mark.long
 def test_a_network_of_ones_own_has_its_program_in_another_process():
     """No address, no order of a set in its key."""
     script = (

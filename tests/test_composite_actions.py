@@ -337,6 +337,7 @@ def test_the_example_of_the_docs():
 # --- learning
 
 
+@pytest.mark.long
 def test_each_part_of_the_action_is_learned(tmp_path):
     """The right choice and the right number of every part follow from the observation; masks hide wrong ones at random."""
     settings = {"num_envs": 8, "num_iterations": 25, "num_steps": 32, "hidden_sizes": (32,), "learning_rate": 1e-2}

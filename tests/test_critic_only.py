@@ -55,6 +55,7 @@ def test_the_actor_sees_nothing_of_it():
     assert (seen - logits).abs().max() > 1e-4
 
 
+@pytest.mark.long
 def test_the_critic_knows_what_the_actor_cannot(tmp_path):
     """A reward that only the hidden part tells: the critic learns it; the policy acts without that part, and goes on."""
     settings = {"critic_only": ("hidden",), "num_iterations": 25, "num_envs": 8, "num_steps": 32, "learning_rate": 1e-2}

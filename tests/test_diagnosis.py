@@ -82,6 +82,7 @@ class Corner(gym.Env):
 def test_a_run_says_it(tmp_path, capsys):
     """Rewards that are too large for the settings; and the default for wide bounds, which keeps the actions inside them."""
     settings = {"num_envs": 2, "num_steps": 16, "num_iterations": 25, "eval_episodes": 0, "compile": "off", "check_env": False}
+    settings |= {"update_epochs": 1, "num_minibatches": 4}
     train(envs=Corner, preset="none", rescale_action=False, run_dir=str(tmp_path / "raw"), **settings)
     raw = capsys.readouterr().out
     assert "not learning? a value loss of" in raw

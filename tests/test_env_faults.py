@@ -100,6 +100,7 @@ def test_it_does_not_close_either(tmp_path, capfd, vectorization, how):
 
 
 @pytest.mark.parametrize(("vectorization", "named"), [("grouped", "environments 2 to 3"), ("async", "environment 3")])
+@pytest.mark.long
 def test_a_process_that_cannot_say_anything(tmp_path, capfd, vectorization, named):
     """One that dies, and one that does not come back to Python: by the numbers of its environments."""
     first = fault_of(flags_of(tmp_path / "died", vectorization, 3, 2, "die"), capfd)

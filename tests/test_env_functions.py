@@ -156,6 +156,7 @@ def test_mistakes(env_id, message, inside, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_the_folder_one_stands_in(folder, tmp_path):
     """The installed command finds its modules, after those that are installed; elsewhere it says what to do."""
     code = "import sys; from fastppo.__main__ import console; sys.exit(console(sys.argv[1:]))"  # as pip writes the command

@@ -309,6 +309,7 @@ def test_a_file_that_remembers_otherwise_is_not_kept(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_the_command_prints_one_line(run_dir, tmp_path):
     """What the file is, takes and returns, on stdout; nothing else anywhere, nor this machine's paths in the file."""
     pytest.importorskip("onnxruntime")

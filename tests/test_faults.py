@@ -81,6 +81,7 @@ def killed(job, after):
     return not os.WIFSIGNALED(status)
 
 
+@pytest.mark.long
 def test_killed_in_every_write(tmp_path):
     """A run that is killed in each of its writes in turn, and resumed, ends with the bits of one that was not.
 
@@ -312,6 +313,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(path)], check=True)
 
 
+@pytest.mark.long
 def test_a_real_full_disk(small_disk, tmp_path):
     """With everything on it that a run writes, TensorBoard's events and its output too: no traceback, the state kept."""
     run_dir, flags = small_disk / "run", ["--num-envs", "2", "--num-steps", "8", "--num-minibatches", "1", "--compile", "off"]

@@ -28,6 +28,7 @@ for name, more in {"one": {"num_threads": 1}, "auto": {"vectorization": "async"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks are the rule on Linux only")
+@pytest.mark.long
 def test_training_in_a_forked_process(tmp_path):
     """With --num-threads 1, and by itself, it computes with one thread from its first operation on. It used to hang."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=240)

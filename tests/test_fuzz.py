@@ -1,8 +1,8 @@
 """Any command line: a complete run, wrong use named in a line or two with nothing written, or a fault; never a traceback.
 
 Flags and their types are read from TrainConfig; their values are legal ones, those at the bounds, and nonsense. Sixty command
-lines, always the same, are in every run of the tests; `scripts/test.sh -m slow tests/test_fuzz.py` tries 2000 of another seed,
-another each time, and says how they ended.
+lines, always the same, are tried by `scripts/test.sh -m long`; `scripts/test.sh -m slow tests/test_fuzz.py` tries 2000 of
+another seed, another each time, and says how they ended.
 """
 
 import contextlib
@@ -331,6 +331,7 @@ def fuzz(rng, count, stocked, tmp_path):
     return codes, failures
 
 
+@pytest.mark.long
 def test_any_command_line(stocked, tmp_path):
     codes, failures = fuzz(random.Random(1), 60, stocked, tmp_path)
     assert not failures, "\n".join(failures)

@@ -65,6 +65,7 @@ def test_no_time_left_is_said(benchmark_script, capsys):
     assert {one["failed"] for one in report["results"]} == {"skipped: no time left"}
 
 
+@pytest.mark.long
 def test_a_run_is_measured(benchmark_script, monkeypatch):
     """One eager run on the CPU, in this process: a speed, and two profiled iterations."""
     monkeypatch.setattr(sys, "stdout", sys.stderr)

@@ -79,6 +79,7 @@ def test_published_figures_by_whatever_id(learning, env_id):
     assert learning.published("BipedalWalker-v3") == {"zoo": (287.9, "5M")}  # 287.939 in benchmark.md at 22e3ff2
 
 
+@pytest.mark.long
 def test_runs_and_failures(tmp_path):
     """The user's command end to end: two seeds at once, an environment that there is not, exit code 1, the last line JSON."""
     words = ["--env-id", "CartPole-v1", "CartPol-v1", "--seeds", "1", "2", "--jobs", "2", "--eval-episodes", "2"]

@@ -91,6 +91,7 @@ def test_gymnasiums_vector_cartpole_without_velocities():
     assert hidden.single_observation_space.shape == (2,)
 
 
+@pytest.mark.long
 def test_a_run_from_end_to_end(tmp_path):
     """From another folder: the environments are found by their module, a row of the table each, the last line is JSON."""
     words = ["--task", "recall8", "--memories", "gru", "none", "--seeds", "1", "--eval-episodes", "4", "--jobs", "2"]

@@ -65,6 +65,7 @@ def test_a_probe_of_discrete_actions(tmp_path):
         assert policy.value(obs) == pytest.approx([1.0, 1.0], abs=0.2)
 
 
+@pytest.mark.long
 def test_a_probe_of_continuous_actions(tmp_path):
     """Two numbers shown are said: log standard deviations are one more weight, and are learned."""
     settings = {"gamma": 0.0, "num_steps": 64, "num_iterations": 40, "num_minibatches": 8, "learning_rate": 3e-3}

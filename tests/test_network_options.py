@@ -200,6 +200,7 @@ def test_the_flag_draws_them(tmp_path):
         assert (weights["actor.0.weight"].abs().max().item() <= 0.5) is drawn
 
 
+@pytest.mark.long
 def test_a_run_with_impala(tmp_path):
     """It trains on images, is loaded, goes on, and is exported."""
     result = trained(tmp_path, "image (H, W, C)", "discrete", cnn="impala")

@@ -50,6 +50,7 @@ def wanders_at_import(elsewhere, monkeypatch):
     start_anew()
 
 
+@pytest.mark.long
 def test_the_command_line(wanders_at_import, elsewhere):
     """--run-dir, its default, --resume, RUN_DIR of evaluate and videos; the module goes elsewhere when it is imported."""
     env = ["--env-id", "wandering_module:Wandering-v0"]

@@ -110,6 +110,7 @@ def told_elsewhere(tmp_path_factory):
     "line",
     ["train sync 0", "train grouped 0", "train async 0", "evaluate 0", "interrupted 130", "resumed 0"],
 )
+@pytest.mark.long
 def test_runs_without_what_other_systems_lack(line, told_elsewhere):
     """Every module is imported, all ways to run environments train, evaluation, Ctrl-C and --resume work."""
     stdout, stderr, _ = told_elsewhere
@@ -117,6 +118,7 @@ def test_runs_without_what_other_systems_lack(line, told_elsewhere):
     assert "Traceback" not in stdout + stderr
 
 
+@pytest.mark.long
 def test_what_is_said_where_much_is_missing(told_elsewhere):
     """No compiler is one line; Ctrl-C says how to go on; the locale C spoils no text."""
     stdout, stderr, place = told_elsewhere

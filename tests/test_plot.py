@@ -297,6 +297,7 @@ def test_wrong_use(runs, tmp_path, monkeypatch, capsys, args, words):
 
 
 @pytest.mark.parametrize("verb", ["plot", "report"])
+@pytest.mark.long
 def test_neither_verb_waits_for_torch(tmp_path, verb):
     """Drawing needs numbers only; torch would take as long again."""
     write_run(tmp_path / "run", [1.0, 2.0])

@@ -96,6 +96,7 @@ def test_loading_imports_nothing(folder, tmp_path):
     assert evaluate(["run"]) == 2
 
 
+@pytest.mark.long
 def test_seeds_and_ranks(tmp_path):
     """Each seed has weights of its own; two processes train what one does."""
     result = train(tiny(tmp_path / "seeds", policy="support.networks:Small", num_seeds=2))

@@ -1,8 +1,8 @@
 """Any settings: two iterations of training and a directory that is complete, or a UsageError that names a flag.
 
-Which of the two is decided here, by `is_legal`, as the documentation has it. Some settings are tried in every run of the tests,
-always the same; `scripts/test.sh -m slow tests/test_properties.py` tries hundreds, others each time, and prints what reproduces
-a failure.
+Which of the two is decided here, by `is_legal`, as the documentation has it. Some settings, always the same, are tried by
+`scripts/test.sh -m long`; `scripts/test.sh -m slow tests/test_properties.py` tries hundreds, others each time, and prints what
+reproduces a failure.
 """
 
 import contextlib
@@ -258,12 +258,14 @@ def exactly_resumable(settings):
 
 @FEW
 @hypothesis.given(settings=any_settings())
+@pytest.mark.long
 def test_any_settings_train_or_are_refused(settings):
     check_run(settings)
 
 
 @FEW_RESUMED
 @hypothesis.given(settings=any_settings().filter(exactly_resumable))
+@pytest.mark.long
 def test_any_run_that_promises_it_goes_on_exactly(settings):
     check_resumed(settings | {"eval_episodes": 0})
 

@@ -43,6 +43,7 @@ def leaves(result):
 
 
 @pytest.mark.parametrize("name", rank_worker.CASES)
+@pytest.mark.long
 def test_ranks_learn_what_one_process_learns(ranks, name):
     """Same minibatches, statistics, gradients, KL stop and metrics; and the same bits on every rank.
 

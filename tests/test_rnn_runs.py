@@ -254,6 +254,7 @@ RANK_CASES = {
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as test_torchrun")
 @pytest.mark.parametrize("case", RANK_CASES)
+@pytest.mark.long
 def test_two_processes_are_one(case, tmp_path):
     """Environments, what is remembered of them and whole sequences are shared out; on the device one process then goes on."""
     flags = [*RANKS, *RANK_CASES[case]]

@@ -110,6 +110,7 @@ def fast_run(request, tmp_path_factory, programs_dir, needs_compiler):
     return request.param, run_dir, str(cache_home)
 
 
+@pytest.mark.long
 def test_a_fast_run_is_the_eager_run(fast_run, tmp_path, capsys, monkeypatch):
     """--compile on: the same run as eager but for rounding; the next run loads both programs, and so does --compile auto.
 
@@ -396,6 +397,7 @@ def test_a_program_that_asks_the_host_does_not_compile(tmp_path):
         compile_program(partial(acting.act_from_params, policy=policy), example, tmp_path)
 
 
+@pytest.mark.long
 def test_a_run_with_cached_programs_never_imports_the_compiler(fast_run, tmp_path):
     """Start-up is not paid for a compiler that has nothing to do."""
     tier, _, cache_home = fast_run

@@ -39,6 +39,7 @@ def assert_ended_in_order(run_dir):
     assert not list(run_dir.rglob("*.tmp"))
 
 
+@pytest.mark.long
 def test_a_signal_ends_the_run_in_order(tmp_path):
     """The iteration is finished, a checkpoint and the summary are written, the way to go on is said; 128 + the signal.
 
@@ -62,6 +63,7 @@ def test_a_signal_ends_the_run_in_order(tmp_path):
     assert_ended_in_order(run_dir)
 
 
+@pytest.mark.long
 def test_a_reader_that_leaves_ends_the_run_in_order(tmp_path):
     """`| head -3`: as after SIGTERM, with the code of SIGPIPE and not a word on stderr."""
     process = start_endless_run(tmp_path / "run")

@@ -66,6 +66,7 @@ def test_from_python(make, tmp_path):
 def test_going_up_is_learned(tmp_path):
     """What is paid is at the top: nearly all episodes end there."""
     settings = {"env_id": f"{MODULE}:Uphill", "num_envs": 16, "num_steps": 16, "num_iterations": 20, "learning_rate": 0.003}
+    settings |= {"num_minibatches": 4, "update_epochs": 2}
     train(tiny(tmp_path / "run", **settings))
     rows = read_rows(tmp_path / "run" / "metrics.csv")
     first, last = (

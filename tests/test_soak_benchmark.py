@@ -102,6 +102,7 @@ def test_children_are_seen(soak):
     assert all(memory > 2**20 and files >= 3 and threads == 1 for memory, files, threads, _ in both)
 
 
+@pytest.mark.long
 def test_a_run_of_seconds(tmp_path):
     """The whole script: a table, a picture, the JSON line; the bounds are for hours, so the verdict is not looked at."""
     plot = tmp_path / "soak.png"

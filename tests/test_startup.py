@@ -63,6 +63,7 @@ print(json.dumps(loaded))
 
 
 @pytest.mark.parametrize("tier", ["eager", "fused"])
+@pytest.mark.long
 def test_what_compiles_nothing_imports_no_compiler(tier, tmp_path, request):
     """Dynamo and Inductor take longer to import than all else together.
 
@@ -93,6 +94,7 @@ for script in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_tensordict_is_marked_for_dynamo_as_always():
     """The same functions carry the same marks, whatever was imported before; torch and sys.meta_path are as without us."""
     scripts = [imports + MARKED for imports in IMPORTS.values()]
@@ -102,6 +104,7 @@ def test_tensordict_is_marked_for_dynamo_as_always():
     assert dict(zip(list(IMPORTS)[1:], ours, strict=True)) == dict.fromkeys(list(IMPORTS)[1:], ordinary)
 
 
+@pytest.mark.long
 def test_torch_compile_sees_the_marks():
     """A program of the user's own is one graph for Dynamo: locking a TensorDict calls a function that must be marked."""
     script = """
@@ -141,6 +144,7 @@ except ImportError:
     ],
     ids=["a command", "torch imported before", "no collector"],
 )
+@pytest.mark.long
 def test_only_a_process_of_our_own_keeps_what_it_imports(first, expected):
     """A failed import leaves the collector on; a user's process that has torch already, or no collector, is left as it is."""
     assert in_fresh_interpreter(first + LASTING) == expected

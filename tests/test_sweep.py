@@ -248,6 +248,7 @@ def ends(directory):
     return [(trial.state.name, trial.value) for trial in study_of(directory).trials]
 
 
+@pytest.mark.long
 def test_what_goes_wrong_costs_a_trial_only(tmp_path, stub, capsys):
     """A fault, a death by signal, a run without an episode, settings that cannot be together: told, and the sweep goes on."""
     stub(trial_0="fault", trial_1="die", trial_2="silent")
@@ -344,6 +345,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_goes_on(how, tmp_path, stub):
     """The training process ends with it; the trial under way has failed and is made up for; those done are not repeated."""
     script = stub(trial_1="hang")
@@ -477,6 +479,7 @@ def test_a_sweep_costs_no_torch(tmp_path, stub):
 # --- sweeps that train
 
 
+@pytest.mark.long
 def test_a_sweep_that_trains(tmp_path, monkeypatch, capsys):
     """Three trials, one of whose settings are a fault; the same command does nothing more; best.json is taken by --preset."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))

@@ -77,6 +77,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_ranks_train_as_one_process_does(trained, case, size):
     """K processes with N / K environments each are one with N: environments, noise, minibatches, statistics, episodes.
 
@@ -218,7 +219,7 @@ def test_a_signal_stops_all(stopped, tmp_path):
     whole = tmp_path / "whole"
     assert Started(tmp_path, 2, [*flags, "--num-iterations", total, "--run-dir", str(whole)]).wait() == [0, 0]
     assert rows_of(run_dir) == rows_of(whole)
-    assert differing(last_of(run_dir), last_of(whole)) == [".seconds"]
+    assert differing(last_of(run_dir), last_of(whole)) == []
 
 
 @pytest.mark.parametrize(
@@ -263,6 +264,7 @@ def test_other_settings_on_another_rank_are_refused(of_rank_1, says, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_enough_is_enough_for_all(tmp_path):
     """--stop-at-return, which all ranks see, and a callback, which is called on rank 0 alone: every process ends well."""
     flags = [*COMMON, "--env-id", "environments:Walk-v0", "--vectorization", "sync", "--num-iterations", "50"]

@@ -44,6 +44,7 @@ def read_video(path):
 
 
 @pytest.mark.parametrize("kind", ["mp4", "gif"])
+@pytest.mark.long
 def test_a_video_has_a_frame_for_every_state(cartpole, kind, capsys):
     """CartPole pays 1 a step, so the return says how many steps were taken; a GIF joins frames that are alike."""
     if kind == "mp4":
@@ -74,6 +75,7 @@ def test_record_every_leaves_a_video_for_each(cartpole):
 
 
 @pytest.mark.parametrize("backend", ["gymnasium", "torch"])
+@pytest.mark.long
 def test_recording_leaves_the_bits_of_a_run_alone(backend, tmp_path):
     """Parameters and returns of a run that records after every iteration are those of one that never does."""
     results = [
@@ -183,6 +185,7 @@ def test_record_every_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_window_shows_the_episodes_that_are_counted(cartpole):
     """SDL's dummy display takes what a screen would; pygame greets nobody, and the last line is the report."""
     code = "import sys; from gymnasium.envs.classic_control import CartPoleEnv; from fastppo.evaluate import console\n"

@@ -36,7 +36,10 @@ COLUMNS = {
 
 def tiny(run_dir, **settings):
     """The settings of a run of a moment: eager, four iterations, without evaluation."""
-    small = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "update_epochs": 2, "eval_episodes": 0, "compile": "off"}
+    small = {"num_envs": 2, "num_steps": 16, "num_iterations": 4, "eval_episodes": 0, "compile": "off"}
+    small["update_epochs"] = 1  # an eager update takes longer than a rollout of so few steps
+    if "minibatch_size" not in settings:
+        small["num_minibatches"] = 2
     return TrainConfig(run_dir=str(run_dir), plain=True, **small | settings)
 
 
@@ -139,11 +142,11 @@ def checkpoint(run_dir, name="last"):
 
 
 def assert_same(a, b, path=""):
-    """Two checkpoints hold the same bits."""
+    """Two checkpoints hold the same bits, but for the clock's seconds."""
     assert type(a) is type(b), path
     if isinstance(a, dict):
         assert a.keys() == b.keys(), path
-        for key in a:
+        for key in a.keys() - {"seconds"}:
             assert_same(a[key], b[key], f"{path}.{key}")
     elif isinstance(a, list):
         assert len(a) == len(b), path
