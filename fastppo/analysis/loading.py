@@ -13,6 +13,7 @@ from fastppo.policy.module_policy import ModuleFactory, named_factory
 from fastppo.run.checkpoint_file import load_checkpoint
 from fastppo.run.directory import RunDirectory
 from fastppo.run.hub import fetch_run, is_on_hub
+from fastppo.system.devices import choose_device
 from fastppo.system.modes import ours
 from fastppo.system.paths import path_of
 
@@ -31,6 +32,7 @@ def load_policy(
 
     Args:
         run_dir: the directory, or "hf://owner/name" or "hf://owner/name@revision" of a run on the Hugging Face Hub.
+        device: where it acts; "auto" is the GPU if there is one.
         checkpoint: "best" (the policy with the highest mean return in training, or in --eval-every) or "last".
         policy: the factory of your own network, if `train` had one.
 
@@ -39,10 +41,7 @@ def load_policy(
             cannot be reached.
     """
     run = path_of(run_dir, "run_dir")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise UsageError(f"--device {device!r:.99} cannot be used ({brief(error)}); nearest: cpu") from None
+    device = choose_device(device)
     directory = fetch_run(run, checkpoint) if is_on_hub(run) else Path(run)
     config = read_run_config(directory)
     path = _path_of(directory, checkpoint)
@@ -76,7 +75,6 @@ def agent_from_checkpoint(
     policy: ModuleFactory | None = None,
 ) -> Agent:
     """The policy in a loaded checkpoint. Raises UsageError if the checkpoint does not fit `config`."""
-    torch.empty(0, device=device)  # raises here for a missing device, which is not an error of the file
     try:
         return agent_from_state(state["policy"], config, device, policy)
     except UsageError as error:

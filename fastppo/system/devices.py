@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fastppo.errors import TrainingFault, UsageError
+from fastppo.errors import TrainingFault, UsageError, brief
 
 WITH_FAST_PROGRAMS = ("cpu", "cuda")  # on other devices programs are eager
 
@@ -20,21 +20,26 @@ def resolved(device: torch.device | str) -> torch.device:
     return torch.device(device.type, torch.cuda.current_device() if device.type == "cuda" else 0)
 
 
-def choose_device(wanted: str) -> torch.device:
-    """The device for --device. Raises UsageError for one that cannot be used.
+def choose_device(wanted: torch.device | str) -> torch.device:
+    """The device for --device, or for an argument `device`. Raises UsageError for one that cannot be used.
 
-    auto is the GPU if there is one; where there is a choice, training/device_trial.py has made it before.
+    "auto" is the GPU if there is one; where there is a choice, training/device_trial.py has made it before.
     """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
     reason = None
+    try:
+        device = torch.device(wanted)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"--device {wanted!r:.99}: {brief(error)}; nearest: cpu") from None
     if device.type == "cuda":
         reason = _why_not(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
         reason = "PyTorch finds no GPU of Apple's here: it needs macOS on Apple silicon"
     elif device.type == "xpu" and not torch.xpu.is_available():
         reason = "PyTorch finds no GPU of Intel's here: it needs its driver and a PyTorch for XPU"
+    elif device.type not in ("cpu", "mps", "xpu"):
+        reason = "policies run on cpu, cuda, mps and xpu"
     if reason is not None:
         raise UsageError(f"--device {wanted}: {reason}, or use --device cpu")
     return device
