@@ -45,6 +45,7 @@ def runs(tmp_path_factory):
 
 
 @each
+@pytest.mark.long
 def test_a_trained_policy_acts_and_is_exported(runs, kind, tmp_path):
     """Samples vary and stay within the bounds; without sampling the mean is taken, and an exported file gives it."""
     policy = load_policy(runs[kind].run_dir)
@@ -130,6 +131,7 @@ def test_each_seed_is_as_it_would_be_alone(kind, tmp_path):
         ("beta", Small),
     ],
 )
+@pytest.mark.long
 def test_traced_learn_equals_eager(kind, policy):
     """As the compiler is given it, for choices and numbers in one action."""
     learn_eagerly, arguments = structured_job("float32", SPACES["hybrid"], policy, distribution=kind)

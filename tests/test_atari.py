@@ -33,6 +33,7 @@ def preprocessed(env_id, noop_max, actions, **settings):
 
 @pytest.mark.parametrize("backend", ["auto", "envpool"])
 @pytest.mark.parametrize(("game", "colour"), [("Breakout", False), ("Breakout", True), ("Pong", False)])
+@pytest.mark.long
 def test_screens_are_those_of_gymnasiums_preprocessing(game, backend, colour):
     """Held actions, the maximum of two frames, luminance or colour, size, and the newest screen last in the stack."""
     pytest.importorskip("ale_py")
@@ -57,6 +58,7 @@ def test_screens_are_those_of_gymnasiums_preprocessing(game, backend, colour):
 
 
 @pytest.mark.parametrize("backend", ["auto", "envpool"])
+@pytest.mark.long
 def test_scores_and_ends_are_those_of_the_plain_game(backend):
     """Oracle: one Breakout of gymnasium's, frame by frame, given the actions that count: four lives told as ends and then
 
@@ -149,6 +151,7 @@ def test_whole_games_where_lives_end_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", ["auto", "envpool"])
+@pytest.mark.long
 def test_sticky_actions_are_the_flags(backend):
     """Not the 0.25 of the id: without them the same actions are the same game whatever the seed, with them they are not."""
     pytest.importorskip("ale_py")

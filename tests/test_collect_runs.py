@@ -37,6 +37,7 @@ def summary_of(run_dir):
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.long
 def test_a_run_resumed_and_evaluated(env_id, tmp_path, capsys):
     """From the command line: what the run says of itself, two equal runs, its continuation, its evaluation."""
     runs = [tmp_path / "one", tmp_path / "two"]

@@ -221,6 +221,7 @@ def test_a_team_that_is_no_longer_needed_leaves_no_threads(library):
         (NORMAL_POLICY, True, {"advantage_estimator": "monte-carlo", "norm_adv": False}),
     ],
 )
+@pytest.mark.long
 def test_traced_program_equals_eager(policy, share_backbone, settings):
     """The graph that the compiler is given, run operator by operator: every setting, without the wait for a compiler."""
     policy = dataclasses.replace(policy, share_backbone=share_backbone)

@@ -67,6 +67,7 @@ def test_compiled_learn_equals_eager_for(observation, action, policy, tmp_path):
     ],
     ids=["nested", "structure with an image", "masked", "own network", "parts of an action", "parts and own network"],
 )
+@pytest.mark.long
 def test_traced_program_equals_eager_for(observation, action, policy):
     """As the compiler is given it: leaves of all kinds, in an order that both sides agree on; somebody's module."""
     learn_eagerly, arguments = structured_job(observation, action, policy)

@@ -125,6 +125,7 @@ def slow_gpu(monkeypatch, delay):
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2])
+@pytest.mark.long
 def test_a_run_trains_where_the_trial_says(tmp_path, monkeypatch, capsys, num_seeds):
     """Told, in summary.json and config.json, kept on --resume without another trial; the numbers are those of --device cpu."""
     monkeypatch.setattr(device_trial, "WORTH_TRYING", 4)

@@ -392,6 +392,7 @@ def test_numbers_that_run_away(tmp_path, capsys):
     ],
     ids=["unknown environment", "batch", "fault"],
 )
+@pytest.mark.long
 def test_in_a_process_of_its_own(flags, code, tmp_path):
     """The real exit code, and a real stderr of one or two lines with nothing from libraries in it."""
     done = subprocess.run(

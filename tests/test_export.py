@@ -143,6 +143,7 @@ def assert_same(agent, inputs, got, expected):
         *[(case, "torch") for case in ("Pendulum squashed", "masked choices", "image")],  # an onnx file begins as a torch one
     ],
 )
+@pytest.mark.long
 def test_a_file_acts_as_the_policy_does(case, format, tmp_path):
     """The same actions on 1000 observations at once, on 7 and on one: choices exactly, numbers to 1e-5."""
     for package in ("onnx", "onnxruntime", "onnxscript") if format == "onnx" else ():
@@ -158,6 +159,7 @@ def test_a_file_acts_as_the_policy_does(case, format, tmp_path):
 @pytest.mark.parametrize(
     "case", [*list(MEMORIES)[:2], *[pytest.param(case, marks=pytest.mark.slow) for case in list(MEMORIES)[2:]]]
 )
+@pytest.mark.long
 def test_a_file_remembers_as_the_policy_does(case, tmp_path):
     """In both formats, for 40 environments and for one: actions and memory over eight steps, episodes beginning in between.
 
@@ -447,6 +449,7 @@ SAME_STEP = 'num_envs=8, vectorization_mode="sync", vector_kwargs={"autoreset_mo
     ],
     ids=["as it stands", "a step too early", "never", "reset within the step", "the exported file"],
 )
+@pytest.mark.long
 def test_the_pages_memory(changes, right, remembering, monkeypatch):
     """The loop of docs/memory.md, and its other two ways, act as the policy does on one environment, episode by episode."""
     text = PAGES["docs/memory.md"]
@@ -484,6 +487,7 @@ def test_the_pages_memory(changes, right, remembering, monkeypatch):
 
 
 @pytest.mark.parametrize(("format", "memory"), [("torch", {}), ("onnx", {"rnn": "gru"})])
+@pytest.mark.long
 def test_a_file_has_an_output_for_each_part_of_an_action(format, memory, tmp_path):
     """In the order of the space and of its types, then the memory; each part acts as the policy does."""
     for package in ("onnx", "onnxruntime", "onnxscript") if format == "onnx" else ():

@@ -31,6 +31,7 @@ def prepared(settings, policy, device="cuda:0", current=0):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.long
 def test_what_is_captured_is_the_eager_program(case, monkeypatch):
     """`learn`, and `act` or `collect`, of each kind of run: nothing mixes devices, reads the host's memory or waits for the
     device; results are on the run's GPU, as the eager program's are; the graphs are captured on that GPU. Minibatches are large

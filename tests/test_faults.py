@@ -338,6 +338,7 @@ def test_a_real_full_disk(small_disk, tmp_path):
     load_policy(run_dir, "last")
 
 
+@pytest.mark.long
 def test_output_that_has_no_room(tmp_path):
     """A run whose output goes to a full disk finishes all the same."""
     flags = ["--num-envs", "2", "--num-steps", "16", "--num-iterations", "2", "--eval-episodes", "0", "--compile", "off"]

@@ -142,6 +142,7 @@ def run_as_traced(graph, inputs):
     [(CATEGORICAL_POLICY, {}), (NORMAL_POLICY, {"microbatch_size": 5, "target_kl": 0.001})],
     ids=["categorical", "normal, in parts, KL stop"],
 )
+@pytest.mark.long
 def test_compiled_steps_are_the_steps(policy, settings, monkeypatch):
     """What is handed to the compiler is a step with all that it reads as inputs: with other data the eager numbers."""
     monkeypatch.setattr(cuda_graph, "compile_step", run_as_traced)
@@ -153,6 +154,7 @@ def test_compiled_steps_are_the_steps(policy, settings, monkeypatch):
             assert_same(captured(*arguments), learn(*arguments))
 
 
+@pytest.mark.long
 def test_compiled_steps_of_seeds(monkeypatch):
     """One graph for all seeds, below vmap."""
     monkeypatch.setattr(cuda_graph, "compile_step", run_as_traced)

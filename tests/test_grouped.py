@@ -418,6 +418,7 @@ with contextlib.closing(Deadline(1.0)) as deadline, contextlib.closing(GroupedVe
 """
 
 
+@pytest.mark.long
 def test_processes_that_are_stopped_for_longer_than_the_limit():
     """Ctrl-Z stops all of them, fg lets them go on: they do, since no environment has hung."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -451,6 +452,7 @@ envs.close()
 """
 
 
+@pytest.mark.long
 def test_environments_that_use_torch():
     """A model of the world in torch does not hang: after a fork OpenMP has no threads, and would wait for them forever."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

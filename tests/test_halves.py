@@ -241,6 +241,7 @@ def test_a_run_goes_on_without_halves(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["envpool", "envpool, lives", "ale"])
+@pytest.mark.long
 def test_halves_are_seeded_as_the_whole(kind):
     """EnvPool and ALE: environment i of both halves starts and steps as environment i of the whole, with all its numbers."""
     if kind != "ale":
@@ -490,6 +491,7 @@ def test_no_trial_without_a_gpu():
 
 
 @pytest.mark.parametrize("chosen", ["on", "off"])
+@pytest.mark.long
 def test_a_run_trains_as_the_trial_says(chosen, tmp_path, monkeypatch, capsys):
     """Told once, in summary.json and config.json, and kept on --resume. The GPU is the CPU here."""
     monkeypatch.setattr(device_trial, "WORTH_TRYING", 4)

@@ -138,6 +138,7 @@ def test_batches_of_a_size_that_nobody_has():
 
 @hypothesis.settings(max_examples=100, deadline=None, database=None, derandomize=True)
 @hypothesis.given(settings=st.dictionaries(st.sampled_from(list(TrainConfig.__dataclass_fields__)), JSON, max_size=3))
+@pytest.mark.long
 def test_any_json_as_settings(settings, original):
     """config.json of any values: settings that are written as they were read, or a UsageError."""
     path = original[2].with_name("config.json")

@@ -221,6 +221,7 @@ def test_another_metric(runs, tmp_path, monkeypatch, capsys):
     )
 
 
+@pytest.mark.long
 def test_damaged_runs_do_not_spoil_the_others(tmp_path, monkeypatch, capsys):
     """Each is named with what is wrong; a run that has not finished an episode has losses all the same."""
     monkeypatch.chdir(tmp_path)
@@ -249,6 +250,7 @@ def test_damaged_runs_do_not_spoil_the_others(tmp_path, monkeypatch, capsys):
         ({}, [5.0]),
     ],
 )
+@pytest.mark.long
 def test_a_strangers_runs_are_data(tmp_path, monkeypatch, capsys, columns, returns):
     """Markup, mathtext and control characters are letters in a picture and on a terminal; no number hurts."""
     monkeypatch.chdir(tmp_path)

@@ -53,6 +53,7 @@ def folder(tmp_path, monkeypatch, request):
     return f"nets_{name}"
 
 
+@pytest.mark.long
 def test_every_verb_finds_it(folder, tmp_path, capsys):
     """Train, evaluate, resume and export from the folder of the module, which config.json names."""
     assert console([*FLAGS, "--policy", f"{folder}:Wide", "--run-dir", "run"]) == 0

@@ -193,6 +193,7 @@ def test_a_vector_class_that_has_one_generator(seeded):
 
 
 @pytest.mark.parametrize("engine", ["envpool", "ale"])
+@pytest.mark.long
 def test_engines_in_c_are_seeded_environment_by_environment(engine, seeded):
     """EnvPool and ALE: four processes start the games of one."""
     pytest.importorskip("envpool" if engine == "envpool" else "ale_py")

@@ -84,6 +84,7 @@ def test_compiled_learn_equals_eager_for(kind, options, shared, programs_dir):
 
 @KINDS
 @USERS
+@pytest.mark.long
 def test_traced_learn_has_the_cells_of_the_library(kind, users):
     """What the compiler is given goes through the library's loops, forward and backward, and not through a step at a time."""
     program, arguments = learn_job(kind, users=users, layers=2)
@@ -93,6 +94,7 @@ def test_traced_learn_has_the_cells_of_the_library(kind, users):
     assert {f"fastppo.{kind}.default", f"fastppo.{kind}_backward.default"} <= called
 
 
+@pytest.mark.long
 def test_recomputed_advantages_are_traced_once():
     """With --recompute-advantage ten epochs are no more to compile than two: they are a loop of the program."""
     sizes = []

@@ -166,6 +166,7 @@ def test_learn_works_under_vmap_over_seeds(kind):
 
 @KINDS
 @pytest.mark.parametrize("gradient", [grad_and_aux, functional_grad_and_aux])
+@pytest.mark.long
 def test_programs_run_without_data(kind, gradient):
     """On the meta device there is no value to ask for: a host sync or a shape that depends on data would raise."""
     policy, params, rollout = setting("masked", kind, layers=2)

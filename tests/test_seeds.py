@@ -142,6 +142,7 @@ def test_processes_are_seeded_one_by_one():
 
 
 @pytest.mark.parametrize("backend", ["envpool", "ale"])
+@pytest.mark.long
 def test_engines_in_c_are_seeded_one_by_one(backend):
     """EnvPool's and ALE's own environments of two seeds start as they would in two runs."""
     pytest.importorskip("envpool" if backend == "envpool" else "ale_py")
@@ -185,6 +186,7 @@ def assert_same(got, expected):
 
 
 @pytest.mark.parametrize("jobs", [learn_jobs, collect_jobs])
+@pytest.mark.long
 def test_a_program_traced_over_seeds_is_each_alone(jobs):
     """What the compiler is given where several seeds go into one call, run by PyTorch: loops carry all seeds along."""
     program, examples = jobs()
@@ -356,6 +358,7 @@ def test_an_environment_that_fails_ends_all_with_their_state_kept(tmp_path):
     assert [row["iteration"] for row in rows_of(tmp_path / "run" / "seed-2")] == [1, 2, 3]
 
 
+@pytest.mark.long
 def test_a_run_of_seeds_that_is_killed_goes_on(tmp_path):
     """SIGTERM: the iteration is finished and each seed kept, and the line printed resumes; a second run there is refused."""
     run = tmp_path / "run"

@@ -396,6 +396,7 @@ def test_the_entry_point_is_chosen_by_itself():
         envs.close()
 
 
+@pytest.mark.long
 def test_torchrl_is_imported_for_its_environments_only():
     """It takes a second: neither training nor evaluating anything else pays for it."""
     script = "import sys, fastppo.train, fastppo.training.loop, fastppo.evaluate; assert 'torchrl' not in sys.modules"

@@ -89,6 +89,7 @@ def test_ranks_train_as_one_process_does(trained, case, size):
     assert_same_run(trained(case, size)[0], trained(case, 1)[0])
 
 
+@pytest.mark.long
 def test_only_rank_0_writes_and_speaks(trained):
     """Files and lines are those of one run; the others say nothing at all."""
     run_dir, started = trained("device", 4)
@@ -108,6 +109,7 @@ def test_only_rank_0_writes_and_speaks(trained):
     assert names(run_dir) == names(alone)
 
 
+@pytest.mark.long
 def test_other_numbers_of_processes_go_on(trained, tmp_path):
     """2, then 1, then 4: environments on the device go on where they were, and all is as if nothing had happened."""
     run_dir, flags = tmp_path / "run", [*COMMON, *CASES["device"], "--minibatch-shards", "4"]
@@ -204,6 +206,7 @@ def test_an_environment_that_fails_on_one_rank(tmp_path):
 
 
 @pytest.mark.parametrize("stopped", [(1,), (0, 1)], ids=["one", "all"])
+@pytest.mark.long
 def test_a_signal_stops_all(stopped, tmp_path):
     """Wherever it arrives: the iteration is finished by all and kept, and what goes on has the same bits."""
     run_dir, flags = tmp_path / "run", [*COMMON, *CASES["device"], "--checkpoint-seconds", "1000"]

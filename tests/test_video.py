@@ -227,6 +227,7 @@ def test_the_atari_game_that_renders_is_the_one_trained_on(settings):
     renders.close()
 
 
+@pytest.mark.long
 def test_a_video_of_atari(tmp_path, capsys):
     """From a run in ALE's vector environment: a frame a step."""
     for package in ("ale_py", "cv2", "imageio_ffmpeg"):

@@ -218,6 +218,7 @@ def test_nothing_asked():
 # --- in runs
 
 
+@pytest.mark.long
 def test_every_verb_applies_them(tmp_path, capsys):
     """All at once: recorded, trained, evaluated, filmed, exported with a line, resumed, and not changed on --resume."""
     run_dir = str(tmp_path / "run")
