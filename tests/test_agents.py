@@ -283,6 +283,7 @@ def test_aec_environments():
     assert envs.over.all()
 
 
+@pytest.mark.long
 def test_whole_runs(tmp_path, capsys):
     """Train by module, log each agent's return, resume, evaluate, load; config.json has the number of agents."""
     flags = ["--env-id", RELAY, "--num-envs", "2", "--num-steps", "16", "--plain", "--compile", "off", "--eval-episodes", "2"]

@@ -536,6 +536,7 @@ def test_one_environment_and_a_coin(monkeypatch):
         ("CartPole-v1", "envpool", "envpool"),
     ],
 )
+@pytest.mark.long
 def test_other_engines(env_id, backend, package):
     """Environments on the device, ALE's and EnvPool's."""
     pytest.importorskip(package)

@@ -173,6 +173,7 @@ def test_slow_is_not_hung(tmp_path, monkeypatch, vectorization):
 @pytest.mark.parametrize(
     "vectorization", ["grouped", pytest.param("sync", marks=pytest.mark.slow), pytest.param("async", marks=pytest.mark.slow)]
 )
+@pytest.mark.long
 def test_as_the_user_sees_it(tmp_path, vectorization):
     """In a process of its own: exit code 3, and two lines on stderr, in which nobody else has written."""
     flags = flags_of(tmp_path / "run", vectorization, 2, 11, "raise-twice")

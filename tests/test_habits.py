@@ -70,6 +70,7 @@ def test_a_flag_of_three_answers():
         (["export", "--format", "torch"], "runs/new/policy.pt2"),
     ],
 )
+@pytest.mark.long
 def test_without_a_directory_the_newest_run_is_taken(here, capsys, verb, made):
     """Of those in runs/, and it is named."""
     assert console(verb) == 0

@@ -209,6 +209,7 @@ def test_nothing_to_compare(runs, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.png"))
 
 
+@pytest.mark.long
 def test_another_metric(runs, tmp_path, monkeypatch, capsys):
     """Named in the line and in the file's name, or by --output; the same runs give the same bytes: no date, no random names."""
     monkeypatch.chdir(tmp_path)

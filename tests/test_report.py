@@ -202,6 +202,7 @@ def test_videos(run):
     assert "notes.txt" not in page.text
 
 
+@pytest.mark.long
 def test_links_out_are_not_followed(run, tmp_path):
     """A page is made to be passed on: a stranger's link to a file of the reader's would pass that on too."""
     (tmp_path / "secret").write_text("my private key")

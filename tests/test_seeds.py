@@ -226,6 +226,7 @@ def test_both_ways_of_mapping_agree():
 # --- the run
 
 
+@pytest.mark.long
 def test_what_a_run_of_seeds_leaves(tmp_path, capsys):
     """A run directory for each seed, and of all of them the settings, a summary with its interval and a picture with a band."""
     with drawn():

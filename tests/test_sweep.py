@@ -275,6 +275,7 @@ def test_what_goes_wrong_costs_a_trial_only(tmp_path, stub, capsys):
     assert captured.err.startswith("fault: no trial came to its end")
 
 
+@pytest.mark.long
 def test_what_a_trial_is_trained_with(tmp_path, stub):
     """Each seed its own directory and number, the same steps for all, the threads shared out; the preset has the rest."""
     stub()
@@ -311,6 +312,7 @@ def test_a_sweep_by_evaluations(tmp_path, stub):
     assert console([*args, "--", "--eval-episodes", "3"]) == 2
 
 
+@pytest.mark.long
 def test_pruning(tmp_path, stub, capsys):
     """A trial below the median of those before it is stopped by SIGTERM on its way, and has no value."""
     stub(trial_5="bad")
