@@ -32,13 +32,13 @@ def load_policy(
 
     Args:
         run_dir: the directory, or "hf://owner/name" or "hf://owner/name@revision" of a run on the Hugging Face Hub.
-        device: where it acts; "auto" is the GPU if there is one.
         checkpoint: "best" (the policy with the highest mean return in training, or in --eval-every) or "last".
+        device: where it acts; "auto" is the GPU if there is one.
         policy: the factory of your own network, if `train` had one.
 
     Raises:
-        UsageError: no run directory, no such checkpoint, a damaged checkpoint, another network than in the run, or the Hub
-            cannot be reached.
+        UsageError: no run directory, no such checkpoint or device, a damaged checkpoint, another network than in the run, or
+            the Hub cannot be reached.
     """
     run = path_of(run_dir, "run_dir")
     device = choose_device(device)

@@ -3,8 +3,8 @@
 A timer of the operating system fires when the limit may have been reached, so a step only has to note when it begins and ends.
 The timer interrupts Python, and calls that wait in the operating system: a sleep, a lock, a socket, a pipe. It does not
 interrupt a loop in C. Without such a timer, or in another thread than the main one, nothing is interrupted; envs/grouped.py
-has its own limit for processes. While this process is stopped (Ctrl-Z, SIGSTOP) no time counts. Knows nothing of environments.
-Does not import torch.
+has its own limit for processes. A limit that is reached while this process is stopped (Ctrl-Z, SIGSTOP) starts anew. Knows
+nothing of environments. Does not import torch.
 """
 
 import signal
@@ -30,8 +30,7 @@ class Deadline:
         in_main = threading.current_thread() is threading.main_thread()
         if seconds > 0 and in_main and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is not None:
             handler = signal.signal(signal.SIGALRM, self._check)
-            self._due = time.monotonic() + min(seconds, LONGEST)  # when the timer fires
-            self._before = handler, *signal.setitimer(signal.ITIMER_REAL, min(seconds, LONGEST)), time.monotonic()
+            self._before = handler, *self._set_timer(seconds), time.monotonic()
 
     def __enter__(self) -> None:
         self._since = time.monotonic()
@@ -54,12 +53,16 @@ class Deadline:
         over, was_stopped = left <= 0, now - self._due > LATE
         if over:  # fire again after as long: cleaning up may hang too, or the user's code may have caught the error
             self._since, left = now, self.seconds
-        delay = min(max(left, 1e-3), LONGEST)
-        self._due = now + delay
-        signal.setitimer(signal.ITIMER_REAL, delay)
+        self._set_timer(left)
         has_finished = frame is not None and frame.f_code is Deadline.__exit__.__code__
         if over and not was_stopped and not has_finished:
             raise NoAnswer(self.message)
+
+    def _set_timer(self, seconds: float) -> tuple[float, float]:
+        """Let it fire when the limit may have been reached; returns the two numbers of the timer before."""
+        delay = min(max(seconds, 1e-3), LONGEST)
+        self._due = time.monotonic() + delay
+        return signal.setitimer(signal.ITIMER_REAL, delay)
 
     def close(self) -> None:
         """Restore the handler and timer from before; an alarm that was due meanwhile fires now."""
