@@ -25,7 +25,7 @@ from fastppo.run.loggers import Loggers
 from fastppo.run.metrics_file import read_rows
 from support.processes import Started
 from support.resume import differing, stopped_after
-from support.runs import rows_of, tiny, without_times
+from support.runs import checkpoint, rows_of, tiny, without_times
 
 NUMBERS = ("eval_return_mean", "eval_return_std")
 
@@ -69,10 +69,6 @@ def evaluations(run_dir):
     return [(int(row["iteration"]), float(row[EVALUATION])) for row in rows_of(run_dir) if row[EVALUATION]]
 
 
-def kept(run_dir, name="last"):
-    return load_checkpoint(run_dir / "checkpoints" / f"{name}.pt")
-
-
 # --- training is the same
 
 
@@ -98,7 +94,7 @@ def test_training_is_the_same_with_and_without(tmp_path, settings):
         assert trained(rows_of(one)) == trained(rows_of(other))
         assert all(math.isfinite(float(row[EVALUATION])) for row in rows_of(one))
         assert EVALUATION not in rows_of(other)[0]
-        states = [kept(run_dir) for run_dir in (one, other)]
+        states = [checkpoint(run_dir) for run_dir in (one, other)]
         for state in states:
             for name in ("best_return", "best_evaluation"):
                 del state[name]
@@ -213,7 +209,7 @@ def test_best_is_the_best_evaluated(tmp_path, capsys):
     result = train(TrainConfig(**{**vars(config), "eval_every": 2, "eval_episodes": 10}))
     means = dict(evaluations(result.run_dir))
     highest = max(means.values())
-    best = kept(result.run_dir, "best")
+    best = checkpoint(result.run_dir, "best")
     assert best["iteration"] == max(iteration for iteration, mean in means.items() if mean == highest)
     assert best["best_return"] == result.summary["best_return_mean"] == highest
     assert result.summary["best_by"] == "evaluation"
@@ -262,7 +258,7 @@ def test_a_resumed_run_goes_on_with_its_best(tmp_path, monkeypatch):
     resumed = train(tiny(tmp_path / "cut", resume=str(tmp_path / "cut"), **settings))
     assert without_times(rows_of(resumed.run_dir)) == without_times(rows_of(whole.run_dir))
     for name in ("last", "best"):
-        assert differing(kept(whole.run_dir, name), kept(resumed.run_dir, name)) == []
+        assert differing(checkpoint(whole.run_dir, name), checkpoint(resumed.run_dir, name)) == []
 
 
 def test_it_may_be_turned_on_and_off_on_resume(tmp_path):
@@ -298,7 +294,7 @@ def test_each_seed_is_evaluated_as_if_alone(tmp_path):
     for seed, result in enumerate(both.seeds, start=1):
         alone = train(tiny(tmp_path / f"alone-{seed}", seed=seed, **settings))
         assert evaluations(result.run_dir) == evaluations(alone.run_dir)
-        assert kept(result.run_dir, "best")["iteration"] == kept(alone.run_dir, "best")["iteration"]
+        assert checkpoint(result.run_dir, "best")["iteration"] == checkpoint(alone.run_dir, "best")["iteration"]
         assert result.summary["best_return_mean"] == alone.summary["best_return_mean"]
 
 

@@ -10,11 +10,10 @@ import torch
 from fastppo import TrainConfig, UsageError, load_policy, train
 from fastppo.given_settings import with_absolute_paths
 from fastppo.policy.codec import agent_from_state
-from fastppo.run.checkpoint_file import load_checkpoint
 from support.networks import Relu, Small
 from support.processes import Started, assert_same_run
 from support.resume import differing
-from support.runs import rows_of, tiny
+from support.runs import checkpoint, rows_of, tiny
 from support.seeds import assert_alike
 
 NORMALIZED = {"env_id": "Pendulum-v1", "norm_obs": True, "norm_reward": True, "max_episode_steps": 10}
@@ -33,10 +32,6 @@ def source(tmp_path_factory):
     return SimpleNamespace(**{name: train(tiny(folder / name, **own)).run_dir for name, own in settings.items()})
 
 
-def kept(run_dir, name):
-    return load_checkpoint(run_dir / "checkpoints" / f"{name}.pt")
-
-
 def started(source, run_dir, **settings):
     return train(tiny(run_dir, init_from=str(source), keep_checkpoints=9, checkpoint_seconds=0.0, **settings))
 
@@ -46,7 +41,7 @@ def test_weights_and_statistics_are_those_of_the_other_run(source, tmp_path, nam
     """In the checkpoint of iteration 0. Adam, counters and the search for the best policy start anew."""
     given = source.pendulum if name == "best" else source.pendulum / "checkpoints" / "last.pt"
     result = started(given, tmp_path / "run", **NORMALIZED)
-    start, theirs = kept(result.run_dir, "iteration-0"), kept(source.pendulum, name)
+    start, theirs = checkpoint(result.run_dir, "iteration-0"), checkpoint(source.pendulum, name)
     assert differing(start["policy"], theirs["policy"]) == []
     assert differing(start["return_moments"], theirs["return_moments"]) == []
     assert start["return_moments"][2] > 0  # the number of rewards behind the statistics
@@ -63,7 +58,7 @@ def test_the_first_rollout_is_learned_under_the_statistics_that_acted(source, tm
     result = started(source.pendulum, tmp_path / "run", **NORMALIZED, update_epochs=1, num_minibatches=1, num_iterations=1)
     (row,) = rows_of(result.run_dir)
     assert float(row["approx_kl"]) == pytest.approx(0.0, abs=1e-6)
-    start, end = kept(result.run_dir, "iteration-0"), kept(result.run_dir, "last")
+    start, end = checkpoint(result.run_dir, "iteration-0"), checkpoint(result.run_dir, "last")
     count = {name: state["policy"]["obs_moments"]["obs"][2].item() for name, state in (("start", start), ("end", end))}
     assert count["end"] == count["start"] + int(row["global_step"])
 
@@ -136,7 +131,7 @@ def test_the_critic_keeps_its_values(network, tmp_path):
     for rewards, returns in itertools.product((False, True), repeat=2):
         own = {**config, "norm_reward": rewards, "norm_returns": returns, "num_iterations": 1}
         run_dir = started(theirs, tmp_path / f"{rewards} {returns}", **own).run_dir
-        start = agent_from_state(kept(run_dir, "iteration-0")["policy"], TrainConfig(**own))
+        start = agent_from_state(checkpoint(run_dir, "iteration-0")["policy"], TrainConfig(**own))
         assert start.value(obs) == pytest.approx(values, rel=1e-3)
 
 
@@ -145,7 +140,7 @@ def test_a_network_of_ones_own(tmp_path):
     theirs = train(tiny(tmp_path / "theirs"), policy=Small)
     config = tiny(tmp_path / "run", init_from=str(theirs.run_dir), keep_checkpoints=9, checkpoint_seconds=0.0)
     ours = train(config, policy=Small)
-    assert differing(kept(ours.run_dir, "iteration-0")["policy"], kept(theirs.run_dir, "best")["policy"]) == []
+    assert differing(checkpoint(ours.run_dir, "iteration-0")["policy"], checkpoint(theirs.run_dir, "best")["policy"]) == []
     for policy, says in ((Relu, "policy= makes a Relu"), (None, "give what made it as policy=")):
         with pytest.raises(UsageError, match=rf"--init-from .*: this run's network is a Small of your own.*{says}"):
             train(tiny(tmp_path / "other", init_from=str(theirs.run_dir)), policy=policy)

@@ -14,7 +14,7 @@ from fastppo.train import console
 from fastppo.training.resumed_settings import LEARNED, OF_THE_NETWORK, REASONS, TRAINED_ON, check_resumable
 from support.processes import Started
 from support.resume import differing
-from support.runs import rows_of, tiny, without_times
+from support.runs import checkpoint, rows_of, tiny, without_times
 
 DEVICE = {"backend": "torch", "anneal_lr": False}  # environments that go on where they were
 ONE_STEP = "environments:ProbeConstantReward-v0"
@@ -22,10 +22,6 @@ ONE_STEP = "environments:ProbeConstantReward-v0"
 
 def resumed(run_dir, iterations, **settings):
     return train(tiny(run_dir, resume=str(run_dir), num_iterations=iterations, **settings))
-
-
-def kept(run_dir, name="last"):
-    return load_checkpoint(run_dir / "checkpoints" / f"{name}.pt")
 
 
 def test_a_new_learning_rate_is_as_if_the_run_had_had_it(tmp_path):
@@ -37,7 +33,7 @@ def test_a_new_learning_rate_is_as_if_the_run_had_had_it(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "learning_rate": 1e-4, "gamma": 0.9, "ent_coef": 0.01}))
     edited = resumed(tmp_path / "edited", 4, **DEVICE, learning_rate=1e-4, gamma=0.9, ent_coef=0.01)
     assert without_times(rows_of(flag.run_dir)) == without_times(rows_of(edited.run_dir))
-    assert differing(kept(flag.run_dir), kept(edited.run_dir)) == []
+    assert differing(checkpoint(flag.run_dir), checkpoint(edited.run_dir)) == []
     rates = [float(row["learning_rate"]) for row in rows_of(flag.run_dir)]
     assert rates == pytest.approx([2.5e-3, 2.5e-3, 1e-4, 1e-4])
     assert TrainConfig.from_json(flag.run_dir / "config.json").learning_rate == 1e-4
@@ -93,14 +89,14 @@ def test_more_environments(backend, tmp_path, capsys):
     settings = {"env_id": "Pendulum-v1", "max_episode_steps": 10, "norm_obs": True, "norm_reward": True, "backend": backend}
     settings |= {"max_episode_steps": None} if backend == "torch" else {}
     train(tiny(tmp_path / "run", num_iterations=2, **settings))
-    before = kept(tmp_path / "run")
+    before = checkpoint(tmp_path / "run")
     result = resumed(tmp_path / "run", 4, num_envs=6, **settings)
     out = capsys.readouterr().out
     assert "the environments start new episodes" in out
     assert "from here on: num_envs 6" in out
     steps = [int(row["global_step"]) for row in rows_of(result.run_dir)]
     assert steps[3] - steps[2] > 3 * 0.8 * (steps[1] - steps[0])
-    after = kept(tmp_path / "run")
+    after = checkpoint(tmp_path / "run")
     assert after["episodes"]["episodes"] >= before["episodes"]["episodes"]
     count = [state["policy"]["obs_moments"]["obs"][2].item() for state in (before, after)]
     assert count == [steps[1], steps[3]]
@@ -111,7 +107,7 @@ def test_another_way_to_run_them(tmp_path):
     """From sync to processes: the record of the best policy goes on."""
     settings = {"env_id": ONE_STEP, "num_envs": 8}
     train(tiny(tmp_path / "run", num_iterations=3, vectorization="sync", **settings))
-    before = kept(tmp_path / "run")["best_return"]
+    before = checkpoint(tmp_path / "run")["best_return"]
     result = resumed(tmp_path / "run", 5, vectorization="async", **settings)
     assert (result.summary["backend"], before) == ("gymnasium/async", 1.0)
     assert result.summary["best_return_mean"] == 1.0
@@ -120,11 +116,11 @@ def test_another_way_to_run_them(tmp_path):
 def test_another_environment_of_the_same_spaces(tmp_path, capsys):
     """Returns of the first one, of 1, are no record for the second one, which costs 1 or pays 1: the search starts anew."""
     train(tiny(tmp_path / "run", num_iterations=3, num_envs=8, env_id=ONE_STEP))
-    assert kept(tmp_path / "run")["best_return"] == 1.0
+    assert checkpoint(tmp_path / "run")["best_return"] == 1.0
     result = resumed(tmp_path / "run", 6, num_envs=8, env_id="environments:ProbeActionDecides-v0", eval_episodes=1)
     assert "another environment: the returns so far do not count" in capsys.readouterr().out
     assert result.summary["best_return_mean"] < 1.0
-    assert kept(tmp_path / "run", "best")["iteration"] >= 3
+    assert checkpoint(tmp_path / "run", "best")["iteration"] >= 3
     assert float(rows_of(result.run_dir)[3]["episodic_return_mean"]) < 0.99
     episodes = [int(row["episodes"]) for row in rows_of(result.run_dir)]
     assert episodes == sorted(set(episodes))
